@@ -1,0 +1,61 @@
+"""What minilora raises. Every message is one line: what was got, what was wanted, the way out.
+
+All types share :class:`MiniLoraError`, so a caller can catch the library and nothing else; each also derives from the built-in
+type that code written for PEFT or torch would have caught. Next file to read: ``config.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MiniLoraError",
+    "MissingPackageError",
+    "QuantizationError",
+    "StateError",
+    "TargetError",
+    "nearest",
+]
+
+
+class MiniLoraError(Exception):
+    """Base of every error that minilora raises on purpose."""
+
+
+class ConfigError(MiniLoraError, ValueError):
+    """A field of a config has a value that cannot be meant."""
+
+
+class TargetError(MiniLoraError, ValueError):
+    """A name given as target matches nothing, or matches something that cannot take an adapter."""
+
+
+class StateError(MiniLoraError, RuntimeError):
+    """The call does not fit the state of the model (no adapter, merged already, name taken)."""
+
+
+class QuantizationError(MiniLoraError, ValueError):
+    """A tensor cannot be quantized, or stored codes and scales do not fit together."""
+
+
+class CheckpointError(MiniLoraError, ValueError):
+    """A file on disk is missing, damaged, or does not fit the model."""
+
+
+class DataError(MiniLoraError, ValueError):
+    """A training example cannot be used; the message has path and line."""
+
+
+class MissingPackageError(MiniLoraError, ImportError):
+    """An optional package is needed for this call; the message has the install command."""
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
+    """``word``'s closest spellings among ``known`` as a readable list, or the first few known names when none is close."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word, names, n=count, cutoff=0.5) or names[:count]
+    return ", ".join(repr(name) for name in close) if close else "nothing"

@@ -1,0 +1,55 @@
+"""Which names a config means: pure string work, so that it can be read and tested without a model.
+
+A list entry matches a module whose dotted path equals it or ends in ``"." + entry`` (whole components, never a fragment); one string is
+a regular expression for the full path. Every entry must match something: a typo that trains nothing is the most common silent fault
+of adapter libraries. Next file: ``inject.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from minilora.errors import ConfigError, TargetError, nearest
+
+Selection = Sequence[str] | str
+
+
+def ends_with(path: str, entry: str) -> bool:
+    """Whether ``entry`` names ``path`` by whole dotted components."""
+    return path == entry or path.endswith("." + entry)
+
+
+def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
+    """The ``paths`` that ``wanted`` names, in their order.
+
+    Args:
+        paths: dotted paths of the modules that could be meant.
+        wanted: list of suffixes or one regex string.
+        field: name of the config field, for messages.
+
+    Raises:
+        TargetError: an entry (or the regex) matches nothing; the message names it and the closest names there are.
+        ConfigError: the string is not a regular expression, or the list is empty.
+    """
+    known = list(paths)
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(f"{field}={wanted!r} is not a regular expression ({error}); a list of names needs no escaping") from None
+        chosen = [path for path in known if pattern.fullmatch(path)]
+        if not chosen:
+            raise TargetError(f"{field}={wanted!r} matches no full path; paths look like {nearest(wanted, known)}")
+        return chosen
+    if not wanted:
+        raise ConfigError(f"{field} is empty, so nothing would be selected; name modules, or leave it None")
+    for entry in wanted:
+        if not any(ends_with(path, entry) for path in known):
+            raise TargetError(f"{field} entry {entry!r} matches nothing; the closest names are {nearest(entry, _names(known))}")
+    return [path for path in known if any(ends_with(path, entry) for entry in wanted)]
+
+
+def _names(paths: Iterable[str]) -> set[str]:
+    """Last components and full paths: what an entry could have been meant as."""
+    return {path.rsplit(".", 1)[-1] for path in paths} | set(paths)
