@@ -1,0 +1,178 @@
+"""Blockwise absmax quantization: ``quantize`` a weight to packed codes and scales, ``QuantizedTensor.dequantize`` it again.
+
+    block of 64 weights --(/ largest magnitude)--> values in [-1, 1] --(nearest level)--> 64 codes of 4 bits + 1 scale
+
+Double quantization (QLoRA section 3) stores the scales in 8 bits, less their mean, in blocks of 256: 4.127 instead of 4.5 bits per
+weight. Codes, scales and values equal bitsandbytes' CPU results to the bit, its treatment of ties, ragged tails and zero blocks
+included (measured on bitsandbytes 0.50.2). Blocks run over the flattened weight, across rows. Next file: ``ops.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minilora.codebooks import Codebook, codebook, dynamic_map
+from minilora.config import QuantConfig
+from minilora.errors import QuantizationError
+from minilora.lookup import decode_into, decode_reference, nearest_code, scratch
+
+NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
+_CHUNK = 1 << 18  # weights worked on at a time: a few MB of scratch, whatever the layer
+_TINY = 1e-38  # guards the reciprocal of a zero block, as bitsandbytes does
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight as packed codes and scales.
+
+    Args:
+        packed: uint8 codes, first weight in the high nibble; ``[out, in / 2]`` where a row divides evenly, else flat ``[ceil(n / 2)]``.
+        absmax: fp32 ``[blocks]``; with double quantization uint8 ``[blocks]``, indices into ``dynamic_map()``.
+        shape: of the weight.
+        dtype: of the weight before quantization; ``dequantize()`` returns it.
+        book: the codebook of the codes.
+        blocksize: weights per scale.
+        nested_absmax: fp32 ``[ceil(blocks / 256)]`` with double quantization, else None.
+        nested_offset: fp32 ``[1]``, the mean that was taken from the scales, else None.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    book: Codebook
+    blocksize: int
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Exact storage per weight in bits, scales included (4.127 for NF4, blocksize 64, double quantization)."""
+        return 8 * self.nbytes / max(1, self.shape.numel())
+
+    def scales(self) -> Tensor:
+        """The fp32 scale of every block, ``[blocks]``, decoded from 8 bits where it is stored so."""
+        if self.nested_absmax is None or self.nested_offset is None:
+            return self.absmax
+        levels = dynamic_map().to(self.absmax.device)[self.absmax.int()]
+        return levels * _spread(self.nested_absmax, NESTED_BLOCKSIZE, levels.numel()) + self.nested_offset
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, ``shape``, in ``dtype`` (default: its dtype before): fp32 level x fp32 scale, rounded once."""
+        dtype = dtype or self.dtype
+        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        flat, scales = out.view(-1), self.scales()
+        for start in range(0, flat.numel(), _CHUNK):
+            stop = min(start + _CHUNK, flat.numel())
+            if dtype == torch.float32:
+                decode_range(self, scales, start, flat[start:stop])
+            else:
+                part = torch.empty(stop - start, device=flat.device) if flat.is_cuda else scratch("part", stop - start, torch.float32)
+                decode_range(self, scales, start, part)
+                flat[start:stop] = part
+        return out
+
+
+def decode_range(weight: QuantizedTensor, scales: Tensor, start: int, out: Tensor) -> None:
+    """Weights ``start .. start + n`` of the flattened tensor into fp32 ``out [n]``; ``start`` is a multiple of the blocksize."""
+    size = weight.blocksize
+    packed = weight.packed.view(-1)[start // 2 : (start + out.numel() + 1) // 2]
+    if out.device.type == "cpu":
+        decode_into(packed, weight.book, out)
+    else:
+        out.copy_(decode_reference(packed, weight.book)[: out.numel()])
+    whole = out.numel() // size
+    first = start // size
+    out[: whole * size].view(-1, size).mul_(scales[first : first + whole].unsqueeze(1))
+    if out.numel() % size:
+        out[whole * size :].mul_(scales[first + whole])
+
+
+def quantize(weight: Tensor, config: QuantConfig | None = None, name: str = "weight") -> QuantizedTensor:
+    """Quantize any floating tensor blockwise.
+
+    Args:
+        weight: any shape, fp32, fp16 or bf16 (fp64 is refused: nothing that reads the result could give it back).
+        config: format, blocksize, double quantization; default NF4, 64, single.
+        name: what an error calls the tensor.
+
+    Raises:
+        QuantizationError: the tensor is empty, not floating, or holds NaN or infinity (one would poison its whole block).
+    """
+    config = config or QuantConfig()
+    book, size = codebook(config.format), config.blocksize
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise QuantizationError(f"{name} is {weight.dtype}; wanted float32, float16 or bfloat16; cast it first")
+    if weight.numel() == 0:
+        raise QuantizationError(f"{name} is empty ({tuple(weight.shape)}); leave it unquantized")
+    flat = weight.detach().reshape(-1)
+    count = flat.numel()
+    absmax = torch.empty(math.ceil(count / size), device=flat.device)
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=flat.device)
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        _quantize_chunk(flat[start:stop].float(), book, size, absmax[start // size : math.ceil(stop / size)],
+                        packed[start // 2 : (stop + 1) // 2])  # fmt: skip
+    refuse_nonfinite(absmax, name)  # a NaN or infinity anywhere shows in its block's scale
+    if weight.dim() > 1 and weight.shape[-1] % 2 == 0:
+        packed = packed.view(*weight.shape[:-1], weight.shape[-1] // 2)
+    scales = _quantize_scales(absmax) if config.double_quant else {"absmax": absmax}
+    return QuantizedTensor(packed, shape=weight.shape, dtype=weight.dtype, book=book, blocksize=size, **scales)
+
+
+def refuse_nonfinite(values: Tensor, name: str) -> None:
+    """Raise ``QuantizationError`` if a value is NaN or infinite."""
+    if not bool(torch.isfinite(values).all()):
+        raise QuantizationError(f"{name} holds NaN or infinity; find what wrote it (a diverged run, an fp16 overflow) before quantizing")
+
+
+def _quantize_chunk(values: Tensor, book: Codebook, size: int, absmax: Tensor, packed: Tensor) -> None:
+    """Codes and scales of whole blocks and, at the very end of a tensor, of the ragged rest."""
+    whole = values.numel() // size * size
+    blocks, rest = values[:whole].view(-1, size), values[whole:]
+    scaled = torch.empty(values.numel() + values.numel() % 2, device=values.device)
+    if whole:
+        torch.amax(blocks.abs(), 1, out=absmax[: whole // size])
+        torch.mul(blocks, absmax[: whole // size].clamp(min=_TINY).reciprocal_().unsqueeze(1), out=scaled[:whole].view(-1, size))
+    if rest.numel():  # bitsandbytes divides in the tail where it multiplies by the reciprocal elsewhere
+        absmax[-1] = rest.abs().amax().clamp(min=_TINY)
+        scaled[whole : values.numel()] = rest / absmax[-1]
+    scaled[values.numel() :] = 0.0
+    code = nearest_code(scaled.clamp_(-1, 1), book)
+    torch.add(code[::2] * 16, code[1::2], out=packed)
+
+
+@functools.lru_cache(maxsize=1)
+def _scale_codes() -> Tensor:
+    """Nearest level of ``dynamic_map()`` for 65,536 even steps over [-1, 1]: bitsandbytes' CPU rule is this table, not the nearest level."""
+    grid = torch.arange(65536, dtype=torch.float64) * 2 / 65535 - 1
+    levels = dynamic_map().double()
+    return torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def _quantize_scales(absmax: Tensor) -> dict[str, Tensor]:
+    """Double quantization: scales less their mean, in 8 bits, 256 of them to an fp32 scale (QLoRA section 3)."""
+    offset = absmax.mean()
+    residual = absmax - offset
+    padded = torch.nn.functional.pad(residual, (0, -residual.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    nested = padded.abs().amax(1)
+    scaled = residual * _spread(nested.reciprocal(), NESTED_BLOCKSIZE, residual.numel())
+    scaled = scaled.nan_to_num(nan=-1.0)  # equal scales: 0 x infinity; bitsandbytes writes code 0, and any code decodes right
+    step = ((scaled.clamp(-1, 1) + 1) * 32767.5 + 0.5).long()
+    return {"absmax": _scale_codes().to(absmax.device)[step], "nested_absmax": nested, "nested_offset": offset.reshape(1)}
+
+
+def _spread(values: Tensor, size: int, count: int) -> Tensor:
+    """Each value repeated ``size`` times, cut to ``count``."""
+    return values.repeat_interleave(size)[:count]
