@@ -1,0 +1,94 @@
+"""What an adapter is: a module around a frozen base layer, with one law.
+
+In eval mode, for every variant, every base layer and every input::
+
+    adapter(x) == F.linear(x, dense_weight(base_layer) + adapter.delta_weight(), bias)
+
+From it follow merging, unmerging, sums of adapters, spectra and export, none of which needs to know the variant. A variant is one
+file: subclass ``Adapter``, write ``__init__``, ``forward`` and ``delta_weight``, put ``@register("name")`` above it; the tests in
+``tests/laws`` then run over it. Next file: ``lora.py``, the lesson.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from minilora.config import LoraConfig
+from minilora.errors import ConfigError, nearest
+from minilora.layers import in_out_features
+
+__all__ = ["VARIANTS", "Adapter", "register", "variant"]
+
+VARIANTS: dict[str, type[Adapter]] = {}
+
+
+class Adapter(nn.Module, ABC):
+    """A trainable update around ``base_layer``.
+
+    Args:
+        base_layer: the frozen layer, or another adapter when adapters are stacked.
+        config: what the user asked for; keep only what ``forward`` uses.
+        path: dotted path of the slot, for patterns and messages.
+
+    A subclass's ``__init__`` has these arguments, creates its parameters on the base layer's device, and leaves the output of the layer
+    unchanged (identity at initialisation).
+    """
+
+    # Parameter name -> what PEFT's file calls it; everything that a variant saves stands here.
+    file_names: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_out_features(base_layer)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """The update as a dense ``[out, in]`` in fp32. A variant whose update depends on the input raises ``StateError``."""
+
+    @property
+    def innermost(self) -> nn.Module:
+        """The layer under all adapters of this slot."""
+        base = self.base_layer
+        return base.innermost if isinstance(base, Adapter) else base
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: some models look at ``layer.weight.dtype`` before they call a layer."""
+        return self.innermost.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.innermost.bias  # type: ignore[return-value]
+
+
+def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
+    """Class decorator: make a variant known under ``name``.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+
+    def add(cls: type[Adapter]) -> type[Adapter]:
+        if VARIANTS.get(name, cls).__qualname__ != cls.__qualname__:
+            raise ConfigError(f"variant name {name!r} is taken by {VARIANTS[name].__name__}; register yours under another name")
+        VARIANTS[name] = cls
+        return cls
+
+    return add
+
+
+def variant(name: str) -> type[Adapter]:
+    """The registered class called ``name``. Raises ``ConfigError`` with the known names."""
+    if name not in VARIANTS:
+        raise ConfigError(f"variant {name!r} is not registered; known are {nearest(name, VARIANTS)}; import its module first")
+    return VARIANTS[name]

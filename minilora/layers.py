@@ -1,0 +1,133 @@
+"""Base layers: a frozen quantized linear layer, and the one place that knows which way round a weight lies.
+
+``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, ``QuantLinear`` keeps packed codes. Everybody
+else asks the three functions here and always gets ``[out, in]``. Next file: ``adapter.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from minilora.codebooks import codebook
+from minilora.config import QuantConfig
+from minilora.errors import TargetError
+from minilora.ops import quant_linear
+from minilora.quantize import QuantizedTensor, quantize
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's ``Conv1D``, known by its name and shape so that transformers need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "dim", int)() == 2
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter or a quantizer can take this layer: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``."""
+    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer whose weight is stored as packed codes and scales (QLoRA section 3).
+
+    Codes and scales are ``uint8`` parameters that never train: ``.to(bfloat16)`` leaves them whole, DDP does not broadcast them, FSDP2
+    shards them. fp32 scales are therefore kept as their bytes.
+
+    Attributes:
+        weight: uint8 codes, ``[out, in / 2]`` where a row divides evenly, else flat.
+        absmax: uint8; ``[blocks, 4]`` fp32 bytes, or ``[blocks]`` 8-bit codes with double quantization.
+        nested_absmax, nested_offset: uint8 fp32 bytes ``[n, 4]``, or None.
+        bias: ``[out]`` or None.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.format, self.blocksize, self.dtype = weight.book.name, weight.blocksize, weight.dtype
+        self.double_quant = weight.nested_absmax is not None
+        self.weight = _frozen(weight.packed)
+        self.absmax = _frozen(weight.absmax)
+        self.nested_absmax = _frozen(weight.nested_absmax)
+        self.nested_offset = _frozen(weight.nested_offset)
+        self.bias = bias
+
+    @classmethod
+    def from_linear(cls, layer: nn.Module, config: QuantConfig, name: str = "weight") -> QuantLinear:
+        """Quantize a ``Linear`` or ``Conv1D``; the bias is carried over as it is. Raises ``QuantizationError`` as ``quantize`` does."""
+        return cls(quantize(dense_weight(layer), config, name), layer.bias)  # type: ignore[arg-type]
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a ``QuantizedTensor`` over the same memory."""
+        absmax = self.absmax if self.double_quant else _floats(self.absmax)
+        nested, offset = _floats(self.nested_absmax), _floats(self.nested_offset)
+        shape = torch.Size((self.out_features, self.in_features))
+        return QuantizedTensor(self.weight, absmax, shape, self.dtype, codebook(self.format), self.blocksize, nested, offset)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]`` in ``x``'s dtype."""
+        return quant_linear(x, self.quantized(), self.bias)
+
+    def extra_repr(self) -> str:
+        bits = f"{self.quantized().bits_per_weight:.3f}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits} bits"
+
+
+def _frozen(values: Tensor | None) -> nn.Parameter | None:
+    """A uint8 parameter; fp32 becomes its four bytes in a last dimension."""
+    if values is None:
+        return None
+    return nn.Parameter(values if values.dtype == torch.uint8 else values.unsqueeze(-1).view(torch.uint8), requires_grad=False)
+
+
+def _floats(stored: Tensor | None) -> Tensor | None:
+    """The fp32 values whose bytes ``_frozen`` stored."""
+    return None if stored is None else stored.view(torch.float32).squeeze(-1)
+
+
+def in_out_features(layer: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of a linear layer, or of an adapter around one."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features  # type: ignore[return-value]
+    if is_conv1d(layer):
+        return tuple(layer.weight.shape)  # type: ignore[return-value]
+    raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer)."""
+    return layer.dtype if isinstance(layer, QuantLinear) else layer.weight.dtype  # type: ignore[return-value]
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight as ``[out, in]``, detached; shares memory with the layer unless it is quantized."""
+    if isinstance(layer, QuantLinear):
+        return layer.quantized().dequantize()
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach()
+    if is_conv1d(layer):
+        return layer.weight.detach().t()  # type: ignore[operator]
+    raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
+
+
+def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A new frozen layer like ``layer`` that holds ``weight`` ``[out, in]``; ``layer`` itself is untouched.
+
+    A quantized layer becomes a dense ``nn.Linear``. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
+    """
+    out_features, in_features = weight.shape
+    bias = layer.bias if bias is None else bias  # type: ignore[assignment]
+    kept = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    if is_conv1d(layer):
+        new = copy.copy(layer)  # keeps the class, whose import belongs to transformers
+        new._parameters = {"weight": nn.Parameter(weight.t().contiguous(), requires_grad=False), "bias": kept}
+        return new
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), kept  # type: ignore[assignment]
+    return linear.train(layer.training)
+
+
+def is_quantized(layer: nn.Module) -> TypeGuard[QuantLinear]:
+    """Whether the layer's weight is packed."""
+    return isinstance(layer, QuantLinear)
