@@ -1,0 +1,135 @@
+"""Slots: the places of a model that adapters change, and the one record of what sits in each.
+
+A slot is an attribute of a parent module: a linear layer, a module of which a full copy is trained, or a bias. What sits in it *is* the
+state: the base value (no adapter), an adapter around it (active), an adapter around an adapter (several active). Switching puts another
+object into the slot; nothing is copied, added or asked in ``forward``, and a disabled adapter costs exactly nothing. Adapters that are
+not active are kept here, outside the module tree. Next file: ``inject.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from minilora.adapter import Adapter
+from minilora.config import LoraConfig
+from minilora.errors import StateError, nearest
+
+Value = nn.Module | nn.Parameter
+_ATTRIBUTE = "_minilora_adapters"
+
+
+@dataclass
+class Slot:
+    """One place: ``parent.attr``, found at ``path`` of the bare model.
+
+    Attributes:
+        base: what was there before.
+        kept: by adapter name, what goes there instead: an ``Adapter`` (goes around what is there), a trained copy of a module, or a
+            trained copy of a bias (these two replace it).
+        merged: a layer with adapters folded in, standing in for ``base``; None when nothing is merged.
+    """
+
+    path: str
+    parent: nn.Module
+    attr: str
+    base: Value
+    kept: dict[str, Value] = field(default_factory=dict)
+    merged: nn.Module | None = None
+
+    def show(self, names: Sequence[str], folded: Collection[str] = ()) -> None:
+        """Put the named adapters into the slot, the first innermost; those in ``folded`` are in the merged layer already."""
+        value: Value = self.merged if folded and self.merged is not None else self.base
+        for name in names:
+            above = self.kept.get(name)
+            if above is None or (name in folded and isinstance(above, Adapter)):
+                continue
+            if isinstance(above, Adapter):
+                above.base_layer = value  # type: ignore[assignment]
+            value = above
+        setattr(self.parent, self.attr, value)
+
+
+class Adapters:
+    """The named adapters of one model.
+
+    Attributes:
+        slots: by path. configs: by adapter name. active: names in the slots now, innermost first. merged: names folded into the layers.
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[str, Slot] = {}
+        self.configs: dict[str, LoraConfig] = {}
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+
+    def named(self, name: str) -> dict[str, Value]:
+        """Path to what adapter ``name`` keeps there. Raises ``StateError`` if there is no such adapter."""
+        self.check([name])
+        return {path: slot.kept[name] for path, slot in self.slots.items() if name in slot.kept}
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ``StateError`` for a name that no adapter has."""
+        for name in names:
+            if name not in self.configs:
+                raise StateError(f"no adapter is called {name!r}; there are {nearest(name, self.configs)}")
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Show exactly these adapters (their sum, on top of what is merged) and make exactly their parameters trainable."""
+        self.check(names)
+        self.active = tuple(names)
+        for slot in self.slots.values():
+            for name, value in slot.kept.items():
+                for parameter in own_parameters(value):
+                    parameter.requires_grad_(name in names)
+        self.show()
+
+    def show(self) -> None:
+        """Bring the slots in line with ``active`` and ``merged``; what trains does not change."""
+        for slot in self.slots.values():
+            slot.show(self.active, self.merged)
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The model without any adapter, merged ones included, while the block runs."""
+        for slot in self.slots.values():
+            slot.show(())
+        try:
+            yield
+        finally:
+            self.show()
+
+
+def own_parameters(value: Value) -> Iterator[nn.Parameter]:
+    """The parameters that train: of an adapter all but its base layer's, of a copy all, a bias itself."""
+    if isinstance(value, nn.Parameter):
+        yield value
+    elif isinstance(value, Adapter):
+        yield from (parameter for name, parameter in value.named_parameters() if not name.startswith("base_layer."))
+    else:
+        yield from value.parameters()
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters were injected into this model."""
+    return _ATTRIBUTE in model.__dict__
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The record of a model's adapters. Raises ``StateError`` if there are none."""
+    if not has_adapters(model):
+        raise StateError(f"{type(model).__name__} has no adapters; call minilora.inject(model, LoraConfig(...)) or get_peft_model first")
+    return model.__dict__[_ATTRIBUTE]
+
+
+def attach(model: nn.Module, adapters: Adapters) -> None:
+    """Bind the record to the model (it is no submodule and never enters a state dict)."""
+    model.__dict__[_ATTRIBUTE] = adapters
+
+
+def detach(model: nn.Module) -> None:
+    """Forget the record: the model is a plain model again, with whatever its slots hold now."""
+    del model.__dict__[_ATTRIBUTE]
