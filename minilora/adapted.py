@@ -45,7 +45,9 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> None:
     adapters.check(chosen)
     if adapters.merged:
         raise StateError(f"adapters {list(adapters.merged)} are merged already; call unmerge first")
-    merged = {path: layer for path, slot in adapters.slots.items() if (layer := _merged_layer(slot, chosen)) is not None}
+    merged = {
+        path: layer for path, slot in adapters.slots.items() if (layer := _merged_layer(slot, chosen)) is not None
+    }
     for path, layer in merged.items():
         adapters.slots[path].merged = layer
     adapters.merged = chosen

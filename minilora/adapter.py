@@ -80,7 +80,9 @@ def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
 
     def add(cls: type[Adapter]) -> type[Adapter]:
         if VARIANTS.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ConfigError(f"variant name {name!r} is taken by {VARIANTS[name].__name__}; register yours under another name")
+            raise ConfigError(
+                f"variant name {name!r} is taken by {VARIANTS[name].__name__}; register yours under another name"
+            )
         VARIANTS[name] = cls
         return cls
 
@@ -90,5 +92,7 @@ def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
 def variant(name: str) -> type[Adapter]:
     """The registered class called ``name``. Raises ``ConfigError`` with the known names."""
     if name not in VARIANTS:
-        raise ConfigError(f"variant {name!r} is not registered; known are {nearest(name, VARIANTS)}; import its module first")
+        raise ConfigError(
+            f"variant {name!r} is not registered; known are {nearest(name, VARIANTS)}; import its module first"
+        )
     return VARIANTS[name]

@@ -1,8 +1,8 @@
 """Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``, read strictly, written atomically.
 
-Every tensor's name is ``base_model.model.`` + the path of the slot + what the variant calls it (``lora_A.weight``); the adapter's own name is
-not in the file. A file is data: it names layers exactly, it never brings a regular expression, an import or code. Nothing of the model
-changes before everything in the folder has been checked against it. Next file: ``peft_model.py``.
+Every tensor's name is ``base_model.model.`` + the path of the slot + what the variant calls it (``lora_A.weight``); the adapter's
+own name is not in the file. A file is data: it names layers exactly, it never brings a regular expression, an import or code.
+Nothing of the model changes before everything in the folder has been checked against it. Next file: ``peft_model.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from minilora.layers import is_conv1d
 from minilora.slots import Value, adapters_of, own_parameters
 from minilora.targets import ends_with
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "adapter_state_dict", "load_adapter", "read_adapter", "save_adapter", "saved_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "adapter_state_dict",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+    "saved_config",
+]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -65,7 +73,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(model, adapter_name).items()}
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise StateError(f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step")
+            raise StateError(
+                f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
+            )
     content = saved_config(model, adapter_name)
     write_files(
         folder,
@@ -115,8 +125,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, 
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; wanted one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     source = place / CONFIG_FILE
+    raw = read_bytes(source, "the adapter's config")
     try:
-        content = json.loads(read_bytes(source, "the adapter's config"))
+        content = json.loads(raw)
     except ValueError as error:
         raise CheckpointError(f"{source}: not JSON ({error}); save the adapter again") from None
     if not isinstance(content, dict):
@@ -127,17 +138,23 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
-        raise CheckpointError(f"{pickled}: a pickle file can run code and is never read; load it in PEFT and save_pretrained it again")
+        raise CheckpointError(
+            f"{pickled}: a pickle file can run code and is never read; load it in PEFT and save_pretrained it again"
+        )
     raw = read_bytes(path, "the adapter's weights")
     try:
         tensors = safetensors.torch.load(raw)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors file of {len(raw)} bytes ({error}); copy or save it again") from None
+        raise CheckpointError(
+            f"{path}: damaged safetensors file of {len(raw)} bytes ({error}); copy or save it again"
+        ) from None
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensor; save the adapter again")
     for key, tensor in tensors.items():
         if not key.startswith(_PREFIX):
-            raise CheckpointError(f"{path}: tensor {key!r} does not start with {_PREFIX!r}; is this an adapter of PEFT's layout?")
+            raise CheckpointError(
+                f"{path}: tensor {key!r} does not start with {_PREFIX!r}; is this an adapter of PEFT's layout?"
+            )
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(f"{path}: {key} is {tensor.dtype}; wanted float32, float16 or bfloat16")
         if not bool(torch.isfinite(tensor).all()):
@@ -145,7 +162,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
+) -> nn.Module:
     """Inject the adapter of a folder and make it the active one, frozen unless ``is_trainable``.
 
     Raises:
@@ -173,9 +192,13 @@ def _exact(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
 
 def _copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
     if missing := sorted(own.keys() - tensors.keys()):
-        raise CheckpointError(f"{where}: {_listed(missing)} missing, which the config asks for on this model; wrong base model or config?")
+        raise CheckpointError(
+            f"{where}: {_listed(missing)} missing, which the config asks for on this model; wrong base model or config?"
+        )
     if extra := sorted(tensors.keys() - own.keys()):
-        raise CheckpointError(f"{where}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?")
+        raise CheckpointError(
+            f"{where}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?"
+        )
     for key, tensor in tensors.items():
         found, wanted = list(tensor.shape), list(own[key].shape)
         if found != wanted:

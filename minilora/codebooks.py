@@ -39,9 +39,13 @@ class Codebook:
 
     def __post_init__(self) -> None:
         if len(self.levels) not in (4, 8, 16):
-            raise QuantizationError(f"codebook {self.name!r} has {len(self.levels)} levels; wanted 4, 8 or 16 (2, 3 or 4 bits)")
+            raise QuantizationError(
+                f"codebook {self.name!r} has {len(self.levels)} levels; wanted 4, 8 or 16 (2, 3 or 4 bits)"
+            )
         if not all(-1 <= level <= 1 for level in self.levels):
-            raise QuantizationError(f"codebook {self.name!r} has levels outside [-1, 1]; divide them by the largest magnitude")
+            raise QuantizationError(
+                f"codebook {self.name!r} has levels outside [-1, 1]; divide them by the largest magnitude"
+            )
 
     @property
     def bits(self) -> int:
@@ -90,7 +94,8 @@ def codebook(name: str) -> Codebook:
 def dynamic_map() -> Tensor:
     """The 256 sorted fp32 levels that hold scales in 8 bits (double quantization; Dettmers 2015, arXiv 1511.04561, section 1.3).
 
-    Seven decades of both signs; decade ``j`` has ``2**j`` midpoints of an even grid over [0.1, 1], times ``10**(j - 6)``; 0 and 1 complete it.
+    Seven decades of both signs; decade ``j`` has ``2**j`` midpoints of an even grid over [0.1, 1], times ``10**(j - 6)``;
+    0 and 1 complete it.
     """
     levels = [0.0, 1.0]
     for decade in range(7):

@@ -70,7 +70,9 @@ def _pattern(name: str, value: object) -> dict[str, Any]:
         try:
             re.compile(key)
         except re.error as error:
-            raise ConfigError(f"{name} key {key!r} is not a regular expression ({error}); escape its special signs") from None
+            raise ConfigError(
+                f"{name} key {key!r} is not a regular expression ({error}); escape its special signs"
+            ) from None
     return dict(value)
 
 
@@ -103,14 +105,14 @@ class LoraConfig:
     """
 
     r: int = 8
-    target_modules: tuple[str, ...] | list[str] | set[str] | str | None = None
-    exclude_modules: tuple[str, ...] | list[str] | set[str] | str | None = None
+    target_modules: Sequence[str] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
     lora_alpha: int | float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: tuple[str, ...] | list[str] | None = None
+    modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
@@ -138,7 +140,9 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             put(name, _names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r}: wanted a list of names; write [{self.modules_to_save!r}]")
+            raise ConfigError(
+                f"modules_to_save={self.modules_to_save!r}: wanted a list of names; write [{self.modules_to_save!r}]"
+            )
         for name in ("rank_pattern", "alpha_pattern"):
             put(name, _pattern(name, getattr(self, name)))
         for key, rank in self.rank_pattern.items():
@@ -177,8 +181,10 @@ class LoraConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         for name, value in content.items():
             if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
-                raise ConfigError(f"{source}: {name}={value!r} is a feature of PEFT that minilora does not offer; leave it at "
-                                  f"{OUT_OF_SCOPE[name]!r}")
+                raise ConfigError(
+                    f"{source}: {name}={value!r} is a feature of PEFT that minilora does not offer; leave it at "
+                    f"{OUT_OF_SCOPE[name]!r}"
+                )
             if name not in own and name not in OUT_OF_SCOPE and name not in FILE_FIELDS:
                 raise ConfigError(f"{source}: unknown key {name!r}; the closest known ones are {nearest(name, own)}")
         try:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-import minilora.lora  # registers the variant that a plain config means
 from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, QuantConfig
@@ -74,7 +73,9 @@ def default_targets(model: nn.Module) -> Selection:
     """What ``target_modules=None`` means for this architecture. Raises ``TargetError`` for one that the table lacks."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in DEFAULT_TARGETS:
-        raise TargetError(f"target_modules=None has no default for model_type={kind!r}; name the layers, or use 'all-linear'")
+        raise TargetError(
+            f"target_modules=None has no default for model_type={kind!r}; name the layers, or use 'all-linear'"
+        )
     return DEFAULT_TARGETS[kind]
 
 
@@ -96,7 +97,9 @@ def _refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: list
     for path in targets:
         module = modules[path]
         if isinstance(module, Adapter):
-            raise StateError(f"{path} carries an adapter already; add another with add_adapter, or merge_and_unload() first")
+            raise StateError(
+                f"{path} carries an adapter already; add another with add_adapter, or merge_and_unload() first"
+            )
         if not is_linear(module):
             inside = [f"{path}.{name}" for name, child in module.named_modules() if name and is_linear(child)]
             hint = f"; name its linear layers, such as {inside[0]!r}" if inside else "; wanted Linear or Conv1D"
@@ -105,12 +108,18 @@ def _refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: list
     for path, module in model.named_modules(remove_duplicate=False):
         first = places.setdefault(id(module), path)
         if first != path and first in targets:
-            raise TargetError(f"{first} and {path} are one shared layer; give each its own copy, or exclude it with exclude_modules")
+            raise TargetError(
+                f"{first} and {path} are one shared layer; give each its own copy, or exclude it with exclude_modules"
+            )
 
 
 def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
     """Paths of the bias parameters that train (those of a copied module train in the copy)."""
-    every = [path for path, parameter in model.named_parameters() if path.rsplit(".", 1)[-1] == "bias" and parameter.is_floating_point()]
+    every = [
+        path
+        for path, parameter in model.named_parameters()
+        if path.rsplit(".", 1)[-1] == "bias" and parameter.is_floating_point()
+    ]
     every = [path for path in every if not any(path.startswith(place + ".") for place in saved)]
     if config.bias == "all":
         return every
@@ -125,7 +134,9 @@ def build(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -
     """
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
     if adapter_name in adapters.configs:
-        raise StateError(f"an adapter is called {adapter_name!r} already; choose another name, or delete_adapter({adapter_name!r}) first")
+        raise StateError(
+            f"an adapter is called {adapter_name!r} already; choose another name, or delete_adapter({adapter_name!r}) first"
+        )
     with adapters.bare():
         found = match(model, config)
         make = variant("lora")
@@ -173,7 +184,9 @@ def _slot(model: nn.Module, path: str) -> Slot:
     return Slot(path, parent, attr, getattr(parent, attr))
 
 
-def quantize_model(model: nn.Module, config: QuantConfig | None = None, target_modules: Selection = ALL_LINEAR) -> nn.Module:
+def quantize_model(
+    model: nn.Module, config: QuantConfig | None = None, target_modules: Selection = ALL_LINEAR
+) -> nn.Module:
     """Replace linear layers by ``QuantLinear``, in place, one layer at a time: two dense copies of at most one layer exist at once.
 
     Args:

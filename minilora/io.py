@@ -33,7 +33,9 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
     except OSError as error:
         for temporary, _ in staged:
             Path(temporary).unlink(missing_ok=True)
-        raise CheckpointError(f"{error.filename or place}: cannot be written ({error.strerror}); choose a writable folder with room") from None
+        raise CheckpointError(
+            f"{error.filename or place}: cannot be written ({error.strerror}); choose a writable folder with room"
+        ) from None
 
 
 def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:

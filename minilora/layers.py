@@ -7,7 +7,7 @@ else asks the three functions here and always gets ``[out, in]``. Next file: ``a
 from __future__ import annotations
 
 import copy
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,10 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.format, self.blocksize, self.dtype = weight.book.name, weight.blocksize, weight.dtype
         self.double_quant = weight.nested_absmax is not None
-        self.weight = _frozen(weight.packed)
-        self.absmax = _frozen(weight.absmax)
-        self.nested_absmax = _frozen(weight.nested_absmax)
-        self.nested_offset = _frozen(weight.nested_offset)
+        nested, offset = weight.nested_absmax, weight.nested_offset
+        self.weight, self.absmax = _stored(weight.packed), _stored(weight.absmax)
+        self.nested_absmax = None if nested is None else _stored(nested)
+        self.nested_offset = None if offset is None else _stored(offset)
         self.bias = bias
 
     @classmethod
@@ -61,9 +61,10 @@ class QuantLinear(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The weight as a ``QuantizedTensor`` over the same memory."""
         absmax = self.absmax if self.double_quant else _floats(self.absmax)
-        nested, offset = _floats(self.nested_absmax), _floats(self.nested_offset)
-        shape = torch.Size((self.out_features, self.in_features))
-        return QuantizedTensor(self.weight, absmax, shape, self.dtype, codebook(self.format), self.blocksize, nested, offset)  # type: ignore[arg-type]
+        nested = None if self.nested_absmax is None else _floats(self.nested_absmax)
+        offset = None if self.nested_offset is None else _floats(self.nested_offset)
+        shape, book = torch.Size((self.out_features, self.in_features)), codebook(self.format)
+        return QuantizedTensor(self.weight, absmax, shape, self.dtype, book, self.blocksize, nested, offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in ``x``'s dtype."""
@@ -74,24 +75,24 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits} bits"
 
 
-def _frozen(values: Tensor | None) -> nn.Parameter | None:
-    """A uint8 parameter; fp32 becomes its four bytes in a last dimension."""
-    if values is None:
-        return None
-    return nn.Parameter(values if values.dtype == torch.uint8 else values.unsqueeze(-1).view(torch.uint8), requires_grad=False)
+def _stored(values: Tensor) -> nn.Parameter:
+    """A frozen uint8 parameter; fp32 becomes its four bytes in a last dimension."""
+    held = values if values.dtype == torch.uint8 else values.unsqueeze(-1).view(torch.uint8)
+    return nn.Parameter(held, requires_grad=False)
 
 
-def _floats(stored: Tensor | None) -> Tensor | None:
-    """The fp32 values whose bytes ``_frozen`` stored."""
-    return None if stored is None else stored.view(torch.float32).squeeze(-1)
+def _floats(stored: Tensor) -> Tensor:
+    """The fp32 values whose bytes ``_stored`` holds."""
+    return stored.view(torch.float32).squeeze(-1)
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:
     """``(in, out)`` of a linear layer, or of an adapter around one."""
+    known: Any = layer
     if hasattr(layer, "in_features"):
-        return layer.in_features, layer.out_features  # type: ignore[return-value]
+        return known.in_features, known.out_features
     if is_conv1d(layer):
-        return tuple(layer.weight.shape)  # type: ignore[return-value]
+        return known.weight.shape[0], known.weight.shape[1]
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
 
 

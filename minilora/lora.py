@@ -59,8 +59,7 @@ def initial_factors(layer: LoRALinear, config: LoraConfig) -> tuple[nn.Parameter
     True: A uniform in +-1/sqrt(in) (kaiming, a = sqrt(5)), B = 0. "gaussian": A normal with std 1/r, B = 0. False: both random.
     PEFT draws in the base layer's dtype and then widens to fp32; so does this.
     """
-    base = layer.innermost
-    dtype, device = compute_dtype(base), base.weight.device
+    dtype, device = compute_dtype(layer.innermost), layer.weight.device
     A = nn.Linear(layer.in_features, layer.r, bias=False).weight  # both constructors draw, as they do in PEFT
     B = nn.Linear(layer.r, layer.out_features, bias=False).weight
     if config.init_lora_weights == "gaussian":

@@ -41,8 +41,12 @@ def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None)
         QuantizationError: the weight is not 2-D or ``x`` does not end in its ``in``.
     """
     if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
-        raise QuantizationError(f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}; wanted [..., in]")
-    out: Tensor = _product(x.reshape(-1, x.shape[-1]), *_flatten(weight), transpose=True).view(*x.shape[:-1], weight.shape[0])
+        raise QuantizationError(
+            f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}; wanted [..., in]"
+        )
+    out: Tensor = _product(x.reshape(-1, x.shape[-1]), *_flatten(weight), transpose=True).view(
+        *x.shape[:-1], weight.shape[0]
+    )
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -89,7 +93,11 @@ def _row_blocks(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[i
     for first in range(0, rows, step):
         last = min(first + step, rows)
         count = (last - first) * columns
-        buffer = scratch("rows", count, torch.float32) if scales.device.type == "cpu" else torch.empty(count, device=scales.device)
+        buffer = (
+            scratch("rows", count, torch.float32)
+            if scales.device.type == "cpu"
+            else torch.empty(count, device=scales.device)
+        )
         decode_range(weight, scales, first * columns, buffer)
         yield first, last, buffer.view(last - first, columns).to(dtype)
 

@@ -41,14 +41,18 @@ class PeftModel(nn.Module):
         return list(adapters_of(self).active)
 
     @classmethod
-    def from_pretrained(cls, model: Any, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False) -> Any:
+    def from_pretrained(
+        cls, model: Any, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
+    ) -> Any:
         """Load the adapter folder ``model_id`` into ``model``: active, in eval mode and frozen unless ``is_trainable``.
 
         Raises:
             CheckpointError: the folder and the model do not fit, by name; the model is then as it was.
         """
         if not isinstance(model, nn.Module):
-            raise StateError(f"from_pretrained got a {type(model).__name__} first; wanted the loaded base model, then the adapter's folder")
+            raise StateError(
+                f"from_pretrained got a {type(model).__name__} first; wanted the loaded base model, then the adapter's folder"
+            )
         _refuse_second(model)
         checkpoint.load_adapter(model, model_id, adapter_name, is_trainable)
         return _extend(model).train(is_trainable)
@@ -77,7 +81,9 @@ class PeftModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print the two counts and their ratio in PEFT's exact words."""
         trainable, every = adapted.count_parameters(self)
-        print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {100 * trainable / every:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {100 * trainable / every:.4f}"
+        )
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter, or the sum of several, the active and trainable one."""

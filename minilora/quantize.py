@@ -78,7 +78,11 @@ class QuantizedTensor:
             if dtype == torch.float32:
                 decode_range(self, scales, start, flat[start:stop])
             else:
-                part = torch.empty(stop - start, device=flat.device) if flat.is_cuda else scratch("part", stop - start, torch.float32)
+                part = (
+                    torch.empty(stop - start, device=flat.device)
+                    if flat.is_cuda
+                    else scratch("part", stop - start, torch.float32)
+                )
                 decode_range(self, scales, start, part)
                 flat[start:stop] = part
         return out
@@ -134,7 +138,9 @@ def quantize(weight: Tensor, config: QuantConfig | None = None, name: str = "wei
 def refuse_nonfinite(values: Tensor, name: str) -> None:
     """Raise ``QuantizationError`` if a value is NaN or infinite."""
     if not bool(torch.isfinite(values).all()):
-        raise QuantizationError(f"{name} holds NaN or infinity; find what wrote it (a diverged run, an fp16 overflow) before quantizing")
+        raise QuantizationError(
+            f"{name} holds NaN or infinity; find what wrote it (a diverged run, an fp16 overflow) before quantizing"
+        )
 
 
 def _quantize_chunk(values: Tensor, book: Codebook, size: int, absmax: Tensor, packed: Tensor) -> None:
@@ -144,7 +150,11 @@ def _quantize_chunk(values: Tensor, book: Codebook, size: int, absmax: Tensor, p
     scaled = torch.empty(values.numel() + values.numel() % 2, device=values.device)
     if whole:
         torch.amax(blocks.abs(), 1, out=absmax[: whole // size])
-        torch.mul(blocks, absmax[: whole // size].clamp(min=_TINY).reciprocal_().unsqueeze(1), out=scaled[:whole].view(-1, size))
+        torch.mul(
+            blocks,
+            absmax[: whole // size].clamp(min=_TINY).reciprocal_().unsqueeze(1),
+            out=scaled[:whole].view(-1, size),
+        )
     if rest.numel():  # bitsandbytes divides in the tail where it multiplies by the reciprocal elsewhere
         absmax[-1] = rest.abs().amax().clamp(min=_TINY)
         scaled[whole : values.numel()] = rest / absmax[-1]
@@ -155,7 +165,7 @@ def _quantize_chunk(values: Tensor, book: Codebook, size: int, absmax: Tensor, p
 
 @functools.lru_cache(maxsize=1)
 def _scale_codes() -> Tensor:
-    """Nearest level of ``dynamic_map()`` for 65,536 even steps over [-1, 1]: bitsandbytes' CPU rule is this table, not the nearest level."""
+    """Nearest level of ``dynamic_map()`` for 65,536 even steps over [-1, 1]: bitsandbytes' CPU rule, not quite the nearest level."""
     grid = torch.arange(65536, dtype=torch.float64) * 2 / 65535 - 1
     levels = dynamic_map().double()
     return torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
@@ -168,9 +178,15 @@ def _quantize_scales(absmax: Tensor) -> dict[str, Tensor]:
     padded = torch.nn.functional.pad(residual, (0, -residual.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
     nested = padded.abs().amax(1)
     scaled = residual * _spread(nested.reciprocal(), NESTED_BLOCKSIZE, residual.numel())
-    scaled = scaled.nan_to_num(nan=-1.0)  # equal scales: 0 x infinity; bitsandbytes writes code 0, and any code decodes right
+    scaled = scaled.nan_to_num(
+        nan=-1.0
+    )  # equal scales: 0 x infinity; bitsandbytes writes code 0, and any code decodes right
     step = ((scaled.clamp(-1, 1) + 1) * 32767.5 + 0.5).long()
-    return {"absmax": _scale_codes().to(absmax.device)[step], "nested_absmax": nested, "nested_offset": offset.reshape(1)}
+    return {
+        "absmax": _scale_codes().to(absmax.device)[step],
+        "nested_absmax": nested,
+        "nested_offset": offset.reshape(1),
+    }
 
 
 def _spread(values: Tensor, size: int, count: int) -> Tensor:

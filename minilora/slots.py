@@ -121,7 +121,9 @@ def has_adapters(model: nn.Module) -> bool:
 def adapters_of(model: nn.Module) -> Adapters:
     """The record of a model's adapters. Raises ``StateError`` if there are none."""
     if not has_adapters(model):
-        raise StateError(f"{type(model).__name__} has no adapters; call minilora.inject(model, LoraConfig(...)) or get_peft_model first")
+        raise StateError(
+            f"{type(model).__name__} has no adapters; call minilora.inject(model, LoraConfig(...)) or get_peft_model first"
+        )
     return model.__dict__[_ATTRIBUTE]
 
 

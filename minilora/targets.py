@@ -37,7 +37,9 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
         try:
             pattern = re.compile(wanted)
         except re.error as error:
-            raise ConfigError(f"{field}={wanted!r} is not a regular expression ({error}); a list of names needs no escaping") from None
+            raise ConfigError(
+                f"{field}={wanted!r} is not a regular expression ({error}); a list of names needs no escaping"
+            ) from None
         chosen = [path for path in known if pattern.fullmatch(path)]
         if not chosen:
             raise TargetError(f"{field}={wanted!r} matches no full path; paths look like {nearest(wanted, known)}")
@@ -46,7 +48,9 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
         raise ConfigError(f"{field} is empty, so nothing would be selected; name modules, or leave it None")
     for entry in wanted:
         if not any(ends_with(path, entry) for path in known):
-            raise TargetError(f"{field} entry {entry!r} matches nothing; the closest names are {nearest(entry, _names(known))}")
+            raise TargetError(
+                f"{field} entry {entry!r} matches nothing; the closest names are {nearest(entry, _names(known))}"
+            )
     return [path for path in known if any(ends_with(path, entry) for entry in wanted)]
 
 

@@ -1,0 +1,263 @@
+"""The command line: parse, call, print. ``minilora demo | train | generate | merge``; ``--help`` on each.
+
+Exit code 2 means the input was wrong, 1 that the work failed, 130 that it was interrupted; a traceback comes only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tomllib
+import types
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from minilora import __version__
+from minilora.config import LoraConfig
+from minilora.errors import ConfigError, MiniLoraError, nearest
+from minilora.train import TrainConfig
+
+_LORA_FLAGS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _quiet_libraries()
+        arguments.run(arguments)
+    except MiniLoraError as error:
+        return _fail(arguments, error, 2)
+    except KeyboardInterrupt:
+        print("minilora: interrupted; what was saved before is whole", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _fail(arguments, error, 1)
+    return 0
+
+
+def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
+    if arguments.debug:
+        raise error
+    kind = "" if isinstance(error, MiniLoraError) else f"{type(error).__name__}: "
+    print(f"minilora: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Bars and notices of libraries would run across our own display; a user's own settings win."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minilora", description="LoRA and QLoRA from scratch: fine-tune, ask, merge.")
+    parser.add_argument("--version", action="version", version=f"minilora {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, run, flags, text in (
+        ("demo", _demo, _demo_flags, "fine-tune SmolLM2-135M in four bits on this machine, in minutes"),
+        ("train", _train, _train_flags, "fine-tune a model on a JSONL file"),
+        ("generate", _generate, _generate_flags, "ask a model, with or without an adapter"),
+        ("merge", _merge, _merge_flags, "fold an adapter into its model and save it"),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        flags(command)
+    return parser
+
+
+# ---- demo
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of data order, dropout and start values (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=48, help="optimizer steps (default: %(default)s)")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from minilora import demo
+
+    outcome = _run_job(demo.job(arguments.out, arguments.seed, arguments.steps))
+    voices = [demo.in_voice([pair[side] for pair in outcome.answers]) for side in ("before", "after")]
+    print(
+        f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"
+    )
+
+
+# ---- train
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="TOML file with these flags as keys (lora_alpha = 16); a flag given here wins")
+    for name, kind, default, text in _train_options():
+        flag = "--" + name.replace("_", "-")
+        shown = f"{text} (default: {default})" if text else f"default: {default}"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
+        elif kind is list:
+            parser.add_argument(flag, nargs="+", default=None, help=shown)
+        else:
+            parser.add_argument(flag, type=kind, default=None, help=shown)
+
+
+def _train_options() -> list[tuple[str, type, Any, str]]:
+    """``(name, type, default, help)`` of every setting of a job, read from the dataclasses."""
+    from minilora.hf.finetune import Job
+
+    help_of = {
+        "model": "hub id, local folder, or smollm2",
+        "data": "JSONL with 'messages', 'prompt' and 'completion', or 'text'",
+        "out": "run folder",
+        "target_modules": "names, one regex, or all-linear",
+        "prompts": "asked before and after, for the report",
+        "quant": "none or nf4",
+        "dtype": "float32, bfloat16 or float16",
+    }
+    options = []
+    for cls, names in ((Job, None), (LoraConfig, _LORA_FLAGS), (TrainConfig, None)):
+        hints = get_type_hints(cls)
+        for entry in dataclasses.fields(cls):
+            if entry.name not in ("lora", "training") and (names is None or entry.name in names):
+                default = "all-linear" if entry.name == "target_modules" else entry.default
+                default = None if default is dataclasses.MISSING else default
+                options.append((entry.name, _flag_type(hints[entry.name]), default, help_of.get(entry.name, "")))
+    return options
+
+
+def _flag_type(hint: Any) -> type:
+    """How a field is given on the command line: a bool, number, text, or (for anything that takes several names) a list."""
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in (bool, float, int):
+        if kind in kinds:
+            return kind
+    return str if kinds == (str,) else list
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    _run_job(_job(arguments))
+
+
+def _job(arguments: argparse.Namespace) -> Any:
+    from minilora.hf.finetune import Job
+
+    known = {name: kind for name, kind, _, _ in _train_options()}
+    settings = _read_toml(arguments.config, known) if arguments.config else {}
+    settings |= {name: value for name in known if (value := getattr(arguments, name)) is not None}
+    for name in ("model", "data", "out"):
+        if not settings.get(name):
+            raise ConfigError(f'--{name} is missing; give it as a flag or as {name} = "..." in the TOML file')
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := settings.get(name), list) and len(value) == 1:
+            settings[name] = value[0] if value[0] == "all-linear" or not value[0].replace("_", "").isalnum() else value
+    alpha = settings.get("lora_alpha")
+    if isinstance(alpha, float) and alpha.is_integer():
+        settings["lora_alpha"] = int(alpha)
+    lora = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | {
+        n: settings.pop(n) for n in _LORA_FLAGS if n in settings
+    }
+    training = {
+        entry.name: settings.pop(entry.name) for entry in dataclasses.fields(TrainConfig) if entry.name in settings
+    }
+    return Job(**settings, lora=LoraConfig(**lora), training=TrainConfig(**training))
+
+
+def _read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from None
+    for name in content:
+        if name not in known:
+            raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {nearest(name, known)}")
+    return content
+
+
+def _run_job(job: Any) -> Any:
+    from minilora.hf.finetune import fine_tune
+    from minilora.progress import Progress
+
+    with Progress(job.training.steps) as progress:
+        outcome = fine_tune(job, progress.say, progress.watch)
+    for pair in outcome.answers:
+        print(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
+    losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size
+    print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps; {sum(outcome.seconds.values()):.0f} s in all, "
+          f"peak {outcome.peak_mb / 1000:.2f} GB; adapter of {size / 1e6:.1f} MB")  # fmt: skip
+    print(
+        f"{outcome.folder}: adapter_model.safetensors, adapter_config.json, log.jsonl; open {outcome.folder / 'report.html'}"
+    )
+    return outcome
+
+
+# ---- generate, merge
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="+", help="each prompt in quotes")
+    parser.add_argument("--model", required=True, help="hub id, local folder, or smollm2")
+    parser.add_argument("--adapter", help="adapter folder (PEFT's layout)")
+    parser.add_argument("--quant", default="none", help="none or nf4 (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawn tokens (default: %(default)s)")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from minilora import PeftModel, QuantConfig, quantize_model
+    from minilora.hf import answers, load_model, load_tokenizer
+
+    tokenizer, model = load_tokenizer(arguments.model), load_model(arguments.model)
+    if arguments.quant != "none":
+        quantize_model(model, QuantConfig(arguments.quant, double_quant=True))
+    if arguments.adapter:
+        model = PeftModel.from_pretrained(model, arguments.adapter)
+    torch.manual_seed(arguments.seed)
+    for prompt in arguments.prompt:
+        said = answers(model, tokenizer, [prompt], arguments.max_new_tokens, arguments.temperature)[0]
+        print(f"> {prompt}\n{said}\n" if len(arguments.prompt) > 1 else said)
+
+
+def _merge_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="hub id, local folder, or smollm2")
+    parser.add_argument("--adapter", required=True, help="adapter folder (PEFT's layout)")
+    parser.add_argument("--out", required=True, help="folder for the merged model; must not exist yet, or be empty")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from minilora.hf.finetune import DTYPES
+    from minilora.hf.merge import merge_to_folder
+
+    if arguments.dtype not in DTYPES:
+        raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(DTYPES)}")
+    print(
+        f"merged model in {merge_to_folder(arguments.model, arguments.adapter, arguments.out, DTYPES[arguments.dtype])}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

