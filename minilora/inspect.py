@@ -43,21 +43,17 @@ def spectrum(adapter: Adapter) -> Tensor:
 def parameter_table(model: nn.Module) -> list[dict]:
     """Rows ``name, total, trainable, bits`` of the model's parameters by kind, packed weights counted as the weights they stand for."""
     rows: dict[str, list[float]] = {}
+    counted: set[int] = set()  # a head tied to the embedding is one parameter
     for module in model.modules():
         if is_quantized(module):
             weights, stored = module.in_features * module.out_features, module.quantized().nbytes
             _add(rows, f"linear layers ({module.format})", weights, 0, 8 * stored)
         for name, parameter in module.named_parameters(recurse=False):
-            if is_quantized(module) and name != "bias":
+            if (is_quantized(module) and name != "bias") or id(parameter) in counted:
                 continue
-            kind = _kind(module, name)
-            _add(
-                rows,
-                kind,
-                parameter.numel(),
-                parameter.numel() * parameter.requires_grad,
-                parameter.numel() * parameter.element_size() * 8,
-            )
+            counted.add(id(parameter))
+            size, stored = parameter.numel(), parameter.numel() * parameter.element_size()
+            _add(rows, _kind(module, name), size, size * parameter.requires_grad, 8 * stored)
     return [
         {"name": name, "total": int(total), "trainable": int(trains), "bits": bits / total}
         for name, (total, trains, bits) in rows.items()
