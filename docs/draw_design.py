@@ -118,7 +118,8 @@ def draw(package: Path) -> str:
     present = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     rows, bottom = house(present)
     says = "An adapted layer, and the modules of minilora in the order of their imports"
-    tip = f'<marker id="tip" markerWidth="9" markerHeight="9" refX="7" refY="4" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="{SOFT}"/></marker>'
+    tip = f'<path d="M0,0 L8,4 L0,8 z" fill="{SOFT}"/>'
+    tip = f'<marker id="tip" markerWidth="9" markerHeight="9" refX="7" refY="4" orient="auto">{tip}</marker>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 10}" role="img" aria-label="{says}" '
         f'font-family="system-ui,Segoe UI,DejaVu Sans,sans-serif"><defs>{tip}</defs>'
