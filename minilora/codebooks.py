@@ -22,7 +22,7 @@ __all__ = ["CODEBOOKS", "NF4", "Codebook", "codebook", "dynamic_map"]
 
 @dataclass(frozen=True)
 class Codebook:
-    """A table of ``2**bits`` levels in [-1, 1], in code order.
+    """A table of 16 levels in [-1, 1], in code order.
 
     Args:
         name: what ``QuantConfig.format`` calls it.
@@ -30,7 +30,7 @@ class Codebook:
         source: where the levels come from.
 
     Raises:
-        QuantizationError: the number of levels is not 4, 8 or 16, or a level lies outside [-1, 1].
+        QuantizationError: there are not 16 levels, or a level lies outside [-1, 1].
     """
 
     name: str
@@ -38,26 +38,21 @@ class Codebook:
     source: str
 
     def __post_init__(self) -> None:
-        if len(self.levels) not in (4, 8, 16):
+        if len(self.levels) != 16:
             raise QuantizationError(
-                f"codebook {self.name!r} has {len(self.levels)} levels; wanted 4, 8 or 16 (2, 3 or 4 bits)"
+                f"codebook {self.name!r} has {len(self.levels)} levels; wanted 16, for codes of 4 bits"
             )
         if not all(-1 <= level <= 1 for level in self.levels):
             raise QuantizationError(
                 f"codebook {self.name!r} has levels outside [-1, 1]; divide them by the largest magnitude"
             )
 
-    @property
-    def bits(self) -> int:
-        """Bits per code: 2, 3 or 4."""
-        return len(self.levels).bit_length() - 1
-
     def table(self, device: torch.device | str = "cpu") -> Tensor:
-        """The levels as fp32 ``[2**bits]`` on ``device`` (a constant of the format, never model state)."""
+        """The levels as fp32 ``[16]`` on ``device`` (a constant of the format, never model state)."""
         return _on_device(self.levels, str(device))
 
     def thresholds(self) -> tuple[Tensor, Tensor]:
-        """``(midpoints [2**bits - 1], codes [2**bits])``: sorted fp32 midpoints and the code of each cell between them."""
+        """``(midpoints [15], codes [16])``: sorted fp32 midpoints and the code of each cell between them."""
         ordered, codes = self.table().sort(stable=True)
         return (ordered[1:] + ordered[:-1]) / 2, codes
 

@@ -7,13 +7,14 @@ accepted at their default, kept in the file, and refused by name otherwise. Next
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minilora import validate
 from minilora.errors import ConfigError, nearest
 
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -24,62 +25,25 @@ OUT_OF_SCOPE: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
+}
+WHY_NOT = {
+    "layer_replication": "replicated layers share weights, so merging one would change its twins; build the deeper model first",
+    "target_parameters": "it adapts bare parameters of expert layers, and minilora adapts layers",
 }
 # Written by PEFT beside the fields; they describe the file, not the adapter.
 FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
 PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r}: wanted a whole number >= {least}; set {name}=8, for example")
-
-
-def _names(name: str, value: object) -> tuple[str, ...] | str | None:
-    """Normalise a target field: a string stays (regex or keyword), any collection of strings becomes a sorted tuple."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (Sequence, set, frozenset)) and all(isinstance(entry, str) for entry in value):
-        return tuple(sorted(set(value)))
-    raise ConfigError(f"{name}={value!r}: wanted a list of module names or one regex string")
-
-
-def _pattern(name: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{name}={value!r}: wanted a dict of module-name pattern to number")
-    for key in value:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ConfigError(
-                f"{name} key {key!r} is not a regular expression ({error}); escape its special signs"
-            ) from None
-    return dict(value)
-
-
-def _positive(name: str, value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[operator, arg-type]
-        raise ConfigError(f"{name}={value!r}: wanted a finite number > 0; lora_alpha = r or 2*r is usual")
 
 
 @dataclass(frozen=True)
@@ -96,7 +60,14 @@ class LoraConfig:
         fan_in_fan_out: kept for PEFT's sake; orientation is read from each layer, and the file says what was found.
         bias: which biases train: "none", "lora_only" (of the adapted layers), "all".
         modules_to_save: names of modules of which a full copy is trained and saved beside the adapter.
-        init_lora_weights: True (A kaiming-uniform, B = 0), "gaussian" (A normal with std 1/r, B = 0), False (both random).
+        init_lora_weights: True (A kaiming-uniform, B = 0), "gaussian" (A normal with std 1/r, B = 0), False (both random),
+            "orthogonal", "pissa", "pissa_niter_N", "olora" or "loftq" (each a file in ``variants/``).
+        use_rslora: scaling ``lora_alpha / sqrt(r)``. use_dora: magnitude and direction apart (``variants/dora.py``).
+        lora_bias: a trained bias on B, scaled as B is.
+        layers_to_transform: index or indices of the layers to adapt, found behind ``layers_pattern`` ("layers", "h") or anywhere.
+        trainable_token_indices: rows of the input embedding that train, as a list, or a dict of embedding name to list.
+        ensure_weight_tying: an adapter on an embedding also changes the output head that is tied to it.
+        loftq_config: ``{"loftq_bits": 4, "loftq_iter": T}``.
         rank_pattern, alpha_pattern: module-name regex to its own r or lora_alpha; the first that matches the path's end wins.
         task_type: one of TASK_TYPES or None.
 
@@ -116,6 +87,14 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
+    loftq_config: dict[str, int] = field(default_factory=dict)
+    layer_replication: None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -125,8 +104,8 @@ class LoraConfig:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        _whole("r", self.r, 1)
-        _positive("lora_alpha", self.lora_alpha)
+        validate.whole("r", self.r, 1)
+        validate.positive("lora_alpha", self.lora_alpha)
         drop = self.lora_dropout
         if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0 <= drop < 1:
             raise ConfigError(f"lora_dropout={drop!r}: wanted a probability in [0, 1); 0.05 is usual")
@@ -135,20 +114,73 @@ class LoraConfig:
         put("task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(f"task_type={self.task_type!r}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(f"init_lora_weights={self.init_lora_weights!r}: wanted True, False or 'gaussian'")
+        if self.layer_replication is not None:
+            raise ConfigError(f"layer_replication={self.layer_replication!r}: {WHY_NOT['layer_replication']}")
+        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted True or False")
+        self._check_start()
+        validate.tokens(self.trainable_token_indices)
+        put("layers_to_transform", validate.layers(self.layers_to_transform))
+        put("layers_pattern", validate.names("layers_pattern", self.layers_pattern))
+        if (
+            self.layers_to_transform is not None
+            and isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+        ):
+            raise ConfigError(
+                "layers_to_transform goes with a list of target_modules; a regex can name the layers itself"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform; give both"
+            )
+        put("loftq_config", validate.loftq(self.loftq_config))
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            put(name, _names(name, getattr(self, name)))
+            put(name, validate.names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save={self.modules_to_save!r}: wanted a list of names; write [{self.modules_to_save!r}]"
             )
         for name in ("rank_pattern", "alpha_pattern"):
-            put(name, _pattern(name, getattr(self, name)))
+            put(name, validate.pattern(name, getattr(self, name)))
         for key, rank in self.rank_pattern.items():
-            _whole(f"rank_pattern[{key!r}]", rank, 1)
+            validate.whole(f"rank_pattern[{key!r}]", rank, 1)
         for key, alpha in self.alpha_pattern.items():
-            _positive(f"alpha_pattern[{key!r}]", alpha)
+            validate.positive(f"alpha_pattern[{key!r}]", alpha)
+
+    def _check_start(self) -> None:
+        init = self.init_lora_weights
+        words = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+        if not (
+            isinstance(init, bool)
+            or init in words
+            or (isinstance(init, str) and validate.pissa_rounds(init) is not None)
+        ):
+            raise ConfigError(
+                f"init_lora_weights={init!r}: wanted True, False, 'pissa_niter_N' or one of {', '.join(map(repr, words))}"
+            )
+        if self.use_dora and self.variant != "dora":
+            raise ConfigError(
+                f"use_dora goes with init_lora_weights True, False or 'gaussian', not {init!r}; drop one of the two"
+            )
+        if self.lora_bias and self.variant != "lora":
+            raise ConfigError(f"lora_bias goes with plain LoRA, not with {self.variant}; drop one of the two")
+        if init == "orthogonal" and self.r % 2:
+            raise ConfigError(f"r={self.r}: init_lora_weights='orthogonal' wants an even r; set r={self.r + 1}")
+
+    @property
+    def variant(self) -> str:
+        """The registered variant that this config means."""
+        init = self.init_lora_weights
+        if isinstance(init, str) and init != "gaussian":
+            return "pissa" if init.startswith("pissa") else init
+        return "dora" if self.use_dora else "lora"
+
+    @property
+    def pissa_rounds(self) -> int | None:
+        """Rounds of the randomized SVD for "pissa_niter_N"; None for the exact one."""
+        return validate.pissa_rounds(str(self.init_lora_weights))
 
     def for_module(self, path: str) -> tuple[int, int | float]:
         """``(r, lora_alpha)`` of the module at ``path`` after the patterns (PEFT's rule: first key that matches the end)."""
@@ -165,7 +197,8 @@ class LoraConfig:
         alpha = content["lora_alpha"]
         if isinstance(alpha, float) and alpha.is_integer():
             content["lora_alpha"] = int(alpha)  # Ollama's reader takes unsigned integers only
-        content.update(OUT_OF_SCOPE, inference_mode=True, peft_type="LORA", peft_version=PEFT_LAYOUT, auto_mapping=None)
+        content = copy.deepcopy(content | OUT_OF_SCOPE)  # a caller may change what it gets
+        content.update(inference_mode=True, peft_type="LORA", peft_version=PEFT_LAYOUT, auto_mapping=None)
         return dict(sorted(content.items()))
 
     @classmethod
@@ -181,10 +214,8 @@ class LoraConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         for name, value in content.items():
             if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
-                raise ConfigError(
-                    f"{source}: {name}={value!r} is a feature of PEFT that minilora does not offer; leave it at "
-                    f"{OUT_OF_SCOPE[name]!r}"
-                )
+                why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
+                raise ConfigError(f"{source}: {name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
             if name not in own and name not in OUT_OF_SCOPE and name not in FILE_FIELDS:
                 raise ConfigError(f"{source}: unknown key {name!r}; the closest known ones are {nearest(name, own)}")
         try:

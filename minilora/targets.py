@@ -41,6 +41,10 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
                 f"{field}={wanted!r} is not a regular expression ({error}); a list of names needs no escaping"
             ) from None
         chosen = [path for path in known if pattern.fullmatch(path)]
+        if not chosen and any(ends_with(path, wanted) for path in known):
+            raise TargetError(
+                f"{field}={wanted!r} is one string, so a regex for the full path, and matches none; write [{wanted!r}]"
+            )
         if not chosen:
             raise TargetError(f"{field}={wanted!r} matches no full path; paths look like {nearest(wanted, known)}")
         return chosen
@@ -52,6 +56,16 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
                 f"{field} entry {entry!r} matches nothing; the closest names are {nearest(entry, _names(known))}"
             )
     return [path for path in known if any(ends_with(path, entry) for entry in wanted)]
+
+
+def layer_index(path: str, pattern: Selection | None) -> int | None:
+    """The number of the layer that ``path`` lies in: behind a component named in ``pattern``, or the last number in the path."""
+    names = [pattern] if isinstance(pattern, str) else pattern
+    for name in [re.escape(name) for name in names or ()] or [r"[^.]*"]:
+        found = re.match(rf"(?:.*\.)?{name}\.(\d+)(?:\.|$)", path)
+        if found:
+            return int(found[1])
+    return None
 
 
 def _names(paths: Iterable[str]) -> set[str]:

@@ -1,0 +1,86 @@
+"""What a config field may be: each function returns the value in its one form, or says what was wanted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minilora.errors import ConfigError
+
+
+def whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}: wanted a whole number >= {least}; set {name}=8, for example")
+
+
+def pissa_rounds(init: str) -> int | None:
+    """The N of "pissa_niter_N", or None if ``init`` is no such word."""
+    found = re.fullmatch(r"pissa_niter_(\d+)", init)
+    return int(found[1]) if found else None
+
+
+def tokens(value: object) -> None:
+    """Refuse what is neither None, a list of token ids, nor a dict of module name to such a list."""
+    lists: list[Any] = list(value.values()) if isinstance(value, Mapping) else [] if value is None else [value]
+    for ids in lists:
+        whole = isinstance(ids, Sequence) and all(
+            isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids
+        )
+        if not whole or not ids or len(set(ids)) < len(ids):
+            raise ConfigError(
+                f"trainable_token_indices={value!r}: wanted a list of different token ids, or a dict of module to list"
+            )
+
+
+def layers(value: object) -> tuple[int, ...] | int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    if (
+        isinstance(value, Sequence)
+        and value
+        and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+    ):
+        return tuple(sorted(set(value)))
+    raise ConfigError(f"layers_to_transform={value!r}: wanted a layer index >= 0 or a list of them, such as [0, 1]")
+
+
+def loftq(value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping) or not set(value) <= {"loftq_bits", "loftq_iter"}:
+        raise ConfigError(
+            f"loftq_config={value!r}: wanted a dict with loftq_bits and loftq_iter, such as {{'loftq_bits': 4, 'loftq_iter': 5}}"
+        )
+    bits, rounds = value.get("loftq_bits", 4), value.get("loftq_iter", 1)
+    if bits != 4:
+        raise ConfigError(f"loftq_config: loftq_bits={bits!r}; wanted 4, the bits that a format here has")
+    whole("loftq_iter", rounds, 1)
+    return dict(value)
+
+
+def names(name: str, value: object) -> tuple[str, ...] | str | None:
+    """Normalise a target field: a string stays (regex or keyword), any collection of strings becomes a sorted tuple."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (Sequence, set, frozenset)) and all(isinstance(entry, str) for entry in value):
+        return tuple(sorted(set(value)))
+    raise ConfigError(f"{name}={value!r}: wanted a list of module names or one regex string")
+
+
+def pattern(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name}={value!r}: wanted a dict of module-name pattern to number")
+    for key in value:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ConfigError(
+                f"{name} key {key!r} is not a regular expression ({error}); escape its special signs"
+            ) from None
+    return dict(value)
+
+
+def positive(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[operator, arg-type]
+        raise ConfigError(f"{name}={value!r}: wanted a finite number > 0; lora_alpha = r or 2*r is usual")
