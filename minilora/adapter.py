@@ -2,11 +2,11 @@
 
 In eval mode, for every variant, every base layer and every input::
 
-    adapter(x) == F.linear(x, dense_weight(base_layer) + adapter.delta_weight(), bias)
+    adapter(x) == F.linear(x, dense_weight(base_layer) + adapter.delta_weight(), bias + adapter.delta_bias())
 
 From it follow merging, unmerging, sums of adapters, spectra and export, none of which needs to know the variant. A variant is one
-file: subclass ``Adapter``, write ``__init__``, ``forward`` and ``delta_weight``, put ``@register("name")`` above it; the tests in
-``tests/laws`` then run over it. Next file: ``lora.py``, the lesson.
+file: subclass ``Adapter`` (or ``LoRALinear``), write ``__init__``, ``forward`` and ``delta_weight``, put ``@register("name")`` above
+it; the tests in ``tests/laws`` then run over it. Next file: ``lora.py``, the lesson.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from minilora.config import LoraConfig
-from minilora.errors import ConfigError, nearest
+from minilora.errors import ConfigError, StateError, nearest
 from minilora.layers import in_out_features
 
 __all__ = ["VARIANTS", "Adapter", "register", "variant"]
@@ -34,12 +34,18 @@ class Adapter(nn.Module, ABC):
         config: what the user asked for; keep only what ``forward`` uses.
         path: dotted path of the slot, for patterns and messages.
 
-    A subclass's ``__init__`` has these arguments, creates its parameters on the base layer's device, and leaves the output of the layer
-    unchanged (identity at initialisation).
+    A subclass's ``__init__`` has these arguments, creates its parameters on the base layer's device, and leaves the output of the
+    layer unchanged (identity at initialisation).
     """
 
-    # Parameter name -> what PEFT's file calls it; everything that a variant saves stands here.
+    # Attribute -> what the file calls it; everything that a variant saves stands here.
     file_names: ClassVar[dict[str, str]] = {}
+    # Parameters that never train.
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    # Whether ``delta_weight`` depends on the base layer's weight, so that another adapter must not be merged under it.
+    reads_base: ClassVar[bool] = False
+    # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.
+    targeted: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__()
@@ -52,7 +58,19 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self) -> Tensor:
-        """The update as a dense ``[out, in]`` in fp32. A variant whose update depends on the input raises ``StateError``."""
+        """The update as a dense ``[out, in]`` in fp32. One that depends on the input raises ``StateError``, and cannot be merged."""
+
+    def delta_bias(self) -> Tensor | None:
+        """The update of the bias, ``[out]`` in fp32, or None."""
+        return None
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        """``(A [r, in], B [out, r])`` in fp32 with ``delta_weight() == B @ A``: how other programs take this adapter.
+
+        Raises:
+            StateError: the update has no low rank, or changes a bias.
+        """
+        raise StateError(f"{type(self).__name__}: its update has no low rank, so it is no plain LoRA; merge it instead")
 
     @property
     def innermost(self) -> nn.Module:
@@ -68,7 +86,7 @@ class Adapter(nn.Module, ABC):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        return self.innermost.bias  # type: ignore[return-value]
+        return getattr(self.innermost, "bias", None)
 
 
 def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
@@ -80,9 +98,8 @@ def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
 
     def add(cls: type[Adapter]) -> type[Adapter]:
         if VARIANTS.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ConfigError(
-                f"variant name {name!r} is taken by {VARIANTS[name].__name__}; register yours under another name"
-            )
+            taken = VARIANTS[name].__name__
+            raise ConfigError(f"variant name {name!r} is taken by {taken}; register yours under another name")
         VARIANTS[name] = cls
         return cls
 

@@ -25,7 +25,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter or a quantizer can take this layer: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``."""
+    """Whether an adapter or a quantizer can take this layer: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``.
+
+    The output projection of ``nn.MultiheadAttention`` is a Linear by class only: its weight is read and it is never called.
+    """
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return False
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
 
 
@@ -87,12 +92,14 @@ def _floats(stored: Tensor) -> Tensor:
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` of a linear layer, or of an adapter around one."""
+    """``(in, out)`` of a linear layer, or of an adapter around one; of an embedding ``(dimension, tokens)``, its weight's ``[out, in]``."""
     known: Any = layer
     if hasattr(layer, "in_features"):
         return known.in_features, known.out_features
     if is_conv1d(layer):
         return known.weight.shape[0], known.weight.shape[1]
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
 
 
@@ -105,7 +112,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     """The weight as ``[out, in]``, detached; shares memory with the layer unless it is quantized."""
     if isinstance(layer, QuantLinear):
         return layer.quantized().dequantize()
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, nn.Embedding)):
         return layer.weight.detach()
     if is_conv1d(layer):
         return layer.weight.detach().t()  # type: ignore[operator]
@@ -117,16 +124,25 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
 
     A quantized layer becomes a dense ``nn.Linear``. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
     """
+    if isinstance(layer, nn.Embedding):
+        return _with_own_weight(layer, {"weight": nn.Parameter(weight, requires_grad=False)})
     out_features, in_features = weight.shape
     bias = layer.bias if bias is None else bias  # type: ignore[assignment]
     kept = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
     if is_conv1d(layer):
-        new = copy.copy(layer)  # keeps the class, whose import belongs to transformers
-        new._parameters = {"weight": nn.Parameter(weight.t().contiguous(), requires_grad=False), "bias": kept}
-        return new
+        return _with_own_weight(
+            layer, {"weight": nn.Parameter(weight.t().contiguous(), requires_grad=False), "bias": kept}
+        )
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), kept  # type: ignore[assignment]
     return linear.train(layer.training)
+
+
+def _with_own_weight(layer: nn.Module, parameters: dict[str, nn.Parameter | None]) -> nn.Module:
+    """A shallow copy with other parameters: keeps the class and settings, whatever they are."""
+    new = copy.copy(layer)
+    new._parameters = parameters
+    return new
 
 
 def is_quantized(layer: nn.Module) -> TypeGuard[QuantLinear]:

@@ -6,7 +6,7 @@ A frozen weight ``W [out, in]`` gets a thin update beside it::
       \\-- dropout -- A [r, in] -- B [out, r] --/             trainable: r * (in + out) numbers instead of in * out
 
 ``B`` starts at zero, so at the first step the layer is exactly what it was; ``A`` starts random, so that ``B`` gets a gradient.
-Next file: ``inject.py``.
+Next file: ``slots.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter, register
 from minilora.config import LoraConfig
+from minilora.errors import StateError
 from minilora.layers import compute_dtype
 
 
@@ -28,45 +29,60 @@ class LoRALinear(Adapter):
     """A linear layer with a low-rank update.
 
     Attributes:
-        lora_A: ``[r, in]`` fp32, trained. lora_B: ``[out, r]`` fp32, trained.
+        lora_A: ``[r, in]`` fp32, trained. lora_B: ``[out, r]`` fp32, trained. lora_bias: ``[out]`` fp32, trained, or None.
         scaling: ``lora_alpha / r``; ``lora_alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2).
     """
 
-    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    file_names: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+    }
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
         self.r, lora_alpha = config.for_module(path)
         self.scaling = lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.lora_A, self.lora_B = initial_factors(self, config)
+        # Adapters are kept in fp32, after being drawn in the base layer's dtype, as PEFT does.
+        kind, place = compute_dtype(self.innermost), self.weight.device
+        A, B = (factor.detach().to(kind).to(place, torch.float32) for factor in self.initial_factors(config))
+        self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+        self.lora_bias = nn.Parameter(torch.zeros(self.out_features, device=place)) if config.lora_bias else None
+
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
+        """Start values of A and B, drawn from torch's generator in PEFT's order, so that one seed gives both the same A.
+
+        True: A uniform in +-1/sqrt(in) (kaiming, a = sqrt(5)), B = 0. "gaussian": A normal with std 1/r, B = 0. False: both random.
+        """
+        A = nn.Linear(self.in_features, self.r, bias=False).weight  # both constructors draw, as they do in PEFT
+        B = nn.Linear(self.r, self.out_features, bias=config.lora_bias).weight
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(A, std=1 / self.r)
+        elif config.init_lora_weights is True:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if config.init_lora_weights:
+            nn.init.zeros_(B)
+        return A, B
 
     def forward(self, x: Tensor) -> Tensor:
-        # The adapter is kept in fp32 and computed in the dtype that flows through the layer.
-        thin = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))
-        return self.base_layer(x) + F.linear(thin, self.lora_B.to(x.dtype)) * self.scaling
+        return self.base_layer(x) + self.update(self.lora_dropout(x))
+
+    def update(self, x: Tensor) -> Tensor:
+        """``scaling * B A x`` in the dtype that flows through the layer."""
+        bias = None if self.lora_bias is None else self.lora_bias.to(x.dtype)
+        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype), bias) * self.scaling
 
     def delta_weight(self) -> Tensor:
-        return self.scaling * (self.lora_B @ self.lora_A)
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+    def delta_bias(self) -> Tensor | None:
+        return None if self.lora_bias is None else self.scaling * self.lora_bias.float()
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        if self.lora_bias is not None:
+            raise StateError("lora_bias: the update changes the bias too, which a plain LoRA cannot; merge it instead")
+        return self.lora_A.float(), self.scaling * self.lora_B.float()
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
-
-
-def initial_factors(layer: LoRALinear, config: LoraConfig) -> tuple[nn.Parameter, nn.Parameter]:
-    """Start values of A and B, drawn from torch's generator in PEFT's order, so that one seed gives both the same A.
-
-    True: A uniform in +-1/sqrt(in) (kaiming, a = sqrt(5)), B = 0. "gaussian": A normal with std 1/r, B = 0. False: both random.
-    PEFT draws in the base layer's dtype and then widens to fp32; so does this.
-    """
-    dtype, device = compute_dtype(layer.innermost), layer.weight.device
-    A = nn.Linear(layer.in_features, layer.r, bias=False).weight  # both constructors draw, as they do in PEFT
-    B = nn.Linear(layer.r, layer.out_features, bias=False).weight
-    if config.init_lora_weights == "gaussian":
-        nn.init.normal_(A, std=1 / layer.r)
-    elif config.init_lora_weights is True:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    if config.init_lora_weights:
-        nn.init.zeros_(B)
-    start = [nn.Parameter(factor.detach().to(dtype).to(device, torch.float32)) for factor in (A, B)]
-    return start[0], start[1]

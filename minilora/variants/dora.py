@@ -1,0 +1,74 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5 and section 4.3): direction and magnitude of every output row apart.
+
+    W' = (m / c) (W + s B A),   c = row norms of (W + s B A), held constant in the backward pass;  m = row norms of W at the start
+
+The norms come from ``c^2 = |W|^2 + 2 s <W, B A> + s^2 |B A|^2`` row by row, where ``<W, B A> = rowsum((W A^T) * B)`` and
+``|B A|^2 = rowsum((B (A A^T)) * B)``: the base layer applied to the r rows of A, and thin products. Neither a dense ``B A`` nor, for a
+packed base, a dense W is formed in a step.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter, register
+from minilora.config import LoraConfig
+from minilora.errors import StateError
+from minilora.layers import dense_weight
+from minilora.lora import LoRALinear
+
+
+@register("dora")
+class DoRALinear(LoRALinear):
+    """A linear layer whose update is scaled row by row.
+
+    Attributes:
+        lora_magnitude_vector: ``[out]`` fp32, trained: the wanted norm of each output row.
+        base_norm_squared: ``[out]`` fp32, of the base weight's rows; computed once, not saved.
+    """
+
+    file_names: ClassVar[dict[str, str]] = LoRALinear.file_names | {"lora_magnitude_vector": "lora_magnitude_vector"}
+    reads_base: ClassVar[bool] = True
+    base_norm_squared: Tensor
+
+    def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
+        super().__init__(base_layer, config, path)
+        squared = dense_weight(self.innermost).float().square().sum(1)
+        self.register_buffer("base_norm_squared", squared, persistent=False)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms().clone())
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """``c``: the norms of the rows of ``W + s B A``, fp32 ``[out]``."""
+        A, B, s = self.lora_A.float(), self.lora_B.float(), self.scaling
+        innermost = self.innermost
+        WA = innermost(A.to(self._base_dtype())).float().T
+        if self.bias is not None:
+            WA = WA - self.bias.float()[:, None]
+        cross, square = (WA * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)
+        return (self.base_norm_squared + 2 * s * cross + s * s * square).clamp(min=0).sqrt()
+
+    def _base_dtype(self) -> torch.dtype:
+        """What the innermost layer takes: its weight's dtype; a packed one takes fp32."""
+        return self.weight.dtype if self.weight.is_floating_point() else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        shown = self.base_layer(x)
+        plain = self.innermost(x) if isinstance(self.base_layer, Adapter) else shown
+        if self.bias is not None:
+            plain = plain - self.bias.to(plain.dtype)
+        ratio = (self.lora_magnitude_vector / self.row_norms()).to(plain.dtype)
+        return shown + (ratio - 1) * plain + ratio * self.update(self.lora_dropout(x))
+
+    def delta_weight(self) -> Tensor:
+        weight = dense_weight(self.innermost).float()
+        ratio = self.lora_magnitude_vector.float() / self.row_norms()
+        return ratio[:, None] * (weight + super().delta_weight()) - weight
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        raise StateError(
+            "DoRA rescales every row of the weight, so its update has full rank and is no plain LoRA; merge it instead"
+        )

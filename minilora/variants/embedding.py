@@ -1,0 +1,101 @@
+"""LoRA on an embedding: ``E[token] + s * (B A)^T [token]``, with A ``[r, tokens]`` and B ``[dimension, r]`` (as loralib and PEFT).
+
+A starts at zero and B random, the other way round from a linear layer, so that the rows of the table start unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter
+from minilora.config import LoraConfig
+from minilora.layers import compute_dtype
+
+
+class LoRAEmbedding(Adapter):
+    """An embedding with a low-rank update; dropout does not apply to token ids.
+
+    Attributes:
+        lora_embedding_A: ``[r, tokens]`` fp32, trained. lora_embedding_B: ``[dimension, r]`` fp32, trained.
+    """
+
+    file_names: ClassVar[dict[str, str]] = {
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
+    }
+
+    def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
+        super().__init__(base_layer, config, path)
+        self.r, lora_alpha = config.for_module(path)
+        self.scaling = lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        kind, place = compute_dtype(self.innermost), self.weight.device
+        A = torch.randn(self.r, self.out_features)  # drawn in the order in which PEFT draws
+        B = torch.randn(self.in_features, self.r)
+        if config.init_lora_weights:
+            A, B = torch.zeros_like(A), torch.randn_like(B)
+        self.lora_embedding_A = nn.Parameter(A.to(kind).to(place, torch.float32))
+        self.lora_embedding_B = nn.Parameter(B.to(kind).to(place, torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.base_layer(x)
+        thin = F.embedding(x, self.lora_embedding_A.T)
+        return rows + (thin @ self.lora_embedding_B.T * self.scaling * self._scale()).to(rows.dtype)
+
+    def _scale(self) -> float:
+        """Some models' embeddings multiply their rows by a constant; the update must be multiplied too."""
+        return float(getattr(self.innermost, "embed_scale", 1.0))
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_B.float().T, self.scaling * self.lora_embedding_A.float().T
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}"
+
+
+class TiedHead(Adapter):
+    """The output head that shares its weight with an adapted embedding: the same update, the embedding's own parameters.
+
+    It trains nothing of its own. Its file names are views of the embedding's factors, because PEFT saves them a second time.
+    """
+
+    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    targeted: ClassVar[bool] = False
+
+    def __init__(self, base_layer: nn.Module, source: LoRAEmbedding) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.__dict__["source"] = source  # not a child: its parameters already belong to the embedding's slot
+
+    @property
+    def source(self) -> LoRAEmbedding:
+        """The embedding's adapter."""
+        return self.__dict__["source"]
+
+    @property
+    def lora_A(self) -> Tensor:
+        """The embedding's B, ``[r, dimension]``."""
+        return self.source.lora_embedding_B.T
+
+    @property
+    def lora_B(self) -> Tensor:
+        """The embedding's A, ``[tokens, r]``."""
+        return self.source.lora_embedding_A.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        thin = F.linear(x, self.lora_A.to(x.dtype))
+        return self.base_layer(x) + F.linear(thin, self.lora_B.to(x.dtype)) * self.source.scaling
+
+    def delta_weight(self) -> Tensor:
+        return self.source.delta_weight()
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        return self.source.as_lora()

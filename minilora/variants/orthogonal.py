@@ -1,0 +1,29 @@
+"""Orthogonal start (the initialisation that PEFT calls "orthogonal"): A and B both nonzero and yet B A = 0.
+
+With an orthogonal ``Q [r, r]``, A is built on its even rows and B on its odd ones, which are orthogonal to each other. Both factors get
+a gradient at the first step, where plain LoRA's A gets none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minilora.adapter import register
+from minilora.config import LoraConfig
+from minilora.errors import ConfigError
+from minilora.lora import LoRALinear
+
+
+@register("orthogonal")
+class OrthogonalLoRA(LoRALinear):
+    """LoRA that starts from orthogonal halves; the rank is even. Raises ``ConfigError`` for an odd one."""
+
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
+        super().initial_factors(config)  # draws what PEFT draws before
+        if self.r % 2:
+            raise ConfigError(f"r={self.r}: an orthogonal start wants an even r; set r={self.r + 1}")
+        Q = torch.linalg.qr(torch.randn(self.r, self.r)).Q
+        A = (torch.randn(self.in_features, self.r // 2) @ Q[0::2]).T / 10
+        B = torch.randn(self.r // 2, self.out_features).T @ Q[1::2] / 10
+        return A, B

@@ -1,0 +1,55 @@
+"""LoRA that starts from a part of the weight itself, and subtracts that part so that the layer begins unchanged.
+
+    y = W x + s * (B A - B0 A0) x,      B = B0 and A = A0 at the start
+
+PEFT writes ``W - s B0 A0`` into the base model instead; then disabling the adapter no longer gives the base, and a second adapter meets a
+changed one. Here the base is never touched, at the cost of one more thin product. The file holds A and B, as PEFT's does: both
+libraries find B0 and A0 again from the base weight.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.config import LoraConfig
+from minilora.layers import dense_weight
+from minilora.lora import LoRALinear
+
+
+class ResidualLoRA(LoRALinear):
+    """Base of PiSSA and OLoRA: a subclass says which part of the weight it starts from.
+
+    Attributes:
+        start_A, start_B: the factors at the start, fp32, never trained and not saved.
+    """
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
+        super().__init__(base_layer, config, path)
+        self.register_buffer("start_A", self.lora_A.detach().clone(), persistent=False)
+        self.register_buffer("start_B", self.lora_B.detach().clone(), persistent=False)
+
+    @abstractmethod
+    def part_of(self, weight: Tensor, config: LoraConfig) -> tuple[Tensor, Tensor]:
+        """``(A [r, in], B [out, r])`` for the base weight ``[out, in]`` in fp32."""
+
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
+        super().initial_factors(config)  # draws what PEFT draws before
+        return self.part_of(dense_weight(self.innermost).float(), config)
+
+    def update(self, x: Tensor) -> Tensor:
+        start = F.linear(F.linear(x, self.start_A.to(x.dtype)), self.start_B.to(x.dtype)) * self.scaling
+        return super().update(x) - start
+
+    def delta_weight(self) -> Tensor:
+        return super().delta_weight() - self.scaling * (self.start_B.float() @ self.start_A.float())
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        A, B = super().as_lora()
+        return torch.cat([A, self.start_A.float()]), torch.cat([B, -self.scaling * self.start_B.float()], 1)

@@ -1,0 +1,76 @@
+"""Train single rows of an embedding (``trainable_token_indices``): for new special tokens, without the whole table.
+
+The rows are kept as their new values, as PEFT keeps them, so that a table that was resized and drawn again loads right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter
+from minilora.errors import TargetError
+from minilora.layers import dense_weight
+
+
+class TokenRows(Adapter):
+    """An embedding of which some rows are replaced by trained ones.
+
+    Attributes:
+        trainable_tokens_delta: ``[rows, dimension]`` in the table's dtype, trained: the rows' values.
+        token_indices: int64 ``[rows]``, which rows.
+    """
+
+    file_names: ClassVar[dict[str, str]] = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
+    reads_base: ClassVar[bool] = True
+    targeted: ClassVar[bool] = False
+    token_indices: Tensor
+
+    def __init__(self, base_layer: nn.Module, indices: Sequence[int], path: str) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        table = dense_weight(base_layer)
+        self.out_features, self.in_features = table.shape
+        if max(indices) >= len(table):
+            raise TargetError(
+                f"trainable_token_indices: token {max(indices)} is not in {path}, which has {len(table)} rows"
+            )
+        self.register_buffer("token_indices", torch.tensor(list(indices), device=table.device), persistent=False)
+        self.trainable_tokens_delta = nn.Parameter(table[self.token_indices].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.base_layer(x)
+        found = x.unsqueeze(-1) == self.token_indices
+        new = self.trainable_tokens_delta.to(rows.dtype)[found.int().argmax(-1)]
+        scale = float(getattr(self.innermost, "embed_scale", 1.0))
+        return torch.where(found.any(-1, keepdim=True), new * scale, rows)
+
+    def delta_weight(self) -> Tensor:
+        table = dense_weight(self.innermost).float()
+        return torch.zeros_like(table).index_copy_(
+            0, self.token_indices, self.trainable_tokens_delta.float() - table[self.token_indices]
+        )
+
+
+class TiedRows(Adapter):
+    """The output head that shares its weight with an embedding of which rows train: the same rows give its logits."""
+
+    reads_base: ClassVar[bool] = True
+    targeted: ClassVar[bool] = False
+
+    def __init__(self, base_layer: nn.Module, source: TokenRows) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.__dict__["source"] = source  # not a child: its parameters already belong to the embedding's slot
+
+    def forward(self, x: Tensor) -> Tensor:
+        source: TokenRows = self.__dict__["source"]
+        logits = self.base_layer(x)
+        return logits.index_copy(-1, source.token_indices, x @ source.trainable_tokens_delta.to(x.dtype).T)
+
+    def delta_weight(self) -> Tensor:
+        return self.__dict__["source"].delta_weight()
