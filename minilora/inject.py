@@ -7,7 +7,8 @@ mistake leaves the model exactly as it was. Next file: ``adapted.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,9 +18,10 @@ from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, QuantConfig
 from minilora.errors import StateError, TargetError
 from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
-from minilora.quantize import refuse_nonfinite
+from minilora.quantize import check_quantizable
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters
-from minilora.targets import Selection, ends_with, select
+from minilora.targets import Selection, ends_with, layer_index, select
+from minilora.tying import adapt_embedding, train_rows
 
 ALL_LINEAR = "all-linear"
 # A new task head is trained whole: PEFT's rule by task type.
@@ -33,6 +35,7 @@ class Match:
     targets: tuple[str, ...]
     saved: tuple[str, ...]
     biases: tuple[str, ...]
+    tokens: dict[str, Sequence[int]]
 
 
 def match(model: nn.Module, config: LoraConfig) -> Match:
@@ -49,10 +52,13 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
         excluded = set(select(modules, config.exclude_modules, "exclude_modules"))
         targets = [path for path in targets if path not in excluded]
     targets = [path for path in targets if not any(path == place or path.startswith(place + ".") for place in saved)]
+    targets = _in_layers(targets, config)
     if not targets:
         raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
     _refuse_unfit(model, modules, targets)
-    return Match(tuple(targets), tuple(saved), tuple(_biases(model, config, targets, saved)))
+    return Match(
+        tuple(targets), tuple(saved), tuple(_biases(model, config, targets, saved)), _tokens(model, modules, config)
+    )
 
 
 def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
@@ -90,27 +96,79 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     heads = [head for head in _HEADS.get(config.task_type or "", ()) if any(ends_with(path, head) for path in modules)]
     if not names and not heads:
         return []
-    return select(modules, (*names, *heads), "modules_to_save")
+    saved = select(modules, (*names, *heads), "modules_to_save")
+    for path in saved:
+        if outer := [place for place in saved if path.startswith(place + ".")]:
+            raise TargetError(
+                f"modules_to_save: {path} lies in {outer[0]}, which is copied whole; name only one of them"
+            )
+        if packed := [name for name, module in modules[path].named_modules() if is_quantized(module)]:
+            raise TargetError(
+                f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole"
+            )
+    return saved
 
 
-def _refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: list[str]) -> None:
+def _refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
+    wanted = set(targets)
     for path in targets:
         module = modules[path]
         if isinstance(module, Adapter):
             raise StateError(
                 f"{path} carries an adapter already; add another with add_adapter, or merge_and_unload() first"
             )
-        if not is_linear(module):
+        if not (is_linear(module) or isinstance(module, nn.Embedding)):
             inside = [f"{path}.{name}" for name, child in module.named_modules() if name and is_linear(child)]
-            hint = f"; name its linear layers, such as {inside[0]!r}" if inside else "; wanted Linear or Conv1D"
+            hint = (
+                f"; name its linear layers, such as {inside[0]!r}" if inside else "; wanted Linear, Conv1D or Embedding"
+            )
             raise TargetError(f"{path} is a {type(module).__name__}, which takes no adapter{hint}")
     places: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         first = places.setdefault(id(module), path)
-        if first != path and first in targets:
+        if first != path and first in wanted:
             raise TargetError(
                 f"{first} and {path} are one shared layer; give each its own copy, or exclude it with exclude_modules"
             )
+
+
+def _in_layers(targets: list[str], config: LoraConfig) -> list[str]:
+    """The targets in the layers that ``layers_to_transform`` names; one given by its full path stays (PEFT's rule)."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return targets
+    named = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
+    index_of = {path: layer_index(path, config.layers_pattern) for path in targets}
+    known = sorted({index for index in index_of.values() if index is not None})
+    chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+    if missing := sorted(chosen - set(known)):
+        where = f"layers {known[0]} to {known[-1]}" if known else "no numbered layer"
+        raise TargetError(f"layers_to_transform: {missing[0]} is not there; target_modules are found in {where}")
+    return [path for path, index in index_of.items() if index in chosen or path in named]
+
+
+def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, Sequence[int]]:
+    """Embedding path to the rows that train."""
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}
+    if isinstance(wanted, Mapping):
+        by_path = {
+            path: ids for name, ids in wanted.items() for path in select(modules, [name], "trainable_token_indices")
+        }
+    else:
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+        by_path = {path: wanted for path, module in modules.items() if module is table}
+        if not by_path:
+            raise TargetError(
+                "trainable_token_indices as a list wants a model with get_input_embeddings(); give {'name': [...]} instead"
+            )
+    for path in by_path:
+        if not isinstance(modules[path], nn.Embedding):
+            raise TargetError(
+                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding"
+            )
+    return by_path
 
 
 def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
@@ -126,55 +184,103 @@ def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: lis
     return [path for path in every if path.rpartition(".")[0] in targets] if config.bias == "lora_only" else []
 
 
-def build(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> dict[str, Value]:
+def build(
+    model: nn.Module, config: LoraConfig, adapter_name: str = "default", kind: str | None = None
+) -> dict[str, Value]:
     """What a new adapter puts into each slot, by path: adapters, copies of modules, copies of biases. The model is not touched.
 
+    Args:
+        kind: name of a registered variant; None for the one that the config means.
+
     Raises:
-        TargetError: as ``match``. StateError: the name is taken.
+        TargetError: as ``match``, or an embedding that cannot take the variant. StateError: the name is taken.
     """
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
     if adapter_name in adapters.configs:
         raise StateError(
             f"an adapter is called {adapter_name!r} already; choose another name, or delete_adapter({adapter_name!r}) first"
         )
+    check_adapter_name(adapter_name)
+    make = variant(kind or config.variant)
     with adapters.bare():
         found = match(model, config)
-        make = variant("lora")
         values: dict[str, Value] = {}
         for path in found.targets:
-            values[path] = make(model.get_submodule(path), config, path).train(model.training)
+            layer = model.get_submodule(path)
+            if isinstance(layer, nn.Embedding):
+                values |= adapt_embedding(model, path, layer, config, kind or config.variant)
+            else:
+                values[path] = make(layer, config, path)
+        for path, indices in found.tokens.items():
+            if path in values:
+                raise TargetError(f"{path} is in target_modules and in trainable_token_indices; choose one of them")
+            values |= train_rows(model, path, indices)
         for path in found.saved:
             values[path] = copy.deepcopy(model.get_submodule(path)).requires_grad_(True)
         for path in found.biases:
             values[path] = nn.Parameter(model.get_parameter(path).detach().clone())
+    for value in values.values():
+        if isinstance(value, nn.Module):
+            value.train(model.training)
     return values
 
 
-def place(model: nn.Module, config: LoraConfig, adapter_name: str, values: Mapping[str, Value]) -> None:
-    """Put what ``build`` made into the model and make it the active adapter; the first one freezes the model."""
+def check_adapter_name(name: str) -> None:
+    """Raise ``StateError`` for a name that could leave its folder: letters, digits, ``_`` and ``-`` are allowed, 64 at most."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise StateError(
+            f"adapter name {name!r}: wanted 1 to 64 letters, digits, '_' or '-', because it becomes a folder's name"
+        )
+
+
+def place(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    values: Mapping[str, Value],
+    kind: str | None = None,
+    activate: bool = True,
+) -> None:
+    """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model."""
     if not has_adapters(model):
         model.requires_grad_(False)
         attach(model, Adapters())
     adapters = adapters_of(model)
+    with adapters.bare():
+        slots = {path: adapters.slots.get(path) or _slot(model, path) for path in values}
     for path, value in values.items():
-        slot = adapters.slots[path] = adapters.slots.get(path) or _slot(model, path)
+        slot = adapters.slots[path] = slots[path]
         slot.kept[adapter_name] = value
-    adapters.configs[adapter_name] = config
-    adapters.activate([adapter_name])
+        if (
+            isinstance(value, Adapter)
+            and value.base_layer is not slot.base
+            and not isinstance(value.base_layer, Adapter)
+        ):
+            slot.base = value.base_layer  # a variant that replaces its base (LoftQ)
+    adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
+    adapters.activate([adapter_name] if activate else adapters.active)
 
 
-def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    variant: str | None = None,
+    activate: bool = True,
+) -> nn.Module:
     """Put a new adapter into every layer that ``config`` selects, freeze the rest, and make it the active one.
 
     Args:
         model: any module; changed in place and returned.
         config: what to adapt; never changed.
         adapter_name: what switching and saving call it.
+        variant: name of a registered variant, such as "vera"; None for the one that the config means.
+        activate: False keeps it aside, and what is active stays so.
 
     Raises:
         TargetError, StateError: as ``build``. Nothing has changed then.
     """
-    place(model, config, adapter_name, build(model, config, adapter_name))
+    place(model, config, adapter_name, build(model, config, adapter_name, variant), variant, activate)
     return model
 
 
@@ -203,7 +309,7 @@ def quantize_model(
     config = config or QuantConfig()
     paths = _dense_paths(model, target_modules)
     for path in paths:  # all of them before the first is replaced
-        refuse_nonfinite(dense_weight(model.get_submodule(path)), path + ".weight")
+        check_quantizable(dense_weight(model.get_submodule(path)), path + ".weight")
     for path in paths:
         slot = _slot(model, path)
         layer = QuantLinear.from_linear(slot.base, config, path + ".weight")  # type: ignore[arg-type]
@@ -219,6 +325,10 @@ def _dense_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     else:
         paths = select(modules, target_modules, "target_modules")
     _refuse_unfit(model, modules, paths)
+    if tables := [path for path in paths if not is_linear(modules[path])]:
+        raise TargetError(
+            f"{tables[0]} is an Embedding, whose rows are looked up one by one; quantize linear layers only"
+        )
     if packed := [path for path in paths if is_quantized(modules[path])]:
         raise TargetError(f"{packed[0]} is quantized already; leave it out of target_modules")
     if not paths:

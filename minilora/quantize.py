@@ -116,10 +116,7 @@ def quantize(weight: Tensor, config: QuantConfig | None = None, name: str = "wei
     """
     config = config or QuantConfig()
     book, size = codebook(config.format), config.blocksize
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise QuantizationError(f"{name} is {weight.dtype}; wanted float32, float16 or bfloat16; cast it first")
-    if weight.numel() == 0:
-        raise QuantizationError(f"{name} is empty ({tuple(weight.shape)}); leave it unquantized")
+    check_quantizable(weight, name)
     flat = weight.detach().reshape(-1)
     count = flat.numel()
     absmax = torch.empty(math.ceil(count / size), device=flat.device)
@@ -128,18 +125,22 @@ def quantize(weight: Tensor, config: QuantConfig | None = None, name: str = "wei
         stop = min(start + _CHUNK, count)
         _quantize_chunk(flat[start:stop].float(), book, size, absmax[start // size : math.ceil(stop / size)],
                         packed[start // 2 : (stop + 1) // 2])  # fmt: skip
-    refuse_nonfinite(absmax, name)  # a NaN or infinity anywhere shows in its block's scale
     if weight.dim() > 1 and weight.shape[-1] % 2 == 0:
         packed = packed.view(*weight.shape[:-1], weight.shape[-1] // 2)
-    scales = _quantize_scales(absmax) if config.double_quant else {"absmax": absmax}
+    scales = _quantize_scales(absmax, name) if config.double_quant else {"absmax": absmax}
     return QuantizedTensor(packed, shape=weight.shape, dtype=weight.dtype, book=book, blocksize=size, **scales)
 
 
-def refuse_nonfinite(values: Tensor, name: str) -> None:
-    """Raise ``QuantizationError`` if a value is NaN or infinite."""
-    if not bool(torch.isfinite(values).all()):
+def check_quantizable(weight: Tensor, name: str) -> None:
+    """Raise ``QuantizationError`` as ``quantize`` would, without quantizing."""
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise QuantizationError(f"{name} is {weight.dtype}; wanted float32, float16 or bfloat16; cast it first")
+    if weight.numel() == 0:
+        raise QuantizationError(f"{name} is empty ({tuple(weight.shape)}); leave it unquantized")
+    # A sum in float64 cannot overflow, so it is finite exactly when every value is: one pass, no mask.
+    if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float64))):
         raise QuantizationError(
-            f"{name} holds NaN or infinity; find what wrote it (a diverged run, an fp16 overflow) before quantizing"
+            f"{name} holds NaN or infinity; find what wrote it (a diverged run, an fp16 overflow) first"
         )
 
 
@@ -171,9 +172,11 @@ def _scale_codes() -> Tensor:
     return torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
-def _quantize_scales(absmax: Tensor) -> dict[str, Tensor]:
+def _quantize_scales(absmax: Tensor, name: str) -> dict[str, Tensor]:
     """Double quantization: scales less their mean, in 8 bits, 256 of them to an fp32 scale (QLoRA section 3)."""
     offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        raise QuantizationError(f"{name}: the mean of its scales overflows float32; use double_quant=False")
     residual = absmax - offset
     padded = torch.nn.functional.pad(residual, (0, -residual.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
     nested = padded.abs().amax(1)

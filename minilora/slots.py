@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -57,14 +58,20 @@ class Adapters:
     """The named adapters of one model.
 
     Attributes:
-        slots: by path. configs: by adapter name. active: names in the slots now, innermost first. merged: names folded into the layers.
+        slots: by path. configs, variants: by adapter name. active: names in the slots now, innermost first. merged: names folded
+            into the layers. trained: names whose parameters train when they are active.
     """
 
     def __init__(self) -> None:
         self.slots: dict[str, Slot] = {}
         self.configs: dict[str, LoraConfig] = {}
+        self.variants: dict[str, str] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        self._bare = 0  # how many ``bare`` blocks we are in
+        self.mixing = 0  # calls in ``batched`` that run now, on any thread
+        self.mixable: set[str] = set()
+        self.mixed: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def named(self, name: str) -> dict[str, Value]:
         """Path to what adapter ``name`` keeps there. Raises ``StateError`` if there is no such adapter."""
@@ -77,9 +84,30 @@ class Adapters:
             if name not in self.configs:
                 raise StateError(f"no adapter is called {name!r}; there are {nearest(name, self.configs)}")
 
+    def check_stack(self, names: Sequence[str], merged: Collection[str]) -> None:
+        """Raise ``StateError`` where an adapter that reads the base weight would find another one's update in it, or in a copy."""
+        if not merged and len(names) < 2:
+            return
+        for path, slot in self.slots.items():
+            shown = [name for name in names if name in slot.kept and name not in merged]
+            folded = [name for name in merged if name in slot.kept]
+            reads = [name for name in shown if isinstance(value := slot.kept[name], Adapter) and value.reads_base]
+            if reads and folded:
+                raise StateError(
+                    f"{path}: adapter {reads[0]!r} reads the base weight, in which {folded[0]!r} is merged; unmerge first"
+                )
+            copies = [name for name in (*folded, *shown) if not isinstance(slot.kept[name], Adapter)]
+            if len(copies) > 1:
+                raise StateError(
+                    f"{path}: adapters {copies} each train a copy of it, and copies cannot be added; activate one of them"
+                )
+
     def activate(self, names: Sequence[str]) -> None:
         """Show exactly these adapters (their sum, on top of what is merged) and make exactly their parameters trainable."""
         self.check(names)
+        if len(set(names)) < len(names):
+            raise StateError(f"adapters {list(names)}: one is named twice, and an adapter can be active only once")
+        self.check_stack(names, self.merged)
         self.active = tuple(names)
         for slot in self.slots.values():
             for name, value in slot.kept.items():
@@ -89,17 +117,22 @@ class Adapters:
 
     def show(self) -> None:
         """Bring the slots in line with ``active`` and ``merged``; what trains does not change."""
+        if self.mixing:
+            raise StateError("a batch that mixes adapters is running; switch after it")
         for slot in self.slots.values():
-            slot.show(self.active, self.merged)
+            slot.show(*(((), ()) if self._bare else (self.active, self.merged)))
 
     @contextmanager
     def bare(self) -> Iterator[None]:
         """The model without any adapter, merged ones included, while the block runs."""
-        for slot in self.slots.values():
-            slot.show(())
+        if self.mixing:
+            raise StateError("a batch that mixes adapters is running; look at the bare model after it")
+        self._bare += 1
         try:
+            self.show()
             yield
         finally:
+            self._bare -= 1
             self.show()
 
 
@@ -108,7 +141,8 @@ def own_parameters(value: Value) -> Iterator[nn.Parameter]:
     if isinstance(value, nn.Parameter):
         yield value
     elif isinstance(value, Adapter):
-        yield from (parameter for name, parameter in value.named_parameters() if not name.startswith("base_layer."))
+        own = ((name, p) for name, p in value.named_parameters() if not name.startswith("base_layer."))
+        yield from (parameter for name, parameter in own if name not in value.fixed)
     else:
         yield from value.parameters()
 
