@@ -1,70 +1,196 @@
-"""What can be done with a model that carries adapters: switch, disable, merge, unmerge, count.
+"""What can be done with a model that carries adapters: switch, disable, delete, merge, unmerge, count.
 
 Merging is the same for every variant and every base: ``with_weight(base, dense_weight(base) + sum of delta_weight())``, in fp32 and
-rounded once. The layer it replaces is kept, so unmerging puts the very same bytes back. Next file: ``checkpoint.py``.
+rounded once, and it says how much of the update survived the rounding. The layer it replaces is kept, so unmerging puts the very same
+bytes back. Next file: ``checkpoint.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
+from minilora.config import QuantConfig
 from minilora.errors import StateError
-from minilora.layers import compute_dtype, dense_weight, is_quantized, with_weight
+from minilora.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
 from minilora.slots import Adapters, Slot, adapters_of, detach
+from minilora.tying import sharers
 
-__all__ = ["count_parameters", "disabled", "merge", "set_adapter", "unload", "unmerge"]
+__all__ = [
+    "MergeReport",
+    "count_parameters",
+    "delete_adapter",
+    "disabled",
+    "merge",
+    "set_adapter",
+    "unload",
+    "unmerge",
+]
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Make these adapters the active, trainable ones; of several the updates are added. Raises ``StateError`` for an unknown name."""
+    """Make these adapters the active, trainable ones; of several the updates are added.
+
+    Raises:
+        StateError: an unknown name, or adapters that cannot be added. Nothing has changed then.
+    """
     adapters_of(model).activate([names] if isinstance(names, str) else names)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter and its parameters; if it was the only active one, the first of the others becomes active.
+
+    Raises:
+        StateError: an unknown name, a merged adapter, or the only one (``unload`` takes that out).
+    """
+    adapters = adapters_of(model)
+    adapters.check([name])
+    if name in adapters.merged:
+        raise StateError(f"adapter {name!r} is merged; unmerge first")
+    if len(adapters.configs) == 1:
+        raise StateError(f"adapter {name!r} is the only one; unload() gives back the plain model")
+    for slot in adapters.slots.values():
+        slot.kept.pop(name, None)
+    for path in [path for path, slot in adapters.slots.items() if not slot.kept]:
+        adapters.slots.pop(path).show(())
+    del adapters.configs[name], adapters.variants[name]
+    adapters.active = tuple(other for other in adapters.active if other != name)
+    adapters.show()
+    if not adapters.active:
+        adapters.activate(sorted(adapters.configs)[:1])
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The bare model inside the block: base layers sit in their slots, merged ones included; everything is as before after it."""
+    """The bare model inside the block, merged adapters taken out too; everything is as before after it."""
     with adapters_of(model).bare():
         yield
 
 
-def merge(model: nn.Module, names: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True)
+class MergeReport:
+    """How much of an update is left after rounding to the weights' format.
+
+    Attributes:
+        layers: path to ``1 - |(merged - base) - update| / |update|``, at least 0: 1 is all of it, 0 is none.
+        survived: the same over all layers together.
+        into: what the weights are stored in.
+    """
+
+    layers: dict[str, float]
+    survived: float
+    into: str
+
+    def __str__(self) -> str:
+        worst = min(self.layers, key=self.layers.__getitem__, default="")
+        least = f"; least in {worst}: {self.layers[worst]:.1%}" if worst else ""
+        return f"merged into {len(self.layers)} layers as {self.into}: {self.survived:.1%} of the update survives rounding{least}"
+
+
+def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool = False) -> MergeReport:
     """Fold the named adapters (default: the active ones) into their layers; the originals are kept for ``unmerge``.
 
-    A quantized layer becomes dense in the dtype it had before quantization: requantizing would erase most of a small update.
+    A quantized layer becomes dense in the dtype it had before quantization, unless ``requantize``: four bits erase most of a small
+    update, and the report says how much. Adapters that are active and not named go on working on top.
 
     Raises:
-        StateError: an unknown name, or adapters are merged already. Nothing has changed then.
+        StateError: an unknown name, adapters are merged already, a layer shares its weight with one that would not change, or a
+            merged weight overflows its dtype. Nothing has changed then.
     """
     adapters = adapters_of(model)
-    chosen = tuple(adapters.active if names is None else names)
+    chosen = tuple(adapters.active if names is None else [names] if isinstance(names, str) else names)
     adapters.check(chosen)
     if adapters.merged:
         raise StateError(f"adapters {list(adapters.merged)} are merged already; call unmerge first")
-    merged = {
-        path: layer for path, slot in adapters.slots.items() if (layer := _merged_layer(slot, chosen)) is not None
-    }
-    for path, layer in merged.items():
-        adapters.slots[path].merged = layer
-    adapters.merged = chosen
-    adapters.show()
+    if not chosen:
+        raise StateError("no adapter is active, so there is nothing to merge; name one, or set_adapter first")
+    rest = [name for name in adapters.active if name not in chosen]
+    adapters.check_stack([*rest, *chosen], chosen)
+    folded = {path: held for path, slot in adapters.slots.items() if (held := _adapters_at(slot, chosen))}
+    with adapters.bare():
+        _refuse_shared(model, adapters, folded)
+    layers: dict[str, nn.Module] = {}
+    losses: dict[str, tuple[float, float]] = {}
+    try:
+        for path, adapters_here in folded.items():
+            layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize)
+        _share_again(adapters, layers)
+        for path, layer in layers.items():
+            adapters.slots[path].merged = layer
+        adapters.merged = chosen
+    finally:
+        adapters.show()  # merging looked at each adapter alone, on its base
+    return _report(layers, losses)
 
 
-def _merged_layer(slot: Slot, names: Sequence[str]) -> nn.Module | None:
-    """A layer with the sum of these adapters' updates inside, or None where none of them adapts a weight."""
-    folded = [value for name in names if isinstance(value := slot.kept.get(name), Adapter)]
-    if not folded or isinstance(slot.base, nn.Parameter):
-        return None
-    layer = slot.base
+def _adapters_at(slot: Slot, names: Sequence[str]) -> list[Adapter]:
+    return [value for name in names if isinstance(value := slot.kept.get(name), Adapter)]
+
+
+def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tuple[nn.Module, tuple[float, float]]:
+    """A layer with the sum of the updates inside, and ``(|error|^2, |update|^2)``."""
+    base: nn.Module = slot.base  # type: ignore[assignment]
     for adapter in folded:
-        adapter.base_layer = layer
+        adapter.base_layer = base
     with torch.no_grad():
-        wide = dense_weight(layer).float() + torch.stack([adapter.delta_weight() for adapter in folded]).sum(0)
-    return with_weight(layer, wide.to(compute_dtype(layer))).train(layer.training)
+        before = dense_weight(base)
+        update = torch.stack([adapter.delta_weight() for adapter in folded]).sum(0)
+        merged = (before.float() + update).to(compute_dtype(base))
+        shifts = [shift for adapter in folded if (shift := adapter.delta_bias()) is not None]
+        bias = _moved_bias(base, shifts) if shifts else None
+    finite = bool(torch.isfinite(merged).all()) and (bias is None or bool(torch.isfinite(bias).all()))
+    if not finite:
+        raise StateError(
+            f"{slot.path}: the merged weight overflows {merged.dtype}; load the model in bfloat16 or float32"
+        )
+    layer = with_weight(base, merged, bias).train(base.training)
+    if requantize and is_quantized(base):
+        layer = QuantLinear.from_linear(layer, QuantConfig(base.format, base.blocksize, base.double_quant), slot.path)
+    error = (dense_weight(layer).float() - before.float()) - update
+    return layer, (float(error.square().sum()), float(update.square().sum()))
+
+
+def _moved_bias(base: nn.Module, shifts: Sequence[Tensor]) -> Tensor:
+    shift = torch.stack(list(shifts)).sum(0)
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    return shift.to(compute_dtype(base)) if bias is None else (bias.float() + shift).to(bias.dtype)
+
+
+def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[Adapter]]) -> None:
+    """A weight that two layers share must change in both, or saving and reloading would give another model."""
+    for path in folded:
+        base = adapters.slots[path].base
+        others = [other for other in sharers(model, base.weight) if other not in folded]  # type: ignore[union-attr]
+        if others:
+            raise StateError(
+                f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
+            )
+
+
+def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
+    """Layers that shared a weight share the merged one (both hold the same update)."""
+    first: dict[int, nn.Module] = {}
+    for path, layer in layers.items():
+        twin = first.setdefault(id(adapters.slots[path].base.weight), layer)  # type: ignore[union-attr]
+        if twin is not layer:
+            layer.weight = twin.weight
+
+
+def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]) -> MergeReport:
+    def share(error: float, update: float) -> float:
+        return 1.0 if update == 0 else max(0.0, 1 - (error / update) ** 0.5)
+
+    kinds = {
+        layer.format if is_quantized(layer) else str(layer.weight.dtype).removeprefix("torch.")
+        for layer in layers.values()
+    }
+    whole = share(sum(error for error, _ in losses.values()), sum(update for _, update in losses.values()))
+    return MergeReport({path: share(*loss) for path, loss in losses.items()}, whole, " and ".join(sorted(kinds)))
 
 
 def unmerge(model: nn.Module) -> None:
@@ -81,31 +207,27 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     """Take every adapter out and forget them; with ``keep_merged`` what is merged (and trained copies) stays in place."""
     adapters = adapters_of(model)
-    if keep_merged:
+    for slot in adapters.slots.values():
         # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
-        for slot in adapters.slots.values():
-            slot.show(adapters.merged, adapters.merged)
-    else:
-        for slot in adapters.slots.values():
-            slot.show(())
+        slot.show(adapters.merged if keep_merged else (), adapters.merged if keep_merged else ())
     detach(model)
     return model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """``(trainable, all)`` by PEFT's rule: every parameter once, a packed weight as the weights it stands for, its scales not at all."""
+    """``(trainable, all)`` by PEFT's rule: every parameter once, a packed weight as the weights it stands for, scales not at all."""
     adapters = adapters_of(model)
+    kept = [value for slot in adapters.slots.values() for value in slot.kept.values()]
+    shown = {id(slot.base): getattr(slot.parent, slot.attr) for slot in adapters.slots.values()}
     sizes: dict[int, tuple[int, bool]] = {}
-    for root in [model, *(value for slot in adapters.slots.values() for value in _modules(adapters, slot))]:
-        for module in root.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                sizes[id(parameter)] = (_logical_size(module, name, parameter), parameter.requires_grad)
+    with adapters.bare():
+        for root in [model, *(value for value in kept if isinstance(value, nn.Module))]:
+            for module in root.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    # A trained bias stands in the place of the base's, and is counted once, as in PEFT, which trains that one.
+                    trains = shown.get(id(parameter), parameter).requires_grad
+                    sizes[id(parameter)] = (_logical_size(module, name, parameter), trains)
     return sum(size for size, trains in sizes.values() if trains), sum(size for size, _ in sizes.values())
-
-
-def _modules(adapters: Adapters, slot: Slot) -> list[nn.Module]:
-    """What a slot holds besides what is shown (kept biases replace theirs, so they are not counted twice)."""
-    return [value for value in (slot.base, *slot.kept.values()) if isinstance(value, nn.Module)]
 
 
 def _logical_size(module: nn.Module, name: str, parameter: Tensor) -> int:
