@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -24,7 +27,7 @@ from minilora.errors import CheckpointError, StateError
 from minilora.inject import ALL_LINEAR, build, default_targets, place
 from minilora.io import read_bytes, write_files
 from minilora.layers import is_conv1d
-from minilora.slots import Value, adapters_of, own_parameters
+from minilora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.targets import ends_with
 
 __all__ = [
@@ -40,6 +43,8 @@ __all__ = [
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_VARIANT = "minilora_variant"  # in the metadata of the weights file
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
 _SHOWN = 3  # names in a message
 
 
@@ -53,7 +58,8 @@ def _tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, value in values.items():
         if isinstance(value, Adapter):
-            own = {f"{path}.{file}": getattr(value, name) for name, file in value.file_names.items()}
+            held = {file: getattr(value, name) for name, file in value.file_names.items()}
+            own = {f"{path}.{file}": tensor for file, tensor in held.items() if tensor is not None}
         elif isinstance(value, nn.Parameter):
             owner, _, attr = path.rpartition(".")
             inner = ".base_layer" if isinstance(values.get(owner), Adapter) else ""
@@ -80,10 +86,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     write_files(
         folder,
         {
-            WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+            WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
             CONFIG_FILE: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(),
         },
     )
+
+
+def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """What PEFT writes, and the variant where the config alone does not say it (PEFT's config has no field for it)."""
+    adapters = adapters_of(model)
+    kind = adapters.variants[adapter_name]
+    return {"format": "pt"} | ({} if kind == adapters.configs[adapter_name].variant else {_VARIANT: kind})
 
 
 def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
@@ -92,11 +105,23 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     adapters.check([adapter_name])
     config = adapters.configs[adapter_name]
     content = config.to_dict()
-    paths = [path for path, slot in adapters.slots.items() if isinstance(slot.kept.get(adapter_name), Adapter)]
+    paths = [
+        path
+        for path, slot in adapters.slots.items()
+        if isinstance(value := slot.kept.get(adapter_name), Adapter) and value.targeted
+    ]
     with adapters.bare():
         content["target_modules"] = _named_targets(model, config, paths)
         content["fan_in_fan_out"] = any(is_conv1d(model.get_submodule(path)) for path in paths)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    for field, own in (("rank_pattern", 0), ("alpha_pattern", 1)):
+        if not all(
+            map(_PLAIN.fullmatch, content[field])
+        ):  # regular expressions are never run from a file: say what they came to
+            each = {path: config.for_module(path)[own] for path in paths}
+            content[field] = {
+                path: value for path, value in each.items() if value != (config.r, config.lora_alpha)[own]
+            }
     content["base_model_name_or_path"] = config.base_model_name_or_path or base or None
     return content
 
@@ -115,8 +140,33 @@ def _named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> li
     return endings if set(meant) == set(paths) else sorted(paths)
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Config and tensors of an adapter folder, under the file's names; nothing is compared with a model yet.
+@dataclass(frozen=True)
+class Stored:
+    """An adapter folder as read: nothing is compared with a model yet.
+
+    Attributes:
+        config: of the adapter. tensors: under the file's names. variant: the registered variant's name. path: of the weights file.
+        from_file: whether the config is the file's, and not the caller's.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    variant: str
+    path: Path
+    from_file: bool = True
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading left out; all empty unless ``strict=False``. Lists of tensor names as in the file."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[str]
+
+
+def read_adapter(folder: str | os.PathLike[str], config: LoraConfig | None = None) -> Stored:
+    """Config and tensors of an adapter folder; ``config`` is used instead of the file's.
 
     Raises:
         CheckpointError: a file is missing, damaged, or holds what no adapter holds; the message names it. ConfigError: likewise a field.
@@ -132,10 +182,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, 
         raise CheckpointError(f"{source}: not JSON ({error}); save the adapter again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{source}: holds a {type(content).__name__}; wanted an object of config fields")
-    return LoraConfig.from_dict(content, str(source)), _read_tensors(place / WEIGHTS_FILE)
+    tensors, metadata = _read_tensors(place / WEIGHTS_FILE)
+    used = config or LoraConfig.from_dict(content, str(source))
+    return Stored(used, tensors, metadata.get(_VARIANT, used.variant), place / WEIGHTS_FILE, config is None)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
         raise CheckpointError(
@@ -144,6 +196,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     raw = read_bytes(path, "the adapter's weights")
     try:
         tensors = safetensors.torch.load(raw)
+        metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path}: damaged safetensors file of {len(raw)} bytes ({error}); copy or save it again"
@@ -155,56 +208,130 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: tensor {key!r} does not start with {_PREFIX!r}; is this an adapter of PEFT's layout?"
             )
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise CheckpointError(f"{path}: {key} is {tensor.dtype}; wanted float32, float16 or bfloat16")
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {key} holds NaN or infinity; the run that saved it had diverged")
-    return tensors
+    return tensors, metadata
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
-) -> nn.Module:
-    """Inject the adapter of a folder and make it the active one, frozen unless ``is_trainable``.
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    strict: bool = True,
+    activate: bool = True,
+    config: LoraConfig | None = None,
+) -> LoadReport:
+    """Inject the adapter of a folder.
+
+    Args:
+        is_trainable: False freezes it.
+        strict: False loads what fits and reports the rest.
+        activate: make it the active adapter.
+        config: use this one and not the file's.
+
+    Returns:
+        What was left out (nothing when strict).
 
     Raises:
-        CheckpointError: file and model, or file and config, disagree: missing, unexpected or mis-shaped tensors, each by name. ConfigError,
-            TargetError, StateError: as ``read_adapter`` and ``inject``. The model is then as it was.
+        CheckpointError: file and model, or file and config, disagree: missing, unexpected or mis-shaped tensors, each by name.
+        ConfigError, TargetError, StateError: as ``read_adapter`` and ``inject``. The model is then as it was.
     """
-    config, tensors = read_adapter(folder)
-    values = build(model, _exact(config, tensors), adapter_name)
-    _copy_into(_tensors_of(values), tensors, Path(folder) / WEIGHTS_FILE)
-    place(model, config, adapter_name, values)
+    stored = read_adapter(folder, config)
+    values = build(model, _exact(stored), adapter_name, stored.variant)
+    report = _fill(model, values, stored, strict)
+    place(model, stored.config, adapter_name, values, stored.variant, activate)
     if not is_trainable:
         for value in values.values():
             for parameter in own_parameters(value):
                 parameter.requires_grad_(False)
-    return model
+    return report
 
 
-def _exact(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """The config with a regular expression (which a file must not bring) replaced by the layers that the file has tensors for."""
-    if not isinstance(config.target_modules, str) or config.target_modules.lower() == ALL_LINEAR:
+def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Copy a folder's tensors into an adapter that the model has already: resuming, not adding. What trains does not change.
+
+    Raises:
+        CheckpointError: as ``load_adapter``; the adapter is then as it was.
+    """
+    _fill(model, adapters_of(model).named(adapter_name), read_adapter(folder), strict=True)
+
+
+def load_values(model: nn.Module, stored: Stored, adapter_name: str) -> dict[str, Value]:
+    """What a stored adapter puts into each slot, without touching the model. Raises as ``load_adapter``."""
+    values = build(model, _exact(stored), adapter_name, stored.variant)
+    _fill(model, values, stored, strict=True)
+    return values
+
+
+def _exact(stored: Stored) -> LoraConfig:
+    """The config without regular expressions, which a file must not bring: targets become the layers that have tensors in the file.
+
+    Raises:
+        CheckpointError: a pattern of ranks or alphas that is more than a module's name.
+    """
+    config = stored.config
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if stored.from_file and not _PLAIN.fullmatch(key):
+                raise CheckpointError(
+                    f"{stored.path.with_name(CONFIG_FILE)}: {field} key {key!r} is a regular expression, and none is run from a file; "
+                    "write module names, or pass config=LoraConfig(...)"
+                )
+    names = [name for name in (config.target_modules, config.exclude_modules) if isinstance(name, str)]
+    if not stored.from_file or all(name.lower() == ALL_LINEAR for name in names):
         return config
-    paths = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
-    return dataclasses.replace(config, target_modules=tuple(paths))
+    paths = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in stored.tensors if ".lora_" in key}
+    return dataclasses.replace(
+        config, target_modules=tuple(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
 
 
-def _copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
-    if missing := sorted(own.keys() - tensors.keys()):
+def _fill(model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool) -> LoadReport:
+    """Copy the file's tensors into new adapters after comparing every name and shape."""
+    own = _tensors_of(values)
+    tensors = {key: tensor for key, tensor in stored.tensors.items() if not _is_base_weight(model, key, tensor)}
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
+    if strict and missing:
         raise CheckpointError(
-            f"{where}: {_listed(missing)} missing, which the config asks for on this model; wrong base model or config?"
+            f"{stored.path}: {_listed(missing)} missing, which the config asks for on this model; wrong base model or config?"
         )
-    if extra := sorted(tensors.keys() - own.keys()):
+    if strict and extra:
         raise CheckpointError(
-            f"{where}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?"
+            f"{stored.path}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?"
         )
-    for key, tensor in tensors.items():
-        found, wanted = list(tensor.shape), list(own[key].shape)
-        if found != wanted:
-            raise CheckpointError(f"{where}: {key} is {found}, config and model want {wanted}; wrong base model or r")
-    for key, tensor in tensors.items():
-        own[key].copy_(tensor)
+    if strict and wrong:
+        found, wanted = list(tensors[wrong[0]].shape), list(own[wrong[0]].shape)
+        raise CheckpointError(
+            f"{stored.path}: {wrong[0]} is {found}, config and model want {wanted}; wrong base model or r"
+        )
+    for key in sorted(own.keys() & tensors.keys()):
+        kind = tensors[key].dtype
+        if kind != own[key].dtype and kind not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"{stored.path}: {key} is {kind}; wanted float32, float16 or bfloat16")
+    for key in own.keys() & tensors.keys() - set(wrong):
+        own[key].copy_(tensors[key])
+    for key in own.keys() & tensors.keys() - set(wrong):
+        if not torch.equal(own[key].cpu(), tensors[key].to(own[key].dtype)):  # two names of one tied tensor
+            raise CheckpointError(
+                f"{stored.path}: {key} differs from the embedding that this head is tied to; untie the model first"
+            )
+    return LoadReport(missing, extra, wrong)
+
+
+def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether this is the unchanged weight of an adapted embedding, which PEFT saves along: it must be the model's own."""
+    path, _, name = key.removeprefix(_PREFIX).rpartition(".base_layer.")
+    if name != "weight":
+        return False
+    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
+        own = dict(model.named_parameters(remove_duplicate=False)).get(f"{path}.weight")
+    if own is None or own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+        raise CheckpointError(
+            f"{key}: the file brings another base weight than the model has; load that base model, or resize this one"
+        )
+    return True
 
 
 def _listed(names: Iterable[str]) -> str:

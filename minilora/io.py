@@ -22,20 +22,44 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
         CheckpointError: the folder cannot be made or written; the message has the path and the system's reason. Old files stay.
     """
     place = Path(folder)
-    staged: list[tuple[str, Path]] = []
+    staged: dict[Path, Path] = {}
+    replaced: dict[Path, Path | None] = {}
     try:
         place.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            staged.append((_stage(place, name, content), place / name))
-        for temporary, target in staged:
+            staged[place / name] = _stage(place, name, content)
+        for target, temporary in staged.items():
+            replaced[target] = _keep(target)
             os.replace(temporary, target)
         _flush_folder(place)
     except OSError as error:
-        for temporary, _ in staged:
-            Path(temporary).unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{error.filename or place}: cannot be written ({error.strerror}); choose a writable folder with room"
-        ) from None
+        _put_back(replaced, staged)
+        reason = f"cannot be written ({error.strerror}); choose a writable folder with room"
+        raise CheckpointError(f"{error.filename or place}: {reason}") from None
+    finally:
+        for path in (*staged.values(), *(old for old in replaced.values() if old)):
+            path.unlink(missing_ok=True)
+
+
+def _keep(target: Path) -> Path | None:
+    """A second name for the file that is about to be replaced, or None if there is none."""
+    if not target.exists():
+        return None
+    kept = target.with_name(f".{target.name}.old-{os.getpid()}")
+    kept.unlink(missing_ok=True)
+    os.link(target, kept)
+    return kept
+
+
+def _put_back(replaced: Mapping[Path, Path | None], staged: Mapping[Path, Path]) -> None:
+    """After a failure: every file as it was."""
+    for target, old in replaced.items():
+        if staged[target].exists():  # it failed before this one took its place
+            continue
+        if old is None:
+            target.unlink(missing_ok=True)
+        else:
+            os.rename(old, target)
 
 
 def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -58,7 +82,7 @@ def read_bytes(path: str | os.PathLike[str], purpose: str) -> bytes:
         raise CheckpointError(f"{path}: {purpose} cannot be read ({error.strerror}); check the path") from None
 
 
-def _stage(folder: Path, name: str, content: bytes) -> str:
+def _stage(folder: Path, name: str, content: bytes) -> Path:
     """A flushed temporary file beside its place, with the permissions that a plainly opened file would have."""
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
     try:
@@ -70,7 +94,7 @@ def _stage(folder: Path, name: str, content: bytes) -> str:
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return temporary
+    return Path(temporary)
 
 
 def _umask() -> int:
