@@ -10,16 +10,16 @@ from pathlib import Path
 
 # A module may import from its own row and the rows above it, never below: (what the row is about, modules).
 ORDER: list[tuple[str, list[str]]] = [
-    ("what is said", ["errors", "config", "codebooks", "io", "architectures"]),
+    ("what is said", ["errors", "validate", "config", "codebooks", "io", "architectures"]),
     ("weights in few bits", ["lookup", "quantize"]),
     ("the door to speed", ["ops"]),
     ("base layers", ["layers"]),
     ("the law and the lesson", ["adapter", "lora", "variants"]),
-    ("where they go", ["targets", "slots", "inject"]),
-    ("many adapters", ["adapted", "batched"]),
-    ("files", ["checkpoint", "export"]),
+    ("where they go", ["targets", "slots", "tying", "inject"]),
+    ("many adapters", ["adapted", "batched", "combine"]),
+    ("files", ["checkpoint", "hotswap", "export"]),
     ("what users see", ["peft_model"]),
-    ("the job", ["data", "train", "pictures", "report", "progress", "plan", "inspect"]),
+    ("the job", ["data", "train", "pictures", "report", "progress", "plan", "inspect", "optim"]),
     ("transformers", ["hf"]),
     ("the edge", ["demo", "cli"]),
 ]

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, _train_flags, "fine-tune a model on a JSONL file"),
         ("generate", _generate, _generate_flags, "ask a model, with or without an adapter"),
         ("merge", _merge, _merge_flags, "fold an adapter into its model and save it"),
+        ("export", _export, _export_flags, "write an adapter for vLLM, llama.cpp or MLX"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.set_defaults(run=run)
@@ -257,6 +258,30 @@ def _merge(arguments: argparse.Namespace) -> None:
     print(
         f"merged model in {merge_to_folder(arguments.model, arguments.adapter, arguments.out, DTYPES[arguments.dtype])}"
     )
+
+
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    from minilora.export import TARGETS
+
+    parser.add_argument("--adapter", required=True, help="adapter folder (PEFT's layout)")
+    parser.add_argument("--for", dest="target", required=True, choices=TARGETS, help="who will read it")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--model", help="its base model; needed for variants other than LoRA and rsLoRA")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from minilora.export import export_adapter, export_folder
+
+    if arguments.model:
+        from minilora import PeftModel
+        from minilora.hf import load_model
+
+        model = PeftModel.from_pretrained(load_model(arguments.model), arguments.adapter)
+        rank = export_adapter(model, arguments.out, arguments.target)
+    else:
+        rank = export_folder(arguments.adapter, arguments.out, arguments.target)
+    hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
+    print(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
 
 
 if __name__ == "__main__":

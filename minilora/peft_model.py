@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora import adapted, checkpoint
+from minilora import adapted, batched, checkpoint, combine, hotswap
 from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.inject import inject
@@ -42,9 +42,16 @@ class PeftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: Any, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
+        cls,
+        model: Any,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
     ) -> Any:
         """Load the adapter folder ``model_id`` into ``model``: active, in eval mode and frozen unless ``is_trainable``.
+
+        ``config`` is used instead of the file's.
 
         Raises:
             CheckpointError: the folder and the model do not fit, by name; the model is then as it was.
@@ -54,7 +61,7 @@ class PeftModel(nn.Module):
                 f"from_pretrained got a {type(model).__name__} first; wanted the loaded base model, then the adapter's folder"
             )
         _refuse_second(model)
-        checkpoint.load_adapter(model, model_id, adapter_name, is_trainable)
+        checkpoint.load_adapter(model, model_id, adapter_name, is_trainable, config=config)
         return _extend(model).train(is_trainable)
 
     def save_pretrained(
@@ -85,6 +92,59 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {100 * trainable / every:.4f}"
         )
 
+    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, variant: str | None = None) -> None:
+        """Inject another adapter and keep it aside; ``set_adapter`` makes it active. Raises as ``inject``."""
+        inject(self, peft_config, adapter_name, variant, activate=False)
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, strict: bool = True
+    ) -> checkpoint.LoadReport:
+        """Load an adapter folder and keep it aside, frozen unless ``is_trainable``. Raises as ``minilora.load_adapter``."""
+        return checkpoint.load_adapter(self, model_id, adapter_name, is_trainable, strict, activate=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. Raises ``StateError`` for a merged or the only one."""
+        adapted.delete_adapter(self, adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Make a new adapter from others (``minilora.combine``) and keep it aside."""
+        combine.add_weighted_adapter(
+            self, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
+        )
+
+    def hotswap_adapter(self, model_id: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Overwrite an adapter in place with the one in a folder; a compiled model stays compiled."""
+        hotswap.hotswap_adapter(self, model_id, adapter_name)
+
+    @contextmanager
+    def batch_adapters(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Inside the block row ``i`` of every batch gets adapter ``adapter_names[i]``; "__base__" means none."""
+        with batched.batch_adapters(self, adapter_names):
+            yield
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The forward; with ``adapter_names`` each row of the batch gets its own adapter."""
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with batched.batch_adapters(self, adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
+        if adapter_names is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with batched.batch_adapters(self, adapter_names):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter, or the sum of several, the active and trainable one."""
         adapted.set_adapter(self, adapter_name)
@@ -95,18 +155,41 @@ class PeftModel(nn.Module):
         with adapted.disabled(self):
             yield
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold adapters (default: the active ones) into the weights, for speed; ``unmerge_adapter`` is exact."""
-        adapted.merge(self, adapter_names)
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False
+    ) -> adapted.MergeReport:
+        """Fold adapters (default: the active ones) into the weights; prints and returns how much of the update survives.
+
+        ``safe_merge`` is PEFT's: here every merge is checked before anything changes. ``unmerge_adapter`` is exact.
+        """
+        report = adapted.merge(self, adapter_names, requantize)
+        print(report)
+        return report
 
     def unmerge_adapter(self) -> None:
         """Put the original layers back, bit by bit the same."""
         adapted.unmerge(self)
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> Any:
-        """Fold adapters in for good and return the plain model (the same object, its class restored)."""
-        if not adapters_of(self).merged:
-            adapted.merge(self, adapter_names)
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        requantize: bool = False,
+    ) -> Any:
+        """Fold adapters in for good and return the plain model (the same object, its class restored).
+
+        ``progressbar`` and ``safe_merge`` are PEFT's: merging takes seconds at most and is always checked.
+        """
+        if not isinstance(progressbar, bool):
+            raise StateError(f"merge_and_unload({progressbar!r}): wanted adapter_names={progressbar!r} by name, as in PEFT")
+        merged = adapters_of(self).merged
+        if merged and adapter_names is not None and set(merged) != set(adapter_names):
+            raise StateError(
+                f"adapters {list(merged)} are merged already; unmerge_adapter() before merging {list(adapter_names)}"
+            )
+        if not merged:
+            self.merge_adapter(adapter_names, requantize=requantize)
         return _restore(adapted.unload(self, keep_merged=True))
 
     def unload(self) -> Any:
@@ -118,19 +201,22 @@ class PeftModel(nn.Module):
         return self
 
 
-def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "default") -> Any:
+def get_peft_model(
+    model: Any, peft_config: LoraConfig, adapter_name: str = "default", variant: str | None = None
+) -> Any:
     """Inject a new adapter and give the model PEFT's methods; returns the same object.
 
     Args:
         model: any ``nn.Module``, usually a transformers model.
         peft_config: never changed.
         adapter_name: the adapter's name.
+        variant: name of a registered variant, such as "vera"; None for the one that the config means.
 
     Raises:
         StateError: the model has adapters already (PEFT would silently reset a trained one). TargetError: as ``inject``.
     """
     _refuse_second(model)
-    return _extend(inject(model, peft_config, adapter_name))
+    return _extend(inject(model, peft_config, adapter_name, variant))
 
 
 def _refuse_second(model: nn.Module) -> None:
