@@ -1,0 +1,424 @@
+"""Switching, disabling, merging, taking out: what each does to the output, and that the base comes back to the bit."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minilora import (
+    LoraConfig,
+    PeftModel,
+    QuantConfig,
+    QuantLinear,
+    get_peft_model,
+    inject,
+    merge,
+    quantize_model,
+    set_adapter,
+    unmerge,
+)
+from minilora.adapted import count_parameters, disabled, unload
+from minilora.adapter import Adapter
+from minilora.errors import MiniLoraError, StateError
+from minilora.layers import dense_weight
+from minilora.lora import LoRALinear
+from minilora.slots import has_adapters, own_parameters
+
+
+def lora(targets=("first", "mid", "last"), **fields):
+    return LoraConfig(**{"r": 3, "lora_alpha": 12, "target_modules": targets, **fields})
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 12, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def two(make_mlp, randomize):
+    """A model with adapters "one" (on all three layers) and "two" (of another rank, on two layers); "two" is active."""
+    model = make_mlp()
+    inject(model, lora(), "one")
+    randomize(model, 1)
+    inject(model, lora(["first", "mid"], r=2, lora_alpha=3), "two")
+    return randomize(model, 2)
+
+
+def adapters(model):
+    return [path for path, module in model.named_modules() if isinstance(module, Adapter)]
+
+
+def trained(model):
+    return {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def dense_model(make_mlp, model, names):
+    """The bare MLP with ``W + sum of scaling * B A`` in its weights, in plain torch."""
+    bare = make_mlp()
+    for path, slot in model._minilora_adapters.slots.items():
+        layer = bare.get_submodule(path)
+        for adapter in (slot.kept[name] for name in names if name in slot.kept):
+            delta = adapter.scaling * adapter.lora_B @ adapter.lora_A
+            layer.weight.data += delta.detach() if isinstance(layer, nn.Linear) else delta.detach().t()
+    return bare
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"], ["two", "one"]])
+def test_active_adapters_add_up(two, make_mlp, x, names):
+    set_adapter(two, names)
+    close(two(x), dense_model(make_mlp, two, names)(x))
+    assert not torch.allclose(two(x), make_mlp()(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"]])
+def test_exactly_the_active_adapters_train(two, names):
+    set_adapter(two, names)
+    for slot in two._minilora_adapters.slots.values():
+        for name, value in slot.kept.items():
+            assert all(p.requires_grad is (name in names) for p in own_parameters(value)), name
+    assert all(path.endswith(("lora_A", "lora_B")) for path in trained(two))
+
+
+def test_gradients_reach_every_active_adapter(two, x):
+    set_adapter(two, ["one", "two"])
+    two(x).square().sum().backward()
+    grads = [p.grad for p in two.parameters() if p.requires_grad]
+    assert len(grads) == 10 and all(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+
+def test_switching_back_gives_the_same_bits(two, x):
+    before = two(x)
+    for names in ("one", ["two", "one"], "two"):
+        set_adapter(two, names)
+    assert torch.equal(two(x), before)
+
+
+@pytest.mark.parametrize("names", ["three", ["one", "three"], ["one", "one"]], ids=str)
+def test_switching_to_what_cannot_be_active_changes_nothing(two, snapshot, x, names):
+    before, want = snapshot(two), two(x)
+    with pytest.raises(StateError):
+        set_adapter(two, names)
+    assert snapshot(two) == before and torch.equal(two(x), want)
+
+
+def test_unknown_adapter_names_the_known_ones(two):
+    with pytest.raises(StateError, match="no adapter is called 'tow'; there are 'two'"):
+        set_adapter(two, "tow")
+
+
+@pytest.mark.parametrize("call", [merge, unmerge, unload, count_parameters, lambda model: set_adapter(model, "a")])
+def test_a_bare_model_says_how_to_get_adapters(make_mlp, call):
+    with pytest.raises(StateError, match=r"MLP has no adapters; call minilora\.inject\(model, LoraConfig"):
+        call(make_mlp())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_is_the_bare_model_to_the_bit(two, make_mlp, snapshot, x, merged):
+    if merged:
+        merge(two)
+    before, want = snapshot(two), two(x)
+    with disabled(two):
+        assert torch.equal(two(x), make_mlp()(x)) and not adapters(two)
+        with disabled(two):
+            assert torch.equal(two(x), make_mlp()(x))
+    assert snapshot(two) == before and torch.equal(two(x), want)
+
+
+def test_disabled_inside_disabled_stays_disabled(two, make_mlp, x):
+    with disabled(two):
+        with disabled(two):
+            pass
+        assert torch.equal(two(x), make_mlp()(x))
+
+
+def test_disabled_covers_biases_and_saved_modules(make_mlp, randomize, x):
+    model = randomize(inject(make_mlp(), lora(["first"], bias="all", modules_to_save=["last"])))
+    want = model(x)
+    with disabled(model):
+        assert torch.equal(model(x), make_mlp()(x))
+    assert torch.equal(model(x), want) and not torch.equal(want, make_mlp()(x))
+
+
+def test_an_error_inside_disabled_brings_the_adapters_back(two, snapshot):
+    before = snapshot(two)
+    with pytest.raises(KeyError), disabled(two):
+        raise KeyError
+    assert snapshot(two) == before
+
+
+@pytest.mark.parametrize("names", [None, ["one"], ["one", "two"]], ids=str)
+def test_merging_is_the_sum_in_the_weights(two, make_mlp, x, names):
+    set_adapter(two, names or "two")
+    before = two(x)
+    merge(two, names)
+    close(two(x), before)
+    close(two(x), dense_model(make_mlp, two, names or ["two"])(x))
+    assert not any(adapter in adapters(two) for adapter in ("first", "mid"))
+
+
+def test_what_is_active_but_not_merged_stays_on_top(two, make_mlp, x):
+    set_adapter(two, ["one", "two"])
+    before = two(x)
+    merge(two, ["one"])
+    assert len(adapters(two)) == 2
+    close(two(x), before)
+    unmerge(two)
+    assert torch.equal(two(x), before)
+
+
+def test_a_second_merge_holds_nothing_of_the_first(two, make_mlp, x):
+    merge(two, ["one"])  # on three layers
+    unmerge(two)
+    merge(two, ["two"])  # on two of them
+    close(two(x), dense_model(make_mlp, two, ["two"])(x))
+
+
+def test_merging_leaves_the_originals_alone(two, make_mlp):
+    bases = {path: slot.base for path, slot in two._minilora_adapters.slots.items()}
+    merge(two)
+    want = make_mlp()
+    for path, base in bases.items():
+        assert torch.equal(base.weight, want.get_submodule(path).weight)
+        assert torch.equal(base.bias, want.get_submodule(path).bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merged_weights_are_summed_in_fp32_and_rounded_once(two, make_mlp, dtype):
+    model = two.to(dtype)
+    for slot in model._minilora_adapters.slots.values():
+        slot.base.to(dtype)
+        for adapter in slot.kept.values():
+            adapter.lora_A.data, adapter.lora_B.data = adapter.lora_A.data.float(), adapter.lora_B.data.float()
+    merge(model, ["one", "two"])
+    for path, slot in model._minilora_adapters.slots.items():
+        delta = torch.stack([adapter.delta_weight() for adapter in slot.kept.values()]).sum(0)
+        want = dense_weight(make_mlp().to(dtype).get_submodule(path)).float() + delta
+        assert torch.equal(dense_weight(model.get_submodule(path)), want.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_twenty_merges_change_no_bit(make_mlp, randomize, snapshot, x, dtype):
+    model = make_mlp().to(dtype)
+    inject(model, lora(bias="lora_only"))
+    randomize(model)
+    before, want = snapshot(model), model(x.to(dtype))
+    for _ in range(20):
+        merge(model)
+        unmerge(model)
+    assert snapshot(model) == before and torch.equal(model(x.to(dtype)), want)
+
+
+def test_merging_twice_or_the_unknown_changes_nothing(two, snapshot, x):
+    with pytest.raises(StateError, match="no adapter is called 'three'"):
+        merge(two, ["two", "three"])
+    with pytest.raises(StateError, match="no adapter is merged; nothing to unmerge"):
+        unmerge(two)
+    merge(two)
+    before, want = snapshot(two), two(x)
+    with pytest.raises(StateError, match=r"adapters \['two'\] are merged already; call unmerge first"):
+        merge(two, ["one"])
+    assert snapshot(two) == before and torch.equal(two(x), want)
+
+
+@pytest.mark.parametrize("active", ["one", ["one", "two"]], ids=str)
+def test_a_merge_that_fails_half_way_changes_nothing(two, snapshot, x, monkeypatch, active):
+    set_adapter(two, active)
+    before, want = snapshot(two), two(x)
+    plain, calls = LoRALinear.delta_weight, []
+
+    def fails_at_the_end(adapter):
+        calls.append(adapter)
+        if len(calls) == 3:
+            raise StateError("the update depends on the input")
+        return plain(adapter)
+
+    monkeypatch.setattr(LoRALinear, "delta_weight", fails_at_the_end)
+    with pytest.raises(StateError, match="depends on the input"):
+        merge(two)
+    monkeypatch.undo()
+    assert torch.equal(two(x), want) and snapshot(two) == before
+    merge(two)
+    close(two(x), want)
+
+
+def test_a_merge_that_overflows_is_refused_by_layer(make_mlp, snapshot):
+    model = make_mlp().half()
+    inject(model, lora())
+    with torch.no_grad():
+        for factor in (model.mid.lora_A, model.mid.lora_B):
+            factor.fill_(200.0)  # 3 * 200 * 200 * 4 is beyond the largest half
+    before = snapshot(model)
+    with pytest.raises(MiniLoraError, match="mid"):
+        merge(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+def test_a_packed_base_merges_to_dense_and_comes_back(make_mlp, randomize, snapshot, x, double):
+    model = quantize_model(make_mlp(), QuantConfig(double_quant=double))
+    randomize(inject(model, lora()))
+    before, want = snapshot(model), model(x)
+    merge(model)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    close(model(x), want)
+    unmerge(model)
+    assert snapshot(model) == before and torch.equal(model(x), want)
+
+
+def test_get_peft_model_is_the_same_object_of_an_extended_class(make_mlp):
+    model = make_mlp()
+    old = type(model)
+    got = get_peft_model(model, lora())
+    assert got is model and isinstance(got, old) and isinstance(got, PeftModel) and type(got) is not old
+    assert type(got).__name__ == old.__name__ and type(got).__module__ == old.__module__
+    assert got.get_base_model() is got
+    assert got.active_adapter == "default" and got.active_adapters == ["default"]
+    assert got.peft_config == {"default": lora()}
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_merge_and_unload_gives_the_plain_object_with_the_update_inside(make_mlp, randomize, x, merged_before):
+    model = make_mlp()
+    old = type(model)
+    randomize(get_peft_model(model, lora(["first", "mid"], bias="lora_only", modules_to_save=["last"])))
+    want = model(x)
+    if merged_before:
+        model.merge_adapter()
+    got = model.merge_and_unload()
+    assert got is model and type(got) is old and not has_adapters(got) and not adapters(got)
+    assert sorted(got.state_dict()) == sorted(make_mlp().state_dict())
+    assert got.__dict__.keys() == make_mlp().__dict__.keys()
+    close(got(x), want)
+    get_peft_model(got, lora())  # a plain model again
+
+
+def test_merge_and_unload_takes_the_named_adapter_whichever_is_active(make_mlp, randomize, x):
+    model = randomize(get_peft_model(make_mlp(), lora(), "one"), 1)
+    randomize(inject(model, lora(["first", "mid"], r=2, lora_alpha=3), "two"), 2)
+    want = dense_model(make_mlp, model, ["one"])(x)
+    close(model.merge_and_unload(adapter_names=["one"])(x), want)
+
+
+def test_merge_and_unload_of_another_adapter_than_is_merged_is_refused(make_mlp):
+    model = get_peft_model(make_mlp(), lora(), "one")
+    inject(model, lora(), "two")
+    model.merge_adapter(["one"])
+    with pytest.raises(StateError):
+        model.merge_and_unload(adapter_names=["two"])
+    assert model.active_adapters == ["two"]
+
+
+def test_unload_gives_the_exact_base(make_mlp, randomize, snapshot):
+    model = make_mlp()
+    before = snapshot(model)
+    randomize(get_peft_model(model, lora(["first", "mid"], bias="all", modules_to_save=["last"])))
+    assert snapshot(model) != before
+    assert model.unload() is model
+    after = snapshot(model)
+    assert [after[part] == before[part] for part in ("class", "attributes", "places", "tensors")] == [True] * 4
+    assert [row[:2] for row in after["trains"]] == [row[:2] for row in before["trains"]]
+
+
+def test_unload_drops_what_is_merged(make_mlp, randomize, x):
+    model = randomize(get_peft_model(make_mlp(), lora(bias="all")))
+    model.merge_adapter()
+    assert torch.equal(model.unload()(x), make_mlp()(x))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_deepcopy_is_independent(two, make_mlp, randomize, snapshot, x, merged):
+    if merged:
+        merge(two)
+    twin, want, before = copy.deepcopy(two), two(x), snapshot(two)
+    assert torch.equal(twin(x), want)
+    if merged:
+        unmerge(twin)
+    set_adapter(twin, ["one", "two"])
+    randomize(twin, 9)
+    for slot in twin._minilora_adapters.slots.values():
+        slot.base.weight.data.zero_()
+    assert not torch.equal(twin(x), want)
+    assert snapshot(two) == before and torch.equal(two(x), want)
+    with disabled(twin):
+        assert torch.equal(two(x), want)
+
+
+def test_deepcopy_of_a_peft_model_keeps_its_methods(make_mlp, randomize, x):
+    model = randomize(get_peft_model(make_mlp(), lora()))
+    twin = copy.deepcopy(model)
+    twin.merge_and_unload()
+    assert type(twin) is type(make_mlp()) and adapters(model) == ["first", "mid", "last"]
+    close(twin(x), model(x))
+
+
+LINE = "trainable params: 512 || all params: 8,640 || trainable%: 5.9259\n"
+
+
+def test_print_trainable_parameters_has_the_words_of_peft(make_gpt2, capsys):
+    model = get_peft_model(make_gpt2(), LoraConfig(r=4, lora_alpha=12))
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out == LINE
+
+
+def test_count_is_the_same_whatever_sits_in_the_slots(make_gpt2, capsys):
+    model = get_peft_model(make_gpt2(), LoraConfig(r=4, lora_alpha=12, bias="lora_only"))
+    every = model.get_nb_trainable_parameters()[1]
+    assert every == 8640
+    with model.disable_adapter():
+        assert model.get_nb_trainable_parameters()[1] == every
+    model.merge_adapter()
+    assert model.get_nb_trainable_parameters()[1] == every
+    model.unmerge_adapter()
+    assert model.get_nb_trainable_parameters()[1] == every
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+def test_a_packed_weight_counts_as_the_weights_it_stands_for(make_llama, double):
+    dense = make_llama(intermediate_size=128)
+    packed = quantize_model(copy.deepcopy(dense), QuantConfig(double_quant=double))
+    for model in (dense, packed):
+        get_peft_model(model, LoraConfig(r=4, lora_alpha=12))
+        assert model.get_nb_trainable_parameters() == (1792, 84032)
+
+
+def test_count_with_two_adapters_and_copies(make_mlp):
+    model = make_mlp()
+    base = sum(p.numel() for p in model.parameters())
+    inject(model, lora(["first"], modules_to_save=["last"]), "one")
+    first, copied = 3 * (12 + 20), 14 * 5 + 5
+    assert count_parameters(model) == (first + copied, base + first + copied)
+    inject(model, lora(["mid"]), "two")
+    assert count_parameters(model) == (3 * (20 + 14), base + first + copied + 3 * (20 + 14))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_loaded_adapters_stay_as_frozen_as_they_were(make_mlp, randomize, tmp_path, trainable):
+    saved = randomize(get_peft_model(make_mlp(), lora(["first"], bias="all", modules_to_save=["last"])))
+    saved.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make_mlp(), tmp_path, is_trainable=trainable)
+    want = trained(saved) if trainable else set()
+    assert trained(model) == want and model.training is trainable
+    with model.disable_adapter():
+        pass
+    assert trained(model) == want
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert trained(model) == want
+
+
+def test_from_pretrained_says_which_argument_comes_first(make_mlp):
+    with pytest.raises(StateError, match=r"got a str first; wanted the loaded base model"):
+        PeftModel.from_pretrained("a/folder", make_mlp())
+
+
+def test_the_stacked_layer_obeys_the_law(two, x):
+    set_adapter(two, ["one", "two"])
+    outer = two.first
+    weight = dense_weight(outer.innermost) + outer.delta_weight() + outer.base_layer.delta_weight()
+    close(outer(x), F.linear(x, weight, outer.bias))

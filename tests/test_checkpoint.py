@@ -1,0 +1,507 @@
+"""Adapter folders: what was saved comes back to the bit, and every fault is named and leaves the model as it was."""
+
+import errno
+import json
+import os
+import signal
+import stat
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, io, quantize_model
+from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, adapter_state_dict, load_adapter, save_adapter, saved_config
+from minilora.errors import CheckpointError, ConfigError, StateError
+
+A0 = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+C0 = A0.replace("lora_A", "lora_C")
+B1 = "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
+
+
+def lora(targets=("c_attn", "mlp.c_proj"), **fields):
+    return LoraConfig(**{"r": 3, "lora_alpha": 12, "target_modules": targets, **fields})
+
+
+def tensors_of(folder):
+    return safetensors.torch.load_file(folder / WEIGHTS_FILE)
+
+
+def config_of(folder):
+    return json.loads((folder / CONFIG_FILE).read_text())
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )
+
+
+ROUND_TRIPS = {
+    "conv1d": ("make_gpt2", None, {}),
+    "linear": ("make_llama", None, {"target_modules": "all-linear"}),
+    "regex": ("make_llama", None, {"target_modules": r".*\.1\..*(q|up)_proj"}),
+    "default targets": ("make_llama", None, {"target_modules": None}),
+    "patterns": ("make_gpt2", None, {"rank_pattern": {"c_attn": 2}, "alpha_pattern": {r"0\..*": 5}}),
+    "rslora": ("make_gpt2", None, {"use_rslora": True}),
+    "all biases": ("make_gpt2", None, {"bias": "all"}),
+    "own biases": ("make_gpt2", None, {"bias": "lora_only"}),
+    "saved modules": ("make_gpt2", None, {"modules_to_save": ["ln_f", "lm_head", "h.0.mlp.c_fc"]}),
+    "packed": ("make_llama", QuantConfig(), {"target_modules": "all-linear"}),
+    "packed twice": ("make_gpt2", QuantConfig(double_quant=True), {"bias": "all", "modules_to_save": ["lm_head"]}),
+    "excluded": ("make_gpt2", None, {"exclude_modules": ["h.0.attn.c_attn"]}),
+}
+
+
+@pytest.mark.parametrize("case", ROUND_TRIPS)
+def test_round_trip_is_bitwise(request, randomize, ids, tmp_path, case):
+    make, quantization, fields = ROUND_TRIPS[case]
+    make = request.getfixturevalue(make)
+
+    def base():
+        return quantize_model(make(), quantization) if quantization else make()
+
+    model = randomize(inject(base(), lora(**{"target_modules": ["c_attn", "mlp.c_proj"], **fields})))
+    save_adapter(model, tmp_path)
+    want = model(input_ids=ids).logits
+    assert not torch.equal(want, base()(input_ids=ids).logits)
+    loaded = base()
+    load_adapter(loaded, tmp_path)
+    assert same(adapter_state_dict(loaded), adapter_state_dict(model))
+    assert same(tensors_of(tmp_path), adapter_state_dict(model))
+    assert torch.equal(loaded(input_ids=ids).logits, want)
+    save_adapter(loaded, tmp_path / "again")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_file_holds_the_adapter_and_no_base_weight(make_gpt2, randomize, tmp_path):
+    model = randomize(inject(make_gpt2(), lora(["c_attn"], bias="lora_only", modules_to_save=["lm_head"])))
+    save_adapter(model, tmp_path)
+    layers = [f"base_model.model.transformer.h.{layer}.attn.c_attn" for layer in (0, 1)]
+    names = ("lora_A.weight", "lora_B.weight", "base_layer.bias")
+    want = {f"{layer}.{name}" for layer in layers for name in names} | {"base_model.model.lm_head.weight"}
+    assert tensors_of(tmp_path).keys() == want
+    with safetensors.safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert tensors_of(tmp_path)[A0].shape == (3, 16) and tensors_of(tmp_path)[B1].shape == (48, 3)
+
+
+def test_config_file_says_what_the_model_decided(make_gpt2, make_llama, tmp_path):
+    assert saved_config(inject(make_gpt2(), lora(None)))["target_modules"] == ["c_attn"]
+    assert saved_config(inject(make_gpt2(), lora(None)))["fan_in_fan_out"] is True
+    llama = saved_config(inject(make_llama(), lora("all-linear")))
+    assert llama["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert llama["fan_in_fan_out"] is False and llama["base_model_name_or_path"] is None
+    model = make_gpt2()
+    model.config._name_or_path = "org/tiny"
+    save_adapter(inject(model, lora()), tmp_path)
+    text = (tmp_path / CONFIG_FILE).read_text()
+    assert config_of(tmp_path)["base_model_name_or_path"] == "org/tiny"
+    assert text == json.dumps(config_of(tmp_path), indent=2, sort_keys=True) + "\n"
+
+
+def test_written_targets_never_mean_more_than_was_adapted(tmp_path):
+    """Last names alone would also match the head and the norm called alike."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"fc": nn.Linear(4, 6)}), "b": nn.ModuleDict({"fc": nn.LayerNorm(6)})})
+    inject(model, lora("all-linear"))
+    assert saved_config(model)["target_modules"] == ["a.fc"]
+
+
+def test_merged_or_disabled_adapters_save_the_same(make_gpt2, randomize, tmp_path):
+    model = randomize(get_peft_model(make_gpt2(), lora()))
+    save_adapter(model, tmp_path / "plain")
+    model.merge_adapter()
+    save_adapter(model, tmp_path / "merged")
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        save_adapter(model, tmp_path / "disabled")
+    want = tensors_of(tmp_path / "plain")
+    for name in ("merged", "disabled"):
+        assert same(tensors_of(tmp_path / name), want) and config_of(tmp_path / name) == config_of(tmp_path / "plain")
+
+
+def test_saving_inside_disabled_leaves_it_disabled(make_gpt2, randomize, ids, tmp_path):
+    model = randomize(get_peft_model(make_gpt2(), lora()))
+    with model.disable_adapter():
+        model.save_pretrained(tmp_path)
+        assert torch.equal(model(input_ids=ids).logits, make_gpt2()(input_ids=ids).logits)
+
+
+def test_named_adapters_go_into_folders_of_their_name(make_gpt2, randomize, ids, tmp_path):
+    model = randomize(get_peft_model(make_gpt2(), lora()), 1)
+    randomize(inject(model, lora(["c_fc"], r=2), "fr"), 2)
+    want = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    assert tensors_of(tmp_path)[A0].shape == (3, 16)
+    assert torch.equal(PeftModel.from_pretrained(make_gpt2(), tmp_path / "fr", "fr")(input_ids=ids).logits, want)
+    model.save_pretrained(tmp_path / "one", selected_adapters=["fr"])
+    assert os.listdir(tmp_path / "one") == ["fr"]
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_loading_a_second_adapter_beside_the_first(make_gpt2, randomize, ids, tmp_path):
+    other = randomize(inject(make_gpt2(), lora()), 3)
+    save_adapter(other, tmp_path)
+    model = randomize(inject(make_gpt2(), lora(["c_fc"])), 4)
+    load_adapter(model, tmp_path, "other")
+    assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_files_load_as_fp32(make_gpt2, randomize, tmp_path, dtype):
+    save_adapter(randomize(inject(make_gpt2(), lora())), tmp_path)
+    halves = {key: tensor.to(dtype) for key, tensor in tensors_of(tmp_path).items()}
+    safetensors.torch.save_file(halves, tmp_path / WEIGHTS_FILE)
+    model = make_gpt2()
+    load_adapter(model, tmp_path)
+    loaded = adapter_state_dict(model)
+    assert same(loaded, {key: tensor.float() for key, tensor in halves.items()})
+
+
+def test_a_module_with_counters_comes_back_whole(tmp_path, randomize):
+    """BatchNorm keeps an int64 counter among its state: a copy that is saved has to load again."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"fc": nn.Linear(4, 6), "norm": nn.BatchNorm1d(6)})
+
+    model = randomize(inject(base(), lora(["fc"], modules_to_save=["norm"])))
+    model.train()["norm"](torch.randn(8, 6))
+    save_adapter(model, tmp_path)
+    loaded = base()
+    load_adapter(loaded, tmp_path)
+    assert same(loaded["norm"].state_dict(), model["norm"].state_dict())
+
+
+# What happens to the folder, the base that it is loaded into, the error, and the words that name file, key and way out.
+
+
+def edit_config(**changes):
+    def change(folder):
+        content = {key: value for key, value in (config_of(folder) | changes).items() if value is not ...}
+        (folder / CONFIG_FILE).write_text(json.dumps(content))
+
+    return change
+
+
+def edit_tensors(change):
+    def edit(folder):
+        tensors = tensors_of(folder)
+        change(tensors)
+        safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE)
+
+    return edit
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(*names):
+    def drop(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return drop
+
+
+def cut(name, keep):
+    def shorten(folder):
+        raw = (folder / name).read_bytes()
+        (folder / name).write_bytes(raw[: keep if keep > 0 else len(raw) + keep])
+
+    return shorten
+
+
+def pad(folder):
+    raw = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(raw + bytes(4))
+
+
+def to_pickle(folder):
+    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+
+
+def rename_keys(old, new):
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return edit_tensors(rename)
+
+
+def put(key, value):
+    return edit_tensors(lambda tensors: tensors.update({key: value(tensors[A0])}))
+
+
+def poison(value):
+    def change(tensors):
+        tensors[B1][5, 1] = value
+
+    return edit_tensors(change)
+
+
+def no_folder(folder):
+    remove(CONFIG_FILE, WEIGHTS_FILE)(folder)
+    folder.rmdir()
+
+
+WEIGHTS, CONFIG = WEIGHTS_FILE.replace(".", r"\."), CONFIG_FILE.replace(".", r"\.")
+LAYER0 = "h.0.attn.c_attn"
+FAULTS = {
+    "no folder": (no_folder, CheckpointError, rf"adapter: no such folder; wanted one with {CONFIG} and {WEIGHTS}"),
+    "no config": (remove(CONFIG_FILE), CheckpointError, rf"{CONFIG}: the adapter's config cannot be read"),
+    "no weights": (remove(WEIGHTS_FILE), CheckpointError, rf"{WEIGHTS}: the adapter's weights cannot be read"),
+    "pickle only": (to_pickle, CheckpointError, r"adapter_model\.bin: a pickle file .*save_pretrained it again"),
+    "empty config": (write(CONFIG_FILE, b""), CheckpointError, rf"{CONFIG}: not JSON"),
+    "cut config": (cut(CONFIG_FILE, 40), CheckpointError, rf"{CONFIG}: not JSON"),
+    "config not UTF-8": (write(CONFIG_FILE, b'{"r": "\xff"}'), CheckpointError, rf"{CONFIG}: not JSON"),
+    "config is a list": (write(CONFIG_FILE, b"[1]"), CheckpointError, rf"{CONFIG}: holds a list; wanted an object"),
+    "config is null": (write(CONFIG_FILE, b"null"), CheckpointError, rf"{CONFIG}: holds a NoneType"),
+    "other method": (edit_config(peft_type="IA3"), ConfigError, rf"{CONFIG}: peft_type='IA3'"),
+    "unknown key": (edit_config(lora_beta=2), ConfigError, rf"{CONFIG}: unknown key 'lora_beta'"),
+    "feature of PEFT": (edit_config(use_qalora=True), ConfigError, rf"{CONFIG}: use_qalora=True"),
+    "bogus type": (edit_config(r="3"), ConfigError, rf"{CONFIG}: r='3'"),
+    "alpha not a number": (edit_config(lora_alpha=float("nan")), ConfigError, rf"{CONFIG}: lora_alpha=nan"),
+    "empty weights": (write(WEIGHTS_FILE, b""), CheckpointError, rf"{WEIGHTS}: damaged safetensors file of 0 bytes"),
+    "garbage weights": (write(WEIGHTS_FILE, b"\x07" * 900), CheckpointError, rf"{WEIGHTS}: damaged .* of 900 bytes"),
+    "weights cut in the header": (cut(WEIGHTS_FILE, 60), CheckpointError, rf"{WEIGHTS}: damaged .* of 60 bytes"),
+    "weights cut at the end": (cut(WEIGHTS_FILE, -1), CheckpointError, rf"{WEIGHTS}: damaged"),
+    "weights padded": (pad, CheckpointError, rf"{WEIGHTS}: damaged"),
+    "no tensor": (edit_tensors(dict.clear), CheckpointError, rf"{WEIGHTS}: holds no tensor"),
+    "nan": (poison(float("nan")), CheckpointError, rf"{WEIGHTS}: {B1} holds NaN or infinity"),
+    "inf": (poison(float("-inf")), CheckpointError, rf"{WEIGHTS}: {B1} holds NaN or infinity"),
+    "int tensor": (put(A0, torch.Tensor.int), CheckpointError, rf"{WEIGHTS}: {A0} is torch\.int32; wanted float32"),
+    "bool tensor": (put(A0, torch.Tensor.bool), CheckpointError, rf"{WEIGHTS}: {A0} is torch\.bool; wanted float32"),
+    "fp64 tensor": (put(A0, torch.Tensor.double), CheckpointError, rf"{WEIGHTS}: {A0} is torch\.float64"),
+    "missing key": (edit_tensors(lambda t: t.pop(B1)), CheckpointError, rf"{WEIGHTS}: {B1} is missing, "),
+    "unexpected key": (put(C0, torch.Tensor.clone), CheckpointError, rf"{WEIGHTS}: {C0} is unexpected"),
+    "other rank": (edit_config(r=5), CheckpointError, rf"{WEIGHTS}: .*lora_[AB]\.weight is .*\b3\b.* want .*\b5\b"),
+    "turned factor": (put(A0, lambda a: a.t().contiguous()), CheckpointError, rf"{WEIGHTS}: {A0} is \[16, 3\]"),
+    "foreign prefix": (rename_keys("base_model.", "unet."), CheckpointError, rf"{WEIGHTS}: tensor 'unet\."),
+    "other layer names": (rename_keys("attn.c_attn", "attn.qkv"), CheckpointError, rf"{WEIGHTS}: .*{A0}.* missing"),
+    "adapter name in keys": (rename_keys(".weight", ".default.weight"), CheckpointError, rf"{A0}.* missing"),
+    "config asks for more": (edit_config(target_modules=["c_attn", "c_fc"]), CheckpointError, r": .*c_fc.*missing"),
+    "config asks for less": (edit_config(target_modules=[LAYER0]), CheckpointError, rf"{B1} are unexpected.*too short"),
+    "config asks for biases": (edit_config(bias="lora_only"), CheckpointError, r"c_attn\.base_layer\.bias.* missing"),
+}
+
+
+@pytest.fixture
+def folder(make_gpt2, randomize, tmp_path):
+    save_adapter(randomize(inject(make_gpt2(), lora(["c_attn"]))), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("load", [load_adapter, PeftModel.from_pretrained], ids=["load_adapter", "from_pretrained"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_and_changes_nothing(folder, make_gpt2, snapshot, fault, load):
+    spoil, error, words = FAULTS[fault]
+    spoil(folder)
+    model = make_gpt2()
+    before = snapshot(model)
+    with pytest.raises(error, match=words) as caught:
+        load(model, folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("fault", ["nan", "missing key", "other rank", "bogus type"])
+def test_a_faulty_second_adapter_leaves_the_first(folder, make_gpt2, randomize, snapshot, ids, fault):
+    FAULTS[fault][0](folder)
+    model = randomize(inject(make_gpt2(), lora(["c_attn", "c_fc"])))
+    before, want = snapshot(model), model(input_ids=ids).logits
+    with pytest.raises(MiniLoraError):
+        load_adapter(model, folder, "second")
+    assert snapshot(model) == before and torch.equal(model(input_ids=ids).logits, want)
+    assert list(model._minilora_adapters.configs) == ["default"]
+
+
+OTHER_BASES = {
+    "fewer layers": ({"n_layer": 1}, r"h\.1\.attn\.c_attn.* unexpected on this model"),
+    "more layers": ({"n_layer": 3}, r"h\.2\.attn\.c_attn.* missing, which the config asks for"),
+    "other width": ({"n_embd": 24}, r"c_attn\.lora_[AB]\.weight is .*\b(16|48)\b.* want .*\b(24|72)\b"),
+}
+
+
+@pytest.mark.parametrize("base", OTHER_BASES)
+def test_another_base_is_refused(folder, make_gpt2, snapshot, base):
+    fields, words = OTHER_BASES[base]
+    model = make_gpt2(**fields)
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: .*{words}.*wrong base model"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_another_architecture_is_refused(folder, make_llama, snapshot):
+    model = make_llama()
+    before = snapshot(model)
+    with pytest.raises(MiniLoraError, match="'c_attn' matches nothing"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_loading_under_a_taken_name_or_onto_a_peft_model(folder, make_gpt2, snapshot):
+    model = get_peft_model(make_gpt2(), lora(["c_fc"]))
+    before = snapshot(model)
+    with pytest.raises(StateError, match="an adapter is called 'default' already"):
+        load_adapter(model, folder)
+    with pytest.raises(StateError, match=r"has adapters \['default'\] already"):
+        PeftModel.from_pretrained(model, folder, "other")
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_adapter_is_not_saved_over_a_good_one(folder, make_gpt2, randomize, value):
+    good = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = randomize(inject(make_gpt2(), lora(["c_attn"])))
+    model.transformer.h[1].attn.c_attn.lora_B.data[5, 1] = value
+    with pytest.raises(StateError, match=f"adapter 'default' holds NaN or infinity in {B1}"):
+        save_adapter(model, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == good
+
+
+def test_saving_an_unknown_adapter(make_gpt2, tmp_path):
+    with pytest.raises(StateError, match="no adapter is called 'fr'; there are 'default'"):
+        save_adapter(inject(make_gpt2(), lora()), tmp_path / "new", "fr")
+    assert not (tmp_path / "new").exists()
+
+
+EXPONENTIAL = r"(([a-z0-9_.])+)+!"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": EXPONENTIAL},
+        {"exclude_modules": EXPONENTIAL},
+        {"rank_pattern": {EXPONENTIAL: 2}},
+        {"alpha_pattern": {EXPONENTIAL: 2}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that can interrupt a regular expression")
+def test_a_pattern_in_a_file_cannot_hang_the_load(folder, make_gpt2, changes):
+    edit_config(**changes)(folder)
+
+    def stop(*_):
+        raise TimeoutError("the pattern of the file was run")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        load_adapter(make_gpt2(), folder)
+    except MiniLoraError:
+        pass  # refusing such a file is fine too
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# io: every byte that reaches a disk.
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def old(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"old " + name.encode())
+    return tmp_path
+
+
+def failing(function, at):
+    """``function``, which raises "no space" at its ``at``-th call and after."""
+    calls = []
+
+    def call(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) >= at:
+            raise FULL
+        return function(*arguments, **named)
+
+    return call
+
+
+def test_write_files_writes_and_replaces(old):
+    io.write_files(old / "new" / "deep", {"a": b"1"})
+    io.write_files(old, {"a": b"1", "c": b"3"})
+    io.write_file(old / "b", "text")
+    (old / "new" / "deep" / "a").unlink()
+    (old / "new" / "deep").rmdir()
+    (old / "new").rmdir()
+    assert contents(old) == {"a": b"1", "b": b"text", "c": b"3"}
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_full_disk_keeps_the_old_files_and_leaves_no_other(old, monkeypatch, name, at):
+    monkeypatch.setattr(io.os, name, failing(getattr(os, name), at))
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\); choose"):
+        io.write_files(old, {"a": b"new a", "b": b"new b"})
+    assert contents(old) == {"a": b"old a", "b": b"old b"}
+
+
+def test_an_open_file_keeps_its_content(old):
+    with open(old / "a", "rb") as reader:
+        io.write_file(old / "a", b"new")
+        assert reader.read() == b"old a"
+
+
+def test_all_is_flushed_before_the_first_file_takes_its_place(old, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+        monkeypatch.setattr(io.os, name, lambda *a, name=name, plain=plain: (order.append(name), plain(*a))[1])
+    io.write_files(old, {"a": b"1", "b": b"2"})
+    assert order == ["fsync", "fsync", "replace", "replace", "fsync"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        io.write_file(tmp_path / "a", b"1")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "taken").write_bytes(b"old")
+    with pytest.raises(CheckpointError, match="taken: cannot be written"):
+        io.write_files(tmp_path / "taken", {"a": b"1"})
+    assert (tmp_path / "taken").read_bytes() == b"old"
+
+
+def test_a_failed_save_keeps_the_old_adapter_readable(folder, make_gpt2, randomize, monkeypatch):
+    before = contents(folder)
+    model = randomize(inject(make_gpt2(), lora(["c_attn"])), 8)
+    monkeypatch.setattr(io.os, "fsync", failing(os.fsync, 2))
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_adapter(model, folder)
+    assert contents(folder) == before
+
+
+def test_append_line_adds_at_the_end(tmp_path):
+    io.append_line(tmp_path / "log", "one")
+    io.append_line(tmp_path / "log", "zwei – ü")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwei – ü\n"
+
+
+def test_reading_a_missing_file_names_it_and_its_purpose(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nothing: the notes cannot be read \(No such file or directory\)"):
+        io.read_bytes(tmp_path / "nothing", "the notes")
