@@ -87,7 +87,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         folder,
         {
             WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
-            CONFIG_FILE: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(),
+            CONFIG_FILE: (
+                json.dumps(content, indent=2) + "\n"
+            ).encode(),  # unsorted: the first pattern that matches wins
         },
     )
 
@@ -122,6 +124,8 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
             content[field] = {
                 path: value for path, value in each.items() if value != (config.r, config.lora_alpha)[own]
             }
+    if config.task_type is None:  # PEFT's AutoPeftModel finds the model's class by this
+        content["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     content["base_model_name_or_path"] = config.base_model_name_or_path or base or None
     return content
 

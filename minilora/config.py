@@ -46,6 +46,11 @@ FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
 PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
 
 
+def pattern_matches(key: str, path: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module at ``path``: it matches the end, whole components."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """What to adapt and how (Hu et al. 2021, arXiv 2106.09685, section 4.1): ``y = W x + (lora_alpha / r) * B A x``.
@@ -186,7 +191,7 @@ class LoraConfig:
         """``(r, lora_alpha)`` of the module at ``path`` after the patterns (PEFT's rule: first key that matches the end)."""
 
         def chosen(pattern: Mapping[str, Any], default: Any) -> Any:
-            return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+            return next((value for key, value in pattern.items() if pattern_matches(key, path)), default)
 
         return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
 

@@ -131,7 +131,7 @@ def _peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, 
         "layers_to_transform": None,
         "layers_pattern": None,
     }
-    config = json.dumps(content | plain, indent=2, sort_keys=True) + "\n"
+    config = json.dumps(content | plain, indent=2) + "\n"
     return {WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG_FILE: config.encode()}
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
-from minilora.config import LoraConfig, QuantConfig
-from minilora.errors import StateError, TargetError
+from minilora.config import LoraConfig, QuantConfig, pattern_matches
+from minilora.errors import StateError, TargetError, nearest
 from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
 from minilora.quantize import check_quantizable
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters
@@ -56,6 +56,7 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
     if not targets:
         raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
     _refuse_unfit(model, modules, targets)
+    _refuse_idle_patterns(config, targets)
     return Match(
         tuple(targets), tuple(saved), tuple(_biases(model, config, targets, saved)), _tokens(model, modules, config)
     )
@@ -130,6 +131,17 @@ def _refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Iter
             raise TargetError(
                 f"{first} and {path} are one shared layer; give each its own copy, or exclude it with exclude_modules"
             )
+
+
+def _refuse_idle_patterns(config: LoraConfig, targets: list[str]) -> None:
+    """A pattern that no adapted layer matches is a typo, and its rank or alpha would silently not apply."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(pattern_matches(key, path) for path in targets):
+                known = {path.rsplit(".", 1)[-1] for path in targets}
+                raise TargetError(
+                    f"{field} key {key!r} matches no adapted layer; their names are {nearest(key, known)}"
+                )
 
 
 def _in_layers(targets: list[str], config: LoraConfig) -> list[str]:

@@ -182,7 +182,9 @@ class PeftModel(nn.Module):
         ``progressbar`` and ``safe_merge`` are PEFT's: merging takes seconds at most and is always checked.
         """
         if not isinstance(progressbar, bool):
-            raise StateError(f"merge_and_unload({progressbar!r}): wanted adapter_names={progressbar!r} by name, as in PEFT")
+            raise StateError(
+                f"merge_and_unload({progressbar!r}): wanted adapter_names={progressbar!r} by name, as in PEFT"
+            )
         merged = adapters_of(self).merged
         if merged and adapter_names is not None and set(merged) != set(adapter_names):
             raise StateError(

