@@ -61,6 +61,7 @@ def _quiet_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TQDM_DISABLE", "1"),
     ):
         os.environ.setdefault(name, value)
 
@@ -189,10 +190,30 @@ def _read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from None
-    for name in content:
+    for name, value in content.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {nearest(name, known)}")
-    return content
+        if not _is_kind(value, known[name]):
+            words = {
+                bool: "true or false",
+                int: "a whole number",
+                float: "a number",
+                str: "text",
+                list: "a list of texts",
+            }
+            raise ConfigError(f"{path}: {name} = {value!r}; wanted {words[known[name]]}")
+    return {
+        name: [value] if known[name] is list and isinstance(value, str) else value for name, value in content.items()
+    }
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    """Whether a TOML value is what the flag of this kind takes."""
+    if kind is list:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _run_job(job: Any) -> Any:
@@ -231,6 +252,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from minilora import PeftModel, QuantConfig, quantize_model
     from minilora.hf import answers, load_model, load_tokenizer
 
+    _check_generate(arguments)
     tokenizer, model = load_tokenizer(arguments.model), load_model(arguments.model)
     if arguments.quant != "none":
         quantize_model(model, QuantConfig(arguments.quant, double_quant=True))
@@ -240,6 +262,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     for prompt in arguments.prompt:
         said = answers(model, tokenizer, [prompt], arguments.max_new_tokens, arguments.temperature)[0]
         print(f"> {prompt}\n{said}\n" if len(arguments.prompt) > 1 else said)
+
+
+def _check_generate(arguments: argparse.Namespace) -> None:
+    from minilora.hf.finetune import QUANT_CHOICES
+
+    if arguments.quant not in QUANT_CHOICES:
+        raise ConfigError(f"--quant={arguments.quant!r}: wanted one of {', '.join(QUANT_CHOICES)}")
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: wanted a whole number >= 1")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise ConfigError(f"--temperature={arguments.temperature}: wanted a number >= 0; 0 is greedy")
 
 
 def _merge_flags(parser: argparse.ArgumentParser) -> None:

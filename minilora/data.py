@@ -68,6 +68,8 @@ def _record(raw: bytes, where: str) -> Record:
         raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; convert the file (iconv -t utf-8)") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}); write one object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise DataError(f"{where}: cannot be read as JSON ({error}); write one plain object a line") from None
     if not isinstance(record, dict):
         raise DataError(
             f"{where}: holds a {type(record).__name__}; wanted an object with 'messages', 'prompt' or 'text'"
@@ -95,6 +97,8 @@ def _check_messages(messages: object, where: str) -> None:
         if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
             raise DataError(f"{where}: a turn has no role of {', '.join(_ROLES)}; give every turn 'role' and 'content'")
         _check_text(turn.get("content"), f"content of a {turn['role']} turn", where)
+    if messages[0]["role"] == "assistant":
+        raise DataError(f"{where}: the conversation begins with the assistant; put what was asked before it")
     if not any(turn["role"] == "assistant" for turn in messages):
         raise DataError(f"{where}: no assistant turn, so there is nothing to learn; add the answer")
 
@@ -103,6 +107,10 @@ def _check_text(value: object, name: str, where: str) -> None:
     if not isinstance(value, str) or not value.strip():
         found = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
         raise DataError(f"{where}: {name} is {found}; wanted text")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(
+            f"{where}: {name} holds half of a surrogate pair, which is no character; write the file as UTF-8"
+        )
 
 
 def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
@@ -128,10 +136,10 @@ def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
 def _segments(record: Record, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """The record's text in pieces, each with whether it counts in the loss."""
     end = tokenizer.eos_token or ""
-    if "text" in record:
+    messages = record.get("messages")
+    if messages is None and "prompt" not in record:
         yield (tokenizer.bos_token or "") + record["text"] + end, True
         return
-    messages = record.get("messages")
     if messages is None:
         if not tokenizer.chat_template:
             yield (tokenizer.bos_token or "") + record["prompt"], False
@@ -196,7 +204,7 @@ def micro_batches(examples: Sequence[Encoded], batch_size: int, seed: int, start
     while True:
         epoch, place = divmod(start, per_epoch)
         order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            len(examples), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         ).tolist()
         yield [examples[i] for i in order[place * size : (place + 1) * size]]
         start += 1

@@ -1,7 +1,7 @@
 """The walker: find what a config means, refuse on any doubt, and only then replace.
 
 ``inject`` puts adapters into a model; ``quantize_model`` puts packed weights into it. Both list all their matches first, so a
-mistake leaves the model exactly as it was. Next file: ``adapted.py``.
+mistake leaves the model exactly as it was. Next file: ``codebooks.py``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.layers import dense_weight, is_quantized
+from minilora.layers import dense_weight, is_linear, is_quantized
 from minilora.lora import LoRALinear
 from minilora.slots import adapters_of
 
@@ -65,7 +65,7 @@ def _kind(module: nn.Module, name: str) -> str:
         return "adapter"
     if isinstance(module, nn.Embedding):
         return "embeddings (and a head tied to them)"
-    return "linear layers" if isinstance(module, nn.Linear) and name == "weight" else "norms and biases"
+    return "linear layers" if is_linear(module) and name == "weight" else "norms and biases"
 
 
 def _add(rows: dict[str, list[float]], name: str, *amounts: float) -> None:

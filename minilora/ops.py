@@ -5,7 +5,7 @@ it. The operator never holds the dense weight whole: rows are decoded into a sma
 and the backward pass decodes the same packed bytes again (``dx = dy W``; QLoRA section 3), so nothing dense is saved for it.
 
 Being registered operators, they pass through ``torch.compile`` without a graph break. There is no second derivative.
-Next file: ``layers.py``.
+Next file: ``adapted.py``.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Progress:
     def say(self, line: str) -> None:
         """One line above the bar, or a plain line."""
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(line, markup=False, highlight=False, emoji=False)
         else:
             print(line, file=self.stream, flush=True)
 

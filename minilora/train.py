@@ -228,12 +228,15 @@ def _step(
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.24 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    else:
         raise StateError(
-            f"{type(model).__name__} has no gradient_checkpointing_enable(); train without gradient_checkpointing"
+            f"{type(model).__name__} cannot checkpoint its activations; train without gradient_checkpointing"
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def memory_mb(peak: bool = False) -> float:

@@ -100,6 +100,8 @@ def fine_tune(
         MiniLoraError: bad data (before the model is loaded), config, model or target, in one line.
     """
     clock = _Clock()
+    if Path(job.out).exists() and not Path(job.out).is_dir():
+        raise ConfigError(f"out={job.out!r} is a file; wanted a folder for the run")
     records = read_jsonl(job.data)
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
     tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])

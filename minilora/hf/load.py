@@ -12,11 +12,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MissingPackageError
 
@@ -56,7 +58,7 @@ def _load(factory: str, name: str, **options: Any) -> Any:
         )
     try:
         return getattr(transformers, factory).from_pretrained(place, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"model {name!r}: {reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
@@ -65,7 +67,9 @@ def _load(factory: str, name: str, **options: Any) -> Any:
 
 def resolve(name: str) -> str:
     """The folder or hub id behind ``name``; converts "smollm2" on first use."""
-    return str(_smollm2_folder()) if name == SMOLLM2 else name
+    if name == SMOLLM2:
+        return str(_smollm2_folder())
+    return os.path.expanduser(name) if name.startswith("~") else name
 
 
 def cache_folder() -> Path:
@@ -107,6 +111,7 @@ def _find_gguf() -> Path:
 
 def _convert(source: Path, target: Path) -> None:
     transformers = _transformers()
+    print(f"converting {source.name} to {target.parent}, once (about 20 s)", file=sys.stderr)
     for package in ("gguf", "accelerate"):  # transformers asks for both when it reads a GGUF file
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(

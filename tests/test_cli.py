@@ -1,0 +1,799 @@
+"""The command line: its exit codes and messages, its settings from flags and TOML, and every command from end to end."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import safetensors.torch
+import torch
+
+import minilora
+from minilora import LoraConfig, PeftModel, QuantConfig, cli, quantize_model
+from minilora.cli import main
+from minilora.errors import CheckpointError, ConfigError
+from minilora.train import TrainConfig
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LEARNT = {"hi": "yo", "1 < 2?": "true", "who?": "me", "where?": "here"}
+PROMPTS = list(LEARNT)[:2]
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What a command sets in the environment ends with the test."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny products gain nothing from a second thread, and wait for it long when another process has its core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_bars():
+    """The command turns the bars of transformers off by the environment, which is read once, at the first import."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    if shown:
+        transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A Llama of two layers and a tokenizer of one token a byte, with a chat template, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    width = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = transformers.LlamaConfig(
+        **width, **ends, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=256
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "learn.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in LEARNT.items()))
+    return str(path)
+
+
+def run_train(model_folder, data_file, out, *more):
+    text = io.StringIO()
+    flags = ["--model", model_folder, "--data", str(data_file), "--out", str(out), "--eval-share", "0", "--lr", "0.02"]
+    flags += ["--max-length", "64", "--max-new-tokens", "8", "--r", "8", "--lora-alpha", "16", *more]
+    with contextlib.redirect_stdout(text):
+        code = main(["train", *flags])
+    return code, text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, data_file, tmp_path_factory):
+    """``(run folder, what was printed)`` of a run that learns its four answers by heart, in four bits."""
+    folder = tmp_path_factory.mktemp("runs") / "deep" / "one"
+    code, text = run_train(
+        model_folder, data_file, folder, "--steps", "50", "--save-every", "25", "--prompts", *PROMPTS
+    )
+    assert code == 0, text
+    return folder, text
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """``job(*arguments)``: the job that these arguments of ``train`` ask for; nothing is run."""
+    taken = []
+    monkeypatch.setattr(cli, "_run_job", taken.append)
+
+    def ask(*arguments):
+        assert main(["train", *arguments]) == 0
+        return taken.pop()
+
+    return ask
+
+
+BASIC = ("--model", "m", "--data", "d.jsonl", "--out", "o")
+
+
+def refused(capsys, *arguments):
+    """The one line on standard error with which a command ends with code 2."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("minilora: ")
+    assert "Traceback" not in captured.err + captured.out
+    return lines[0].removeprefix("minilora: ")
+
+
+# ---- the parser
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"minilora {minilora.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("demo", "train", "generate", "merge", "export"))]
+)
+def test_help(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert f"usage: {' '.join(['minilora', *arguments[:-1]])} [-h]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["tarin"], "invalid choice: 'tarin'"),
+        ([], "required: command"),
+        (["train", "--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["train", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["train", "--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["train", "--prompts"], "argument --prompts: expected at least one argument"),
+        (["generate", "hi"], "required: --model"),
+        (["generate", "--model", "m"], "required: prompt"),
+        (["merge", "--model", "m", "--adapter", "a"], "required: --out"),
+        (["export", "--adapter", "a", "--out", "o", "--for", "ollama"], "invalid choice: 'ollama'"),
+        (["export", "--adapter", "a", "--out", "o"], "required: --for"),
+    ],
+)
+def test_what_the_parser_refuses(capsys, arguments, word):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+# ---- exit codes
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "out"])
+def test_train_names_what_is_missing(capsys, missing):
+    given = [word for name in ("model", "data", "out") if name != missing for word in (f"--{name}", "x")]
+    line = refused(capsys, "train", *given)
+    assert line == f'--{missing} is missing; give it as a flag or as {missing} = "..." in the TOML file'
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("r=0: wanted\nmore"), 2, "minilora: r=0: wanted more"),
+        (CheckpointError("x: damaged"), 2, "minilora: x: damaged"),
+        (RuntimeError("two\n  lines"), 1, "minilora: RuntimeError: two lines"),
+        (MemoryError(), 1, "minilora: MemoryError:"),
+        (KeyboardInterrupt(), 130, "minilora: interrupted; what was saved before is whole"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_an_error_is_one_line_and_its_code(capsys, monkeypatch, error, code, line):
+    monkeypatch.setattr(cli, "_run_job", mock.Mock(side_effect=error))
+    assert main(["train", *BASIC]) == code
+    captured = capsys.readouterr()
+    assert captured.err.rstrip() == line
+    assert captured.err.count("\n") == 1 and not captured.out
+
+
+@pytest.mark.parametrize("error", [ConfigError("r=0"), RuntimeError("boom")])
+def test_debug_shows_the_traceback(monkeypatch, error):
+    monkeypatch.setattr(cli, "_run_job", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)) as caught:
+        main(["--debug", "train", *BASIC])
+    assert caught.value is error
+
+
+def test_quiet_libraries_leave_a_users_own_setting(monkeypatch, job):
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    job(*BASIC)
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+
+
+BAD_VALUES = [
+    ("--r", "0", "r=0: wanted a whole number >= 1"),
+    ("--r", "-8", "r=-8: wanted"),
+    ("--lora-alpha", "0", "lora_alpha=0: wanted a finite number > 0"),
+    ("--lora-alpha", "nan", "lora_alpha=nan: wanted"),
+    ("--lora-alpha", "inf", "lora_alpha=inf: wanted"),
+    ("--lora-dropout", "1", "lora_dropout=1.0: wanted a probability in [0, 1)"),
+    ("--lora-dropout", "-0.1", "lora_dropout=-0.1: wanted"),
+    ("--bias", "some", "bias='some': wanted one of 'none', 'all', 'lora_only'"),
+    ("--steps", "0", "steps=0: wanted a whole number >= 1"),
+    ("--batch-size", "0", "batch_size=0: wanted"),
+    ("--accumulate", "0", "accumulate=0: wanted"),
+    ("--lr", "0", "lr=0: nothing would change; 1e-3"),
+    ("--lr", "1", "lr=1.0: wanted a number in [0, 1)"),
+    ("--lr", "nan", "lr=nan: wanted"),
+    ("--warmup", "1", "warmup=1.0: wanted"),
+    ("--weight-decay", "-1", "weight_decay=-1.0: wanted"),
+    ("--clip", "-1", "clip=-1.0: wanted"),
+    ("--seed", "-1", "seed=-1: wanted"),
+    ("--eval-every", "-1", "eval_every=-1: wanted"),
+    ("--save-every", "-1", "save_every=-1: wanted"),
+    ("--quant", "int4", "quant='int4': wanted one of none, nf4"),
+    ("--dtype", "float8", "dtype='float8': wanted one of float32, bfloat16, float16"),
+    ("--max-length", "1", "max_length=1: wanted a whole number >= 2"),
+    ("--max-new-tokens", "0", "max_new_tokens=0: wanted"),
+    ("--eval-share", "1", "eval_share=1.0: wanted a number in [0, 1)"),
+    ("--eval-share", "-0.5", "eval_share=-0.5: wanted"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "message"), BAD_VALUES, ids=[f"{f}={v}" for f, v, _ in BAD_VALUES])
+@pytest.mark.parametrize("by", ["flag", "toml"])
+def test_a_bad_value_is_refused_by_name_before_anything_is_read(capsys, tmp_path, flag, value, message, by):
+    name, given = flag.removeprefix("--").replace("-", "_"), [f"{flag}={value}"]
+    if by == "toml":
+        written = f'"{value}"' if name in ("bias", "quant", "dtype") else value
+        (tmp_path / "job.toml").write_text(f"{name} = {written}\n")
+        given = ["--config", str(tmp_path / "job.toml")]
+    line = refused(capsys, "train", *BASIC, *given)
+    assert line.startswith(message if by == "flag" else f"{name}=")  # 1 is no 1.0 in TOML
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--model", "{model}", "--data", "absent.jsonl", "--out", "{out}"], ["absent.jsonl: no such file"]),
+        (["train", "--model", "{model}", "--data", "{bad}", "--out", "{out}"], ["bad.jsonl:2: no assistant turn"]),
+        (["train", "--model", "/nowhere", "--data", "{data}", "--out", "{out}"], ["'/nowhere': no such folder"]),
+        (["generate", "--model", "/nowhere", "hi"], ["model '/nowhere': no such folder; wanted a hub id"]),
+        (["generate", "--model", "{model}", "--adapter", "{model}", "hi"], ["adapter_config.json"]),
+        (
+            ["generate", "--model", "{model}", "--adapter", "/nowhere", "hi"],
+            ["/nowhere: no such folder; wanted one with"],
+        ),
+        (["generate", "--model", "{model}", "--quant", "int3", "hi"], ["'int3'", "nf4"]),
+        (["merge", "--model", "{model}", "--adapter", "/nowhere", "--out", "{out}"], ["/nowhere: no such folder"]),
+        (
+            ["merge", "--model", "{model}", "--adapter", "a", "--out", "{out}", "--dtype", "x"],
+            ["--dtype='x': wanted one"],
+        ),
+        (["merge", "--model", "/nowhere", "--adapter", "{model}", "--out", "{out}"], ["'/nowhere': no such folder"]),
+        (
+            ["export", "--adapter", "/nowhere", "--for", "vllm", "--out", "{out}"],
+            ["/nowhere: no such folder; wanted one"],
+        ),
+        (["export", "--adapter", "{model}", "--for", "mlx", "--out", "{out}"], ["adapter_config.json"]),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_left(capsys, tmp_path, model_folder, data_file, arguments, words):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    places = {"model": model_folder, "data": data_file, "bad": tmp_path / "bad.jsonl", "out": tmp_path / "out"}
+    line = refused(capsys, *(word.format(**places) for word in arguments))
+    for word in words:
+        assert word in line
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--target-modules", "q_porj", "v_proj"], "'q_porj'"),
+        (["--target-modules", "q_porj"], "'q_porj'"),
+        (["--max-length", "2"], "max_length=2"),
+    ],
+)
+def test_what_only_the_model_can_refuse(capsys, tmp_path, model_folder, data_file, flags, word):
+    line = refused(capsys, "train", "--model", model_folder, "--data", data_file, "--out", str(tmp_path / "o"), *flags)
+    assert word in line
+    if "q_porj" in word:
+        assert "q_proj" in line  # the name that was meant
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["generate", "--model", "{model}", "--max-new-tokens", "0", "hi"], "max.new.tokens"),
+        (["train", "--model", "{model}", "--data", "{data}", "--steps", "1", "--out", "{file}"], "{file}"),
+        (["train", "--model", "{model}", "--data", "{data}", "--out", "{dir}/o", "--seed", "99999999999999"], "seed"),
+    ],
+    ids=["no new tokens", "out is a file", "large seed"],
+)
+def test_more_bad_input_is_refused(capsys, tmp_path, model_folder, data_file, arguments, word):
+    (tmp_path / "file").touch()
+    places = {"model": model_folder, "data": data_file, "file": tmp_path / "file", "dir": tmp_path}
+    assert re.search(word.format(**places), refused(capsys, *(part.format(**places) for part in arguments)))
+
+
+# ---- settings
+
+
+def test_defaults_are_those_of_the_dataclasses(job):
+    from minilora.hf.finetune import Job
+
+    lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    assert job(*BASIC) == Job(model="m", data="d.jsonl", out="o", lora=lora, training=TrainConfig())
+
+
+SETTINGS = {
+    "quant": "none",
+    "double_quant": False,
+    "dtype": "bfloat16",
+    "max_length": 99,
+    "eval_share": 0.25,
+    "prompts": ["a b", "c"],
+    "max_new_tokens": 7,
+    "r": 3,
+    "lora_alpha": 6.5,
+    "target_modules": ("q_proj", "v_proj"),
+    "exclude_modules": ("k_proj", "o_proj"),
+    "lora_dropout": 0.05,
+    "bias": "all",
+    "use_rslora": True,
+    "modules_to_save": ("embed_tokens", "lm_head"),
+    "steps": 11,
+    "batch_size": 5,
+    "accumulate": 2,
+    "lr": 0.003,
+    "warmup": 0.2,
+    "weight_decay": 0.01,
+    "clip": 0.5,
+    "seed": 9,
+    "eval_every": 3,
+    "save_every": 4,
+    "gradient_checkpointing": True,
+}
+
+
+def as_flags(name, value):
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, *map(str, value)] if isinstance(value, (list, tuple)) else [flag, str(value)]
+
+
+def as_toml(name, value):
+    return f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}\n"
+
+
+def setting(job, name):
+    (holder,) = [part for part in (job, job.lora, job.training) if hasattr(part, name)]
+    return getattr(holder, name)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("by", ["flag", "toml"])
+def test_every_setting_arrives(job, tmp_path, name, by):
+    (tmp_path / "job.toml").write_text(as_toml(name, SETTINGS[name]))
+    more = as_flags(name, SETTINGS[name]) if by == "flag" else ["--config", str(tmp_path / "job.toml")]
+    asked, plain = job(*BASIC, *more), job(*BASIC)
+    assert setting(asked, name) == SETTINGS[name] != setting(plain, name)
+    for other in SETTINGS.keys() - {name}:
+        assert setting(asked, other) == setting(plain, other)
+
+
+def test_no_setting_is_forgotten_here():
+    assert {name for name, *_ in cli._train_options()} == set(SETTINGS) | {"model", "data", "out"}
+
+
+def test_toml_may_hold_everything_and_a_flag_wins(job, tmp_path):
+    text = "".join(as_toml(name, value) for name, value in SETTINGS.items())
+    (tmp_path / "job.toml").write_text('model = "m"\ndata = "d.jsonl"\nout = "o"\n# Grüße\n' + text, encoding="utf-8")
+    whole = job("--config", str(tmp_path / "job.toml"))
+    assert {name: setting(whole, name) for name in SETTINGS} == SETTINGS
+    flags = ["--steps", "1", "--no-use-rslora", "--double-quant", "--out", "elsewhere", "--lr", "0.5", "--prompts", "x"]
+    other = job("--config", str(tmp_path / "job.toml"), *flags)
+    changed = {"steps": 1, "use_rslora": False, "double_quant": True, "lr": 0.5, "prompts": ["x"]}
+    assert other.out == "elsewhere" and other.model == "m"
+    assert {name: setting(other, name) for name in SETTINGS} == SETTINGS | changed
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["all-linear"], "all-linear"),
+        (["q_proj"], ("q_proj",)),
+        (["v_proj", "q_proj"], ("q_proj", "v_proj")),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+    ],
+)
+@pytest.mark.parametrize("by", ["flag", "toml"])
+def test_target_modules_are_names_a_regex_or_all_linear(job, tmp_path, given, meant, by):
+    (tmp_path / "job.toml").write_text(as_toml("target_modules", given[0] if len(given) == 1 else given))
+    if by == "toml" and given == ["q_proj"]:
+        (tmp_path / "job.toml").write_text(as_toml("target_modules", given))
+    more = ["--target-modules", *given] if by == "flag" else ["--config", str(tmp_path / "job.toml")]
+    assert job(*BASIC, *more).lora.target_modules == meant
+
+
+@pytest.mark.parametrize(("given", "kept"), [("16", 16), ("16.0", 16), ("2.5", 2.5)])
+def test_a_whole_lora_alpha_is_an_int_in_the_file(job, given, kept):
+    alpha = job(*BASIC, "--lora-alpha", given).lora.lora_alpha
+    assert alpha == kept and type(alpha) is type(kept)
+
+
+TOML_ERRORS = {
+    "unknown key": ("step = 3\n", "unknown key 'step'; the closest known ones are 'steps'"),
+    "dashes": ("lora-alpha = 3\n", "unknown key 'lora-alpha'; the closest known ones are 'lora_alpha'"),
+    "table": ("[lora]\nr = 3\n", "unknown key 'lora'"),
+    "not TOML": ("steps: 3\n", "not TOML"),
+    "not UTF-8": (b"out = '\xff'\n", "not TOML"),
+    "twice": ("steps = 3\nsteps = 4\n", "not TOML"),
+    "text for a number": ('steps = "3"\n', "steps='3': wanted a whole number"),
+    "number for a name": ("quant = 4\n", "quant=4: wanted one of none, nf4"),
+    "text for a switch": ('use_rslora = "false"\n', "use_rslora='false'"),
+    "one name of modules to save": ('modules_to_save = "lm_head"\n', "modules_to_save='lm_head': wanted a list"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), TOML_ERRORS.values(), ids=TOML_ERRORS)
+def test_a_bad_toml_file_is_refused(capsys, tmp_path, content, message):
+    path = tmp_path / "job.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused(capsys, "train", *BASIC, "--config", str(path))
+    assert message in line
+    if message.startswith(("unknown", "not")):
+        assert line.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ["absent.toml", ""])
+def test_a_toml_file_that_cannot_be_read(capsys, tmp_path, name):
+    line = refused(capsys, "train", *BASIC, "--config", str(tmp_path / name))
+    assert line.startswith(f"{tmp_path / name}: cannot be read (") and line.endswith("check --config")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'prompts = "hello"',
+        "prompts = [1, 2]",
+        'double_quant = "no"',
+        'gradient_checkpointing = "false"',
+        'eval_share = "0.1"',
+        "model = 5",
+        "data = 5",
+        "out = 5",
+    ],
+)
+def test_a_toml_value_of_the_wrong_type_is_refused(capsys, monkeypatch, tmp_path, line):
+    monkeypatch.setattr(cli, "_run_job", lambda job: None)
+    (tmp_path / "job.toml").write_text(line + "\n")
+    name = line.partition(" ")[0]
+    others = [word for key in ("model", "data", "out") if key != name for word in (f"--{key}", "x")]
+    assert name in refused(capsys, "train", *others, "--config", str(tmp_path / "job.toml"))
+
+
+# ---- train
+
+
+def test_train_leaves_a_whole_run_folder(trained, model_folder):
+    folder, text = trained
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "report.html"} | {
+        "checkpoint-25",
+        "checkpoint-50",
+    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (8, 16, "CAUSAL_LM")
+    assert config["base_model_name_or_path"] == model_folder
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 7  # A and B, two layers, seven linear layers each
+    last = safetensors.torch.load_file(folder / "checkpoint-50" / "adapter_model.safetensors")
+    assert all(torch.equal(tensors[key], last[key]) for key in tensors)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 51))
+    assert records[-1]["loss"] < 0.2 * records[0]["loss"]
+    assert f"loss {records[0]['loss']:.3f} -> {records[-1]['loss']:.3f} in 50 steps" in text
+    assert str(folder / "report.html") in text
+
+
+def test_train_says_what_it_does(trained, data_file):
+    lines = trained[1].splitlines()
+    assert lines[0].startswith(f"4 examples in {data_file}; loading ")
+    assert lines[1] == "asking 2 prompts before training"
+    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[2])
+    assert lines[3].startswith("step 1/50  loss ")
+    assert any(line.startswith("step 50/50  loss ") and line.endswith("  0 s left") for line in lines)
+    at = lines.index("> hi")
+    assert lines[at + 1].startswith("  before: ") and lines[at + 2] == "  after:  yo"
+
+
+def test_the_report_has_the_prompts_and_the_answers(trained):
+    page = (trained[0] / "report.html").read_text(encoding="utf-8")
+    assert "<!doctype html>" in page
+    assert page.count("1 &lt; 2?") >= 1 and "1 < 2?" not in page
+    for text in ("Before and after", "Memory", "linear layers (nf4)", "Singular values of ΔW", "lora_alpha"):
+        assert text in page
+    assert ">yo<" in page and ">true<" in page
+
+
+def test_cut_and_dropped_examples_are_counted(model_folder, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "a", "completion": "b" * n}) + "\n" for n in (1, 1, 200)))
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "a" * 200, "completion": "b"}) + "\n")
+    code, text = run_train(model_folder, data, tmp_path / "o", "--steps", "1")
+    assert code == 0
+    assert "max_length=64: 1 examples lose their end, 1 are left out" in text
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_one_seed_is_one_adapter(model_folder, data_file, tmp_path, quant):
+    def adapter(name, seed, noise):
+        torch.manual_seed(noise)
+        flags = ["--steps", "3", "--seed", str(seed), "--lora-dropout", "0.1", "--quant", quant, "--batch-size", "2"]
+        assert run_train(model_folder, data_file, tmp_path / name, *flags)[0] == 0
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    assert adapter("a", 1, 5) == adapter("b", 1, 6) != adapter("c", 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ([], [QuantConfig("nf4", double_quant=True)]),
+        (["--no-double-quant"], [QuantConfig("nf4", double_quant=False)]),
+        (["--quant", "none"], []),
+    ],
+)
+def test_train_quantizes_as_it_is_told(monkeypatch, model_folder, data_file, tmp_path, flags, asked):
+    from minilora.hf import finetune
+
+    seen = []
+    monkeypatch.setattr(finetune, "quantize_model", lambda model, config: seen.append(config))
+    assert run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", *flags)[0] == 0
+    assert seen == asked
+
+
+def test_evaluation_runs_on_what_is_held_out(model_folder, data_file, tmp_path):
+    code, text = run_train(
+        model_folder, data_file, tmp_path / "o", "--steps", "2", "--eval-share", "0.5", "--prompts", "hi"
+    )
+    assert code == 0
+    records = [json.loads(line) for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 2]
+    assert all(record["prompt"] == "hi" for record in records if "eval_loss" in record)
+    assert text.count("evaluation at step") == 2
+
+
+def test_modules_to_save_and_dtype_go_through(model_folder, data_file, tmp_path):
+    flags = ["--steps", "2", "--quant", "none", "--dtype", "bfloat16", "--modules-to-save", "lm_head", "--bias", "all"]
+    flags += ["--target-modules", "q_proj", "v_proj", "--accumulate", "2"]
+    code, text = run_train(model_folder, data_file, tmp_path / "o", *flags)
+    assert code == 0, text
+    keys = safetensors.torch.load_file(tmp_path / "o" / "adapter_model.safetensors")
+    assert sum(".lora_" in key for key in keys) == 8
+    assert "base_model.model.lm_head.weight" in keys
+
+
+# ---- generate
+
+
+def said(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["generate", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    return captured.out
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_generate_with_the_adapter_gives_what_was_learnt(capsys, trained, model_folder, quant):
+    common = ["--model", model_folder, "--quant", quant, "--max-new-tokens", "8"]
+    with_adapter = [*common, "--adapter", str(trained[0])]
+    assert said(capsys, *with_adapter, "hi") == "yo\n"
+    assert said(capsys, *common, "hi") != "yo\n"
+    text = said(capsys, *with_adapter, *LEARNT)
+    assert text == "".join(f"> {prompt}\n{answer}\n\n" for prompt, answer in LEARNT.items())
+
+
+@pytest.mark.parametrize(("quant", "asked"), [("none", []), ("nf4", [QuantConfig("nf4", double_quant=True)])])
+def test_generate_quantizes_as_train_does(monkeypatch, model_folder, quant, asked):
+    seen = []
+    monkeypatch.setattr(minilora, "quantize_model", lambda model, config: seen.append(config))
+    assert main(["generate", "--model", model_folder, "--quant", quant, "--max-new-tokens", "2", "hi"]) == 0
+    assert seen == asked
+
+
+def test_generate_stops_where_it_is_told(capsys, trained, model_folder):
+    flags = ["--model", model_folder, "--adapter", str(trained[0]), "--max-new-tokens", "2", "where?"]
+    assert said(capsys, *flags) == "he\n"
+
+
+def test_drawn_tokens_depend_on_the_seed(capsys, model_folder):
+    def drawn(*more):
+        return said(capsys, "--model", model_folder, "--temperature", "5", "--max-new-tokens", "6", *more, "hi")
+
+    assert drawn() == drawn("--seed", "0") == drawn("--seed", "0")
+    assert len({drawn("--seed", str(seed)) for seed in range(4)}) > 1
+
+
+# ---- merge
+
+
+def merge(model_folder, adapter, out, *more):
+    return main(["merge", "--model", model_folder, "--adapter", str(adapter), "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "empty folder"])
+def test_merge_saves_a_model_that_transformers_loads(capsys, trained, model_folder, tmp_path, there):
+    out = tmp_path / "deep" / "merged"
+    if there:
+        out.mkdir(parents=True)
+    assert merge(model_folder, trained[0], out) == 0
+    survived, where = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"merged into 14 layers as float32: 100\.0% of the update survives rounding; .*", survived)
+    assert where == f"merged model in {out}"
+    assert [path.name for path in out.parent.iterdir()] == ["merged"]  # no temporary folder is left
+    assert out.stat().st_mode & 0o777 == 0o755
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    merged, tokenizer = load(out).eval(), transformers.AutoTokenizer.from_pretrained(out)
+    assert type(merged) is transformers.LlamaForCausalLM
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    inputs = tokenizer("<|im_start|>user\nhi<|im_end|>\n", return_tensors="pt")["input_ids"]
+    adapted = PeftModel.from_pretrained(load(model_folder), trained[0]).eval()
+    with torch.no_grad():
+        logits, wanted = merged(inputs).logits, adapted(inputs).logits
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+        with adapted.disable_adapter():
+            assert (adapted(inputs).logits - wanted).abs().max() > 0.1
+    original = transformers.AutoTokenizer.from_pretrained(model_folder)
+    assert tokenizer.get_vocab() == original.get_vocab() and tokenizer.chat_template == original.chat_template
+    assert said(capsys, "--model", str(out), "--max-new-tokens", "8", "who?") == "me\n"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_merge_in_another_dtype(trained, model_folder, tmp_path, name, dtype):
+    assert merge(model_folder, trained[0], tmp_path / "m", "--dtype", name) == 0
+    tensors = safetensors.torch.load_file(tmp_path / "m" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_merge_writes_over_nothing(capsys, trained, model_folder, tmp_path, what):
+    out = tmp_path / "out"
+    if what == "folder":
+        out.mkdir()
+    kept = out / "notes.txt" if what == "folder" else out
+    kept.write_text("mine")
+    line = refused(capsys, "merge", "--model", model_folder, "--adapter", str(trained[0]), "--out", str(out))
+    assert line == f"{out}: exists and is not an empty folder; choose another --out, or remove it"
+    assert kept.read_text() == "mine"
+
+
+def test_a_merge_that_breaks_leaves_nothing(capsys, monkeypatch, trained, model_folder, tmp_path):
+    def full_disk(self, folder, *rest, **options):
+        (Path(folder) / "tokenizer.json").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full_disk)
+    assert merge(model_folder, trained[0], tmp_path / "out") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_another_model_is_refused(capsys, trained, model_folder, tmp_path):
+    other = tmp_path / "adapter"
+    shutil.copytree(trained[0], other)
+    tensors = safetensors.torch.load_file(other / "adapter_model.safetensors")
+    tensors = {key: tensor[..., :5].contiguous() for key, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, other / "adapter_model.safetensors")
+    line = refused(capsys, "merge", "--model", model_folder, "--adapter", str(other), "--out", str(tmp_path / "out"))
+    assert "adapter_model.safetensors" in line and "wrong base model" in line
+    assert not (tmp_path / "out").exists()
+
+
+# ---- export
+
+
+@pytest.mark.parametrize("with_model", [False, True], ids=["folder alone", "with its model"])
+def test_export_folds_the_scale_and_says_what_to_do(capsys, trained, model_folder, tmp_path, with_model):
+    more = ["--model", model_folder] if with_model else []
+    assert main(["export", "--adapter", str(trained[0]), "--for", "vllm", "--out", str(tmp_path / "x"), *more]) == 0
+    text = f"{tmp_path / 'x'}: adapter for vllm, rank 8, scale 1; start vLLM with --max-lora-rank 8 or more\n"
+    assert capsys.readouterr().out == text
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] == 8
+    own, exported = (
+        safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in (trained[0], tmp_path / "x")
+    )
+    assert set(own) == set(exported)
+    for key, tensor in own.items():
+        assert torch.equal(exported[key], 2 * tensor if "lora_B" in key else tensor)  # lora_alpha / r was 2
+    flags = ["--model", model_folder, "--adapter", str(tmp_path / "x"), "--max-new-tokens", "8", "hi"]
+    assert said(capsys, *flags) == "yo\n"
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "mlx"])
+def test_export_for_other_programs(capsys, trained, tmp_path, target):
+    assert main(["export", "--adapter", str(trained[0]), "--for", target, "--out", str(tmp_path / "x")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x'}: adapter for {target}, rank 8, scale 1\n"
+    assert any(path.suffix == ".safetensors" for path in (tmp_path / "x").iterdir())
+
+
+# ---- demo
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [([], (48, 0, "runs/demo")), (["--steps", "5", "--seed", "3"], (5, 3, "runs/demo"))]
+)
+def test_demo_runs_its_job_and_counts_the_voice(capsys, monkeypatch, flags, wanted):
+    asked = []
+
+    def run(job):
+        asked.append(job)
+        pairs = [
+            {"prompt": "?", "before": "A tea.", "after": f"{start} tea."} for start in ("By the lamp,", "A", "A", "A")
+        ]
+        return mock.Mock(answers=pairs)
+
+    monkeypatch.setattr(cli, "_run_job", run)
+    assert main(["demo", *flags]) == 0
+    (job,) = asked
+    assert (job.training.steps, job.training.seed, job.out) == wanted
+    assert "0% before, 25% after" in capsys.readouterr().out
+
+
+def test_demo_refuses_a_bad_value(capsys):
+    assert refused(capsys, "demo", "--steps", "0").startswith("steps=0: wanted")
+
+
+def test_the_run_of_the_command_line_is_that_of_the_library(trained, model_folder):
+    """What ``generate --quant nf4`` shows is the model that was trained: quantized base, trained adapter."""
+    from minilora.hf import answers, load_model, load_tokenizer
+
+    model = quantize_model(load_model(model_folder), QuantConfig("nf4", double_quant=True))
+    model = PeftModel.from_pretrained(model, trained[0])
+    assert answers(model, load_tokenizer(model_folder), list(LEARNT), 8) == list(LEARNT.values())
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_says_nothing_on_standard_error(trained, model_folder):
+    """No bar and no warning of a library, no traceback: what is piped on is the answer alone."""
+    command = [sys.executable, "-m", "minilora.cli", "generate", "--model", model_folder, "--adapter", str(trained[0])]
+    root, silent = Path(minilora.__file__).parents[1], {"HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"}
+    environment = {name: value for name, value in os.environ.items() if name not in silent}
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "8", "hi"],
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "yo\n", "")
+
+
+def test_settings_of_a_job_are_frozen(job):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        job(*BASIC).steps = 3
