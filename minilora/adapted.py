@@ -50,6 +50,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     adapters = adapters_of(model)
     adapters.check([name])
+    adapters.refuse_while_mixing()
     if name in adapters.merged:
         raise StateError(f"adapter {name!r} is merged; unmerge first")
     if len(adapters.configs) == 1:
@@ -207,6 +208,7 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     """Take every adapter out and forget them; with ``keep_merged`` what is merged (and trained copies) stays in place."""
     adapters = adapters_of(model)
+    adapters.refuse_while_mixing()
     for slot in adapters.slots.values():
         # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
         slot.show(adapters.merged if keep_merged else (), adapters.merged if keep_merged else ())

@@ -30,6 +30,11 @@ _LORA_FLAGS = (
     "modules_to_save",
 )
 
+_REGEX_FLAGS = (
+    "target_modules",
+    "exclude_modules",
+)  # names, or one string that is a regular expression or "all-linear"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -167,7 +172,7 @@ def _job(arguments: argparse.Namespace) -> Any:
     for name in ("model", "data", "out"):
         if not settings.get(name):
             raise ConfigError(f'--{name} is missing; give it as a flag or as {name} = "..." in the TOML file')
-    for name in ("target_modules", "exclude_modules"):
+    for name in _REGEX_FLAGS:
         if isinstance(value := settings.get(name), list) and len(value) == 1:
             settings[name] = value[0] if value[0] == "all-linear" or not value[0].replace("_", "").isalnum() else value
     alpha = settings.get("lora_alpha")
@@ -193,24 +198,18 @@ def _read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
     for name, value in content.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {nearest(name, known)}")
-        if not _is_kind(value, known[name]):
-            words = {
-                bool: "true or false",
-                int: "a whole number",
-                float: "a number",
-                str: "text",
-                list: "a list of texts",
-            }
-            raise ConfigError(f"{path}: {name} = {value!r}; wanted {words[known[name]]}")
-    return {
-        name: [value] if known[name] is list and isinstance(value, str) else value for name, value in content.items()
-    }
+        if not (_is_kind(value, known[name]) or (name in _REGEX_FLAGS and isinstance(value, str))):
+            raise ConfigError(f"{path}: {name} = {value!r}; wanted {_KIND_WORDS[known[name]]}")
+    return content
+
+
+_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
 
 
 def _is_kind(value: Any, kind: type) -> bool:
     """Whether a TOML value is what the flag of this kind takes."""
     if kind is list:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

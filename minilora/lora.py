@@ -33,6 +33,7 @@ class LoRALinear(Adapter):
         scaling: ``lora_alpha / r``; ``lora_alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2).
     """
 
+    lora_bias: nn.Parameter | None
     file_names: ClassVar[dict[str, str]] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
@@ -46,24 +47,26 @@ class LoRALinear(Adapter):
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         # Adapters are kept in fp32, after being drawn in the base layer's dtype, as PEFT does.
         kind, place = compute_dtype(self.innermost), self.weight.device
-        A, B = (factor.detach().to(kind).to(place, torch.float32) for factor in self.initial_factors(config))
-        self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
-        self.lora_bias = nn.Parameter(torch.zeros(self.out_features, device=place)) if config.lora_bias else None
+        A, B, bias = self.initial_factors(config)
+        self.lora_A, self.lora_B = _fp32(A, kind, place), _fp32(B, kind, place)
+        self.register_parameter("lora_bias", None if bias is None else _fp32(bias, kind, place))
 
-    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
-        """Start values of A and B, drawn from torch's generator in PEFT's order, so that one seed gives both the same A.
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Start values of A, B and the bias on B, drawn from torch's generator in PEFT's order, so that one seed gives both the same A.
 
         True: A uniform in +-1/sqrt(in) (kaiming, a = sqrt(5)), B = 0. "gaussian": A normal with std 1/r, B = 0. False: both random.
         """
         A = nn.Linear(self.in_features, self.r, bias=False).weight  # both constructors draw, as they do in PEFT
-        B = nn.Linear(self.r, self.out_features, bias=config.lora_bias).weight
+        up = nn.Linear(self.r, self.out_features, bias=config.lora_bias)
+        B, bias = up.weight, up.bias if config.lora_bias else None
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / self.r)
         elif config.init_lora_weights is True:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.init_lora_weights:
             nn.init.zeros_(B)
-        return A, B
+            bias = None if bias is None else nn.init.zeros_(bias)
+        return A, B, bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + self.update(self.lora_dropout(x))
@@ -86,3 +89,7 @@ class LoRALinear(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def _fp32(values: Tensor, drawn_in: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(values.detach().to(drawn_in).to(device, torch.float32).contiguous())

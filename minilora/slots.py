@@ -84,6 +84,11 @@ class Adapters:
             if name not in self.configs:
                 raise StateError(f"no adapter is called {name!r}; there are {nearest(name, self.configs)}")
 
+    def refuse_while_mixing(self) -> None:
+        """Raise ``StateError`` while a batch with an adapter for each row runs, on whatever thread: its layers are in the slots."""
+        if self.mixing:
+            raise StateError("a batch that mixes adapters is running; change the adapters after it")
+
     def check_stack(self, names: Sequence[str], merged: Collection[str]) -> None:
         """Raise ``StateError`` where an adapter that reads the base weight would find another one's update in it, or in a copy."""
         if not merged and len(names) < 2:
@@ -105,6 +110,7 @@ class Adapters:
     def activate(self, names: Sequence[str]) -> None:
         """Show exactly these adapters (their sum, on top of what is merged) and make exactly their parameters trainable."""
         self.check(names)
+        self.refuse_while_mixing()
         if len(set(names)) < len(names):
             raise StateError(f"adapters {list(names)}: one is named twice, and an adapter can be active only once")
         self.check_stack(names, self.merged)
@@ -117,16 +123,14 @@ class Adapters:
 
     def show(self) -> None:
         """Bring the slots in line with ``active`` and ``merged``; what trains does not change."""
-        if self.mixing:
-            raise StateError("a batch that mixes adapters is running; switch after it")
+        self.refuse_while_mixing()
         for slot in self.slots.values():
             slot.show(*(((), ()) if self._bare else (self.active, self.merged)))
 
     @contextmanager
     def bare(self) -> Iterator[None]:
         """The model without any adapter, merged ones included, while the block runs."""
-        if self.mixing:
-            raise StateError("a batch that mixes adapters is running; look at the bare model after it")
+        self.refuse_while_mixing()
         self._bare += 1
         try:
             self.show()

@@ -325,9 +325,8 @@ def test_what_only_the_model_can_refuse(capsys, tmp_path, model_folder, data_fil
     [
         (["generate", "--model", "{model}", "--max-new-tokens", "0", "hi"], "max.new.tokens"),
         (["train", "--model", "{model}", "--data", "{data}", "--steps", "1", "--out", "{file}"], "{file}"),
-        (["train", "--model", "{model}", "--data", "{data}", "--out", "{dir}/o", "--seed", "99999999999999"], "seed"),
     ],
-    ids=["no new tokens", "out is a file", "large seed"],
+    ids=["no new tokens", "out is a file"],
 )
 def test_more_bad_input_is_refused(capsys, tmp_path, model_folder, data_file, arguments, word):
     (tmp_path / "file").touch()
@@ -449,10 +448,13 @@ TOML_ERRORS = {
     "not TOML": ("steps: 3\n", "not TOML"),
     "not UTF-8": (b"out = '\xff'\n", "not TOML"),
     "twice": ("steps = 3\nsteps = 4\n", "not TOML"),
-    "text for a number": ('steps = "3"\n', "steps='3': wanted a whole number"),
-    "number for a name": ("quant = 4\n", "quant=4: wanted one of none, nf4"),
-    "text for a switch": ('use_rslora = "false"\n', "use_rslora='false'"),
-    "one name of modules to save": ('modules_to_save = "lm_head"\n', "modules_to_save='lm_head': wanted a list"),
+    "text for a number": ('steps = "3"\n', "steps = '3'; wanted a whole number"),
+    "number for a name": ("quant = 4\n", "quant = 4; wanted text"),
+    "text for a switch": ('use_rslora = "false"\n', "use_rslora = 'false'; wanted true or false"),
+    "one name of modules to save": (
+        'modules_to_save = "lm_head"\n',
+        "modules_to_save = 'lm_head'; wanted a list of texts",
+    ),
 }
 
 

@@ -64,5 +64,5 @@ class LoftQLinear(LoRALinear):
             self.base_layer = QuantLinear(packed, base_layer.bias).train(base_layer.training)  # type: ignore[arg-type]
             self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
 
-    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
         return super().initial_factors(replace(config, init_lora_weights=True))

@@ -19,11 +19,11 @@ from minilora.lora import LoRALinear
 class OrthogonalLoRA(LoRALinear):
     """LoRA that starts from orthogonal halves; the rank is even. Raises ``ConfigError`` for an odd one."""
 
-    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, None]:
         super().initial_factors(config)  # draws what PEFT draws before
         if self.r % 2:
             raise ConfigError(f"r={self.r}: an orthogonal start wants an even r; set r={self.r + 1}")
         Q = torch.linalg.qr(torch.randn(self.r, self.r)).Q
         A = (torch.randn(self.in_features, self.r // 2) @ Q[0::2]).T / 10
         B = torch.randn(self.r // 2, self.out_features).T @ Q[1::2] / 10
-        return A, B
+        return A, B, None

@@ -21,7 +21,9 @@ class PiSSALinear(ResidualLoRA):
         if config.pissa_rounds is None:
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         else:
-            U, S, V = torch.svd_lowrank(weight, q=self.r, niter=config.pissa_rounds)
+            with torch.random.fork_rng(devices=[]):  # a fixed seed: a reloaded file must find the same start again
+                torch.manual_seed(0)
+                U, S, V = torch.svd_lowrank(weight, q=self.r, niter=config.pissa_rounds)
             Vh = V.T
         root = (S[: self.r] / self.scaling).sqrt()
         return root[:, None] * Vh[: self.r], U[:, : self.r] * root

@@ -39,9 +39,9 @@ class ResidualLoRA(LoRALinear):
     def part_of(self, weight: Tensor, config: LoraConfig) -> tuple[Tensor, Tensor]:
         """``(A [r, in], B [out, r])`` for the base weight ``[out, in]`` in fp32."""
 
-    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, None]:
         super().initial_factors(config)  # draws what PEFT draws before
-        return self.part_of(dense_weight(self.innermost).float(), config)
+        return (*self.part_of(dense_weight(self.innermost).float(), config), None)
 
     def update(self, x: Tensor) -> Tensor:
         start = F.linear(F.linear(x, self.start_A.to(x.dtype)), self.start_B.to(x.dtype)) * self.scaling
