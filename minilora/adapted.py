@@ -39,7 +39,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     Raises:
         StateError: an unknown name, or adapters that cannot be added. Nothing has changed then.
     """
-    adapters_of(model).activate([names] if isinstance(names, str) else names)
+    chosen = [names] if isinstance(names, str) else list(names)
+    if not chosen:
+        raise StateError("no adapter is named; name one, or use disable_adapter() for the bare model")
+    adapters_of(model).activate(chosen)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -55,15 +58,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         raise StateError(f"adapter {name!r} is merged; unmerge first")
     if len(adapters.configs) == 1:
         raise StateError(f"adapter {name!r} is the only one; unload() gives back the plain model")
-    for slot in adapters.slots.values():
-        slot.kept.pop(name, None)
-    for path in [path for path, slot in adapters.slots.items() if not slot.kept]:
-        adapters.slots.pop(path).show(())
-    del adapters.configs[name], adapters.variants[name]
-    adapters.active = tuple(other for other in adapters.active if other != name)
-    adapters.show()
-    if not adapters.active:
-        adapters.activate(sorted(adapters.configs)[:1])
+    left = [other for other in adapters.active if other != name]
+    successor = left or sorted(other for other in adapters.configs if other != name)[:1]
+    adapters.check_stack(successor, adapters.merged)
+    adapters.forget(name)
+    if not left:
+        adapters.activate(successor)
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     """
     adapters = adapters_of(model)
     chosen = tuple(adapters.active if names is None else [names] if isinstance(names, str) else names)
-    adapters.check(chosen)
+    adapters.check_set(chosen)
     if adapters.merged:
         raise StateError(f"adapters {list(adapters.merged)} are merged already; call unmerge first")
     if not chosen:
@@ -209,9 +209,9 @@ def unload(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     """Take every adapter out and forget them; with ``keep_merged`` what is merged (and trained copies) stays in place."""
     adapters = adapters_of(model)
     adapters.refuse_while_mixing()
-    for slot in adapters.slots.values():
-        # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
-        slot.show(adapters.merged if keep_merged else (), adapters.merged if keep_merged else ())
+    # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
+    adapters.active = adapters.merged = adapters.merged if keep_merged else ()
+    adapters.show()
     detach(model)
     return model
 

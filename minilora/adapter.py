@@ -44,6 +44,8 @@ class Adapter(nn.Module, ABC):
     fixed: ClassVar[frozenset[str]] = frozenset()
     # Whether ``delta_weight`` depends on the base layer's weight, so that another adapter must not be merged under it.
     reads_base: ClassVar[bool] = False
+    # Whether ``__init__`` puts another base layer in the place of the one it got.
+    replaces_base: ClassVar[bool] = False
     # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.
     targeted: ClassVar[bool] = True
 

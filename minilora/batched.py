@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +61,14 @@ class MixedLayer(nn.Module):
         self.usual: nn.Module = getattr(slot.parent, slot.attr)
         self.base: nn.Module = slot.base  # type: ignore[assignment]
         self.is_table = isinstance(slot.base, nn.Embedding)
+        # Some models' embeddings multiply their rows by a constant; the update must be multiplied too.
+        self.scale = float(getattr(slot.base, "embed_scale", 1.0)) if self.is_table else 1.0
         pairs = [_low_rank(slot, name) for name in names]
+        known = next((pair for pair in pairs if pair is not None), None)
+        self.A: Tensor | None = None
+        if known is None:  # nobody adapts this layer: every row gets the base
+            return
         r = max(len(pair[0]) for pair in pairs if pair is not None)
-        known = next(pair for pair in pairs if pair is not None)
         self.A = known[0].new_zeros(len(names) + 1, r, known[0].shape[1])
         self.B = known[1].new_zeros(len(names) + 1, known[1].shape[0], r)
         for place, pair in enumerate(pairs):
@@ -76,10 +80,12 @@ class MixedLayer(nn.Module):
         if rows is None:
             return self.usual(x)
         pick, base = rows.pick(x), self.base(x)
+        if self.A is None:
+            return base
         flat = x.reshape(len(pick), -1) if self.is_table else x.reshape(len(pick), -1, x.shape[-1])
         if self.is_table:
             thin = self.B[pick[:, None], flat].to(base.dtype)
-            update = torch.bmm(thin, self.A[pick].to(base.dtype))
+            update = torch.bmm(thin, self.A[pick].to(base.dtype)) * self.scale
         else:
             thin = torch.bmm(flat, self.A[pick].to(x.dtype).transpose(1, 2))
             update = torch.bmm(thin, self.B[pick].to(x.dtype).transpose(1, 2))
@@ -146,7 +152,14 @@ def _enter(adapters: Adapters, names: set[str]) -> None:
 
 
 def _install(adapters: Adapters, wanted: set[str]) -> set[str]:
-    """Build (or take up again) the mixed layers of every adapter that can be mixed, ``wanted`` among them."""
+    """Build a mixed layer for every slot from the adapters that can be mixed, ``wanted`` among them; returns their names."""
+    for path, slot in adapters.slots.items():
+        if shown := [
+            name for name in adapters.active if name in slot.kept and not isinstance(slot.kept[name], Adapter)
+        ]:
+            raise StateError(
+                f"adapter {shown[0]!r} is active and trains a copy of {path}, which every row would get; activate another"
+            )
     able = set(adapters.configs)
     for slot in adapters.slots.values():
         for name in slot.kept:
@@ -156,31 +169,13 @@ def _install(adapters: Adapters, wanted: set[str]) -> set[str]:
                 if name in wanted:
                     raise
                 able.discard(name)
-    version = _version(adapters)
-    if adapters.mixed is None or adapters.mixed[0] != version:
-        order = [name if name in able else "" for name in adapters.configs]
-        layers = {
-            path: MixedLayer(slot, order).eval()
-            for path, slot in adapters.slots.items()
-            if any(name in able for name in slot.kept)
-        }
-        adapters.mixed = (version, layers)
-    for path, layer in adapters.mixed[1].items():
-        slot = adapters.slots[path]
-        layer.usual = getattr(slot.parent, slot.attr)
+    order = [name if name in able else "" for name in adapters.configs]
+    modules = [slot for slot in adapters.slots.values() if isinstance(slot.base, nn.Module)]
+    # Built anew each time: parameters can change in ways that leave no trace (a fused optimizer, writes to .data).
+    layers = [MixedLayer(slot, order).eval() for slot in modules]
+    for slot, layer in zip(modules, layers, strict=True):
         setattr(slot.parent, slot.attr, layer)
     return able
-
-
-def _version(adapters: Adapters) -> tuple[Any, ...]:
-    """Changes whenever a parameter of any adapter was written to or replaced."""
-    values = (value for slot in adapters.slots.values() for value in slot.kept.values() if isinstance(value, Adapter))
-    return tuple(
-        (id(p), p._version)
-        for value in values
-        for name, p in value.named_parameters()
-        if not name.startswith("base_layer.")
-    )
 
 
 def _leave(adapters: Adapters) -> None:

@@ -28,7 +28,7 @@ from minilora.inject import ALL_LINEAR, build, default_targets, place
 from minilora.io import read_bytes, write_files
 from minilora.layers import is_conv1d
 from minilora.slots import Value, adapters_of, has_adapters, own_parameters
-from minilora.targets import ends_with
+from minilora.targets import ends_with, exactly
 
 __all__ = [
     "CONFIG_FILE",
@@ -141,7 +141,10 @@ def _named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> li
         return sorted(wanted)
     endings = sorted({path.rsplit(".", 1)[-1] for path in paths})
     meant = [path for path, _ in model.named_modules() if any(ends_with(path, ending) for ending in endings)]
-    return endings if set(meant) == set(paths) else sorted(paths)
+    if set(meant) == set(paths):
+        return endings
+    chosen = exactly(paths, [path for path, _ in model.named_modules() if path])
+    return chosen if isinstance(chosen, str) else list(chosen)
 
 
 @dataclass(frozen=True)
@@ -268,26 +271,31 @@ def load_values(model: nn.Module, stored: Stored, adapter_name: str) -> dict[str
     return values
 
 
-def _exact(stored: Stored) -> LoraConfig:
-    """The config without regular expressions, which a file must not bring: targets become the layers that have tensors in the file.
-
-    Raises:
-        CheckpointError: a pattern of ranks or alphas that is more than a module's name.
-    """
-    config = stored.config
+def refuse_regexes(stored: Stored) -> None:
+    """Raise ``CheckpointError`` for a pattern of ranks or alphas in a file that is more than a module's name."""
     for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
+        for key in getattr(stored.config, field):
             if stored.from_file and not _PLAIN.fullmatch(key):
                 raise CheckpointError(
                     f"{stored.path.with_name(CONFIG_FILE)}: {field} key {key!r} is a regular expression, and none is run from a file; "
                     "write module names, or pass config=LoraConfig(...)"
                 )
+
+
+def _exact(stored: Stored) -> LoraConfig:
+    """The config without regular expressions of the file: targets become the layers that have tensors in it."""
+    refuse_regexes(stored)
+    config = stored.config
     names = [name for name in (config.target_modules, config.exclude_modules) if isinstance(name, str)]
     if not stored.from_file or all(name.lower() == ALL_LINEAR for name in names):
         return config
     paths = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in stored.tensors if ".lora_" in key}
     return dataclasses.replace(
-        config, target_modules=tuple(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        config,
+        target_modules="|".join(map(re.escape, sorted(paths))),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
     )
 
 

@@ -23,7 +23,9 @@ from minilora.errors import ConfigError, StateError, nearest
 from minilora.inject import build, place
 from minilora.lora import LoRALinear
 from minilora.slots import Adapters, Value, adapters_of, own_parameters
+from minilora.targets import exactly
 from minilora.variants.embedding import LoRAEmbedding
+from minilora.variants.residual import ResidualLoRA
 
 __all__ = ["COMBINATIONS", "add_weighted_adapter"]
 
@@ -72,7 +74,7 @@ def add_weighted_adapter(
         record.configs[adapters[0]],
         r=rank,
         lora_alpha=rank,
-        target_modules=tuple(by_path),
+        target_modules=exactly(tuple(by_path), _known_paths(model)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -139,6 +141,13 @@ def _rank(
     if combination == "cat":
         return max(sum(each) for each in ranks.values())
     largest = max(max(each) for each in ranks.values())
+    started = [
+        path for path, parts in by_path.items() if any(isinstance(adapter, ResidualLoRA) for adapter, _ in parts)
+    ]
+    if started and not combination.endswith("svd"):
+        raise StateError(
+            f"{started[0]}: PiSSA and OLoRA factors count from their start; {combination} adds factors, use 'cat' or 'svd'"
+        )
     if combination.endswith("svd"):
         if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
             raise ConfigError(f"svd_rank={svd_rank!r}: wanted a whole number >= 1")
@@ -158,8 +167,8 @@ def _fill(
     own_A, own_B = _factors(target)
     weights = [weight for _, weight in parts]
     if combination == "cat":
-        low = [_factors(adapter) for adapter, _ in parts]
-        A = torch.cat([weight * _scaling(adapter) * a for (adapter, weight), (a, _) in zip(parts, low, strict=True)])
+        low = [_scaled_factors(adapter) for adapter, _ in parts]
+        A = torch.cat([weight * a for (_, weight), (a, _) in zip(parts, low, strict=True)])
         B = torch.cat([b for _, b in low], 1)
     elif combination.endswith("svd"):
         rule = _SUMS[combination.removesuffix("svd").rstrip("_") or "linear"]
@@ -184,6 +193,17 @@ def _factors(value: Value) -> tuple[Tensor, Tensor]:
     if isinstance(value, LoRALinear):
         return value.lora_A.data, value.lora_B.data
     raise StateError(f"{type(value).__name__} has no low-rank factors")
+
+
+def _scaled_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """``(A, B)`` in the orientation of the stored factors, with ``B A`` the whole update, start factors included."""
+    A, B = adapter.as_lora()
+    return (B.T, A.T) if isinstance(adapter, LoRAEmbedding) else (A, B)
+
+
+def _known_paths(model: nn.Module) -> list[str]:
+    with adapters_of(model).bare():
+        return [path for path, _ in model.named_modules() if path]
 
 
 def _scaling(adapter: Any) -> float:

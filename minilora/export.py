@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Stored, read_adapter, saved_config
+from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, saved_config
 from minilora.config import LoraConfig
-from minilora.errors import ConfigError, StateError
+from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.io import write_files
 from minilora.slots import adapters_of
 from minilora.variants.embedding import LoRAEmbedding, TiedHead
@@ -72,13 +72,17 @@ def _factors(path: str, value: object, target: str) -> tuple[Tensor, Tensor]:
         raise StateError(
             f"{path}: {target} cannot hold a trained copy or bias; merge the adapter into the model instead"
         )
-    return value.as_lora()
+    try:
+        return value.as_lora()
+    except StateError as error:
+        raise StateError(f"{path}: {error}") from None
 
 
 def _stored_factors(stored: Stored) -> dict[str, tuple[Tensor, Tensor]]:
     """Scaled factors from the file alone."""
     if stored.variant != "lora":
         raise StateError(f"{stored.path}: a {stored.variant} adapter depends on its base model; give it with --model")
+    refuse_regexes(stored)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
         path, _, name = key.removeprefix(_PREFIX).rpartition(".lora_")
@@ -90,6 +94,9 @@ def _stored_factors(stored: Stored) -> dict[str, tuple[Tensor, Tensor]]:
     for path, pair in parts.items():
         if len(pair) < 2:
             raise StateError(f"{stored.path}: {path} has only one of lora_A and lora_B; save the adapter again")
+        wanted, found = stored.config.for_module(path)[0], len(pair["A.weight"])
+        if wanted != found:
+            raise CheckpointError(f"{stored.path}: {path} has rank {found}, the config says {wanted}; save it again")
     return {path: (pair["A.weight"], _scaling(stored.config, path) * pair["B.weight"]) for path, pair in parts.items()}
 
 
@@ -127,6 +134,8 @@ def _peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, 
         "alpha_pattern": {},
         "loftq_config": {},
         "target_modules": _endings(factors),
+        "bias": "none",
+        "lora_bias": False,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -136,6 +145,7 @@ def _peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, 
 
 
 def _endings(factors: Factors) -> list[str]:
+    """Last components, which is what readers compare the names of modules with."""
     return sorted({path.rsplit(".", 1)[-1] for path in factors})
 
 

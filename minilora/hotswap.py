@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from minilora.checkpoint import WEIGHTS_FILE, load_values, read_adapter
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, StateError
 from minilora.lora import LoRALinear
 from minilora.slots import adapters_of
+from minilora.variants.residual import ResidualLoRA
 
 __all__ = ["hotswap_adapter"]
 
@@ -24,34 +25,50 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
 
     Raises:
         CheckpointError: the folder has another kind of adapter, layers that the present one lacks, or a larger rank; the present adapter
-            is then as it was. StateError: there is no such adapter.
+            is then as it was. StateError: there is no such adapter, or it is merged.
     """
     adapters = adapters_of(model)
     present = adapters.named(adapter_name)
+    if adapter_name in adapters.merged:
+        raise StateError(f"adapter {adapter_name!r} is merged, so nothing would change; unmerge first")
+    where = os.path.join(folder, WEIGHTS_FILE)
+    for path, old in present.items():
+        if not isinstance(old, LoRALinear):
+            kind = type(old).__name__
+            raise CheckpointError(
+                f"{where}: adapter {adapter_name!r} has a {kind} at {path}, which cannot be exchanged; use load_adapter"
+            )
     stored = read_adapter(folder)
     with torch.random.fork_rng(devices=[]):  # building draws start values that are overwritten at once
         incoming = load_values(model, stored, "incoming-" + adapter_name[:48])
-    where = os.path.join(folder, WEIGHTS_FILE)
     for path, value in incoming.items():
-        old = present.get(path)
-        if type(old) is not type(value) or not isinstance(old, LoRALinear) or not isinstance(value, LoRALinear):
-            raise CheckpointError(f"{where}: adapts {path} as {type(value).__name__}, adapter {adapter_name!r} has {type(old).__name__}; "
-                                  "load it with load_adapter instead")  # fmt: skip
-        if value.r > old.r:
+        here = present.get(path)
+        if type(here) is not type(value) or not isinstance(here, LoRALinear) or not isinstance(value, LoRALinear):
+            kinds = f"{type(value).__name__}, adapter {adapter_name!r} has {type(here).__name__}"
+            raise CheckpointError(f"{where}: adapts {path} as {kinds}; load it with load_adapter instead")
+        if value.r > here.r:
             raise CheckpointError(
-                f"{where}: {path} has rank {value.r}, the present adapter {old.r}; start from the largest rank"
+                f"{where}: {path} has rank {value.r}, the present adapter {here.r}; start from the largest rank"
             )
-        if (value.lora_bias is None) != (old.lora_bias is None):
+        if (value.lora_bias is None) != (here.lora_bias is None):
             raise CheckpointError(f"{where}: {path} differs in lora_bias; load it with load_adapter instead")
+    for path, here in present.items():
+        new = incoming.get(path)
+        if isinstance(here, ResidualLoRA) and not (
+            isinstance(new, ResidualLoRA) and (new.r, new.scaling) == (here.r, here.scaling)
+        ):
+            raise CheckpointError(
+                f"{where}: {path} starts from another part of the weight than the present adapter; use load_adapter"
+            )
     for path, old in present.items():
         new = incoming.get(path)
-        if isinstance(old, LoRALinear):
-            _overwrite(old, new if isinstance(new, LoRALinear) else None)
+        assert isinstance(old, LoRALinear)  # checked above
+        _overwrite(old, new if isinstance(new, LoRALinear) else None)
 
 
 def _overwrite(old: LoRALinear, new: LoRALinear | None) -> None:
     """Every saved tensor of ``old`` from ``new``, B and its bias in ``old``'s scaling."""
-    old.lora_B.zero_()
+    old.reset()
     if new is None:
         return
     ratio = new.scaling / old.scaling

@@ -19,7 +19,7 @@ from minilora.config import LoraConfig, QuantConfig, pattern_matches
 from minilora.errors import StateError, TargetError, nearest
 from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
 from minilora.quantize import check_quantizable
-from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters
+from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
 from minilora.tying import adapt_embedding, train_rows
 
@@ -221,6 +221,10 @@ def build(
             layer = model.get_submodule(path)
             if isinstance(layer, nn.Embedding):
                 values |= adapt_embedding(model, path, layer, config, kind or config.variant)
+            elif make.replaces_base and path in adapters.slots and not is_quantized(layer):
+                raise TargetError(
+                    f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"
+                )
             else:
                 values[path] = make(layer, config, path)
         for path, indices in found.tokens.items():
@@ -234,6 +238,9 @@ def build(
     for value in values.values():
         if isinstance(value, nn.Module):
             value.train(model.training)
+        if isinstance(value, Adapter):
+            for name in value.fixed:
+                value.get_parameter(name).requires_grad_(False)
     return values
 
 
@@ -263,14 +270,22 @@ def place(
     for path, value in values.items():
         slot = adapters.slots[path] = slots[path]
         slot.kept[adapter_name] = value
-        if (
-            isinstance(value, Adapter)
-            and value.base_layer is not slot.base
-            and not isinstance(value.base_layer, Adapter)
-        ):
-            slot.base = value.base_layer  # a variant that replaces its base (LoftQ)
+        if isinstance(value, Adapter) and value.replaces_base:
+            slot.base = value.base_layer
+        for parameter in own_parameters(value):
+            parameter.requires_grad_(activate)
     adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
-    adapters.activate([adapter_name] if activate else adapters.active)
+    if not activate:
+        adapters.show()
+        return
+    before = adapters.active
+    try:
+        adapters.activate([adapter_name])
+    except StateError:
+        adapters.forget(adapter_name)
+        adapters.active = before
+        adapters.show()
+        raise
 
 
 def inject(

@@ -119,6 +119,13 @@ def dense_weight(layer: nn.Module) -> Tensor:
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
 
 
+def product(layer: nn.Module, x: Tensor) -> Tensor:
+    """``x W^T`` without the bias, whatever the layer: ``[..., in]`` to ``[..., out]``."""
+    if isinstance(layer, QuantLinear):
+        return quant_linear(x, layer.quantized())
+    return torch.nn.functional.linear(x, dense_weight(layer))
+
+
 def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
     """A new frozen layer like ``layer`` that holds ``weight`` ``[out, in]``; ``layer`` itself is untouched.
 

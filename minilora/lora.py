@@ -65,7 +65,8 @@ class LoRALinear(Adapter):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.init_lora_weights:
             nn.init.zeros_(B)
-            bias = None if bias is None else nn.init.zeros_(bias)
+            if bias is not None:
+                nn.init.zeros_(bias)
         return A, B, bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,6 +82,13 @@ class LoRALinear(Adapter):
 
     def delta_bias(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias.float()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to no update at all."""
+        self.lora_B.zero_()
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         if self.lora_bias is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -41,17 +40,20 @@ class Slot:
     kept: dict[str, Value] = field(default_factory=dict)
     merged: nn.Module | None = None
 
-    def show(self, names: Sequence[str], folded: Collection[str] = ()) -> None:
-        """Put the named adapters into the slot, the first innermost; those in ``folded`` are in the merged layer already."""
+    def show(self, names: Sequence[str], folded: Collection[str] = (), parent: nn.Module | None = None) -> None:
+        """Put the named adapters into the slot, the first innermost; those in ``folded`` are in the merged layer already.
+
+        ``parent`` is where a bias goes when the layer that it belonged to has been replaced.
+        """
         value: Value = self.merged if folded and self.merged is not None else self.base
-        for name in names:
+        for name in (*folded, *(name for name in names if name not in folded)):
             above = self.kept.get(name)
             if above is None or (name in folded and isinstance(above, Adapter)):
                 continue
             if isinstance(above, Adapter):
                 above.base_layer = value  # type: ignore[assignment]
             value = above
-        setattr(self.parent, self.attr, value)
+        setattr(parent or self.parent, self.attr, value)
 
 
 class Adapters:
@@ -59,7 +61,7 @@ class Adapters:
 
     Attributes:
         slots: by path. configs, variants: by adapter name. active: names in the slots now, innermost first. merged: names folded
-            into the layers. trained: names whose parameters train when they are active.
+            into the layers.
     """
 
     def __init__(self) -> None:
@@ -70,8 +72,7 @@ class Adapters:
         self.merged: tuple[str, ...] = ()
         self._bare = 0  # how many ``bare`` blocks we are in
         self.mixing = 0  # calls in ``batched`` that run now, on any thread
-        self.mixable: set[str] = set()
-        self.mixed: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.mixable: set[str] = set()  # names that those calls may use
 
     def named(self, name: str) -> dict[str, Value]:
         """Path to what adapter ``name`` keeps there. Raises ``StateError`` if there is no such adapter."""
@@ -83,6 +84,12 @@ class Adapters:
         for name in names:
             if name not in self.configs:
                 raise StateError(f"no adapter is called {name!r}; there are {nearest(name, self.configs)}")
+
+    def check_set(self, names: Sequence[str]) -> None:
+        """``check``, and raise ``StateError`` for a name that comes twice: it would count double."""
+        self.check(names)
+        if twice := [name for name in names if list(names).count(name) > 1]:
+            raise StateError(f"adapter {twice[0]!r} is named twice; name it once")
 
     def refuse_while_mixing(self) -> None:
         """Raise ``StateError`` while a batch with an adapter for each row runs, on whatever thread: its layers are in the slots."""
@@ -102,17 +109,36 @@ class Adapters:
                     f"{path}: adapter {reads[0]!r} reads the base weight, in which {folded[0]!r} is merged; unmerge first"
                 )
             copies = [name for name in (*folded, *shown) if not isinstance(slot.kept[name], Adapter)]
+            owner = self.slots.get(path.rpartition(".")[0])
+            if (
+                copies
+                and isinstance(slot.base, nn.Parameter)
+                and owner
+                and any(_shifts_bias(owner.kept.get(n)) for n in merged)
+            ):
+                raise StateError(
+                    f"{path}: adapter {copies[0]!r} trains this bias, and a merged lora_bias moves it; merge them one by one"
+                )
             if len(copies) > 1:
                 raise StateError(
                     f"{path}: adapters {copies} each train a copy of it, and copies cannot be added; activate one of them"
                 )
 
+    def forget(self, name: str) -> None:
+        """Take adapter ``name`` out of the record; slots that are left empty go, with their base put back."""
+        for slot in self.slots.values():
+            slot.kept.pop(name, None)
+        for path in [path for path, slot in self.slots.items() if not slot.kept]:
+            self.slots.pop(path).show(())
+        self.configs.pop(name, None)
+        self.variants.pop(name, None)
+        self.active = tuple(other for other in self.active if other != name)
+        self.show()
+
     def activate(self, names: Sequence[str]) -> None:
         """Show exactly these adapters (their sum, on top of what is merged) and make exactly their parameters trainable."""
-        self.check(names)
+        self.check_set(names)
         self.refuse_while_mixing()
-        if len(set(names)) < len(names):
-            raise StateError(f"adapters {list(names)}: one is named twice, and an adapter can be active only once")
         self.check_stack(names, self.merged)
         self.active = tuple(names)
         for slot in self.slots.values():
@@ -124,8 +150,15 @@ class Adapters:
     def show(self) -> None:
         """Bring the slots in line with ``active`` and ``merged``; what trains does not change."""
         self.refuse_while_mixing()
+        active, merged = ((), ()) if self._bare else (self.active, self.merged)
         for slot in self.slots.values():
-            slot.show(*(((), ()) if self._bare else (self.active, self.merged)))
+            if isinstance(slot.base, nn.Module):
+                slot.show(active, merged)
+        for path, slot in self.slots.items():
+            if isinstance(slot.base, nn.Parameter):  # a bias belongs to whatever layer stands there now
+                owner = self.slots.get(path.rpartition(".")[0])
+                layer = None if owner is None else owner.merged if merged and owner.merged is not None else owner.base
+                slot.show(active, merged, layer if isinstance(layer, nn.Module) else None)
 
     @contextmanager
     def bare(self) -> Iterator[None]:
@@ -138,6 +171,10 @@ class Adapters:
         finally:
             self._bare -= 1
             self.show()
+
+
+def _shifts_bias(value: Value | None) -> bool:
+    return isinstance(value, Adapter) and value.delta_bias() is not None
 
 
 def own_parameters(value: Value) -> Iterator[nn.Parameter]:

@@ -58,6 +58,14 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
     return [path for path in known if any(ends_with(path, entry) for entry in wanted)]
 
 
+def exactly(paths: Sequence[str], known: Iterable[str]) -> Selection:
+    """A selection that means these paths and no other of ``known``: the paths, or a regex where one path ends another."""
+    every = list(known)
+    if set(select(every, paths, "paths")) == set(paths):
+        return tuple(sorted(paths))
+    return "|".join(re.escape(path) for path in sorted(paths))
+
+
 def layer_index(path: str, pattern: Selection | None) -> int | None:
     """The number of the layer that ``path`` lies in: behind a component named in ``pattern``, or the last number in the path."""
     names = [pattern] if isinstance(pattern, str) else pattern

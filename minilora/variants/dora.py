@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minilora.adapter import Adapter, register
 from minilora.config import LoraConfig
 from minilora.errors import StateError
-from minilora.layers import dense_weight
+from minilora.layers import dense_weight, product
 from minilora.lora import LoRALinear
 
 
@@ -45,10 +45,7 @@ class DoRALinear(LoRALinear):
     def row_norms(self) -> Tensor:
         """``c``: the norms of the rows of ``W + s B A``, fp32 ``[out]``."""
         A, B, s = self.lora_A.float(), self.lora_B.float(), self.scaling
-        innermost = self.innermost
-        WA = innermost(A.to(self._base_dtype())).float().T
-        if self.bias is not None:
-            WA = WA - self.bias.float()[:, None]
+        WA = product(self.innermost, A.to(self._base_dtype())).float().T
         cross, square = (WA * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)
         return (self.base_norm_squared + 2 * s * cross + s * s * square).clamp(min=0).sqrt()
 
@@ -68,6 +65,10 @@ class DoRALinear(LoRALinear):
         weight = dense_weight(self.innermost).float()
         ratio = self.lora_magnitude_vector.float() / self.row_norms()
         return ratio[:, None] * (weight + super().delta_weight()) - weight
+
+    def reset(self) -> None:
+        super().reset()
+        self.lora_magnitude_vector.copy_(self.row_norms())
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         raise StateError(

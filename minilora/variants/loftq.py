@@ -9,13 +9,13 @@ leaves. The error need not fall at every turn, so the best turn is kept.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minilora.adapter import register
 from minilora.config import LoraConfig, QuantConfig
-from minilora.errors import TargetError
 from minilora.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora import LoRALinear
 from minilora.quantize import QuantizedTensor, quantize
@@ -53,10 +53,10 @@ class LoftQLinear(LoRALinear):
     model) it is plain LoRA, whose factors come from the file.
     """
 
+    replaces_base: ClassVar[bool] = True
+
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
-        if isinstance(base_layer, LoRALinear):
-            raise TargetError(f"{path}: LoftQ quantizes the base layer, which carries another adapter; inject it first")
         if not is_quantized(base_layer):
             rounds = config.loftq_config.get("loftq_iter", 1)
             weight = dense_weight(base_layer)

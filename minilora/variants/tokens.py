@@ -69,8 +69,10 @@ class TiedRows(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         source: TokenRows = self.__dict__["source"]
-        logits = self.base_layer(x)
-        return logits.index_copy(-1, source.token_indices, x @ source.trainable_tokens_delta.to(x.dtype).T)
+        logits, rows = self.base_layer(x), x @ source.trainable_tokens_delta.to(x.dtype).T
+        if self.bias is not None:
+            rows = rows + self.bias[source.token_indices].to(rows.dtype)
+        return logits.index_copy(-1, source.token_indices, rows)
 
     def delta_weight(self) -> Tensor:
         return self.__dict__["source"].delta_weight()

@@ -1,0 +1,854 @@
+"""Each variant against its own formula in float64, and what it saves, shares, freezes and refuses."""
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import minilora
+from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, inject, load_adapter, merge, save_adapter
+from minilora.adapted import disabled, unload
+from minilora.adapter import VARIANTS, Adapter, register
+from minilora.checkpoint import WEIGHTS_FILE, adapter_state_dict
+from minilora.errors import ConfigError, StateError, TargetError
+from minilora.layers import dense_weight
+from minilora.lora import LoRALinear
+from minilora.optim import lora_plus_groups
+from minilora.quantize import quantize
+from minilora.slots import adapters_of, own_parameters
+from minilora.variants.embedding import LoRAEmbedding, TiedHead
+from minilora.variants.loftq import loftq
+from minilora.variants.tokens import TokenRows
+from minilora.variants.vera import shared_factor
+
+IN, OUT, R, ALPHA = 40, 24, 4, 12
+S = ALPHA / R
+F64, BF16 = torch.float64, torch.bfloat16
+
+
+class Conv1D(nn.Module):
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) * 0.2), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def make_base(kind="linear", dtype=torch.float32):
+    torch.manual_seed(5)
+    layer = (Conv1D(OUT, IN) if kind == "conv1d" else nn.Linear(IN, OUT)).to(dtype)
+    nn.init.normal_(layer.bias, std=0.5)
+    layer.requires_grad_(False)
+    return QuantLinear.from_linear(layer, QuantConfig(double_quant=True)) if kind == "nf4" else layer.eval()
+
+
+every_base = pytest.mark.parametrize("base", ["linear", "conv1d", "nf4"])
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+
+
+def config(targets=("layer",), **fields):
+    return LoraConfig(**{"r": R, "lora_alpha": ALPHA, "target_modules": targets, **fields})
+
+
+def make(base="linear", variant=None, dtype=torch.float32, **fields):
+    """``(model, adapter)`` of one adapted layer."""
+    layer = make_base(base, dtype) if isinstance(base, str) else base
+    model = inject(nn.ModuleDict({"layer": layer}).eval(), config(**fields), variant=variant)
+    return model, model["layer"]
+
+
+def inputs(*shape, dtype=torch.float32):
+    return torch.randn(*(shape or (6,)), IN, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def close(got, want, tolerance=1e-5):
+    far = (got.detach().double() - want.detach().double()).abs().max() / want.detach().double().abs().max()
+    assert far < tolerance, f"off by {far:.1e} of the largest value"
+
+
+def content(module):
+    return {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def low_rank(adapter):
+    return adapter.scaling * adapter.lora_B.double() @ adapter.lora_A.double()
+
+
+# ---- DoRA
+
+
+@every_base
+def test_dora_row_norms_are_those_of_the_dense_sum(base, randomize):
+    model, adapter = make(base, use_dora=True)
+    randomize(model)
+    dense = dense_weight(adapter.innermost).double() + low_rank(adapter)
+    close(adapter.row_norms(), dense.norm(dim=1), 1e-6)
+
+
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+def test_dora_row_norms_in_half_precision_do_not_drown_in_a_large_bias(base, randomize):
+    layer = make_base(base, BF16)
+    with torch.no_grad():
+        layer.bias.mul_(200)
+    model, adapter = make(layer, use_dora=True)
+    randomize(model)
+    dense = dense_weight(layer).double() + low_rank(adapter)
+    close(adapter.row_norms(), dense.norm(dim=1), 1e-2)
+
+
+@every_base
+@every_dtype
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dora_starts_with_a_ratio_of_exactly_one(base, dtype, rslora):
+    model, adapter = make(base, dtype=dtype, use_dora=True, use_rslora=rslora)
+    ratio = adapter.lora_magnitude_vector / adapter.row_norms()
+    assert torch.equal(ratio, torch.ones(OUT))
+    x = inputs(dtype=dtype)
+    with disabled(model):
+        want = model["layer"](x)
+    assert torch.equal(model["layer"](x), want)
+
+
+@every_base
+def test_dora_gradients_hold_the_norm_constant(base, randomize):
+    model, adapter = make(base, use_dora=True)
+    randomize(model)
+    x, cotangent = inputs(7), torch.randn(7, OUT, generator=torch.Generator().manual_seed(2))
+    (adapter(x) * cotangent).sum().backward()
+    G = cotangent.double().T @ x.double()
+
+    W = dense_weight(adapter.innermost).double()
+    A, B, m = (
+        p.detach().double().requires_grad_() for p in (adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector)
+    )
+    V = W + S * B @ A
+    V.retain_grad()
+    c = V.norm(dim=1).detach()
+    (F.linear(x.double(), (m / c)[:, None] * V) * cotangent).sum().backward(retain_graph=True)
+
+    close(V.grad, (m / c)[:, None] * G, 1e-10)  # the reference is the formula of the paper
+    close(adapter.lora_magnitude_vector.grad, (G * V / c[:, None]).sum(1))
+    close(adapter.lora_magnitude_vector.grad, m.grad)
+    close(adapter.lora_A.grad, A.grad)
+    close(adapter.lora_B.grad, B.grad)
+    free = torch.autograd.grad((G * m[:, None] * V / V.norm(dim=1, keepdim=True)).sum(), B)[0]
+    assert (free - B.grad).norm() > 0.1 * B.grad.norm(), "not told apart from the gradient through the norm"
+
+
+@every_base
+def test_rows_merged_from_dora_have_the_norms_of_the_magnitude(base, randomize):
+    model, adapter = make(base, use_dora=True)
+    randomize(model)
+    with torch.no_grad():
+        adapter.lora_magnitude_vector.abs_().add_(0.5)
+    merge(model)
+    close(dense_weight(model["layer"]).double().norm(dim=1), adapter.lora_magnitude_vector)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all floating tensors that operations give back, views of parameters apart."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.made, self.known = set(), {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.known:
+                self.made.add((tuple(each.shape), each.is_floating_point()))
+        return result
+
+
+def step_shapes(model, adapter, x):
+    with Shapes(model.parameters()) as shapes:
+        adapter(x).square().sum().backward()
+    return {shape for shape, floating in shapes.made if floating}
+
+
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "vera"])
+def test_no_dense_update_is_formed_in_a_step(base, variant, randomize):
+    model, adapter = make(base, variant)
+    randomize(model).train()
+    shapes = step_shapes(model, adapter, inputs(3))
+    assert ((R,) if variant == "vera" else (R, IN)) in shapes, "the gradients must have been seen"
+    assert not shapes & {(OUT, IN), (IN, OUT)}
+
+
+def test_dora_decodes_no_whole_packed_weight_in_a_step(randomize, monkeypatch):
+    monkeypatch.setattr("minilora.ops._ROWS", 1 << 9)  # slices of 12 rows and not the whole layer
+    model, adapter = make("nf4", "dora")
+    randomize(model).train()
+    with Shapes(model.parameters()) as shapes:
+        adapter(inputs(3)).square().sum().backward()
+    largest = max(torch.Size(shape).numel() for shape, floating in shapes.made if floating)
+    assert OUT * R <= largest < OUT * IN
+    with Shapes() as dense:
+        adapter.delta_weight()
+    assert ((OUT, IN), True) in dense.made, "what is looked for can be found"
+
+
+# ---- PiSSA and OLoRA
+
+
+def best_rank(W, r):
+    U, Sigma, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    return U[:, :r] * Sigma[:r] @ Vh[:r]
+
+
+@every_base
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_starts_from_the_best_part_of_its_rank(base, rslora):
+    _, adapter = make(base, init_lora_weights="pissa", use_rslora=rslora)
+    assert adapter.scaling == (ALPHA / R**0.5 if rslora else S)
+    W = dense_weight(adapter.innermost)
+    close(low_rank(adapter), best_rank(W, R))
+    gram_A, gram_B = adapter.lora_A @ adapter.lora_A.T, adapter.lora_B.T @ adapter.lora_B
+    close(gram_A, gram_B)  # the singular values go half into each
+    close(gram_A, torch.diag(torch.linalg.svdvals(W.float())[:R] / adapter.scaling))
+
+
+@every_base
+def test_olora_starts_from_the_first_columns_of_qr(base):
+    _, adapter = make(base, init_lora_weights="olora")
+    Q, upper = torch.linalg.qr(dense_weight(adapter.innermost).double())
+    close(adapter.lora_B.double() @ adapter.lora_A.double(), Q[:, :R] @ upper[:R])
+    close(adapter.lora_B.T @ adapter.lora_B, torch.eye(R))
+    assert torch.equal(adapter.lora_A[:, :R], adapter.lora_A[:, :R].triu())
+
+
+@every_base
+@every_dtype
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_what_a_residual_variant_learnt_is_the_distance_from_its_start(base, dtype, init, randomize):
+    model, adapter = make(base, dtype=dtype, init_lora_weights=init)
+    start, x = low_rank(adapter).detach(), inputs(dtype=dtype)
+    with disabled(model):
+        kept, plain = content(model), model["layer"](x)
+    assert torch.equal(model["layer"](x), plain)
+    randomize(model)
+    close(adapter.delta_weight(), low_rank(adapter) - start)
+    W = dense_weight(adapter.innermost).double() + low_rank(adapter) - start
+    close(adapter(x), F.linear(x.double(), W, adapter.bias.double()), 3e-2 if dtype == BF16 else 1e-5)
+    with disabled(model):
+        assert same(content(model), kept) and torch.equal(model["layer"](x), plain)
+
+
+def test_the_randomized_pissa_is_close_to_the_exact_one():
+    layer = make_base()
+    U, _, Vh = torch.linalg.svd(layer.weight, full_matrices=False)
+    layer.weight.data = U * 0.7 ** torch.arange(OUT) @ Vh
+    exact, quick = (make(copy.deepcopy(layer), init_lora_weights=init)[1] for init in ("pissa", "pissa_niter_8"))
+    close(low_rank(quick), low_rank(exact), 1e-2)
+    assert not torch.equal(quick.lora_A, exact.lora_A)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_residual_variant_comes_back_from_its_file(init, randomize, tmp_path):
+    model, adapter = make(init_lora_weights=init)
+    randomize(model)
+    save_adapter(model, tmp_path)
+    assert {key.rsplit(".", 2)[1] for key in safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)} == {
+        "lora_A",
+        "lora_B",
+    }
+    again = nn.ModuleDict({"layer": make_base()}).eval()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again["layer"](inputs()), adapter(inputs()))
+
+
+# ---- orthogonal
+
+
+@every_base
+def test_an_orthogonal_start_is_zero_with_both_factors_alive(base):
+    _, adapter = make(base, init_lora_weights="orthogonal")
+    A, B = adapter.lora_A.double(), adapter.lora_B.double()
+    assert (B @ A).abs().max() < 1e-6 * A.norm() * B.norm()
+    for factor in (A, B):
+        spectrum = torch.linalg.svdvals(factor.detach())
+        assert spectrum[R // 2] < 1e-5 * spectrum[R // 2 - 1], "half of the rank each"
+    adapter(inputs()).square().sum().backward()
+    assert adapter.lora_A.grad.norm() > 0.01 and adapter.lora_B.grad.norm() > 0.01
+
+
+def test_an_orthogonal_start_of_odd_rank_is_refused(snapshot):
+    with pytest.raises(ConfigError, match=r"r=3.*even.*r=4"):
+        config(r=3, init_lora_weights="orthogonal")
+    model = nn.ModuleDict({"layer": make_base()})
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"r=3.*even"):  # the pattern gives it an odd one
+        inject(model, config(init_lora_weights="orthogonal", rank_pattern={"layer": 3}))
+    assert snapshot(model) == before
+
+
+# ---- LoftQ
+
+
+def loftq_error(W, packed, A, B, scaling):
+    return (W.double() - packed.dequantize(torch.float32).double() - scaling * B.double() @ A.double()).norm().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
+def test_loftq_is_nearer_than_plain_quantization_and_keeps_its_best_turn(dtype):
+    W = make_base().weight.to(dtype)
+    plain = (W.double() - quantize(W, QuantConfig()).dequantize(torch.float32).double()).norm().item()
+    errors = [loftq_error(W, *loftq(W, QuantConfig(), R, S, rounds), S) for rounds in range(1, 9)]
+    assert errors[0] < 0.9 * plain
+    assert all(later <= earlier for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_loftq_does_not_depend_on_alpha(rslora):
+    updates = []
+    for alpha in (2, 12, 64):
+        _, adapter = make(
+            init_lora_weights="loftq", lora_alpha=alpha, use_rslora=rslora, loftq_config={"loftq_iter": 3}
+        )
+        updates.append((low_rank(adapter), adapter.innermost.weight))
+    for update, codes in updates[1:]:
+        close(update, updates[0][0], 1e-4)
+        assert torch.equal(codes, updates[0][1])
+
+
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+@every_dtype
+def test_loftq_packs_the_base_of_its_slot(base, dtype, randomize, tmp_path):
+    dense, x = make_base(base, dtype), inputs(dtype=dtype)
+    want = dense(x)
+    model, adapter = make(base, dtype=dtype, init_lora_weights="loftq", loftq_config={"loftq_iter": 4})
+    inner = adapter.innermost
+    assert isinstance(inner, QuantLinear) and inner.dtype == dtype and torch.equal(inner.bias, dense.bias)
+    assert not any(p.requires_grad for p in inner.parameters())
+    plain = QuantLinear.from_linear(dense, QuantConfig())
+    assert (adapter(x) - want).double().norm() < 0.9 * (plain(x) - want).double().norm()
+    with disabled(model):
+        assert model["layer"] is inner
+    randomize(model)
+    save_adapter(model, tmp_path)
+    again = nn.ModuleDict({"layer": copy.deepcopy(inner)}).eval()
+    load_adapter(again, tmp_path)
+    assert isinstance(again["layer"], VARIANTS["loftq"])
+    assert torch.equal(again["layer"](x), adapter(x)) and torch.equal(again["layer"].innermost.weight, inner.weight)
+
+
+def test_loftq_under_a_layer_that_carries_an_adapter_is_refused(randomize, snapshot):
+    """It would pack the base that the first adapter was trained on."""
+    model, _ = make()
+    randomize(model)
+    before, want = snapshot(model), model["layer"](inputs())
+    with pytest.raises(MiniLoraError, match=r"layer.*LoftQ"):
+        inject(model, config(init_lora_weights="loftq"), "second", activate=False)
+    assert snapshot(model) == before and torch.equal(model["layer"](inputs()), want)
+
+
+# ---- VeRA
+
+
+class Several(nn.Module):
+    """Two layers of one shape and one of another."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.one, self.two, self.other = nn.Linear(10, 6), nn.Linear(10, 6), nn.Linear(6, 9)
+        self.eval()
+
+    def forward(self, x):
+        return self.other(torch.tanh(self.one(x) - self.two(x)))
+
+
+def test_vera_shares_its_factors_by_shape():
+    model = inject(Several(), config(["one", "two", "other"], r=3), variant="vera")
+    assert torch.equal(model.one.shared_A, model.two.shared_A) and torch.equal(model.one.shared_B, model.two.shared_B)
+    assert model.one.shared_A.shape == (3, 10) and model.other.shared_B.shape == (9, 3)
+    assert {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad} == {
+        "vera_lambda_b", "vera_lambda_d"}  # fmt: skip
+    assert all(torch.equal(getattr(model, name).vera_lambda_d, torch.full((3,), 0.1)) for name in ("one", "two"))
+
+
+def test_vera_draws_the_same_factors_in_every_process():
+    code = "from minilora.variants.vera import shared_factor as s; import torch; torch.manual_seed(7); print(s(3, 10).tolist())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    torch.manual_seed(123)
+    assert torch.equal(torch.tensor(json.loads(printed)), shared_factor(3, 10))
+    bound = (6 / 10) ** 0.5
+    assert 0.8 * bound < shared_factor(3, 10).abs().max() <= bound
+
+
+def test_vera_does_not_move_the_generator_of_the_user():
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    shared_factor(5, 17)
+    assert torch.equal(torch.rand(2), want)
+
+
+def test_a_vera_file_holds_two_vectors_and_says_what_it_is(randomize, tmp_path):
+    model = inject(Several(), config(["one", "other"], r=3), variant="vera")
+    randomize(model)
+    x = torch.randn(4, 10)
+    d, b = model.one.vera_lambda_d.double(), model.one.vera_lambda_b.double()
+    want = b[:, None] * shared_factor(6, 3).double() @ (d[:, None] * shared_factor(3, 10).double())
+    close(model.one.delta_weight(), want)
+    save_adapter(model, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
+    sizes = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in tensors.items()}
+    assert sizes == {"one.vera_lambda_d": (3,), "one.vera_lambda_b": (6,), "other.vera_lambda_d": (3,),
+                     "other.vera_lambda_b": (9,)}  # fmt: skip
+    again = Several()
+    load_adapter(again, tmp_path, "other-name")
+    assert adapters_of(again).variants == {"other-name": "vera"} and type(again.one) is VARIANTS["vera"]
+    assert torch.equal(again(x), model(x))
+
+
+# ---- LoRA-FA, a bias on B
+
+
+def test_lora_fa_never_trains_a(tmp_path):
+    model, adapter = make("linear", "lora_fa")
+    model.train()
+    start = adapter.lora_A.detach().clone()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["layer.lora_B"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model["layer"](inputs()).square().sum().backward()
+        optimizer.step()
+    assert adapter.lora_A.grad is None and torch.equal(adapter.lora_A, start)
+    assert adapter.lora_B.abs().max() > 0.1
+    save_adapter(model, tmp_path)
+    again = nn.ModuleDict({"layer": make_base()})
+    load_adapter(again, tmp_path, is_trainable=True)
+    minilora.set_adapter(again, "default")
+    assert adapters_of(again).variants["default"] == "lora_fa"
+    assert [name for name, p in again.named_parameters() if p.requires_grad] == ["layer.lora_B"]
+    assert torch.equal(again["layer"].lora_A, start)
+
+
+@every_base
+@every_dtype
+def test_lora_bias_is_scaled_and_merged(base, dtype, randomize):
+    model, adapter = make(base, dtype=dtype, lora_bias=True)
+    x = inputs(dtype=dtype)
+    with disabled(model):
+        plain, kept = model["layer"](x), content(model)
+    assert torch.equal(adapter(x), plain)
+    randomize(model)
+    shift = S * adapter.lora_bias.double()
+    assert shift.abs().max() > 0.1
+    W = dense_weight(adapter.innermost).double() + low_rank(adapter)
+    want = F.linear(x.double(), W, adapter.bias.double() + shift)
+    close(adapter(x), want, 3e-2 if dtype == BF16 else 1e-5)
+    merge(model)
+    close(model["layer"](x), want, 3e-2 if dtype == BF16 else 1e-5)
+    close(model["layer"].bias, adapter.bias.double() + shift, 1e-2)
+    minilora.unmerge(model)
+    with disabled(model):
+        assert same(content(model), kept)
+
+
+def test_lora_bias_gives_a_layer_without_bias_one(randomize):
+    layer = nn.Linear(IN, OUT, bias=False)
+    model, adapter = make(layer, lora_bias=True)
+    randomize(model)
+    want = adapter(inputs())
+    merge(model)
+    close(model["layer"](inputs()), want)
+    close(model["layer"].bias, S * adapter.lora_bias)
+    assert layer.bias is None
+
+
+# ---- embeddings, token rows, tied heads
+
+
+class Scaled(nn.Embedding):
+    """As in Gemma: the rows are multiplied by a constant."""
+
+    embed_scale = 3.0
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale
+
+
+class Words(nn.Module):
+    """A table of 9 tokens and a head with a bias, tied or not."""
+
+    def __init__(self, table=nn.Embedding, tied=False, bias=True):
+        super().__init__()
+        torch.manual_seed(2)
+        self.table, self.inner, self.head = table(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=bias)
+        if tied:
+            self.head.weight = self.table.weight
+        self.eval()
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.inner(self.table(ids))))
+
+
+IDS = torch.arange(9)
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, Scaled])
+@every_dtype
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_on_an_embedding_changes_its_rows(table, dtype, rslora, randomize):
+    model = Words(table).to(dtype)
+    plain, scale = model.table(IDS), getattr(table, "embed_scale", 1.0)
+    inject(model, config(["table"], r=2, lora_alpha=6, use_rslora=rslora))
+    adapter = model.table
+    assert isinstance(adapter, LoRAEmbedding) and torch.equal(adapter(IDS), plain)
+    assert adapter.lora_embedding_A.abs().max() == 0 < adapter.lora_embedding_B.abs().max()
+    randomize(model)
+    factor = 6 / 2**0.5 if rslora else 3
+    update = factor * (adapter.lora_embedding_B.double() @ adapter.lora_embedding_A.double()).T
+    want = scale * (dense_weight(adapter.innermost).double() + update)
+    tolerance = 3e-2 if dtype == BF16 else 1e-5
+    got = adapter(IDS)
+    assert got.dtype == dtype
+    close(got, want, tolerance)
+    close(adapter(IDS.view(3, 3)).view(9, 6), want, tolerance)
+    merge(model)
+    close(model.table(IDS), want, tolerance)
+    minilora.unmerge(model)
+    with disabled(model):
+        assert torch.equal(model.table(IDS), plain)
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, Scaled])
+@every_dtype
+def test_token_rows_change_these_rows_only(table, dtype, randomize, tmp_path):
+    model = Words(table).to(dtype)
+    plain = model.table(IDS)
+    inject(model, config(["inner"], trainable_token_indices=[7, 2]))
+    assert isinstance(model.table, TokenRows) and torch.equal(model.table(IDS), plain)
+    randomize(model)
+    got, scale = model.table(IDS), getattr(table, "embed_scale", 1.0)
+    others = [0, 1, 3, 4, 5, 6, 8]
+    assert torch.equal(got[others], plain[others])
+    assert torch.equal(got[[7, 2]], model.table.trainable_tokens_delta * scale)
+    assert [tuple(p.shape) for p in own_parameters(model.table)] == [(2, 6)]
+    model(IDS).sum().backward()
+    assert model.table.trainable_tokens_delta.grad.abs().amin(1).min() > 0
+    want = model(IDS)
+    save_adapter(model, tmp_path)
+    again = Words(table).to(dtype)
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(IDS), want)
+    merge(model)
+    close(model(IDS), want, 3e-2 if dtype == BF16 else 1e-5)
+    unload(model, keep_merged=True)
+    assert torch.equal(model.table.weight[others], Words(table).to(dtype).table.weight[others])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_token_rows_of_a_tied_head_change_its_logits_alike(bias, randomize):
+    model = Words(tied=True, bias=bias)
+    plain = model(IDS)
+    inject(model, config(["inner"], r=3, trainable_token_indices=[7, 2]))
+    close(model(IDS), plain, 1e-6)
+    randomize(model)
+    assert sum(p.shape == (2, 6) for p in model.parameters()) == 1, "the head trains nothing of its own"
+    h = torch.tanh(model.inner(model.table(IDS)))
+    weight = Words().table.weight.detach().clone()
+    weight[[7, 2]] = model.table.trainable_tokens_delta.detach()
+    close(model.head(h), F.linear(h, weight, model.head.bias))
+    want = model(IDS)
+    merge(model)
+    close(model(IDS), want)
+    assert model.head.weight is model.table.weight
+
+
+@pytest.mark.parametrize("token", [9, 40])
+def test_a_token_that_is_not_in_the_table_is_refused(token, snapshot):
+    model = Words()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=f"token {token} is not in table, which has 9 rows"):
+        inject(model, config(["inner"], trainable_token_indices=[1, token]))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapter_on_a_tied_embedding_is_refused_or_shared(family, make_gpt2, make_llama, ids, randomize, snapshot):
+    build = {"gpt2": make_gpt2, "llama": lambda: make_llama(tie_word_embeddings=True)}[family]
+    name = {"gpt2": "wte", "llama": "embed_tokens"}[family]
+    model = build()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=rf"{name} shares its weight with lm_head.*ensure_weight_tying.*untie"):
+        inject(model, config([name]))
+    assert snapshot(model) == before
+
+    plain = model(ids).logits
+    inject(model, config([name], ensure_weight_tying=True))
+    table, head = model.get_input_embeddings(), model.lm_head
+    assert isinstance(table, LoRAEmbedding) and isinstance(head, TiedHead) and not list(own_parameters(head))
+    assert torch.equal(model(ids).logits, plain)
+    randomize(model)
+    h = torch.randn(3, table.in_features)
+    close(head(h), F.linear(h, dense_weight(table.innermost) + table.delta_weight()))
+    want = model(ids).logits
+    assert (want - plain).abs().max() > 0.1
+    merge(model)
+    close(model(ids).logits, want)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    minilora.unmerge(model)
+    with disabled(model):
+        assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_untie_gives_the_head_a_weight_of_its_own(family, make_gpt2, make_llama, ids, randomize):
+    model = make_gpt2() if family == "gpt2" else make_llama(tie_word_embeddings=True)
+    name, plain = {"gpt2": "wte", "llama": "embed_tokens"}[family], model(ids).logits
+    assert minilora.untie(model) is model
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    assert model.config.tie_word_embeddings is False and torch.equal(model(ids).logits, plain)
+    head = model.lm_head
+    inject(model, config([name]))
+    randomize(model)
+    want = model(ids).logits
+    assert model.lm_head is head
+    merge(model)
+    close(model(ids).logits, want)
+
+
+def test_untie_leaves_an_untied_model_alone(make_llama, snapshot):
+    model = make_llama()
+    before = snapshot(model)
+    assert snapshot(minilora.untie(model)) == before
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_an_embedding_takes_plain_lora_only(fields, snapshot):
+    model = Words()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match="table is an Embedding"):
+        inject(model, config(["table", "inner"], **fields))
+    assert snapshot(model) == before
+
+
+# ---- LoRA+
+
+
+def test_lora_plus_takes_every_trainable_once():
+    model = inject(
+        Words(), config(["table", "inner"], lora_bias=False, bias="all", modules_to_save=["head"], use_rslora=True)
+    )
+    inject(model, config(["inner"], use_dora=True), "second")
+    minilora.set_adapter(model, ["default", "second"])
+    slow, fast = lora_plus_groups(model, 0.01, 8.0)
+    assert (slow["lr"], fast["lr"]) == (0.01, 0.08)
+    listed = [id(p) for group in (slow, fast) for p in group["params"]]
+    assert sorted(listed) == sorted({id(p) for p in model.parameters() if p.requires_grad})
+    names = {id(p): name.rsplit(".", 1)[-1] for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in fast["params"]} == {"lora_B", "lora_embedding_B"}
+    assert not {names[id(p)] for p in slow["params"]} & {"lora_B", "lora_embedding_B"}
+    torch.optim.AdamW([slow, fast])
+
+
+@pytest.mark.parametrize(("lr", "ratio"), [(0, 2), (-1, 2), (0.1, 0), (True, 2), (0.1, "2"), (float("nan"), 2)])
+def test_lora_plus_wants_rates(lr, ratio):
+    with pytest.raises(ConfigError, match="wanted a number > 0"):
+        lora_plus_groups(make()[0], lr, ratio)
+
+
+def test_lora_plus_without_anything_to_train():
+    with pytest.raises(StateError, match="nothing would train"):
+        lora_plus_groups(make_base(), 0.1)
+
+
+@pytest.mark.parametrize("ratio", [4.0, 16.0])
+def test_lora_plus_is_plain_lora_with_another_scale_of_a(ratio):
+    """With Adam and no epsilon only signs and shapes of gradients count; powers of two make every rounding equal."""
+    root = ratio**0.5
+    models = [make(make_base())[0] for _ in range(2)]
+    plus, plain = (model["layer"] for model in models)
+    with torch.no_grad():
+        plain.lora_A.copy_(plus.lora_A * root)
+    options = {"betas": (0.9, 0.999), "eps": 1e-38, "weight_decay": 0.0}
+    lr = 2.0**-10
+    first = torch.optim.Adam(lora_plus_groups(models[0], lr, ratio), **options)
+    second = torch.optim.Adam([plain.lora_A, plain.lora_B], lr=lr * root, **options)
+    goal = torch.randn(6, OUT, generator=torch.Generator().manual_seed(1))
+    for _ in range(5):
+        for adapter, optimizer in ((plus, first), (plain, second)):
+            optimizer.zero_grad()
+            F.mse_loss(adapter(inputs()), goal).backward()
+            optimizer.step()
+    close(plain.lora_A, plus.lora_A * root)
+    close(plain.lora_B, plus.lora_B / root)
+    close(plain.delta_weight(), plus.delta_weight())
+    assert plus.lora_B.abs().max() > 0.01
+
+
+# ---- layers_to_transform
+
+
+def adapted(model):
+    return [path for path, module in model.named_modules() if isinstance(module, Adapter)]
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+@pytest.mark.parametrize("pattern", [None, "layers", ["h", "layers"]])
+def test_layers_to_transform_names_layers(make_llama, layers, pattern):
+    model = inject(make_llama(), config(["q_proj", "down_proj"], layers_to_transform=layers, layers_pattern=pattern))
+    assert adapted(model) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+
+
+def test_layers_to_transform_with_all_linear_and_several(make_gpt2):
+    model = inject(make_gpt2(n_layer=3), config("all-linear", layers_to_transform=[2, 0], layers_pattern="h"))
+    assert {path.split(".")[2] for path in adapted(model)} == {"0", "2"} and len(adapted(model)) == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({"layers_to_transform": [0, 2]}, TargetError, "layers_to_transform: 2 is not there; .* layers 0 to 1"),
+        ({"layers_to_transform": [0], "layers_pattern": "h"}, TargetError, "layers_to_transform: 0 is not there"),
+        ({"layers_pattern": "layers"}, ConfigError, "does nothing without layers_to_transform"),
+        ({"layers_to_transform": [-1]}, ConfigError, "wanted a layer index"),
+        ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, ConfigError, "goes with a list of target_modules"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(make_llama, snapshot, fields, error, match):
+    model = make_llama()
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        inject(
+            model, config(**{"targets": ["q_proj"], **fields}) if "target_modules" not in fields else config(**fields)
+        )
+    assert snapshot(model) == before
+
+
+def test_layers_to_transform_come_back_from_the_file(make_llama, randomize, ids, tmp_path):
+    model = inject(make_llama(), config(["q_proj"], layers_to_transform=[1], layers_pattern=["layers"]))
+    randomize(model)
+    save_adapter(model, tmp_path)
+    again = make_llama()
+    load_adapter(again, tmp_path)
+    assert adapted(again) == ["model.layers.1.self_attn.q_proj"]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+# ---- choosing and writing a variant
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_inject_takes_a_variant_by_name(name, tmp_path, randomize):
+    model, adapter = make("nf4", name)
+    assert type(adapter) is VARIANTS[name] and adapters_of(model).variants == {"default": name}
+    randomize(model)
+    save_adapter(model, tmp_path)
+    with safetensors.safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt"} | ({} if name == "lora" else {"minilora_variant": name})
+    again = nn.ModuleDict({"layer": make_base("nf4")}).eval()
+    load_adapter(again, tmp_path)
+    assert type(again["layer"]) is VARIANTS[name] and torch.equal(again["layer"](inputs()), adapter(inputs()))
+
+
+def test_an_unknown_variant_is_named(snapshot):
+    model = nn.ModuleDict({"layer": make_base()})
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="variant 'doar' is not registered; known are 'dora'"):
+        inject(model, config(), variant="doar")
+    assert snapshot(model) == before
+
+
+@pytest.fixture
+def hadamard():
+    """A variant in a few lines: the update is gated row by row."""
+
+    @register("gated")
+    class Gated(LoRALinear):
+        file_names = LoRALinear.file_names | {"gate": "lora_gate"}
+
+        def __init__(self, base_layer, config, path=""):
+            super().__init__(base_layer, config, path)
+            self.gate = nn.Parameter(torch.ones(self.out_features, device=self.weight.device))
+
+        def forward(self, x):
+            return self.base_layer(x) + self.update(self.lora_dropout(x)) * self.gate.to(x.dtype)
+
+        def delta_weight(self):
+            return self.gate[:, None].float() * super().delta_weight()
+
+        def as_lora(self):
+            A, B = super().as_lora()
+            return A, self.gate[:, None].float() * B
+
+    yield Gated
+    del VARIANTS["gated"]
+
+
+@every_base
+@every_dtype
+def test_a_variant_of_ones_own_obeys_the_law(hadamard, base, dtype, randomize, tmp_path):
+    model, adapter = make(base, "gated", dtype)
+    x, tolerance = inputs(dtype=dtype), 3e-2 if dtype == BF16 else 1e-5
+    with disabled(model):
+        assert torch.equal(adapter(x), model["layer"](x))
+    randomize(model)
+    W = dense_weight(adapter.innermost).double() + adapter.gate.double()[:, None] * low_rank(adapter)
+    want = F.linear(x.double(), W, adapter.bias.double())
+    got = adapter(x)
+    close(got, want, tolerance)
+    merge(model)
+    close(model["layer"](x), want, tolerance)
+    minilora.unmerge(model)
+    assert torch.equal(model["layer"](x), got)
+    assert "base_model.model.layer.lora_gate" in adapter_state_dict(model)
+    save_adapter(model, tmp_path)
+    again = nn.ModuleDict({"layer": make_base(base, dtype)}).eval()
+    load_adapter(again, tmp_path)
+    assert type(again["layer"]) is hadamard and torch.equal(again["layer"](x), got)
+
+
+def test_a_taken_name_is_kept_by_its_owner(hadamard):
+    with pytest.raises(ConfigError, match="'gated' is taken by Gated"):
+        register("gated")(VARIANTS["dora"])
+    assert VARIANTS["gated"] is hadamard
+
+
+def test_a_variant_of_ones_own_is_gone_afterwards():
+    assert "gated" not in VARIANTS
+
+
+def test_a_variant_whose_update_depends_on_the_input_is_not_merged(snapshot):
+    class Moody(LoRALinear):
+        def delta_weight(self):
+            raise StateError("Moody: its update depends on the input")
+
+    VARIANTS["moody"] = Moody
+    try:
+        model, _ = make("linear", "moody")
+        before = snapshot(model)
+        with pytest.raises(StateError, match="depends on the input"):
+            merge(model)
+        assert snapshot(model) == before
+    finally:
+        del VARIANTS["moody"]
