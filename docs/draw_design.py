@@ -18,7 +18,7 @@ ORDER: list[tuple[str, list[str]]] = [
     ("where they go", ["targets", "slots", "tying", "inject"]),
     ("many adapters", ["adapted", "batched", "combine"]),
     ("files", ["checkpoint", "hotswap", "export"]),
-    ("what users see", ["peft_model"]),
+    ("what users see", ["peft_model", "compat"]),
     ("the job", ["data", "train", "pictures", "report", "progress", "plan", "inspect", "optim"]),
     ("transformers", ["hf"]),
     ("the edge", ["demo", "cli"]),

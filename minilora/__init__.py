@@ -1,11 +1,22 @@
 """minilora: LoRA and QLoRA from scratch in PyTorch. The public names; everything else is one import deeper."""
 
+from typing import Any
+
 from minilora.adapted import MergeReport, delete_adapter, merge, set_adapter, unload, unmerge
 from minilora.adapter import Adapter, register
 from minilora.batched import batch_adapters
 from minilora.checkpoint import load_adapter, save_adapter
 from minilora.codebooks import Codebook
 from minilora.combine import add_weighted_adapter
+from minilora.compat import (
+    PeftConfig,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    TaskType,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from minilora.config import LoraConfig, QuantConfig
 from minilora.errors import MiniLoraError
 from minilora.export import export_adapter
@@ -20,6 +31,16 @@ from minilora.tying import untie
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers is loaded when it is asked for."""
+    if name == "AutoPeftModelForCausalLM":
+        from minilora.hf.auto import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM
+    raise AttributeError(f"module 'minilora' has no attribute {name!r}")
+
+
 __all__ = [
     "Adapter",
     "Codebook",
@@ -27,17 +48,23 @@ __all__ = [
     "LoraConfig",
     "MergeReport",
     "MiniLoraError",
+    "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForSequenceClassification",
     "QuantConfig",
     "QuantLinear",
     "QuantizedTensor",
+    "TaskType",
     "add_weighted_adapter",
     "batch_adapters",
     "delete_adapter",
     "export_adapter",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "hotswap_adapter",
     "inject",
+    "inject_adapter_in_model",
     "load_adapter",
     "lora_plus_groups",
     "merge",
@@ -46,6 +73,7 @@ __all__ = [
     "register",
     "save_adapter",
     "set_adapter",
+    "set_peft_model_state_dict",
     "unload",
     "unmerge",
     "untie",

@@ -181,16 +181,8 @@ def read_adapter(folder: str | os.PathLike[str], config: LoraConfig | None = Non
     place = Path(folder)
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; wanted one with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    source = place / CONFIG_FILE
-    raw = read_bytes(source, "the adapter's config")
-    try:
-        content = json.loads(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: not JSON ({error}); save the adapter again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{source}: holds a {type(content).__name__}; wanted an object of config fields")
     tensors, metadata = _read_tensors(place / WEIGHTS_FILE)
-    used = config or LoraConfig.from_dict(content, str(source))
+    used = config or LoraConfig.from_pretrained(place)
     return Stored(used, tensors, metadata.get(_VARIANT, used.variant), place / WEIGHTS_FILE, config is None)
 
 
@@ -262,6 +254,16 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
         CheckpointError: as ``load_adapter``; the adapter is then as it was.
     """
     _fill(model, adapters_of(model).named(adapter_name), read_adapter(folder), strict=True)
+
+
+def fill_adapter(
+    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str = "default", strict: bool = True
+) -> LoadReport:
+    """Copy tensors, named as in a file, into an adapter that the model has already. Raises as ``load_adapter``; all or nothing."""
+    adapters = adapters_of(model)
+    values = adapters.named(adapter_name)
+    stored = Stored(adapters.configs[adapter_name], dict(tensors), adapters.variants[adapter_name], Path("state dict"))
+    return _fill(model, values, stored, strict)
 
 
 def load_values(model: nn.Module, stored: Stored, adapter_name: str) -> dict[str, Value]:

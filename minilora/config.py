@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minilora import validate
-from minilora.errors import ConfigError, nearest
+from minilora.errors import CheckpointError, ConfigError, nearest
+from minilora.io import read_bytes, write_file
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -194,6 +198,23 @@ class LoraConfig:
             return next((value for key, value in pattern.items() if pattern_matches(key, path)), default)
 
         return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> LoraConfig:
+        """The config of an adapter folder. Raises ``CheckpointError`` for the file and ``ConfigError`` for a field, by name."""
+        source = Path(folder) / "adapter_config.json"
+        raw = read_bytes(source, "the adapter's config")
+        try:
+            content = json.loads(raw)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: not JSON ({error}); save the adapter again") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{source}: holds a {type(content).__name__}; wanted an object of config fields")
+        return cls.from_dict(content, str(source))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``adapter_config.json`` into the folder, which is made if need be."""
+        write_file(Path(folder) / "adapter_config.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's key set, lists sorted, ``inference_mode`` true as PEFT saves it."""

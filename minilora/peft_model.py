@@ -14,10 +14,12 @@ from typing import Any
 from torch import nn
 
 from minilora import adapted, batched, checkpoint, combine, hotswap
+from minilora.adapter import Adapter
 from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.inject import inject
-from minilora.slots import adapters_of, has_adapters
+from minilora.layers import compute_dtype
+from minilora.slots import adapters_of, has_adapters, own_parameters
 
 __all__ = ["PeftModel", "get_peft_model"]
 
@@ -70,11 +72,16 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
         state_dict: dict | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Write adapters in PEFT's layout: "default" into the folder itself, others into a folder of their name in it.
 
         ``state_dict`` is what transformers' Trainer passes (the whole model's); the adapter's tensors are read from the model instead.
         """
+        if not safe_serialization:
+            raise StateError(
+                "safe_serialization=False would write a pickle, which runs code when it is read; leave it True"
+            )
         if not is_main_process:
             return
         for name in selected_adapters or self.peft_config:
@@ -204,7 +211,11 @@ class PeftModel(nn.Module):
 
 
 def get_peft_model(
-    model: Any, peft_config: LoraConfig, adapter_name: str = "default", variant: str | None = None
+    model: Any,
+    peft_config: LoraConfig,
+    adapter_name: str = "default",
+    variant: str | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Any:
     """Inject a new adapter and give the model PEFT's methods; returns the same object.
 
@@ -213,12 +224,19 @@ def get_peft_model(
         peft_config: never changed.
         adapter_name: the adapter's name.
         variant: name of a registered variant, such as "vera"; None for the one that the config means.
+        autocast_adapter_dtype: keep adapters in fp32; False keeps them in the dtype of the layer that each adapts.
 
     Raises:
         StateError: the model has adapters already (PEFT would silently reset a trained one). TargetError: as ``inject``.
     """
     _refuse_second(model)
-    return _extend(inject(model, peft_config, adapter_name, variant))
+    inject(model, peft_config, adapter_name, variant)
+    if not autocast_adapter_dtype:
+        for adapter in adapters_of(model).named(adapter_name).values():
+            if isinstance(adapter, Adapter):
+                for parameter in own_parameters(adapter):
+                    parameter.data = parameter.data.to(compute_dtype(adapter.innermost))
+    return _extend(model)
 
 
 def _refuse_second(model: nn.Module) -> None:
