@@ -151,7 +151,7 @@ def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tu
         )
     layer = with_weight(base, merged, bias).train(base.training)
     if requantize and is_quantized(base):
-        layer = QuantLinear.from_linear(layer, QuantConfig(base.format, base.blocksize, base.double_quant), slot.path)
+        layer = QuantLinear.from_linear(layer, QuantConfig(base.book, base.blocksize, base.double_quant), slot.path)
     error = (dense_weight(layer).float() - before.float()) - update
     return layer, (float(error.square().sum()), float(update.square().sum()))
 

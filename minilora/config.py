@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from minilora import validate
+from minilora.codebooks import Codebook
 from minilora.errors import CheckpointError, ConfigError, nearest
 from minilora.io import read_bytes, write_file
 
 BIAS_CHOICES = ("none", "all", "lora_only")
+SCALE_RULES = ("absmax", "mse", "weighted")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
@@ -255,21 +257,28 @@ class QuantConfig:
     """How a weight is stored (Dettmers et al. 2023, arXiv 2305.14314): codes of a table, one scale per block.
 
     Args:
-        format: name of a codebook in ``codebooks.py``.
+        format: name of a codebook in ``codebooks.py``, or a ``Codebook`` of your own.
         blocksize: weights that share one scale; a power of two from 32 to 4096.
         double_quant: keep the scales themselves in 8 bits (4.127 instead of 4.5 bits per weight at blocksize 64).
+        scale: how a block's scale is chosen: "absmax", "mse" (least squared error) or "weighted" (by E[x^2] of the inputs; ``calibrate``).
+        signed_scale: let a scale be negative, which turns an asymmetric table round.
 
     Raises:
         ConfigError: for a value that cannot be meant.
     """
 
-    format: str = "nf4"
+    format: str | Codebook = "nf4"
     blocksize: int = 64
     double_quant: bool = False
+    scale: str = "absmax"
+    signed_scale: bool = False
 
     def __post_init__(self) -> None:
         size = self.blocksize
         if isinstance(size, bool) or not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
             raise ConfigError(f"blocksize={size!r}: wanted a power of two from 32 to 4096; 64 is usual")
-        if not isinstance(self.double_quant, bool):
-            raise ConfigError(f"double_quant={self.double_quant!r}: wanted True or False")
+        for name in ("double_quant", "signed_scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted True or False")
+        if self.scale not in SCALE_RULES:
+            raise ConfigError(f"scale={self.scale!r}: wanted one of {', '.join(map(repr, SCALE_RULES))}")

@@ -12,7 +12,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from minilora.codebooks import codebook
 from minilora.config import QuantConfig
 from minilora.errors import TargetError
 from minilora.ops import quant_linear
@@ -41,7 +40,7 @@ class QuantLinear(nn.Module):
     shards them. fp32 scales are therefore kept as their bytes.
 
     Attributes:
-        weight: uint8 codes, ``[out, in / 2]`` where a row divides evenly, else flat.
+        weight: uint8 codes, ``[out, in * bits / 8]`` where a row divides evenly, else flat.
         absmax: uint8; ``[blocks, 4]`` fp32 bytes, or ``[blocks]`` 8-bit codes with double quantization.
         nested_absmax, nested_offset: uint8 fp32 bytes ``[n, 4]``, or None.
         bias: ``[out]`` or None.
@@ -50,7 +49,7 @@ class QuantLinear(nn.Module):
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.format, self.blocksize, self.dtype = weight.book.name, weight.blocksize, weight.dtype
+        self.book, self.blocksize, self.dtype = weight.book, weight.blocksize, weight.dtype
         self.double_quant = weight.nested_absmax is not None
         nested, offset = weight.nested_absmax, weight.nested_offset
         self.weight, self.absmax = _stored(weight.packed), _stored(weight.absmax)
@@ -59,17 +58,24 @@ class QuantLinear(nn.Module):
         self.bias = bias
 
     @classmethod
-    def from_linear(cls, layer: nn.Module, config: QuantConfig, name: str = "weight") -> QuantLinear:
-        """Quantize a ``Linear`` or ``Conv1D``; the bias is carried over as it is. Raises ``QuantizationError`` as ``quantize`` does."""
-        return cls(quantize(dense_weight(layer), config, name), layer.bias)  # type: ignore[arg-type]
+    def from_linear(
+        cls, layer: nn.Module, config: QuantConfig, name: str = "weight", importance: Tensor | None = None
+    ) -> QuantLinear:
+        """Quantize a ``Linear`` or ``Conv1D``; the bias is carried over as it is. Arguments and errors as ``quantize``."""
+        return cls(quantize(dense_weight(layer), config, name, importance), layer.bias)  # type: ignore[arg-type]
+
+    @property
+    def format(self) -> str:
+        """The codebook's name."""
+        return self.book.name
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a ``QuantizedTensor`` over the same memory."""
         absmax = self.absmax if self.double_quant else _floats(self.absmax)
         nested = None if self.nested_absmax is None else _floats(self.nested_absmax)
         offset = None if self.nested_offset is None else _floats(self.nested_offset)
-        shape, book = torch.Size((self.out_features, self.in_features)), codebook(self.format)
-        return QuantizedTensor(self.weight, absmax, shape, self.dtype, book, self.blocksize, nested, offset)
+        shape = torch.Size((self.out_features, self.in_features))
+        return QuantizedTensor(self.weight, absmax, shape, self.dtype, self.book, self.blocksize, nested, offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in ``x``'s dtype."""

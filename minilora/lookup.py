@@ -9,6 +9,7 @@ Next file: ``layers.py``.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 
 import torch
@@ -39,9 +40,33 @@ def nearest_code_reference(scaled: Tensor, book: Codebook) -> Tensor:
     return codes[torch.bucketize(scaled, midpoints.to(scaled.device)).cpu()].to(scaled.device, torch.uint8)
 
 
-def decode_reference(packed: Tensor, book: Codebook) -> Tensor:
-    """Levels of packed 4-bit codes, first value in the high nibble: uint8 ``[n]`` to fp32 ``[2 n]``."""
-    return book.table(packed.device)[torch.stack([packed >> 4, packed & 15], -1).flatten().long()]
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes to a stream of bits, the first code in the highest bits: uint8 ``[n]`` to uint8 ``[ceil(n * bits / 8)]``.
+
+    With 4 bits the first of two weights lies in the high nibble, as in bitsandbytes.
+    """
+    count, group = codes.numel(), math.lcm(bits, 8) // bits
+    padded = torch.nn.functional.pad(codes, (0, -count % group)).view(-1, group).long()
+    shifts = torch.arange(group - 1, -1, -1, device=codes.device) * bits
+    words = (padded << shifts).sum(1, keepdim=True)
+    octets = torch.arange(group * bits // 8 - 1, -1, -1, device=codes.device) * 8
+    return ((words >> octets) & 255).to(torch.uint8).flatten()[: -(-count * bits // 8)]
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of ``pack``: the first ``count`` codes, uint8."""
+    group = math.lcm(bits, 8) // bits
+    width = group * bits // 8
+    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % width)).view(-1, width).long()
+    octets = torch.arange(width - 1, -1, -1, device=packed.device) * 8
+    words = (padded << octets).sum(1, keepdim=True)
+    shifts = torch.arange(group - 1, -1, -1, device=packed.device) * bits
+    return ((words >> shifts) & (2**bits - 1)).to(torch.uint8).flatten()[:count]
+
+
+def decode_reference(packed: Tensor, book: Codebook, count: int) -> Tensor:
+    """Levels of ``count`` packed codes: uint8 ``[ceil(count * bits / 8)]`` to fp32 ``[count]``."""
+    return book.table(packed.device)[unpack(packed, book.bits, count).long()]
 
 
 @functools.lru_cache(maxsize=16)
@@ -75,17 +100,22 @@ def nearest_code(scaled: Tensor, book: Codebook) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _pairs(book: Codebook) -> Tensor:
-    """Both fp32 levels of every byte as one int64: one look-up decodes two weights."""
-    byte = torch.arange(256)
-    levels = book.table()
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], 1).contiguous().view(torch.int64).flatten()
+def _bytes(book: Codebook) -> Tensor:
+    """All fp32 levels of every byte as one wide element (int64 for two, complex128 for four): one look-up decodes a whole byte."""
+    byte, per = torch.arange(256, dtype=torch.uint8), 8 // book.bits
+    levels = decode_reference(byte, book, 256 * per).view(256, per).contiguous()
+    return levels.view(torch.int64 if per == 2 else torch.complex128).flatten() if per > 1 else levels.flatten()
 
 
 def decode_into(packed: Tensor, book: Codebook, out: Tensor) -> None:
-    """``decode_reference`` of uint8 ``[ceil(n / 2)]`` into fp32 ``out [n]`` (contiguous, CPU)."""
-    whole = out.numel() // 2
+    """``decode_reference`` of uint8 ``[ceil(n * bits / 8)]`` into fp32 ``out [n]`` (contiguous, CPU)."""
+    if book.bits == 3:  # eight codes lie in three bytes: unpacked first
+        codes = unpack(packed, 3, out.numel()).int()
+        torch.index_select(book.table(), 0, codes, out=out)
+        return
+    table, per = _bytes(book), 8 // book.bits
+    whole = out.numel() // per
     index = scratch("byte", whole, torch.int32).copy_(packed[:whole])
-    torch.index_select(_pairs(book), 0, index, out=out[: 2 * whole].view(torch.int64))
-    if out.numel() % 2:  # the last byte of an odd count holds one weight
-        out[-1] = book.table()[int(packed[whole]) >> 4]
+    torch.index_select(table, 0, index, out=out[: whole * per].view(table.dtype))
+    if rest := out.numel() - whole * per:  # the last byte holds fewer weights
+        out[-rest:] = decode_reference(packed[whole : whole + 1], book, rest)

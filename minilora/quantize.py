@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from minilora.codebooks import Codebook, codebook, dynamic_map
 from minilora.config import QuantConfig
 from minilora.errors import QuantizationError
-from minilora.lookup import decode_into, decode_reference, nearest_code, scratch
+from minilora.lookup import decode_into, decode_reference, nearest_code, pack, scratch
+from minilora.scales import absmax_scales, guarded, searched_scales
 
 NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
 _CHUNK = 1 << 18  # weights worked on at a time: a few MB of scratch, whatever the layer
@@ -31,7 +32,7 @@ class QuantizedTensor:
     """A weight as packed codes and scales.
 
     Args:
-        packed: uint8 codes, first weight in the high nibble; ``[out, in / 2]`` where a row divides evenly, else flat ``[ceil(n / 2)]``.
+        packed: uint8 codes, first weight in the highest bits; ``[out, in * bits / 8]`` where a row divides evenly, else flat.
         absmax: fp32 ``[blocks]``; with double quantization uint8 ``[blocks]``, indices into ``dynamic_map()``.
         shape: of the weight.
         dtype: of the weight before quantization; ``dequantize()`` returns it.
@@ -91,11 +92,12 @@ class QuantizedTensor:
 def decode_range(weight: QuantizedTensor, scales: Tensor, start: int, out: Tensor) -> None:
     """Weights ``start .. start + n`` of the flattened tensor into fp32 ``out [n]``; ``start`` is a multiple of the blocksize."""
     size = weight.blocksize
-    packed = weight.packed.view(-1)[start // 2 : (start + out.numel() + 1) // 2]
+    bits = weight.book.bits
+    packed = weight.packed.view(-1)[start * bits // 8 : math.ceil((start + out.numel()) * bits / 8)]
     if out.device.type == "cpu":
         decode_into(packed, weight.book, out)
     else:
-        out.copy_(decode_reference(packed, weight.book)[: out.numel()])
+        out.copy_(decode_reference(packed, weight.book, out.numel()))
     whole = out.numel() // size
     first = start // size
     out[: whole * size].view(-1, size).mul_(scales[first : first + whole].unsqueeze(1))
@@ -103,32 +105,60 @@ def decode_range(weight: QuantizedTensor, scales: Tensor, start: int, out: Tenso
         out[whole * size :].mul_(scales[first + whole])
 
 
-def quantize(weight: Tensor, config: QuantConfig | None = None, name: str = "weight") -> QuantizedTensor:
+def quantize(
+    weight: Tensor, config: QuantConfig | None = None, name: str = "weight", importance: Tensor | None = None
+) -> QuantizedTensor:
     """Quantize any floating tensor blockwise.
 
     Args:
         weight: any shape, fp32, fp16 or bf16 (fp64 is refused: nothing that reads the result could give it back).
-        config: format, blocksize, double quantization; default NF4, 64, single.
+        config: format, blocksize, double quantization, scale rule; default NF4, 64, single, absmax.
         name: what an error calls the tensor.
+        importance: E[x^2] of each input channel, ``[in]`` non-negative, for ``scale="weighted"``.
 
     Raises:
-        QuantizationError: the tensor is empty, not floating, or holds NaN or infinity (one would poison its whole block).
+        QuantizationError: the tensor is empty, not floating, or holds NaN or infinity (one would poison its whole block); or the
+            importance is missing, mis-shaped or not finite.
     """
     config = config or QuantConfig()
     book, size = codebook(config.format), config.blocksize
     check_quantizable(weight, name)
+    weighing = _check_importance(importance, weight, name) if config.scale == "weighted" else None
     flat = weight.detach().reshape(-1)
     count = flat.numel()
     absmax = torch.empty(math.ceil(count / size), device=flat.device)
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=flat.device)
+    packed = torch.empty(math.ceil(count * book.bits / 8), dtype=torch.uint8, device=flat.device)
+    zero = int(nearest_code(torch.zeros(1, device=flat.device), book))
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
-        _quantize_chunk(flat[start:stop].float(), book, size, absmax[start // size : math.ceil(stop / size)],
-                        packed[start // 2 : (stop + 1) // 2])  # fmt: skip
-    if weight.dim() > 1 and weight.shape[-1] % 2 == 0:
-        packed = packed.view(*weight.shape[:-1], weight.shape[-1] // 2)
-    scales = _quantize_scales(absmax, name) if config.double_quant else {"absmax": absmax}
-    return QuantizedTensor(packed, shape=weight.shape, dtype=weight.dtype, book=book, blocksize=size, **scales)
+        values, scales = flat[start:stop].float(), absmax[start // size : math.ceil(stop / size)]
+        mass = None if weighing is None else weighing[torch.arange(start, stop, device=flat.device) % len(weighing)]
+        _choose_scales(values, book, config, mass, scales)
+        codes = _codes(values, book, size, scales)
+        packed[start * book.bits // 8 : math.ceil(stop * book.bits / 8)] = _packed(codes, book.bits, zero)
+    if weight.dim() > 1 and weight.shape[-1] * book.bits % 8 == 0:
+        packed = packed.view(*weight.shape[:-1], weight.shape[-1] * book.bits // 8)
+    stored = _quantize_scales(absmax, name) if config.double_quant else {"absmax": absmax}
+    return QuantizedTensor(packed, shape=weight.shape, dtype=weight.dtype, book=book, blocksize=size, **stored)
+
+
+def _check_importance(importance: Tensor | None, weight: Tensor, name: str) -> Tensor:
+    if importance is None:
+        raise QuantizationError(f"{name}: scale='weighted' wants the importance of each input; see minilora.calibrate")
+    if (
+        importance.shape != weight.shape[-1:]
+        or not bool(torch.isfinite(importance).all())
+        or bool((importance < 0).any())
+    ):
+        found = f"{list(importance.shape)}, from {float(importance.min()):g} to {float(importance.max()):g}"
+        raise QuantizationError(f"{name}: importance is {found}; wanted [{weight.shape[-1]}], finite and not negative")
+    mean = importance.float().mean()
+    # Channels that never spoke still count a little, or their weights would be free to be anything.
+    return (
+        (importance.float() / mean.clamp(min=_TINY)).clamp(min=1e-4).to(weight.device)
+        if mean > 0
+        else torch.ones_like(importance)
+    )
 
 
 def check_quantizable(weight: Tensor, name: str) -> None:
@@ -144,24 +174,53 @@ def check_quantizable(weight: Tensor, name: str) -> None:
         )
 
 
-def _quantize_chunk(values: Tensor, book: Codebook, size: int, absmax: Tensor, packed: Tensor) -> None:
-    """Codes and scales of whole blocks and, at the very end of a tensor, of the ragged rest."""
+def _choose_scales(values: Tensor, book: Codebook, config: QuantConfig, mass: Tensor | None, out: Tensor) -> None:
+    """The scale of each block of ``values``, the ragged rest of a tensor as a block filled up with zeros."""
+    size = config.blocksize
     whole = values.numel() // size * size
-    blocks, rest = values[:whole].view(-1, size), values[whole:]
-    scaled = torch.empty(values.numel() + values.numel() % 2, device=values.device)
-    if whole:
-        torch.amax(blocks.abs(), 1, out=absmax[: whole // size])
-        torch.mul(
-            blocks,
-            absmax[: whole // size].clamp(min=_TINY).reciprocal_().unsqueeze(1),
-            out=scaled[:whole].view(-1, size),
+    parts = [
+        (values[:whole].view(-1, size), None if mass is None else mass[:whole].view(-1, size), out[: whole // size])
+    ]
+    if whole < values.numel():
+        missing = size - (values.numel() - whole)
+        rest = torch.nn.functional.pad(values[whole:], (0, missing)).view(1, size)
+        parts.append(
+            (
+                rest,
+                None if mass is None else torch.nn.functional.pad(mass[whole:], (0, missing)).view(1, size),
+                out[-1:],
+            )
         )
-    if rest.numel():  # bitsandbytes divides in the tail where it multiplies by the reciprocal elsewhere
-        absmax[-1] = rest.abs().amax().clamp(min=_TINY)
-        scaled[whole : values.numel()] = rest / absmax[-1]
-    scaled[values.numel() :] = 0.0
-    code = nearest_code(scaled.clamp_(-1, 1), book)
-    torch.add(code[::2] * 16, code[1::2], out=packed)
+    for blocks, heavy, place in parts:
+        if config.scale == "absmax" and not (config.signed_scale or book.signed):
+            torch.amax(blocks.abs(), 1, out=place)
+        elif config.scale == "absmax":
+            place.copy_(absmax_scales(blocks, replace(book, signed=True)))
+        else:
+            place.copy_(searched_scales(blocks, book, heavy, config.signed_scale))
+    if whole < values.numel() and out[-1] == 0:
+        out[-1] = _TINY  # as bitsandbytes stores the scale of a ragged block of zeros
+
+
+def _codes(values: Tensor, book: Codebook, size: int, scales: Tensor) -> Tensor:
+    """The code of each value, uint8, after dividing by its block's scale."""
+    whole = values.numel() // size * size
+    scaled = torch.empty(values.numel(), device=values.device)
+    if whole:
+        inverse = guarded(scales[: whole // size]).reciprocal_().unsqueeze(1)
+        torch.mul(values[:whole].view(-1, size), inverse, out=scaled[:whole].view(-1, size))
+    if whole < values.numel():  # bitsandbytes divides in the tail where it multiplies by the reciprocal elsewhere
+        scaled[whole:] = values[whole:] / guarded(scales[-1])
+    return nearest_code(scaled.clamp_(-1, 1), book)
+
+
+def _packed(codes: Tensor, bits: int, zero: int) -> Tensor:
+    """``pack``, and for four bits the same in one addition; an odd last half is filled with the code of zero, as bitsandbytes does."""
+    if bits != 4:
+        return pack(codes, bits)
+    if codes.numel() % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=zero)
+    return codes[::2] * 16 + codes[1::2]
 
 
 @functools.lru_cache(maxsize=1)
