@@ -1,0 +1,70 @@
+"""What flows into each linear layer: E[x^2] per input channel, gathered while text runs through the model.
+
+An error in a weight disturbs the output in proportion to the input it meets, so ``QuantConfig(scale="weighted")`` counts it with this
+mean square. Only one vector a layer is kept, whatever the amount of text; a few thousand tokens suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import QuantizationError
+from minilora.inject import ALL_LINEAR, quantizable_paths
+from minilora.targets import Selection
+
+__all__ = ["calibrate"]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], target_modules: Selection = ALL_LINEAR
+) -> dict[str, Tensor]:
+    """Mean square of each input channel of every layer that ``quantize_model`` would pack.
+
+    Args:
+        model: dense; runs in eval mode and is otherwise untouched.
+        batches: token ids ``[batch, length]``, or dicts of keyword arguments; a mask named ``attention_mask`` leaves padding out.
+        target_modules: as for ``quantize_model``.
+
+    Returns:
+        Path to ``[in]`` fp32.
+
+    Raises:
+        QuantizationError: no batch, or a layer that never ran.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    kept: list[Tensor | None] = [None]  # which tokens of the running batch count
+
+    def listen(path: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            if kept[0] is not None and len(kept[0]) == len(rows):
+                rows = rows[kept[0]]
+            sums[path] = sums.get(path, torch.zeros((), device=rows.device)) + rows.square().sum(0)
+            counts[path] = counts.get(path, 0) + len(rows)
+
+        return hook
+
+    paths = quantizable_paths(model, target_modules)
+    handles = [model.get_submodule(path).register_forward_pre_hook(listen(path)) for path in paths]
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            options = dict(batch) if isinstance(batch, Mapping) else {}
+            mask = options.get("attention_mask")
+            kept[0] = None if mask is None else mask.reshape(-1).bool()
+            model(**options) if options else model(batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    silent = [path for path in paths if not counts.get(path)]
+    if silent:
+        raise QuantizationError(f"calibrate: {silent[0]} saw no input; give at least one batch that runs every layer")
+    return {path: sums[path] / counts[path] for path in paths}
