@@ -10,13 +10,13 @@ from pathlib import Path
 
 # A module may import from its own row and the rows above it, never below: (what the row is about, modules).
 ORDER: list[tuple[str, list[str]]] = [
-    ("what is said", ["errors", "validate", "config", "codebooks", "io", "architectures"]),
-    ("weights in few bits", ["lookup", "quantize"]),
+    ("what is said", ["errors", "validate", "codebooks", "config", "io", "architectures"]),
+    ("weights in few bits", ["lookup", "scales", "quantize"]),
     ("the door to speed", ["ops"]),
     ("base layers", ["layers"]),
     ("the law and the lesson", ["adapter", "lora", "variants"]),
     ("where they go", ["targets", "slots", "tying", "inject"]),
-    ("many adapters", ["adapted", "batched", "combine"]),
+    ("many adapters", ["adapted", "batched", "combine", "calibrate"]),
     ("files", ["checkpoint", "hotswap", "export"]),
     ("what users see", ["peft_model", "compat"]),
     ("the job", ["data", "train", "pictures", "report", "progress", "plan", "inspect", "optim"]),

@@ -5,6 +5,7 @@ from typing import Any
 from minilora.adapted import MergeReport, delete_adapter, merge, set_adapter, unload, unmerge
 from minilora.adapter import Adapter, register
 from minilora.batched import batch_adapters
+from minilora.calibrate import calibrate
 from minilora.checkpoint import load_adapter, save_adapter
 from minilora.codebooks import Codebook
 from minilora.combine import add_weighted_adapter
@@ -58,6 +59,7 @@ __all__ = [
     "TaskType",
     "add_weighted_adapter",
     "batch_adapters",
+    "calibrate",
     "delete_adapter",
     "export_adapter",
     "get_peft_model",

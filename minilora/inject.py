@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, QuantConfig, pattern_matches
-from minilora.errors import StateError, TargetError, nearest
+from minilora.errors import QuantizationError, StateError, TargetError, nearest
 from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
 from minilora.quantize import check_quantizable
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters, own_parameters
@@ -318,7 +318,10 @@ def _slot(model: nn.Module, path: str) -> Slot:
 
 
 def quantize_model(
-    model: nn.Module, config: QuantConfig | None = None, target_modules: Selection = ALL_LINEAR
+    model: nn.Module,
+    config: QuantConfig | None = None,
+    target_modules: Selection = ALL_LINEAR,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Replace linear layers by ``QuantLinear``, in place, one layer at a time: two dense copies of at most one layer exist at once.
 
@@ -326,6 +329,7 @@ def quantize_model(
         model: any module; changed in place, frozen layers replaced, and returned.
         config: format, blocksize, double quantization; default NF4, 64, single.
         target_modules: list of names, one regex, or "all-linear" (all but the output head).
+        importance: what ``calibrate`` returned, for ``scale="weighted"``.
 
     Raises:
         TargetError: an entry matches nothing, or a match is no dense linear layer. StateError: the model carries adapters already.
@@ -334,17 +338,21 @@ def quantize_model(
     if has_adapters(model):
         raise StateError("the model carries adapters; quantize it first and inject then")
     config = config or QuantConfig()
-    paths = _dense_paths(model, target_modules)
+    paths = quantizable_paths(model, target_modules)
     for path in paths:  # all of them before the first is replaced
         check_quantizable(dense_weight(model.get_submodule(path)), path + ".weight")
+        if config.scale == "weighted" and path not in (importance or {}):
+            raise QuantizationError(
+                f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"
+            )
     for path in paths:
         slot = _slot(model, path)
-        layer = QuantLinear.from_linear(slot.base, config, path + ".weight")  # type: ignore[arg-type]
+        layer = QuantLinear.from_linear(slot.base, config, path + ".weight", (importance or {}).get(path))  # type: ignore[arg-type]
         setattr(slot.parent, slot.attr, layer.train(model.training))
     return model
 
 
-def _dense_paths(model: nn.Module, target_modules: Selection) -> list[str]:
+def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     """Paths of the layers to quantize; one that is packed already is passed over by "all-linear" and refused by name."""
     modules = {path: module for path, module in model.named_modules() if path}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
