@@ -181,8 +181,8 @@ def read_adapter(folder: str | os.PathLike[str], config: LoraConfig | None = Non
     place = Path(folder)
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; wanted one with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    tensors, metadata = _read_tensors(place / WEIGHTS_FILE)
     used = config or LoraConfig.from_pretrained(place)
+    tensors, metadata = _read_tensors(place / WEIGHTS_FILE)
     return Stored(used, tensors, metadata.get(_VARIANT, used.variant), place / WEIGHTS_FILE, config is None)
 
 

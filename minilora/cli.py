@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", _demo, _demo_flags, "fine-tune SmolLM2-135M in four bits on this machine, in minutes"),
         ("train", _train, _train_flags, "fine-tune a model on a JSONL file"),
         ("generate", _generate, _generate_flags, "ask a model, with or without an adapter"),
+        ("quantize", _quantize, _quantize_flags, "pack a model into 4 bits, as bitsandbytes stores it"),
         ("merge", _merge, _merge_flags, "fold an adapter into its model and save it"),
         ("export", _export, _export_flags, "write an adapter for vLLM, llama.cpp or MLX"),
     ):
@@ -290,6 +291,38 @@ def _merge(arguments: argparse.Namespace) -> None:
     print(
         f"merged model in {merge_to_folder(arguments.model, arguments.adapter, arguments.out, DTYPES[arguments.dtype])}"
     )
+
+
+def _quantize_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="hub id, local folder, or smollm2")
+    parser.add_argument("--out", required=True, help="folder for the packed model; must not exist yet, or be empty")
+    parser.add_argument("--format", default="nf4", help="nf4 or fp4 (default: %(default)s)")
+    parser.add_argument("--blocksize", type=int, default=64, help="weights to a scale (default: %(default)s)")
+    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True, help="8-bit scales")
+    parser.add_argument("--scale", default="absmax", help="absmax, mse or weighted (default: %(default)s)")
+    parser.add_argument(
+        "--signed-scale", action=argparse.BooleanOptionalAction, default=False, help="allow negative scales"
+    )
+    parser.add_argument("--calibration", help="JSONL as for train; needed by --scale weighted")
+    parser.add_argument("--dtype", default="float32", help="of what stays dense: float32, bfloat16 or float16")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from minilora.config import QuantConfig
+    from minilora.hf.finetune import DTYPES
+    from minilora.hf.packed import quantize_to_folder
+
+    if arguments.dtype not in DTYPES:
+        raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(DTYPES)}")
+    if arguments.format not in ("nf4", "fp4"):
+        raise ConfigError(
+            f"--format={arguments.format!r}: wanted nf4 or fp4, which bitsandbytes' files hold; others live in memory only"
+        )
+    config = QuantConfig(
+        arguments.format, arguments.blocksize, arguments.double_quant, arguments.scale, arguments.signed_scale
+    )
+    kept = quantize_to_folder(arguments.model, arguments.out, config, arguments.calibration, DTYPES[arguments.dtype])
+    print(f"packed model in {arguments.out}: {kept / 1e6:.0f} MB; use it as --model {arguments.out}")
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:

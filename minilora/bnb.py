@@ -1,0 +1,156 @@
+"""A quantized weight as bitsandbytes stores it, and back: the one format in which packed base models are kept on disk.
+
+Beside ``W`` (codes, first weight in the high nibble) lie ``W.absmax``, ``W.quant_map``, with double quantization ``W.nested_absmax``
+and ``W.nested_quant_map``, and ``W.quant_state.bitsandbytes__nf4``, a JSON object as bytes. Nothing of a file is believed: every size
+is compared before a weight is built from it. bitsandbytes need not be installed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.codebooks import FP4, NF4, dynamic_map
+from minilora.errors import CheckpointError, QuantizationError
+from minilora.quantize import NESTED_BLOCKSIZE, QuantizedTensor
+
+__all__ = ["from_bitsandbytes", "is_state", "to_bitsandbytes"]
+
+_STATE = "quant_state.bitsandbytes__"
+_BOOKS = {"nf4": NF4, "fp4": FP4}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes about 200
+
+
+def is_state(name: str) -> bool:
+    """Whether this tensor's name marks a packed weight: the file decides, weight by weight, not the config."""
+    return f".{_STATE}" in name
+
+
+def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
+    """Tensors by what is appended to the weight's name ("" for the codes).
+
+    Raises:
+        QuantizationError: the format or shape is not one that bitsandbytes has.
+    """
+    kind = weight.book.name
+    if _BOOKS.get(kind) != weight.book or not 64 <= weight.blocksize <= 4096 or len(weight.shape) != 2:
+        raise QuantizationError(
+            f"{kind}, blocksize {weight.blocksize}: bitsandbytes stores nf4 and fp4, 2-D, blocksize 64 to 4096"
+        )
+    state: dict[str, Any] = {
+        "quant_type": kind,
+        "blocksize": weight.blocksize,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    tensors = {"": weight.packed.reshape(-1, 1), ".absmax": weight.absmax, ".quant_map": weight.book.table()}
+    if weight.nested_absmax is not None and weight.nested_offset is not None:
+        state |= {
+            "nested_blocksize": NESTED_BLOCKSIZE,
+            "nested_dtype": "float32",
+            "nested_offset": float(weight.nested_offset),
+        }
+        tensors |= {".nested_absmax": weight.nested_absmax, ".nested_quant_map": dynamic_map()}
+    tensors[f".{_STATE}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTensor:
+    """The inverse, for any ``quant_storage`` dtype.
+
+    Args:
+        tensors: by what is appended to the weight's name, as ``to_bitsandbytes`` returns. name: the weight's, for messages.
+
+    Raises:
+        CheckpointError: something is missing, of a wrong size, or not what bitsandbytes writes; the message names it.
+    """
+    kind, state = _read_state(tensors, name)
+    book, shape = _BOOKS[kind], torch.Size(state["shape"])
+    blocks = math.ceil(shape.numel() / state["blocksize"])
+    packed = _wanted(tensors, "", name).contiguous().view(-1).view(torch.uint8)
+    _sized(packed, math.ceil(shape.numel() / 2), name, "bytes of codes")
+    table = _wanted(tensors, ".quant_map", name)
+    _sized(table, 16, name + ".quant_map", "levels")
+    if not torch.equal(table.float().cpu(), book.table()):
+        raise CheckpointError(f"{name}.quant_map: is not the table of {kind}; the file was not written by bitsandbytes")
+    absmax = _wanted(tensors, ".absmax", name)
+    _sized(absmax, blocks, name + ".absmax", "scales")
+    if shape[-1] % 2 == 0:
+        packed = packed.view(*shape[:-1], shape[-1] // 2)
+    dtype = _DTYPES[state["dtype"]]
+    if "nested_blocksize" not in state:
+        return QuantizedTensor(
+            packed, _finite(absmax.float(), name + ".absmax"), shape, dtype, book, state["blocksize"]
+        )
+    nested = _wanted(tensors, ".nested_absmax", name).float()
+    _sized(nested, math.ceil(blocks / NESTED_BLOCKSIZE), name + ".nested_absmax", "scales of scales")
+    table = _wanted(tensors, ".nested_quant_map", name)
+    if table.numel() != 256 or not torch.equal(table.float().cpu(), dynamic_map()):
+        raise CheckpointError(f"{name}.nested_quant_map: is not bitsandbytes' table of 256 levels")
+    if absmax.dtype != torch.uint8:
+        raise CheckpointError(f"{name}.absmax: is {absmax.dtype} although its scales are nested; wanted uint8")
+    offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+    return QuantizedTensor(
+        packed, absmax, shape, dtype, book, state["blocksize"], _finite(nested, name + ".nested_absmax"), offset
+    )
+
+
+def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str, Any]]:
+    """Kind and content of the JSON object, every field of it checked."""
+    found = [suffix for suffix in tensors if suffix.startswith(f".{_STATE}")]
+    if len(found) != 1:
+        raise CheckpointError(f"{name}: has {len(found)} quant_state tensors; wanted one")
+    raw, where = tensors[found[0]], name + found[0]
+    kind = found[0].removeprefix(f".{_STATE}")
+    if kind not in _BOOKS or raw.dtype != torch.uint8 or raw.numel() > _LONGEST_STATE:
+        raise CheckpointError(f"{where}: is no quant_state of nf4 or fp4")
+    try:
+        state = json.loads(bytes(raw.flatten().tolist()))
+    except ValueError as error:
+        raise CheckpointError(f"{where}: is not JSON ({error})") from None
+    size, shape = (state.get("blocksize"), state.get("shape")) if isinstance(state, dict) else (None, None)
+    whole = (
+        isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
+    )
+    fits = (
+        whole
+        and type(size) is int
+        and 32 <= size <= 4096
+        and state.get("dtype") in _DTYPES
+        and state.get("quant_type") == kind
+    )
+    if fits and "nested_blocksize" in state:
+        offset = state.get("nested_offset")
+        fits = (
+            state["nested_blocksize"] == NESTED_BLOCKSIZE and isinstance(offset, (int, float)) and math.isfinite(offset)
+        )
+    if not fits:
+        raise CheckpointError(
+            f"{where}: {str(state)[:120]} is not a state that minilora reads (2-D, blocksize 32 to 4096, nested by 256)"
+        )
+    return kind, state
+
+
+def _wanted(tensors: Mapping[str, Tensor], suffix: str, name: str) -> Tensor:
+    if suffix not in tensors:
+        raise CheckpointError(f"{name}{suffix}: is missing, although the weight is packed; the file is incomplete")
+    return tensors[suffix]
+
+
+def _sized(tensor: Tensor, count: int, name: str, what: str) -> None:
+    if tensor.numel() != count:
+        raise CheckpointError(
+            f"{name}: holds {tensor.numel()} {what}, its quant_state wants {count}; the file is damaged"
+        )
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name}: holds NaN or infinity")
+    return tensor

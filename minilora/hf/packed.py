@@ -1,0 +1,204 @@
+"""Packed models on disk: saved as bitsandbytes' 4-bit checkpoints, read without bitsandbytes, weight by weight.
+
+A folder is an ordinary transformers folder whose config says ``quant_method: bitsandbytes``; transformers with bitsandbytes opens it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
+from minilora.calibrate import calibrate
+from minilora.config import QuantConfig
+from minilora.data import encode_all, read_jsonl
+from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.inject import quantize_model
+from minilora.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.slots import has_adapters
+
+__all__ = ["is_packed_folder", "load_packed", "packed_state_dict", "quantize_to_folder", "save_packed"]
+
+_CALIBRATION_LENGTH = 512  # tokens of an example that are read
+
+
+def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state with every packed layer under bitsandbytes' names; what is shared is named once."""
+    packed = {path: module for path, module in model.named_modules() if is_quantized(module)}
+    if not packed:
+        raise StateError("the model has no packed layer; call quantize_model first")
+    tensors: dict[str, Tensor] = {}
+    for path, layer in packed.items():
+        tensors |= {f"{path}.weight{suffix}": tensor for suffix, tensor in to_bitsandbytes(layer.quantized()).items()}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, own = name.rpartition(".")
+        if (owner in packed and own != "bias") or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a packed transformers model; a head tied to the embedding is not written twice.
+
+    Raises:
+        StateError: nothing is packed, or adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
+    """
+    if has_adapters(model):
+        raise StateError(
+            "the model carries adapters; save them with save_adapter, and the packed base before injecting"
+        )
+    tensors = packed_state_dict(model)
+    layer = next(module for module in model.modules() if is_quantized(module))
+    every = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": layer.format,
+        "bnb_4bit_use_double_quant": layer.double_quant,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted(every) or None,
+    }
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(place)
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
+    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(place)
+    safetensors.torch.save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantize_to_folder(
+    model: str, out: str, config: QuantConfig, calibration: str | None = None, dtype: torch.dtype = torch.float32
+) -> int:
+    """Load a model, pack its linear layers, and save it with its tokenizer; returns the bytes of its weights.
+
+    Args:
+        calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
+
+    Raises:
+        ConfigError: weighted scales without calibration text. CheckpointError: ``out`` holds something already.
+    """
+    from minilora.hf.load import load_model, load_tokenizer
+
+    target = refuse_occupied(out)
+    if config.scale == "weighted" and calibration is None:
+        raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
+    records = read_jsonl(calibration) if calibration else []
+    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    importance = None
+    if config.scale == "weighted":
+        examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH)
+        importance = calibrate(loaded, [torch.tensor([example.input_ids]) for example in examples])
+    quantize_model(loaded, config, importance=importance)
+
+    def write(folder: Path) -> None:
+        save_packed(loaded, folder)
+        tokenizer.save_pretrained(folder)
+
+    in_new_folder(target, write)
+    return (target / "model.safetensors").stat().st_size
+
+
+def is_packed_folder(folder: str) -> bool:
+    """Whether a local folder's config says that bitsandbytes packed it in four bits."""
+    file = Path(folder) / "config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError):
+        return False
+    return said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
+
+
+def load_packed(folder: str, dtype: torch.dtype) -> Any:
+    """A model from such a folder: packed layers as ``QuantLinear``, everything else dense in ``dtype``.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds tensors that do not fit the model; each by name.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tensors = _all_tensors(Path(folder))
+    groups = sorted(name.split(".quant_state.")[0] for name in tensors if is_state(name))
+    for weight in groups:
+        own = {
+            name.removeprefix(weight): tensors.pop(name)
+            for name in list(tensors)
+            if name == weight or name.startswith(weight + ".")
+        }
+        _put_packed(model, weight.removesuffix(".weight"), from_bitsandbytes(own, weight), tensors, dtype)
+    _put_dense(model, tensors, dtype, folder)
+    model.tie_weights()
+    _fill_buffers(model)
+    return model.eval()
+
+
+def _all_tensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no .safetensors file; pickles are not read, save the model again")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= safetensors.torch.load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged ({error}); copy it again") from None
+    return tensors
+
+
+def _put_packed(model: nn.Module, path: str, weight: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    try:
+        old: Any = model.get_submodule(path)
+    except AttributeError:
+        raise CheckpointError(f"{path}.weight: the model has no such layer; wrong config.json?") from None
+    wanted = tuple(old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape)
+    if tuple(weight.shape) != wanted:
+        raise CheckpointError(f"{path}.weight: is {list(weight.shape)}, the model wants {list(wanted)}")
+    bias = tensors.pop(f"{path}.bias", None)
+    layer = QuantLinear(weight, None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
+    model.set_submodule(path, layer)
+
+
+def _put_dense(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, folder: str) -> None:
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    packed = {path for path, module in model.named_modules() if is_quantized(module)}
+    result = model.load_state_dict(cast, strict=False, assign=True)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in result.missing_keys if name.rpartition(".")[0] not in packed and name not in tied]
+    if missing or result.unexpected_keys:
+        what = f"{missing[0]} is missing" if missing else f"{result.unexpected_keys[0]} is unexpected"
+        raise CheckpointError(f"{folder}: {what}; the weights do not fit config.json")
+
+
+def _fill_buffers(model: Any) -> None:
+    """Rotary tables and the like are computed, not stored: make again what is still on the meta device."""
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
+            config = getattr(module, "config", None) or model.config
+            fresh = type(module)(config)
+            for name, buffer in fresh._buffers.items():
+                module._buffers[name] = buffer
+            for name, value in vars(fresh).items():
+                if isinstance(value, Tensor):
+                    setattr(module, name, value)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"{left[0]}: is neither in the file nor made by the model")
