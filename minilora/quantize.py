@@ -198,7 +198,7 @@ def _choose_scales(values: Tensor, book: Codebook, config: QuantConfig, mass: Te
             place.copy_(absmax_scales(blocks, replace(book, signed=True)))
         else:
             place.copy_(searched_scales(blocks, book, heavy, config.signed_scale))
-    if whole < values.numel() and out[-1] == 0:
+    if whole < values.numel() and out[-1].abs() < _TINY:
         out[-1] = _TINY  # as bitsandbytes stores the scale of a ragged block of zeros
 
 
