@@ -106,7 +106,8 @@ def test_a_command_is_understood(arguments):
 
 def test_train_of_the_readme_is_a_valid_job():
     pytest.importorskip("transformers")
-    (arguments,) = [words for words in commands("minilora") if words[0] == "train"]
+    arguments, on_packed = [words for words in commands("minilora") if words[0] == "train"]
+    assert cli._job(cli._parser().parse_args(on_packed)).model == "runs/packed"
     job = cli._job(cli._parser().parse_args(arguments))
     assert (job.lora.r, job.lora.lora_alpha, job.training.steps, job.prompts) == (8, 16, 60, ["How is the weather?"])
 
