@@ -251,10 +251,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from minilora import PeftModel, QuantConfig, quantize_model
     from minilora.hf import answers, load_model, load_tokenizer
+    from minilora.layers import is_quantized
 
     _check_generate(arguments)
     tokenizer, model = load_tokenizer(arguments.model), load_model(arguments.model)
-    if arguments.quant != "none":
+    if arguments.quant != "none" and not any(is_quantized(module) for module in model.modules()):
         quantize_model(model, QuantConfig(arguments.quant, double_quant=True))
     if arguments.adapter:
         model = PeftModel.from_pretrained(model, arguments.adapter)

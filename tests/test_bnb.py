@@ -225,6 +225,31 @@ def test_partly_packed_models_are_read_weight_by_weight(make, tmp_path, ids):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
+    from minilora.hf import finetune
+    from minilora.train import TrainConfig
+
+    class Stop(Exception):
+        pass
+
+    said, seen = [], []
+    model = packed(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 48), "v_proj": torch.nn.Linear(64, 64)}).eval())
+    layer = model.q_proj
+    monkeypatch.setattr(finetune, "load_model", lambda *_: model)
+    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(finetune, "encode_all", lambda records, *_: [])
+    monkeypatch.setattr(
+        finetune, "get_peft_model", lambda adapted, _: seen.append(adapted.q_proj) or (_ for _ in ()).throw(Stop)
+    )
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    job = finetune.Job(
+        "m", str(tmp_path / "d.jsonl"), str(tmp_path / "out"), eval_share=0.0, training=TrainConfig(steps=1)
+    )
+    with pytest.raises(Stop):
+        finetune.fine_tune(job, said.append)
+    assert seen == [layer] and any("packed already" in line for line in said)
+
+
 def test_what_cannot_be_saved_packed_says_so(make, tmp_path):
     with pytest.raises(StateError, match="no packed layer; call quantize_model"):
         save_packed(make(), tmp_path)

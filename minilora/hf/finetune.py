@@ -23,6 +23,7 @@ from minilora.hf.load import load_model, load_tokenizer
 from minilora.inject import quantize_model
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.io import write_file
+from minilora.layers import is_quantized
 from minilora.peft_model import get_peft_model
 from minilora.report import render
 from minilora.train import TrainConfig, memory_mb, train
@@ -116,7 +117,9 @@ def fine_tune(
     clock.lap("answers before")
 
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if job.quant != "none":
+    if any(is_quantized(module) for module in model.modules()):
+        say(f"{job.model} is packed already, and stays as it is")
+    elif job.quant != "none":
         quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
