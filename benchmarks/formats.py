@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 import minilora
 from minilora.config import QuantConfig
-from minilora.inject import quantizable_paths
 from minilora.quantize import quantize
+from minilora.quantize_model import quantizable_paths
 
 ROWS: list[tuple[str, QuantConfig]] = [
     ("NF4 (bitsandbytes' codes)", QuantConfig("nf4")),

@@ -15,7 +15,7 @@ ORDER: list[tuple[str, list[str]]] = [
     ("the door to speed", ["ops"]),
     ("base layers", ["layers"]),
     ("the law and the lesson", ["adapter", "lora", "variants"]),
-    ("where they go", ["targets", "slots", "tying", "inject"]),
+    ("where they go", ["targets", "slots", "tying", "inject", "quantize_model"]),
     ("many adapters", ["adapted", "batched", "combine", "calibrate"]),
     ("files", ["checkpoint", "hotswap", "export", "bnb"]),
     ("what users see", ["peft_model", "compat"]),

@@ -22,12 +22,13 @@ from minilora.config import LoraConfig, QuantConfig
 from minilora.errors import MiniLoraError
 from minilora.export import export_adapter
 from minilora.hotswap import hotswap_adapter
-from minilora.inject import inject, quantize_model
+from minilora.inject import inject
 from minilora.layers import QuantLinear
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model
 from minilora.quantize import QuantizedTensor, quantize
+from minilora.quantize_model import quantize_model
 from minilora.tying import untie
 
 __version__ = "0.1.0"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError
-from minilora.inject import ALL_LINEAR, quantizable_paths
+from minilora.inject import ALL_LINEAR
+from minilora.quantize_model import quantizable_paths
 from minilora.targets import Selection
 
 __all__ = ["calibrate"]

@@ -1,7 +1,6 @@
 """The walker: find what a config means, refuse on any doubt, and only then replace.
 
-``inject`` puts adapters into a model; ``quantize_model`` puts packed weights into it. Both list all their matches first, so a
-mistake leaves the model exactly as it was. Next file: ``codebooks.py``.
+All matches are listed and everything new is built first, so a mistake leaves the model exactly as it was. Next file: ``codebooks.py``.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
-from minilora.config import LoraConfig, QuantConfig, pattern_matches
-from minilora.errors import QuantizationError, StateError, TargetError, nearest
-from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
-from minilora.quantize import check_quantizable
+from minilora.config import LoraConfig, pattern_matches
+from minilora.errors import StateError, TargetError, nearest
+from minilora.layers import is_linear, is_quantized
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
 from minilora.tying import adapt_embedding, train_rows
@@ -55,7 +53,7 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
     targets = _in_layers(targets, config)
     if not targets:
         raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
-    _refuse_unfit(model, modules, targets)
+    refuse_unfit(model, modules, targets)
     _refuse_idle_patterns(config, targets)
     return Match(
         tuple(targets), tuple(saved), tuple(_biases(model, config, targets, saved)), _tokens(model, modules, config)
@@ -110,7 +108,7 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     return saved
 
 
-def _refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
+def refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
     wanted = set(targets)
     for path in targets:
         module = modules[path]
@@ -266,7 +264,7 @@ def place(
         attach(model, Adapters())
     adapters = adapters_of(model)
     with adapters.bare():
-        slots = {path: adapters.slots.get(path) or _slot(model, path) for path in values}
+        slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
     for path, value in values.items():
         slot = adapters.slots[path] = slots[path]
         slot.kept[adapter_name] = value
@@ -311,61 +309,7 @@ def inject(
     return model
 
 
-def _slot(model: nn.Module, path: str) -> Slot:
+def slot_at(model: nn.Module, path: str) -> Slot:
     parent_path, _, attr = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     return Slot(path, parent, attr, getattr(parent, attr))
-
-
-def quantize_model(
-    model: nn.Module,
-    config: QuantConfig | None = None,
-    target_modules: Selection = ALL_LINEAR,
-    importance: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Replace linear layers by ``QuantLinear``, in place, one layer at a time: two dense copies of at most one layer exist at once.
-
-    Args:
-        model: any module; changed in place, frozen layers replaced, and returned.
-        config: format, blocksize, double quantization; default NF4, 64, single.
-        target_modules: list of names, one regex, or "all-linear" (all but the output head).
-        importance: what ``calibrate`` returned, for ``scale="weighted"``.
-
-    Raises:
-        TargetError: an entry matches nothing, or a match is no dense linear layer. StateError: the model carries adapters already.
-        QuantizationError: a weight holds NaN or infinity; every layer is checked before the first is replaced.
-    """
-    if has_adapters(model):
-        raise StateError("the model carries adapters; quantize it first and inject then")
-    config = config or QuantConfig()
-    paths = quantizable_paths(model, target_modules)
-    for path in paths:  # all of them before the first is replaced
-        check_quantizable(dense_weight(model.get_submodule(path)), path + ".weight")
-        if config.scale == "weighted" and path not in (importance or {}):
-            raise QuantizationError(
-                f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"
-            )
-    for path in paths:
-        slot = _slot(model, path)
-        layer = QuantLinear.from_linear(slot.base, config, path + ".weight", (importance or {}).get(path))  # type: ignore[arg-type]
-        setattr(slot.parent, slot.attr, layer.train(model.training))
-    return model
-
-
-def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
-    """Paths of the layers to quantize; one that is packed already is passed over by "all-linear" and refused by name."""
-    modules = {path: module for path, module in model.named_modules() if path}
-    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        paths = [path for path in linear_paths(model) if not is_quantized(modules[path])]
-    else:
-        paths = select(modules, target_modules, "target_modules")
-    _refuse_unfit(model, modules, paths)
-    if tables := [path for path in paths if not is_linear(modules[path])]:
-        raise TargetError(
-            f"{tables[0]} is an Embedding, whose rows are looked up one by one; quantize linear layers only"
-        )
-    if packed := [path for path in paths if is_quantized(modules[path])]:
-        raise TargetError(f"{packed[0]} is quantized already; leave it out of target_modules")
-    if not paths:
-        raise TargetError("no dense linear layer is left to quantize")
-    return paths

@@ -20,11 +20,11 @@ from minilora.data import encode_all, read_jsonl, split
 from minilora.errors import ConfigError
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer
-from minilora.inject import quantize_model
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.io import write_file
 from minilora.layers import is_quantized
 from minilora.peft_model import get_peft_model
+from minilora.quantize_model import quantize_model
 from minilora.report import render
 from minilora.train import TrainConfig, memory_mb, train
 

@@ -21,8 +21,8 @@ from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.hf.folders import in_new_folder, refuse_occupied
-from minilora.inject import quantize_model
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.quantize_model import quantize_model
 from minilora.slots import has_adapters
 
 __all__ = ["is_packed_folder", "load_packed", "packed_state_dict", "quantize_to_folder", "save_packed"]

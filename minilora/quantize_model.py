@@ -1,0 +1,74 @@
+"""Put packed weights into a model: the walker again, with ``QuantLinear`` instead of adapters.
+
+Everything is checked before the first layer is replaced; then one layer at a time, so that memory never holds two models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from minilora.config import QuantConfig
+from minilora.errors import QuantizationError, StateError, TargetError
+from minilora.inject import ALL_LINEAR, linear_paths, refuse_unfit, slot_at
+from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
+from minilora.quantize import check_quantizable
+from minilora.slots import has_adapters
+from minilora.targets import Selection, select
+
+__all__ = ["quantizable_paths", "quantize_model"]
+
+
+def quantize_model(
+    model: nn.Module,
+    config: QuantConfig | None = None,
+    target_modules: Selection = ALL_LINEAR,
+    importance: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Replace linear layers by ``QuantLinear``, in place, one layer at a time: two dense copies of at most one layer exist at once.
+
+    Args:
+        model: any module; changed in place, frozen layers replaced, and returned.
+        config: format, blocksize, double quantization; default NF4, 64, single.
+        target_modules: list of names, one regex, or "all-linear" (all but the output head).
+        importance: what ``calibrate`` returned, for ``scale="weighted"``.
+
+    Raises:
+        TargetError: an entry matches nothing, or a match is no dense linear layer. StateError: the model carries adapters already.
+        QuantizationError: a weight holds NaN or infinity; every layer is checked before the first is replaced.
+    """
+    if has_adapters(model):
+        raise StateError("the model carries adapters; quantize it first and inject then")
+    config = config or QuantConfig()
+    paths = quantizable_paths(model, target_modules)
+    for path in paths:  # all of them before the first is replaced
+        check_quantizable(dense_weight(model.get_submodule(path)), path + ".weight")
+        if config.scale == "weighted" and path not in (importance or {}):
+            raise QuantizationError(
+                f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"
+            )
+    for path in paths:
+        slot = slot_at(model, path)
+        layer = QuantLinear.from_linear(slot.base, config, path + ".weight", (importance or {}).get(path))  # type: ignore[arg-type]
+        setattr(slot.parent, slot.attr, layer.train(model.training))
+    return model
+
+
+def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
+    """Paths of the layers to quantize; one that is packed already is passed over by "all-linear" and refused by name."""
+    modules = {path: module for path, module in model.named_modules() if path}
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        paths = [path for path in linear_paths(model) if not is_quantized(modules[path])]
+    else:
+        paths = select(modules, target_modules, "target_modules")
+    refuse_unfit(model, modules, paths)
+    if tables := [path for path in paths if not is_linear(modules[path])]:
+        raise TargetError(
+            f"{tables[0]} is an Embedding, whose rows are looked up one by one; quantize linear layers only"
+        )
+    if packed := [path for path in paths if is_quantized(modules[path])]:
+        raise TargetError(f"{packed[0]} is quantized already; leave it out of target_modules")
+    if not paths:
+        raise TargetError("no dense linear layer is left to quantize")
+    return paths
