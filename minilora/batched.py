@@ -140,6 +140,8 @@ def batch_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def _enter(adapters: Adapters, names: set[str]) -> None:
     """Put mixed layers into the slots for the first of the calls that run now."""
     with _LOCK:
+        if adapters.is_bare:
+            raise StateError("adapters are disabled here; leave disable_adapter() before mixing adapters in a batch")
         if adapters.merged:
             raise StateError(f"adapters {list(adapters.merged)} are merged; unmerge before mixing adapters in a batch")
         if adapters.mixing and not names <= adapters.mixable:

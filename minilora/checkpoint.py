@@ -253,7 +253,17 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
     Raises:
         CheckpointError: as ``load_adapter``; the adapter is then as it was.
     """
-    _fill(model, adapters_of(model).named(adapter_name), read_adapter(folder), strict=True)
+    stored, adapters = read_adapter(folder), adapters_of(model)
+    own, kind = adapters.configs.get(adapter_name), adapters.variants.get(adapter_name)
+    for path, value in adapters.named(adapter_name).items():
+        if own is not None and isinstance(value, Adapter):
+            found, wanted = ((*config.for_module(path), config.use_rslora) for config in (stored.config, own))
+            if found != wanted or stored.variant != kind:
+                said = f"(r, lora_alpha, rslora) = {found} as {stored.variant}, the adapter {wanted} as {kind}"
+                raise CheckpointError(
+                    f"{stored.path}: {path} has {said}; resume with the config that it was saved with"
+                )
+    _fill(model, adapters.named(adapter_name), stored, strict=True)
 
 
 def fill_adapter(
@@ -324,14 +334,27 @@ def _fill(model: nn.Module, values: Mapping[str, Value], stored: Stored, strict:
         kind = tensors[key].dtype
         if kind != own[key].dtype and kind not in (torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(f"{stored.path}: {key} is {kind}; wanted float32, float16 or bfloat16")
-    for key in own.keys() & tensors.keys() - set(wrong):
+    fitting = sorted(own.keys() & tensors.keys() - set(wrong))
+    _refuse_unequal_twins(own, tensors, fitting, stored.path)
+    for key in fitting:
         own[key].copy_(tensors[key])
-    for key in own.keys() & tensors.keys() - set(wrong):
-        if not torch.equal(own[key].cpu(), tensors[key].to(own[key].dtype)):  # two names of one tied tensor
-            raise CheckpointError(
-                f"{stored.path}: {key} differs from the embedding that this head is tied to; untie the model first"
-            )
     return LoadReport(missing, extra, wrong)
+
+
+def _refuse_unequal_twins(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], keys: list[str], path: Path
+) -> None:
+    """Two names of one tied tensor must bring the same values (a head sees the embedding's factor turned round)."""
+    first: dict[int, str] = {}
+    for key in keys:
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise CheckpointError(f"{path}: {key} holds NaN or infinity; the run that saved it had diverged")
+        twin = first.setdefault(own[key].data_ptr(), key)
+        turned = tensors[key].T if own[key].dim() == 2 and own[key].stride() != own[twin].stride() else tensors[key]
+        if twin != key and own[key].numel() == own[twin].numel() and not torch.equal(tensors[twin], turned):
+            raise CheckpointError(
+                f"{path}: {key} differs from the embedding that this head is tied to; untie the model first"
+            )
 
 
 def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:

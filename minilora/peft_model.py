@@ -84,7 +84,9 @@ class PeftModel(nn.Module):
             )
         if not is_main_process:
             return
-        for name in selected_adapters or self.peft_config:
+        chosen = list(self.peft_config) if selected_adapters is None else _as_names(selected_adapters)
+        adapters_of(self).check(chosen)
+        for name in chosen:
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             checkpoint.save_adapter(self, folder, name)
 
@@ -153,7 +155,11 @@ class PeftModel(nn.Module):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter, or the sum of several, the active and trainable one."""
+        """Make one adapter, or the sum of several, the active and trainable one; merged ones are to be unmerged first."""
+        if merged := adapters_of(self).merged:
+            raise StateError(
+                f"adapters {list(merged)} are merged and would stay in the weights; unmerge_adapter() first"
+            )
         adapted.set_adapter(self, adapter_name)
 
     @contextmanager
@@ -193,7 +199,7 @@ class PeftModel(nn.Module):
                 f"merge_and_unload({progressbar!r}): wanted adapter_names={progressbar!r} by name, as in PEFT"
             )
         merged = adapters_of(self).merged
-        if merged and adapter_names is not None and set(merged) != set(adapter_names):
+        if merged and adapter_names is not None and set(merged) != set(_as_names(adapter_names)):
             raise StateError(
                 f"adapters {list(merged)} are merged already; unmerge_adapter() before merging {list(adapter_names)}"
             )
@@ -239,6 +245,10 @@ def get_peft_model(
     return _extend(model)
 
 
+def _as_names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _refuse_second(model: nn.Module) -> None:
     if has_adapters(model):
         names = list(adapters_of(model).configs)
@@ -247,6 +257,8 @@ def _refuse_second(model: nn.Module) -> None:
 
 def _extend(model: nn.Module) -> nn.Module:
     """Put ``PeftModel`` in front of the object's class, under the old name: transformers looks classes up by name."""
+    if isinstance(model, PeftModel):  # its adapters were taken out by the plain function
+        return model
     old = type(model)
     model.__class__ = type(old.__name__, (PeftModel, old), {"__module__": old.__module__, "__doc__": old.__doc__})
     return model

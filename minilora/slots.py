@@ -53,7 +53,10 @@ class Slot:
             if isinstance(above, Adapter):
                 above.base_layer = value  # type: ignore[assignment]
             value = above
-        setattr(parent or self.parent, self.attr, value)
+        place = parent or self.parent
+        setattr(place, self.attr, value)
+        if isinstance(value, nn.Module):  # what was aside while the model went from train to eval follows now
+            value.train(place.training)
 
 
 class Adapters:
@@ -159,6 +162,11 @@ class Adapters:
                 owner = self.slots.get(path.rpartition(".")[0])
                 layer = None if owner is None else owner.merged if merged and owner.merged is not None else owner.base
                 slot.show(active, merged, layer if isinstance(layer, nn.Module) else None)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a ``bare`` block runs."""
+        return self._bare > 0
 
     @contextmanager
     def bare(self) -> Iterator[None]:

