@@ -27,6 +27,17 @@ __all__ = ["PeftModel", "get_peft_model"]
 class PeftModel(nn.Module):
     """What a model gains with adapters. It is never built directly: use ``get_peft_model`` or ``PeftModel.from_pretrained``."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``.to``, ``.half`` and the like reach what is aside too: inactive adapters, kept base layers, merged layers."""
+        super()._apply(fn, recurse)
+        for slot in adapters_of(self).slots.values() if has_adapters(self) else ():
+            for value in (slot.base, slot.merged, *slot.kept.values()):
+                if isinstance(value, nn.Module):
+                    value._apply(fn, recurse)
+                elif value is not None:
+                    value.data = fn(value.data)
+        return self
+
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         """Adapter name to its config."""

@@ -116,3 +116,15 @@ def test_saving_checks_the_names_first(model, tmp_path):
     with pytest.raises(StateError, match="no adapter is called 'nope'"):
         model.save_pretrained(tmp_path / "two", selected_adapters=["a", "nope"])
     assert not (tmp_path / "two").exists()
+
+
+def test_a_change_of_dtype_reaches_what_is_aside(model, x):
+    model.eval()
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    model.set_adapter("b")
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    kinds = {p.dtype for p in model.parameters()}
+    assert kinds == {torch.bfloat16}
