@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter
 from minilora.errors import StateError
+from minilora.layers import embed_scale
 from minilora.slots import Adapters, Slot, adapters_of
 
 __all__ = ["BASE", "batch_adapters"]
@@ -61,8 +62,7 @@ class MixedLayer(nn.Module):
         self.usual: nn.Module = getattr(slot.parent, slot.attr)
         self.base: nn.Module = slot.base  # type: ignore[assignment]
         self.is_table = isinstance(slot.base, nn.Embedding)
-        # Some models' embeddings multiply their rows by a constant; the update must be multiplied too.
-        self.scale = float(getattr(slot.base, "embed_scale", 1.0)) if self.is_table else 1.0
+        self.scale = embed_scale(self.base)
         pairs = [_low_rank(slot, name) for name in names]
         known = next((pair for pair in pairs if pair is not None), None)
         self.A: Tensor | None = None

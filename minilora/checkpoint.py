@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
+from minilora.adapter import Adapter, variant
 from minilora.config import LoraConfig
 from minilora.errors import CheckpointError, StateError
 from minilora.inject import ALL_LINEAR, build, default_targets, place
@@ -29,9 +29,11 @@ from minilora.io import read_bytes, write_files
 from minilora.layers import is_conv1d
 from minilora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.targets import ends_with, exactly
+from minilora.variants.embedding import LoRAEmbedding
 
 __all__ = [
     "CONFIG_FILE",
+    "PREFIX",
     "WEIGHTS_FILE",
     "adapter_state_dict",
     "load_adapter",
@@ -42,7 +44,7 @@ __all__ = [
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _VARIANT = "minilora_variant"  # in the metadata of the weights file
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
 _SHOWN = 3  # names in a message
@@ -66,7 +68,7 @@ def _tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
             own = {f"{owner}{inner}.{attr}": value}
         else:
             own = {f"{path}.{name}": tensor for name, tensor in value.state_dict().items()}
-        tensors.update({_PREFIX + name: tensor.detach() for name, tensor in own.items()})
+        tensors.update({PREFIX + name: tensor.detach() for name, tensor in own.items()})
     return tensors
 
 
@@ -87,9 +89,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         folder,
         {
             WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
-            CONFIG_FILE: (
-                json.dumps(content, indent=2) + "\n"
-            ).encode(),  # unsorted: the first pattern that matches wins
+            CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
         },
     )
 
@@ -117,9 +117,7 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
         content["fan_in_fan_out"] = any(is_conv1d(model.get_submodule(path)) for path in paths)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     for field, own in (("rank_pattern", 0), ("alpha_pattern", 1)):
-        if not all(
-            map(_PLAIN.fullmatch, content[field])
-        ):  # regular expressions are never run from a file: say what they came to
+        if not all(map(_PLAIN.fullmatch, content[field])):  # no regex is run from a file: say what it came to
             each = {path: config.for_module(path)[own] for path in paths}
             content[field] = {
                 path: value for path, value in each.items() if value != (config.r, config.lora_alpha)[own]
@@ -203,9 +201,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensor; save the adapter again")
     for key, tensor in tensors.items():
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             raise CheckpointError(
-                f"{path}: tensor {key!r} does not start with {_PREFIX!r}; is this an adapter of PEFT's layout?"
+                f"{path}: tensor {key!r} does not start with {PREFIX!r}; is this an adapter of PEFT's layout?"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {key} holds NaN or infinity; the run that saved it had diverged")
@@ -237,8 +235,7 @@ def load_adapter(
         ConfigError, TargetError, StateError: as ``read_adapter`` and ``inject``. The model is then as it was.
     """
     stored = read_adapter(folder, config)
-    values = build(model, _exact(stored), adapter_name, stored.variant)
-    report = _fill(model, values, stored, strict)
+    values, report = load_values(model, stored, adapter_name, strict)
     place(model, stored.config, adapter_name, values, stored.variant, activate)
     if not is_trainable:
         for value in values.values():
@@ -276,11 +273,12 @@ def fill_adapter(
     return _fill(model, values, stored, strict)
 
 
-def load_values(model: nn.Module, stored: Stored, adapter_name: str) -> dict[str, Value]:
-    """What a stored adapter puts into each slot, without touching the model. Raises as ``load_adapter``."""
+def load_values(
+    model: nn.Module, stored: Stored, adapter_name: str, strict: bool = True
+) -> tuple[dict[str, Value], LoadReport]:
+    """What a stored adapter puts into each slot, without touching the model, and what was left out. Raises as ``load_adapter``."""
     values = build(model, _exact(stored), adapter_name, stored.variant)
-    _fill(model, values, stored, strict=True)
-    return values
+    return values, _fill(model, values, stored, strict)
 
 
 def refuse_regexes(stored: Stored) -> None:
@@ -301,7 +299,9 @@ def _exact(stored: Stored) -> LoraConfig:
     names = [name for name in (config.target_modules, config.exclude_modules) if isinstance(name, str)]
     if not stored.from_file or all(name.lower() == ALL_LINEAR for name in names):
         return config
-    paths = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in stored.tensors if ".lora_" in key}
+    files = [f".{name}" for kind in (variant(stored.variant), LoRAEmbedding) for name in kind.file_names.values()]
+    keys = [key.removeprefix(PREFIX) for key in stored.tensors]
+    paths = {key.removesuffix(file) for key in keys for file in files if key.endswith(file)}
     return dataclasses.replace(
         config,
         target_modules="|".join(map(re.escape, sorted(paths))),
@@ -359,7 +359,7 @@ def _refuse_unequal_twins(
 
 def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
     """Whether this is the unchanged weight of an adapted embedding, which PEFT saves along: it must be the model's own."""
-    path, _, name = key.removeprefix(_PREFIX).rpartition(".base_layer.")
+    path, _, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
     if name != "weight":
         return False
     with adapters_of(model).bare() if has_adapters(model) else nullcontext():

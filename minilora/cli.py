@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. ``minilora demo | train | generate | merge``; ``--help`` on each.
+"""The command line: parse, call, print. ``minilora demo | train | generate | quantize | merge | export``; ``--help`` on each.
 
 Exit code 2 means the input was wrong, 1 that the work failed, 130 that it was interrupted; a traceback comes only with ``--debug``.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -200,6 +201,11 @@ class LoraConfig:
             return next((value for key, value in pattern.items() if pattern_matches(key, path)), default)
 
         return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
+
+    def scaling(self, path: str) -> float:
+        """The factor of the update at ``path``: ``lora_alpha / r``; with rsLoRA ``lora_alpha / sqrt(r)``."""
+        r, lora_alpha = self.for_module(path)
+        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> LoraConfig:

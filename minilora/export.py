@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, saved_config
-from minilora.config import LoraConfig
+from minilora.checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, saved_config
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.io import write_files
 from minilora.slots import adapters_of
@@ -28,7 +27,6 @@ from minilora.variants.embedding import LoRAEmbedding, TiedHead
 __all__ = ["TARGETS", "export_adapter", "export_folder"]
 
 TARGETS = ("vllm", "llama.cpp", "mlx")
-_PREFIX = "base_model.model."
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -85,7 +83,7 @@ def _stored_factors(stored: Stored) -> dict[str, tuple[Tensor, Tensor]]:
     refuse_regexes(stored)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
-        path, _, name = key.removeprefix(_PREFIX).rpartition(".lora_")
+        path, _, name = key.removeprefix(PREFIX).rpartition(".lora_")
         if name not in ("A.weight", "B.weight"):
             raise StateError(
                 f"{stored.path}: {key} is no factor of a linear layer, and other programs cannot hold it; merge instead"
@@ -97,12 +95,7 @@ def _stored_factors(stored: Stored) -> dict[str, tuple[Tensor, Tensor]]:
         wanted, found = stored.config.for_module(path)[0], len(pair["A.weight"])
         if wanted != found:
             raise CheckpointError(f"{stored.path}: {path} has rank {found}, the config says {wanted}; save it again")
-    return {path: (pair["A.weight"], _scaling(stored.config, path) * pair["B.weight"]) for path, pair in parts.items()}
-
-
-def _scaling(config: LoraConfig, path: str) -> float:
-    r, alpha = config.for_module(path)
-    return alpha / (r**0.5 if config.use_rslora else r)
+    return {path: (pair["A.weight"], stored.config.scaling(path) * pair["B.weight"]) for path, pair in parts.items()}
 
 
 def _write(factors: Factors, content: dict[str, Any], folder: str | os.PathLike[str], target: str) -> int:
@@ -123,7 +116,7 @@ def _peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, 
     """PEFT's layout with nothing in it that a reader could skip: one rank, scale 1, plain names."""
     tensors = {}
     for path, (A, B) in factors.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"], tensors[f"{_PREFIX}{path}.lora_B.weight"] = A, B
+        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
     plain = {
         "r": r,
         "lora_alpha": r,

@@ -40,7 +40,7 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
             )
     stored = read_adapter(folder)
     with torch.random.fork_rng(devices=[]):  # building draws start values that are overwritten at once
-        incoming = load_values(model, stored, "incoming-" + adapter_name[:48])
+        incoming, _ = load_values(model, stored, "incoming-" + adapter_name[:48])
     for path, value in incoming.items():
         here = present.get(path)
         if type(here) is not type(value) or not isinstance(here, LoRALinear) or not isinstance(value, LoRALinear):

@@ -125,6 +125,11 @@ def dense_weight(layer: nn.Module) -> Tensor:
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
 
 
+def embed_scale(layer: nn.Module) -> float:
+    """The constant by which some models' embeddings multiply their rows; an update must be multiplied too. 1 for all others."""
+    return float(getattr(layer, "embed_scale", 1.0))
+
+
 def product(layer: nn.Module, x: Tensor) -> Tensor:
     """``x W^T`` without the bias, whatever the layer: ``[..., in]`` to ``[..., out]``."""
     if isinstance(layer, QuantLinear):

@@ -42,8 +42,7 @@ class LoRALinear(Adapter):
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
-        self.r, lora_alpha = config.for_module(path)
-        self.scaling = lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.r, self.scaling = config.for_module(path)[0], config.scaling(path)
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         # Adapters are kept in fp32, after being drawn in the base layer's dtype, as PEFT does.
         kind, place = compute_dtype(self.innermost), self.weight.device

@@ -20,11 +20,10 @@ from minilora.codebooks import Codebook, codebook, dynamic_map
 from minilora.config import QuantConfig
 from minilora.errors import QuantizationError
 from minilora.lookup import decode_into, decode_reference, nearest_code, pack, scratch
-from minilora.scales import absmax_scales, guarded, searched_scales
+from minilora.scales import TINY, absmax_scales, guarded, searched_scales
 
 NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
 _CHUNK = 1 << 18  # weights worked on at a time: a few MB of scratch, whatever the layer
-_TINY = 1e-38  # guards the reciprocal of a zero block, as bitsandbytes does
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _check_importance(importance: Tensor | None, weight: Tensor, name: str) -> T
     mean = importance.float().mean()
     # Channels that never spoke still count a little, or their weights would be free to be anything.
     return (
-        (importance.float() / mean.clamp(min=_TINY)).clamp(min=1e-4).to(weight.device)
+        (importance.float() / mean.clamp(min=TINY)).clamp(min=1e-4).to(weight.device)
         if mean > 0
         else torch.ones_like(importance)
     )
@@ -198,8 +197,8 @@ def _choose_scales(values: Tensor, book: Codebook, config: QuantConfig, mass: Te
             place.copy_(absmax_scales(blocks, replace(book, signed=True)))
         else:
             place.copy_(searched_scales(blocks, book, heavy, config.signed_scale))
-    if whole < values.numel() and out[-1].abs() < _TINY:
-        out[-1] = _TINY  # as bitsandbytes stores the scale of a ragged block of zeros
+    if whole < values.numel() and out[-1].abs() < TINY:
+        out[-1] = TINY  # as bitsandbytes stores the scale of a ragged block of zeros
 
 
 def _codes(values: Tensor, book: Codebook, size: int, scales: Tensor) -> Tensor:
@@ -240,9 +239,8 @@ def _quantize_scales(absmax: Tensor, name: str) -> dict[str, Tensor]:
     padded = torch.nn.functional.pad(residual, (0, -residual.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
     nested = padded.abs().amax(1)
     scaled = residual * _spread(nested.reciprocal(), NESTED_BLOCKSIZE, residual.numel())
-    scaled = scaled.nan_to_num(
-        nan=-1.0
-    )  # equal scales: 0 x infinity; bitsandbytes writes code 0, and any code decodes right
+    # Equal scales: 0 x infinity; bitsandbytes writes code 0, and any code decodes right.
+    scaled = scaled.nan_to_num(nan=-1.0)
     step = ((scaled.clamp(-1, 1) + 1) * 32767.5 + 0.5).long()
     return {
         "absmax": _scale_codes().to(absmax.device)[step],

@@ -14,7 +14,7 @@ from torch import Tensor
 from minilora.codebooks import Codebook
 from minilora.lookup import nearest_code
 
-_TINY = 1e-38
+TINY = 1e-38  # guards the reciprocal of a zero block, as bitsandbytes does
 
 
 def absmax_scales(blocks: Tensor, book: Codebook) -> Tensor:
@@ -45,7 +45,7 @@ def searched_scales(blocks: Tensor, book: Codebook, importance: Tensor | None, s
         trial = start * factor
         decoded = levels[nearest_code(_divide(blocks, trial), book).long()]
         heavy = decoded if mass is None else decoded * mass
-        scale = (heavy * blocks).sum(1) / (heavy * decoded).sum(1).clamp(min=_TINY)
+        scale = (heavy * blocks).sum(1) / (heavy * decoded).sum(1).clamp(min=TINY)
         for candidate in (scale, trial) if factor == 1.0 else (scale,):
             error = (blocks - decoded * candidate.unsqueeze(1)).square()
             error = (error if mass is None else error * mass).sum(1)
@@ -61,4 +61,4 @@ def _divide(blocks: Tensor, scale: Tensor) -> Tensor:
 
 def guarded(scale: Tensor) -> Tensor:
     """Scales as divisors: a block of zeros is divided by a tiny number instead of zero."""
-    return torch.where(scale.abs() < _TINY, torch.full_like(scale, _TINY), scale)
+    return torch.where(scale.abs() < TINY, torch.full_like(scale, TINY), scale)

@@ -164,6 +164,15 @@ def test_half_precision_files_load_as_fp32(make_gpt2, randomize, tmp_path, dtype
     assert same(loaded, {key: tensor.float() for key, tensor in halves.items()})
 
 
+def test_a_regex_finds_the_layers_of_a_variant_with_names_of_its_own(make_llama, randomize, tmp_path, ids):
+    """VeRA's tensors are not called lora: the layers must be found by what the variant saves."""
+    model = randomize(inject(make_llama(), lora(r".*\.(q|v)_proj"), variant="vera"))
+    save_adapter(model, tmp_path)
+    again = make_llama()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_a_module_with_counters_comes_back_whole(tmp_path, randomize):
     """BatchNorm keeps an int64 counter among its state: a copy that is saved has to load again."""
 

@@ -6,7 +6,6 @@ Load, ask, quantize, inject, train, ask again, report. Everything a job leaves l
 from __future__ import annotations
 
 import platform
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from minilora.data import encode_all, read_jsonl, split
 from minilora.errors import ConfigError
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer
+from minilora.inject import match
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.io import write_file
 from minilora.layers import is_quantized
@@ -106,6 +106,7 @@ def fine_tune(
     records = read_jsonl(job.data)
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
     tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
+    match(model, job.lora)  # a mistyped target shows now, not after the answers
     learn, held = split(records, job.eval_share, job.training.seed)
     examples = encode_all(learn, tokenizer, job.max_length)
     evaluation = encode_all(held, tokenizer, job.max_length) if held else []
@@ -123,7 +124,6 @@ def fine_tune(
         quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
-    random.seed(job.training.seed)
     model = get_peft_model(model, job.lora)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")

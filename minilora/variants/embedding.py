@@ -5,8 +5,7 @@ A starts at zero and B random, the other way round from a linear layer, so that 
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter
 from minilora.config import LoraConfig
-from minilora.layers import compute_dtype
+from minilora.layers import compute_dtype, embed_scale
 
 
 class LoRAEmbedding(Adapter):
@@ -31,8 +30,7 @@ class LoRAEmbedding(Adapter):
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
-        self.r, lora_alpha = config.for_module(path)
-        self.scaling = lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.r, self.scaling = config.for_module(path)[0], config.scaling(path)
         kind, place = compute_dtype(self.innermost), self.weight.device
         A = torch.randn(self.r, self.out_features)  # drawn in the order in which PEFT draws
         B = torch.randn(self.in_features, self.r)
@@ -44,11 +42,7 @@ class LoRAEmbedding(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         rows = self.base_layer(x)
         thin = F.embedding(x, self.lora_embedding_A.T)
-        return rows + (thin @ self.lora_embedding_B.T * self.scaling * self._scale()).to(rows.dtype)
-
-    def _scale(self) -> float:
-        """Some models' embeddings multiply their rows by a constant; the update must be multiplied too."""
-        return float(getattr(self.innermost, "embed_scale", 1.0))
+        return rows + (thin @ self.lora_embedding_B.T * self.scaling * embed_scale(self.innermost)).to(rows.dtype)
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T
@@ -60,25 +54,30 @@ class LoRAEmbedding(Adapter):
         return f"r={self.r}, scaling={self.scaling:g}"
 
 
-class TiedHead(Adapter):
-    """The output head that shares its weight with an adapted embedding: the same update, the embedding's own parameters.
+class Tied(Adapter):
+    """The output head that shares its weight with an adapted embedding, and so its update; it trains nothing of its own."""
 
-    It trains nothing of its own. Its file names are views of the embedding's factors, because PEFT saves them a second time.
-    """
-
-    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     targeted: ClassVar[bool] = False
 
-    def __init__(self, base_layer: nn.Module, source: LoRAEmbedding) -> None:
+    def __init__(self, base_layer: nn.Module, source: Adapter) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.in_features, self.out_features = source.in_features, source.out_features
         self.__dict__["source"] = source  # not a child: its parameters already belong to the embedding's slot
 
     @property
-    def source(self) -> LoRAEmbedding:
+    def source(self) -> Any:
         """The embedding's adapter."""
         return self.__dict__["source"]
+
+    def delta_weight(self) -> Tensor:
+        return self.source.delta_weight()
+
+
+class TiedHead(Tied):
+    """A head tied to an embedding with LoRA. Its file names are views of the embedding's factors, which PEFT saves a second time."""
+
+    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
     @property
     def lora_A(self) -> Tensor:
@@ -93,9 +92,6 @@ class TiedHead(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         thin = F.linear(x, self.lora_A.to(x.dtype))
         return self.base_layer(x) + F.linear(thin, self.lora_B.to(x.dtype)) * self.source.scaling
-
-    def delta_weight(self) -> Tensor:
-        return self.source.delta_weight()
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         return self.source.as_lora()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter
 from minilora.errors import TargetError
-from minilora.layers import dense_weight
+from minilora.layers import dense_weight, embed_scale
+from minilora.variants.embedding import Tied
 
 
 class TokenRows(Adapter):
@@ -45,8 +46,7 @@ class TokenRows(Adapter):
         rows = self.base_layer(x)
         found = x.unsqueeze(-1) == self.token_indices
         new = self.trainable_tokens_delta.to(rows.dtype)[found.int().argmax(-1)]
-        scale = float(getattr(self.innermost, "embed_scale", 1.0))
-        return torch.where(found.any(-1, keepdim=True), new * scale, rows)
+        return torch.where(found.any(-1, keepdim=True), new * embed_scale(self.innermost), rows)
 
     def delta_weight(self) -> Tensor:
         table = dense_weight(self.innermost).float()
@@ -55,24 +55,14 @@ class TokenRows(Adapter):
         )
 
 
-class TiedRows(Adapter):
+class TiedRows(Tied):
     """The output head that shares its weight with an embedding of which rows train: the same rows give its logits."""
 
     reads_base: ClassVar[bool] = True
-    targeted: ClassVar[bool] = False
-
-    def __init__(self, base_layer: nn.Module, source: TokenRows) -> None:
-        nn.Module.__init__(self)
-        self.base_layer = base_layer
-        self.in_features, self.out_features = source.in_features, source.out_features
-        self.__dict__["source"] = source  # not a child: its parameters already belong to the embedding's slot
 
     def forward(self, x: Tensor) -> Tensor:
-        source: TokenRows = self.__dict__["source"]
+        source: TokenRows = self.source
         logits, rows = self.base_layer(x), x @ source.trainable_tokens_delta.to(x.dtype).T
         if self.bias is not None:
             rows = rows + self.bias[source.token_indices].to(rows.dtype)
         return logits.index_copy(-1, source.token_indices, rows)
-
-    def delta_weight(self) -> Tensor:
-        return self.__dict__["source"].delta_weight()
