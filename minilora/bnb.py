@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.codebooks import FP4, NF4, dynamic_map
+from minilora.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
 from minilora.errors import CheckpointError, QuantizationError
 from minilora.quantize import NESTED_BLOCKSIZE, QuantizedTensor
 
-__all__ = ["from_bitsandbytes", "is_state", "to_bitsandbytes"]
+__all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
 
 _STATE = "quant_state.bitsandbytes__"
 _BOOKS = {"nf4": NF4, "fp4": FP4}
@@ -32,6 +32,12 @@ def is_state(name: str) -> bool:
     return f".{_STATE}" in name
 
 
+def storable(format: str | Codebook, blocksize: int) -> bool:
+    """Whether bitsandbytes has this format at this blocksize."""
+    book = codebook(format)
+    return _BOOKS.get(book.name) == book and 64 <= blocksize <= 4096
+
+
 def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
     """Tensors by what is appended to the weight's name ("" for the codes).
 
@@ -39,7 +45,7 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
         QuantizationError: the format or shape is not one that bitsandbytes has.
     """
     kind = weight.book.name
-    if _BOOKS.get(kind) != weight.book or not 64 <= weight.blocksize <= 4096 or len(weight.shape) != 2:
+    if not storable(weight.book, weight.blocksize) or len(weight.shape) != 2:
         raise QuantizationError(
             f"{kind}, blocksize {weight.blocksize}: bitsandbytes stores nf4 and fp4, 2-D, blocksize 64 to 4096"
         )

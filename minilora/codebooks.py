@@ -12,13 +12,32 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from minilora.errors import QuantizationError, nearest
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 __all__ = ["CODEBOOKS", "NF4", "Codebook", "codebook", "dynamic_map", "lloyd", "quantile_float"]
+
+
+def constant(make: Callable[P, T]) -> Callable[P, T]:
+    """Decorator of a function that returns a constant tensor: computed once, on the CPU.
+
+    The first caller may stand in ``torch.device("meta")``, as a loading model does; the constant must not be made there.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    @functools.wraps(make)
+    def once(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return once  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -213,7 +232,7 @@ def codebook(name: str | Codebook) -> Codebook:
     return CODEBOOKS[name]
 
 
-@functools.lru_cache(maxsize=1)
+@constant
 def dynamic_map() -> Tensor:
     """The 256 sorted fp32 levels that hold scales in 8 bits (double quantization; Dettmers 2015, arXiv 1511.04561, section 1.3).
 
@@ -222,7 +241,7 @@ def dynamic_map() -> Tensor:
     """
     levels = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
         levels += middles + [-middle for middle in middles]
     return torch.tensor(sorted(levels), dtype=torch.float32)

@@ -8,14 +8,13 @@ Next file: ``layers.py``.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 
 import torch
 from torch import Tensor
 
-from minilora.codebooks import Codebook
+from minilora.codebooks import Codebook, constant
 
 _GRID = 256  # cells over [-1, 1]; fine enough that each holds at most one threshold of every table here
 _local = threading.local()
@@ -25,7 +24,7 @@ def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
     """A flat buffer of ``count`` elements that the next call with the same name on this thread will reuse."""
     held: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
     if (buffer := held.get((name, dtype))) is None or buffer.numel() < count:
-        buffer = held[name, dtype] = torch.empty(count, dtype=dtype)
+        buffer = held[name, dtype] = torch.empty(count, dtype=dtype, device="cpu")
     return buffer[:count]
 
 
@@ -69,7 +68,7 @@ def decode_reference(packed: Tensor, book: Codebook, count: int) -> Tensor:
     return book.table(packed.device)[unpack(packed, book.bits, count).long()]
 
 
-@functools.lru_cache(maxsize=16)
+@constant
 def _grid(book: Codebook) -> Tensor | None:
     """For each grid cell (code below its threshold, the threshold) packed in one int64; None if two thresholds share a cell."""
     midpoints, codes = book.thresholds()
@@ -77,7 +76,7 @@ def _grid(book: Codebook) -> Tensor | None:
     if len(set(cells.tolist())) < len(cells) or not torch.equal(codes, torch.arange(len(codes))):
         return None
     below = torch.tensor([int((cells < cell).sum()) for cell in range(_GRID + 2)], dtype=torch.int32)
-    limit = torch.full((_GRID + 2,), float("inf"))
+    limit = torch.full((_GRID + 2,), float("inf"), dtype=torch.float32)
     limit[cells.long()] = midpoints
     return torch.stack([below, limit.view(torch.int32)], 1).contiguous().view(torch.int64).flatten()
 
@@ -99,7 +98,7 @@ def nearest_code(scaled: Tensor, book: Codebook) -> Tensor:
     return code.add_(above.view(torch.uint8)).view(scaled.shape)
 
 
-@functools.lru_cache(maxsize=16)
+@constant
 def _bytes(book: Codebook) -> Tensor:
     """All fp32 levels of every byte as one wide element (int64 for two, complex128 for four): one look-up decodes a whole byte."""
     byte, per = torch.arange(256, dtype=torch.uint8), 8 // book.bits

@@ -9,14 +9,13 @@ included (measured on bitsandbytes 0.50.2). Blocks run over the flattened weight
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from minilora.codebooks import Codebook, codebook, dynamic_map
+from minilora.codebooks import Codebook, codebook, constant, dynamic_map
 from minilora.config import QuantConfig
 from minilora.errors import QuantizationError
 from minilora.lookup import decode_into, decode_reference, nearest_code, pack, scratch
@@ -79,13 +78,30 @@ class QuantizedTensor:
                 decode_range(self, scales, start, flat[start:stop])
             else:
                 part = (
-                    torch.empty(stop - start, device=flat.device)
+                    torch.empty(stop - start, dtype=torch.float32, device=flat.device)
                     if flat.is_cuda
                     else scratch("part", stop - start, torch.float32)
                 )
                 decode_range(self, scales, start, part)
                 flat[start:stop] = part
         return out
+
+
+def empty_quantized(
+    shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype, device: torch.device | str = "meta"
+) -> QuantizedTensor:
+    """Storage of the shape that ``quantize`` would return, with nothing in it: a place to load into."""
+    book, count = codebook(config.format), math.prod(shape)
+    blocks, size = math.ceil(count / config.blocksize), math.ceil(count * book.bits / 8)
+    whole_rows = shape[-1] * book.bits % 8 == 0
+    packed = torch.empty((shape[0], size // shape[0]) if whole_rows else (size,), dtype=torch.uint8, device=device)
+    scale_type = torch.uint8 if config.double_quant else torch.float32
+    absmax = torch.empty(blocks, dtype=scale_type, device=device)
+    nested = offset = None
+    if config.double_quant:
+        nested = torch.empty(math.ceil(blocks / NESTED_BLOCKSIZE), dtype=torch.float32, device=device)
+        offset = torch.empty(1, dtype=torch.float32, device=device)
+    return QuantizedTensor(packed, absmax, torch.Size(shape), dtype, book, config.blocksize, nested, offset)
 
 
 def decode_range(weight: QuantizedTensor, scales: Tensor, start: int, out: Tensor) -> None:
@@ -125,9 +141,9 @@ def quantize(
     weighing = _check_importance(importance, weight, name) if config.scale == "weighted" else None
     flat = weight.detach().reshape(-1)
     count = flat.numel()
-    absmax = torch.empty(math.ceil(count / size), device=flat.device)
+    absmax = torch.empty(math.ceil(count / size), dtype=torch.float32, device=flat.device)
     packed = torch.empty(math.ceil(count * book.bits / 8), dtype=torch.uint8, device=flat.device)
-    zero = int(nearest_code(torch.zeros(1, device=flat.device), book))
+    zero = int(nearest_code(torch.zeros(1, dtype=torch.float32, device=flat.device), book))
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         values, scales = flat[start:stop].float(), absmax[start // size : math.ceil(stop / size)]
@@ -204,7 +220,7 @@ def _choose_scales(values: Tensor, book: Codebook, config: QuantConfig, mass: Te
 def _codes(values: Tensor, book: Codebook, size: int, scales: Tensor) -> Tensor:
     """The code of each value, uint8, after dividing by its block's scale."""
     whole = values.numel() // size * size
-    scaled = torch.empty(values.numel(), device=values.device)
+    scaled = torch.empty(values.numel(), dtype=torch.float32, device=values.device)
     if whole:
         inverse = guarded(scales[: whole // size]).reciprocal_().unsqueeze(1)
         torch.mul(values[:whole].view(-1, size), inverse, out=scaled[:whole].view(-1, size))
@@ -222,7 +238,7 @@ def _packed(codes: Tensor, bits: int, zero: int) -> Tensor:
     return codes[::2] * 16 + codes[1::2]
 
 
-@functools.lru_cache(maxsize=1)
+@constant
 def _scale_codes() -> Tensor:
     """Nearest level of ``dynamic_map()`` for 65,536 even steps over [-1, 1]: bitsandbytes' CPU rule, not quite the nearest level."""
     grid = torch.arange(65536, dtype=torch.float64) * 2 / 65535 - 1

@@ -7,12 +7,16 @@ from minilora.hf.load import load_model, load_tokenizer, resolve
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer imports transformers, so it is loaded when it is asked for."""
+    """The trainer and the quantizer import transformers, so they are loaded when they are asked for."""
     if name in ("LoraTrainer", "LoraTrainerMixin"):
         from minilora.hf import trainer
 
         return getattr(trainer, name)
+    if name == "NF4Config":
+        from minilora.hf.quantizer import NF4Config
+
+        return NF4Config
     raise AttributeError(f"module 'minilora.hf' has no attribute {name!r}")
 
 
-__all__ = ["LoraTrainer", "LoraTrainerMixin", "answers", "load_model", "load_tokenizer", "resolve"]
+__all__ = ["LoraTrainer", "LoraTrainerMixin", "NF4Config", "answers", "load_model", "load_tokenizer", "resolve"]

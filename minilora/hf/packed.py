@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
 from minilora.calibrate import calibrate
+from minilora.codebooks import codebook
 from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
@@ -32,6 +33,10 @@ _CALIBRATION_LENGTH = 512  # tokens of an example that are read
 
 def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's state with every packed layer under bitsandbytes' names; what is shared is named once."""
+    if has_adapters(model):
+        raise StateError(
+            "the model carries adapters; save them with save_adapter, and the packed base before injecting"
+        )
     packed = {path: module for path, module in model.named_modules() if is_quantized(module)}
     if not packed:
         raise StateError("the model has no packed layer; call quantize_model first")
@@ -48,29 +53,30 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def bitsandbytes_entry(config: QuantConfig, dense: list[str]) -> dict[str, Any]:
+    """What bitsandbytes writes into ``config.json``: the format, and the linear layers that stay dense."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": codebook(config.format).name,
+        "bnb_4bit_use_double_quant": config.double_quant,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense or None,
+    }
+
+
 def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write a packed transformers model; a head tied to the embedding is not written twice.
 
     Raises:
         StateError: nothing is packed, or adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
     """
-    if has_adapters(model):
-        raise StateError(
-            "the model carries adapters; save them with save_adapter, and the packed base before injecting"
-        )
     tensors = packed_state_dict(model)
     layer = next(module for module in model.modules() if is_quantized(module))
     every = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": layer.format,
-        "bnb_4bit_use_double_quant": layer.double_quant,
-        "bnb_4bit_compute_dtype": "float32",
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted(every) or None,
-    }
+    quantization = bitsandbytes_entry(QuantConfig(layer.book, layer.blocksize, layer.double_quant), sorted(every))
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(place)

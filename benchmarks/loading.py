@@ -1,0 +1,123 @@
+"""How much memory it takes to load a model of 400 million weights straight into NF4, beside bitsandbytes.
+
+    python benchmarks/loading.py            # about two minutes; prints a table, writes benchmarks/results/loading.csv
+
+Each load is a process of its own. Peak and end are anonymous memory above what the process held just before, in MiB, read every few
+milliseconds; a small model is loaded first, so that imports do not count. MALLOC_MMAP_THRESHOLD_=65536 makes the C library give freed
+tensors back at once: without it, what it keeps swings by more than what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+RESULTS = Path(__file__).parent / "results" / "loading.csv"
+WAYS = ("minilora", "minilora, double_quant", "bitsandbytes")
+SIZES = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 12}
+
+
+def make(folder: str, **sizes: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=1024, num_key_value_heads=4, **sizes)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def anonymous() -> float:
+    """Anonymous resident memory of this process, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def options(way: str) -> dict:
+    if way == "bitsandbytes":
+        from transformers import BitsAndBytesConfig
+
+        return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+    from minilora.hf import NF4Config
+
+    return {"quantization_config": NF4Config(double_quant="double" in way)}
+
+
+def load(way: str, small: str, big: str) -> dict[str, float]:
+    """One load in this process: footprint, peak and end in MiB, seconds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16, **options(way))
+    gc.collect()
+    start, seen, stop = anonymous(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen[0] = max(seen[0], anonymous())
+            time.sleep(0.003)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(big, dtype=torch.bfloat16, **options(way))
+    seconds = time.perf_counter() - began
+    stop.set()
+    watcher.join()
+    footprint = model.get_memory_footprint() / 2**20
+    return {"footprint": footprint, "peak": seen[0] - start, "end": anonymous() - start, "seconds": seconds}
+
+
+def in_a_process(way: str, small: str, big: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--worker", way, small, big]
+    setting = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=setting, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{way}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
+    parser.add_argument("--worker", nargs=3, metavar=("WAY", "SMALL", "BIG"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(load(*args.worker)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        small, big = f"{place}/small", f"{place}/big"
+        make(small, hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=12)
+        make(big, **SIZES | {"num_hidden_layers": args.layers})
+        runs: dict[str, list] = {way: [] for way in WAYS}
+        for _ in range(args.repeats):  # in turns, so that a busy moment of the machine meets them all
+            for way in WAYS:
+                runs[way].append(in_a_process(way, small, big))
+    print(f"{'':24}{'footprint':>10}{'peak':>8}{'end':>8}  MiB{'peak/footprint':>16}{'seconds':>9}")
+    for way, each in runs.items():
+        row = {name: round(median(run[name] for run in each), 1) for name in each[0]}
+        row["ratio"] = round(row["peak"] / row["footprint"], 2)
+        rows.append({"way": way, **row, "peaks": " ".join(f"{run['peak']:.0f}" for run in each)})
+        print(
+            f"{way:24}{row['footprint']:10.0f}{row['peak']:8.0f}{row['end']:8.0f}{'':5}{row['ratio']:16.2f}{row['seconds']:9.1f}"
+        )
+    with RESULTS.open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

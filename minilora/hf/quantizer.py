@@ -1,0 +1,172 @@
+"""Packed weights straight from ``from_pretrained``: minilora as one of transformers' quantizers.
+
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=minilora.hf.NF4Config())
+
+Weights are packed one by one while they are read, so memory holds the packed model and a few dense tensors, never the dense model.
+Every linear layer but the output head becomes the same ``QuantLinear`` that ``quantize_model`` makes. ``save_pretrained`` writes
+bitsandbytes' format (``packed.py``). transformers 5.24 is what the tests run with.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from minilora.bnb import storable
+from minilora.codebooks import Codebook
+from minilora.config import QuantConfig
+from minilora.errors import ConfigError, QuantizationError
+from minilora.hf.packed import bitsandbytes_entry, packed_state_dict
+from minilora.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
+from minilora.quantize import empty_quantized, quantize
+from minilora.slots import has_adapters
+
+__all__ = ["NF4Config", "NF4Quantizer"]
+
+_METHOD = "minilora"
+
+
+@register_quantization_config(_METHOD)
+class NF4Config(QuantizationConfigMixin):
+    """How ``from_pretrained`` packs linear layers; the fields of ``QuantConfig`` (NF4, blocksize 64, single, absmax by default).
+
+    Args:
+        format, blocksize, double_quant, scale, signed_scale: as in ``QuantConfig``.
+        skip_modules: names of layers that stay dense, beside the output head.
+        importance: what ``calibrate`` returned, for ``scale="weighted"``; never saved.
+
+    Raises:
+        ConfigError: as ``QuantConfig``.
+    """
+
+    def __init__(
+        self,
+        format: str | Codebook = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = False,
+        scale: str = "absmax",
+        signed_scale: bool = False,
+        skip_modules: list[str] | None = None,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.quant = QuantConfig(format, blocksize, double_quant, scale, signed_scale)
+        if isinstance(skip_modules, str):
+            raise ConfigError(f"skip_modules={skip_modules!r}: wanted a list of names; write [{skip_modules!r}]")
+        if scale == "weighted" and not importance:
+            raise ConfigError("scale='weighted' wants importance=minilora.calibrate(model, batches)")
+        self.quant_method = _METHOD  # type: ignore[assignment]
+        self.skip_modules = None if skip_modules is None else list(skip_modules)
+        self.importance = importance
+        self.dense: list[str] = []  # what stayed dense; known once a model is loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of ``config.json``: bitsandbytes', so that any program that reads its checkpoints reads this one."""
+        return bitsandbytes_entry(self.quant, self.dense or self.skip_modules or [])
+
+
+class _Pack(ConversionOps):
+    """One dense tensor of the file to the parameters of its ``QuantLinear``."""
+
+    def __init__(self, config: NF4Config) -> None:
+        self.config = config
+
+    def convert(self, input_dict: Mapping[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        stored: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            path = name.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            importance = (self.config.importance or {}).get(path)
+            packed = quantize(weight.t() if layer.stored_in_out else weight, self.config.quant, name, importance)
+            stored |= {f"{path}.{part}": values for part, values in QuantLinear(packed).named_parameters()}
+            layer._is_hf_initialized = True
+        return stored
+
+
+@register_quantizer(_METHOD)
+class NF4Quantizer(HfQuantizer):
+    """What transformers asks while it loads, saves and trains a model."""
+
+    requires_calibration = False
+    quantization_config: NF4Config
+    _loaded: weakref.ref[Any] | None = None
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        path, _, own = param_name.rpartition(".")
+        return own == "weight" and is_quantized(model.get_submodule(path))
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per weight, which transformers plans device maps by."""
+        return empty_quantized((64, 4096), self.quantization_config.quant, torch.float32).bits_per_weight / 8
+
+    def get_quantize_ops(self) -> _Pack:
+        return _Pack(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        skip = self.get_modules_to_not_convert(
+            model, config.skip_modules, model._keep_in_fp32_modules, add_default_skips=True
+        )
+        chosen = {path: layer for path, layer in model.named_modules() if type(layer) is nn.Linear or is_conv1d(layer)}
+        for path, layer in chosen.items():
+            if not should_convert_module(path, skip):
+                config.dense.append(path)
+                continue
+            if config.importance is not None and path not in config.importance:
+                raise QuantizationError(f"{path}: importance has no entry for it; calibrate the same model")
+            columns, rows = in_out_features(layer)
+            packed = empty_quantized((rows, columns), config.quant, layer.weight.dtype, layer.weight.device)
+            placeholder = QuantLinear(packed, layer.bias)
+            placeholder.stored_in_out = is_conv1d(layer)
+            model.set_submodule(path, placeholder)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for layer in model.modules():
+            if is_quantized(layer):
+                del layer.stored_in_out
+                for parameter in layer.parameters():
+                    parameter.requires_grad_(False)
+        self._loaded = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of the model do not know it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` can write the model: only formats that bitsandbytes has."""
+        quant = self.quantization_config.quant
+        return storable(quant.format, quant.blocksize)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return packed_state_dict(model), {}
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the Trainer may take the model as it is: once it has adapters. (transformers asks PEFT's class otherwise.)"""
+        model = self._loaded and self._loaded()
+        return model is None or has_adapters(model)
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved model's config holds the name
+        for path, layer in list(model.named_modules()):
+            if is_quantized(layer):
+                model.set_submodule(path, with_weight(layer, dense_weight(layer).to(kind or layer.dtype)))
+        return model
