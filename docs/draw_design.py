@@ -18,7 +18,7 @@ ORDER: list[tuple[str, list[str]]] = [
     ("where they go", ["targets", "slots", "tying", "inject", "quantize_model"]),
     ("many adapters", ["adapted", "batched", "combine", "calibrate"]),
     ("files", ["checkpoint", "hotswap", "export", "bnb"]),
-    ("what users see", ["peft_model", "compat"]),
+    ("what users see", ["peft_model", "compat", "kbit"]),
     ("the job", ["data", "train", "pictures", "report", "progress", "plan", "inspect", "optim"]),
     ("transformers", ["hf"]),
     ("the edge", ["demo", "cli"]),

@@ -23,6 +23,7 @@ from minilora.errors import MiniLoraError
 from minilora.export import export_adapter
 from minilora.hotswap import hotswap_adapter
 from minilora.inject import inject
+from minilora.kbit import prepare_model_for_kbit_training
 from minilora.layers import QuantLinear
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
@@ -71,6 +72,7 @@ __all__ = [
     "load_adapter",
     "lora_plus_groups",
     "merge",
+    "prepare_model_for_kbit_training",
     "quantize",
     "quantize_model",
     "register",

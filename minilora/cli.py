@@ -137,7 +137,7 @@ def _train_options() -> list[tuple[str, type, Any, str]]:
         "out": "run folder",
         "target_modules": "names, one regex, or all-linear",
         "prompts": "asked before and after, for the report",
-        "quant": "none or nf4",
+        "quant": "none, or a format: nf4, nf3, int8 ...",
         "dtype": "float32, bfloat16 or float16",
     }
     options = []
@@ -240,7 +240,7 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", help="each prompt in quotes")
     parser.add_argument("--model", required=True, help="hub id, local folder, or smollm2")
     parser.add_argument("--adapter", help="adapter folder (PEFT's layout)")
-    parser.add_argument("--quant", default="none", help="none or nf4 (default: %(default)s)")
+    parser.add_argument("--quant", default="none", help="none, or a format: nf4, nf3, int8 ... (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of drawn tokens (default: %(default)s)")

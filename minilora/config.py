@@ -79,7 +79,7 @@ class LoraConfig:
         layers_to_transform: index or indices of the layers to adapt, found behind ``layers_pattern`` ("layers", "h") or anywhere.
         trainable_token_indices: rows of the input embedding that train, as a list, or a dict of embedding name to list.
         ensure_weight_tying: an adapter on an embedding also changes the output head that is tied to it.
-        loftq_config: ``{"loftq_bits": 4, "loftq_iter": T}``.
+        loftq_config: ``{"loftq_bits": 2, 3 or 4, "loftq_iter": T}``.
         rank_pattern, alpha_pattern: module-name regex to its own r or lora_alpha; the first that matches the path's end wins.
         task_type: one of TASK_TYPES or None.
 

@@ -248,7 +248,7 @@ BAD_VALUES = [
     ("--seed", "-1", "seed=-1: wanted"),
     ("--eval-every", "-1", "eval_every=-1: wanted"),
     ("--save-every", "-1", "save_every=-1: wanted"),
-    ("--quant", "int4", "quant='int4': wanted one of none, nf4"),
+    ("--quant", "int5", "quant='int5': wanted one of none, nf4"),
     ("--dtype", "float8", "dtype='float8': wanted one of float32, bfloat16, float16"),
     ("--max-length", "1", "max_length=1: wanted a whole number >= 2"),
     ("--max-new-tokens", "0", "max_new_tokens=0: wanted"),

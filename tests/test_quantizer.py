@@ -98,8 +98,7 @@ def test_the_first_quantization_of_a_process_may_happen_under_meta(saved):
 
 @pytest.mark.parametrize("fields", SAME[:3], ids=str)
 def test_save_pretrained_is_bitsandbytes_format(saved, fields, tmp_path):
-    kind, folder = saved
-    packed = load(folder, **fields)
+    packed = load(saved[1], **fields)
     packed.save_pretrained(tmp_path)
     entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert entry["quant_method"] == "bitsandbytes" and entry["llm_int8_skip_modules"] == ["lm_head"]
@@ -147,7 +146,7 @@ def test_skip_modules_stay_dense(saved):
 def test_bad_fields_are_refused(saved):
     with pytest.raises(ConfigError, match="blocksize=63"):
         NF4Config(blocksize=63)
-    with pytest.raises(ConfigError, match="importance=minilora.calibrate"):
+    with pytest.raises(ConfigError, match="wants importance="):
         NF4Config(scale="weighted")
     with pytest.raises(ConfigError, match="wanted a list of names"):
         NF4Config(skip_modules="q_proj")

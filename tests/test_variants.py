@@ -26,7 +26,7 @@ from minilora.optim import lora_plus_groups
 from minilora.quantize import quantize
 from minilora.slots import adapters_of, own_parameters
 from minilora.variants.embedding import LoRAEmbedding, TiedHead
-from minilora.variants.loftq import loftq
+from minilora.variants.loftq import calibrated, loftq
 from minilora.variants.tokens import TokenRows
 from minilora.variants.vera import shared_factor
 
@@ -347,6 +347,30 @@ def test_loftq_packs_the_base_of_its_slot(base, dtype, randomize, tmp_path):
     load_adapter(again, tmp_path)
     assert isinstance(again["layer"], VARIANTS["loftq"])
     assert torch.equal(again["layer"](x), adapter(x)) and torch.equal(again["layer"].innermost.weight, inner.weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_loftq_has_two_three_and_four_bits(bits):
+    W = make_base().weight
+    _, adapter = make(init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": 4})
+    assert adapter.innermost.format == f"nf{bits}" and adapter.innermost.book.bits == bits
+    plain = (W - quantize(W, QuantConfig(f"nf{bits}")).dequantize()).norm()
+    assert (W - dense_weight(adapter.innermost) - adapter.delta_weight()).norm() < 0.9 * plain
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_loftq_weighed_by_its_inputs_disturbs_the_output_less(bits):
+    """Inputs of very uneven size: the error that counts is that of the output."""
+    x = inputs() * torch.logspace(-1.5, 1.0, IN)
+    importance, dense = {"layer": x.reshape(-1, IN).square().mean(0)}, make_base()
+    fields = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": bits, "loftq_iter": 3}}
+    _, plain = make(**fields)
+    with calibrated(importance):
+        _, heavy = make(**fields)
+    _, after = make(**fields)
+    assert torch.equal(after.lora_A, plain.lora_A)  # the block is over
+    error = [(adapter(x) - dense(x)).norm().item() for adapter in (plain, heavy)]
+    assert error[1] < 0.7 * error[0]
 
 
 def test_loftq_under_a_layer_that_carries_an_adapter_is_refused(randomize, snapshot):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from minilora.codebooks import CODEBOOKS
 from minilora.config import LoraConfig, QuantConfig
 from minilora.data import encode_all, read_jsonl, split
 from minilora.errors import ConfigError
@@ -30,7 +31,7 @@ from minilora.train import TrainConfig, memory_mb, train
 
 __all__ = ["Job", "Outcome", "fine_tune"]
 
-QUANT_CHOICES = ("none", "nf4")
+QUANT_CHOICES = ("none", *CODEBOOKS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPECTRA = 4  # layers whose singular values the report draws
 

@@ -63,7 +63,7 @@ class NF4Config(QuantizationConfigMixin):
             raise ConfigError(f"skip_modules={skip_modules!r}: wanted a list of names; write [{skip_modules!r}]")
         if scale == "weighted" and not importance:
             raise ConfigError("scale='weighted' wants importance=minilora.calibrate(model, batches)")
-        self.quant_method = _METHOD  # type: ignore[assignment]
+        self.quant_method = _METHOD
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.importance = importance
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded
@@ -127,7 +127,7 @@ class NF4Quantizer(HfQuantizer):
             columns, rows = in_out_features(layer)
             packed = empty_quantized((rows, columns), config.quant, layer.weight.dtype, layer.weight.device)
             placeholder = QuantLinear(packed, layer.bias)
-            placeholder.stored_in_out = is_conv1d(layer)
+            placeholder.stored_in_out = is_conv1d(layer)  # type: ignore[assignment]
             model.set_submodule(path, placeholder)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -157,7 +157,7 @@ class NF4Quantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Whether the Trainer may take the model as it is: once it has adapters. (transformers asks PEFT's class otherwise.)"""
-        model = self._loaded and self._loaded()
+        model = None if self._loaded is None else self._loaded()
         return model is None or has_adapters(model)
 
     @property

@@ -3,11 +3,15 @@
     repeat:  Q = quantize(W - s B A);   s B A = best rank-r part of (W - Q)
 
 PEFT forgets to divide the factors by the scaling ``s``; at lora_alpha = 2 r its correction is then exactly as large as the error that it
-leaves. The error need not fall at every turn, so the best turn is kept.
+leaves. The error need not fall at every turn, so the best turn is kept. Below four bits the scales of the blocks are searched
+(``scales.py``); inside ``calibrated`` an error counts with the E[x^2] of its input channel, in the search and in the factors alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import ClassVar
 
@@ -20,25 +24,50 @@ from minilora.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora import LoRALinear
 from minilora.quantize import QuantizedTensor, quantize
 
+_importance: ContextVar[Mapping[str, Tensor] | None] = ContextVar("importance", default=None)
+
+
+@contextmanager
+def calibrated(importance: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block new LoftQ layers weigh errors by what ``minilora.calibrate`` returned: path to E[x^2], ``[in]``."""
+    token = _importance.set(importance)
+    try:
+        yield
+    finally:
+        _importance.reset(token)
+
 
 def loftq(
-    weight: Tensor, config: QuantConfig, r: int, scaling: float, rounds: int = 5, name: str = "weight"
+    weight: Tensor,
+    config: QuantConfig,
+    r: int,
+    scaling: float,
+    rounds: int = 5,
+    name: str = "weight",
+    importance: Tensor | None = None,
 ) -> tuple[QuantizedTensor, Tensor, Tensor]:
-    """``(Q, A [r, in], B [out, r])`` of the best of ``rounds`` turns by the Frobenius norm of ``W - (Q + scaling B A)``.
+    """``(Q, A [r, in], B [out, r])`` of the best of ``rounds`` turns by the norm of ``(W - (Q + scaling B A)) D``.
 
     Args:
         weight: ``[out, in]``, any floating dtype. config: any format. r, scaling: of the adapter.
+        importance: E[x^2] per input, ``[in]``; ``D`` is the diagonal of its root, and the identity without it.
     """
     wide = weight.detach().float()
+    heavy = (
+        torch.ones(wide.shape[1])
+        if importance is None
+        else importance.float().clamp(min=1e-4 * importance.mean()).sqrt()
+    )
+    heavy = heavy.to(wide.device) / heavy.mean()
     low = torch.zeros_like(wide)
     best: tuple[float, QuantizedTensor, Tensor, Tensor] | None = None
     for _ in range(rounds):
-        packed = quantize(wide - low, config, name)
-        U, S, Vh = torch.linalg.svd(wide - packed.dequantize(torch.float32), full_matrices=False)
+        packed = quantize(wide - low, config, name, importance)
+        U, S, Vh = torch.linalg.svd((wide - packed.dequantize(torch.float32)) * heavy, full_matrices=False)
         root = (S[:r] / scaling).sqrt()
-        A, B = root[:, None] * Vh[:r], U[:, :r] * root
+        A, B = root[:, None] * Vh[:r] / heavy, U[:, :r] * root
         low = scaling * (B @ A)
-        error = float((wide - packed.dequantize(torch.float32) - low).norm())
+        error = float(((wide - packed.dequantize(torch.float32) - low) * heavy).norm())
         if best is None or error < best[0]:
             best = (error, packed, A, B)
     assert best is not None  # rounds >= 1 is validated
@@ -58,9 +87,11 @@ class LoftQLinear(LoRALinear):
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
         if not is_quantized(base_layer):
-            rounds = config.loftq_config.get("loftq_iter", 1)
-            weight = dense_weight(base_layer)
-            packed, A, B = loftq(weight, QuantConfig(), self.r, self.scaling, rounds, path + ".weight")
+            bits, rounds = config.loftq_config.get("loftq_bits", 4), config.loftq_config.get("loftq_iter", 1)
+            seen = (_importance.get() or {}).get(path)
+            scale = "weighted" if seen is not None else "absmax" if bits == 4 else "mse"
+            form = QuantConfig(f"nf{bits}", scale=scale)
+            packed, A, B = loftq(dense_weight(base_layer), form, self.r, self.scaling, rounds, path + ".weight", seen)
             self.base_layer = QuantLinear(packed, base_layer.bias).train(base_layer.training)  # type: ignore[arg-type]
             self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
 

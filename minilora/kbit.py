@@ -1,0 +1,83 @@
+"""Getting a packed model ready to train, in the way that code written for PEFT expects.
+
+minilora needs no such call: packed weights are frozen as they are made. What remains is a choice of precision. bf16 norms lose small
+updates of the residual stream; computed in fp32 they cost next to nothing, so that is what is offered. PEFT casts *every* floating
+parameter to fp32, the embedding and the output head with them, which for a large vocabulary takes more memory than four bits saved;
+it is there by its name, ``upcast="all"``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError, StateError
+from minilora.slots import has_adapters
+
+__all__ = ["prepare_model_for_kbit_training"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class _InFloat32(nn.Module):
+    """Put in front of a norm's class: computes in fp32 and hands on the dtype that it was given."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = super().forward(x.float(), *args, **kwargs)
+        return out.to(x.dtype)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    upcast: str = "norms",
+) -> Any:
+    """Freeze the model, choose what is kept in fp32, and turn gradient checkpointing on; returns the same model.
+
+    Args:
+        model: packed or not, without adapters; changed in place.
+        use_gradient_checkpointing: keep less for the backward pass and compute it again (transformers models).
+        gradient_checkpointing_kwargs: passed on; default ``{"use_reentrant": False}``.
+        upcast: "norms" (norms compute in fp32 and return what they were given), "all" (every half-precision parameter becomes fp32,
+            as in PEFT), or "none".
+
+    Raises:
+        ConfigError: another word for ``upcast``. StateError: the model has adapters, which this would freeze.
+    """
+    if upcast not in ("norms", "all", "none"):
+        raise ConfigError(f"upcast={upcast!r}: wanted 'norms', 'all' (as PEFT) or 'none'")
+    if has_adapters(model):
+        raise StateError("the model has adapters, which this would freeze; call it before get_peft_model")
+    model.requires_grad_(False)
+    for module in model.modules() if upcast == "norms" else ():
+        if "norm" in type(module).__name__.lower() and _halves(module):
+            _extend(module.float())
+    for parameter in _halves(model) if upcast == "all" else ():
+        parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        _checkpoint(model, {"use_reentrant": False} | (gradient_checkpointing_kwargs or {}))
+    return model
+
+
+def _checkpoint(model: Any, options: dict[str, Any]) -> None:
+    """Turn it on by the newer of the two names that transformers has had for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    else:
+        raise StateError(f"{type(model).__name__} cannot checkpoint activations; pass use_gradient_checkpointing=False")
+    if options["use_reentrant"]:  # it passes gradients on only where an input wants one
+        model.enable_input_require_grads()
+
+
+def _halves(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.dtype in _HALF]
+
+
+def _extend(norm: nn.Module) -> None:
+    old = type(norm)
+    norm.__class__ = type(old.__name__, (_InFloat32, old), {"__module__": old.__module__, "__doc__": old.__doc__})

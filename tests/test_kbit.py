@@ -1,0 +1,80 @@
+"""prepare_model_for_kbit_training: norms alone in fp32 by default, PEFT's behaviour by name."""
+
+import pytest
+import torch
+import transformers
+
+import minilora
+from minilora import LoraConfig, QuantConfig, get_peft_model, prepare_model_for_kbit_training, quantize_model
+from minilora.errors import ConfigError, StateError
+
+TOKENS = torch.tensor([[5, 9, 2, 33, 7], [1, 1, 70, 4, 6]])
+
+
+def tiny(kind="llama", dtype=torch.bfloat16):
+    torch.manual_seed(3)
+    common = {"vocab_size": 80, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, **common
+        )
+    else:
+        config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=32, **common)
+    return quantize_model(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), QuantConfig())
+
+
+def names(model, dtype):
+    return {name for name, parameter in model.named_parameters() if parameter.dtype == dtype}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_norms_alone_become_fp32_and_the_stream_keeps_its_dtype(kind):
+    model = tiny(kind)
+    before, wanted = names(model, torch.bfloat16), model(TOKENS).logits
+    prepare_model_for_kbit_training(model)
+    raised = names(model, torch.float32)
+    assert raised and raised == {name for name in before if "norm" in name or "ln_" in name}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.is_gradient_checkpointing
+    got = model(TOKENS).logits
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, wanted, atol=0.02, rtol=0.02)
+
+
+def test_all_is_what_peft_does():
+    peft = pytest.importorskip("peft")
+    ours, theirs = tiny(), tiny()
+    prepare_model_for_kbit_training(ours, upcast="all", use_gradient_checkpointing=False)
+    peft.prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False)
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, wanted[name]) and parameter.dtype == wanted[name].dtype, name
+        assert not parameter.requires_grad
+    assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+
+
+@pytest.mark.parametrize("upcast", ["norms", "all", "none"])
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}], ids=str)
+def test_gradients_reach_the_adapters_and_checkpointing_does_not_change_them(upcast, options):
+    grads = []
+    for on in (False, True):
+        model = prepare_model_for_kbit_training(tiny(), on, options, upcast)
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model = get_peft_model(model, config).train()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(grads[0]) == 8 and all(grad is not None and grad.abs().sum() > 0 for grad in grads[0].values())
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
+
+
+def test_bad_calls_are_refused():
+    with pytest.raises(ConfigError, match="upcast='norm': wanted 'norms', 'all'"):
+        prepare_model_for_kbit_training(tiny(), upcast="norm")
+    with pytest.raises(StateError, match="use_gradient_checkpointing=False"):
+        prepare_model_for_kbit_training(torch.nn.Linear(3, 2))
+    model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(StateError, match="before get_peft_model"):
+        prepare_model_for_kbit_training(model)
+    assert minilora.adapted.count_parameters(model)[0] > 0
