@@ -46,6 +46,8 @@ class Adapter(nn.Module, ABC):
     reads_base: ClassVar[bool] = False
     # Whether ``__init__`` puts another base layer in the place of the one it got.
     replaces_base: ClassVar[bool] = False
+    # Whether this one did: it does not where it finds the base layer that it would have made.
+    base_replaced: bool = False
     # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.
     targeted: ClassVar[bool] = True
 

@@ -28,13 +28,13 @@ __all__ = ["CODEBOOKS", "NF4", "Codebook", "codebook", "dynamic_map", "lloyd", "
 def constant(make: Callable[P, T]) -> Callable[P, T]:
     """Decorator of a function that returns a constant tensor: computed once, on the CPU.
 
-    The first caller may stand in ``torch.device("meta")``, as a loading model does; the constant must not be made there.
+    The first caller may stand in ``torch.device("meta")``, as a loading model does, or in inference mode; the constant must not.
     """
 
     @functools.lru_cache(maxsize=64)
     @functools.wraps(make)
     def once(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.inference_mode(False):
             return make(*args, **kwargs)
 
     return once  # type: ignore[return-value]
@@ -228,7 +228,9 @@ def codebook(name: str | Codebook) -> Codebook:
     if isinstance(name, Codebook):
         return name
     if name not in CODEBOOKS:
-        raise QuantizationError(f"format={name!r} is not known; the closest known ones are {nearest(name, CODEBOOKS)}")
+        raise QuantizationError(
+            f"format={name!r} is not known; the closest known ones are {nearest(str(name), CODEBOOKS)}"
+        )
     return CODEBOOKS[name]
 
 

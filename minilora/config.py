@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora import validate
-from minilora.codebooks import Codebook
-from minilora.errors import CheckpointError, ConfigError, nearest
+from minilora.codebooks import Codebook, codebook
+from minilora.errors import CheckpointError, ConfigError, QuantizationError, nearest
 from minilora.io import read_bytes, write_file
 
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -283,6 +283,10 @@ class QuantConfig:
         size = self.blocksize
         if isinstance(size, bool) or not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
             raise ConfigError(f"blocksize={size!r}: wanted a power of two from 32 to 4096; 64 is usual")
+        try:
+            codebook(self.format)
+        except QuantizationError as error:
+            raise ConfigError(str(error)) from None
         for name in ("double_quant", "signed_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted True or False")

@@ -303,9 +303,15 @@ def inject(
         activate: False keeps it aside, and what is active stays so.
 
     Raises:
-        TargetError, StateError: as ``build``. Nothing has changed then.
+        TargetError, StateError: as ``build``, and for a variant that packs the base layer itself where it is packed already.
+            Nothing has changed then.
     """
-    place(model, config, adapter_name, build(model, config, adapter_name, variant), variant, activate)
+    values = build(model, config, adapter_name, variant)
+    for path, value in values.items():
+        if isinstance(value, Adapter) and value.replaces_base and not value.base_replaced:
+            what = f"{path}: is packed already, and {type(value).__name__} packs its base layer itself, to make up for the error"
+            raise TargetError(f"{what}; give it the dense model (a saved adapter may be loaded onto a packed one)")
+    place(model, config, adapter_name, values, variant, activate)
     return model
 
 

@@ -22,11 +22,27 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class _InFloat32(nn.Module):
-    """Put in front of a norm's class: computes in fp32 and hands on the dtype that it was given."""
+    """Put in front of a norm's class: computes in its own dtype and hands on the one that it was given."""
+
+    given_dtype: torch.dtype
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = super().forward(x.float(), *args, **kwargs)
+        out: Tensor = super().forward(x.to(self.weight.dtype), *args, **kwargs)  # type: ignore[arg-type]
         return out.to(x.dtype)
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles find the class that was extended by its name."""
+        return _extended, (type(self).__mro__[2],), self.__dict__
+
+
+def _extended(old: type[nn.Module]) -> Any:
+    new = type(old.__name__, (_InFloat32, old), {"__module__": old.__module__, "__doc__": old.__doc__})
+    return new.__new__(new)  # type: ignore[call-overload]
+
+
+def dtype_on_disk(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a norm had before it was raised to fp32, which its file keeps; None for any other module."""
+    return module.given_dtype if isinstance(module, _InFloat32) else None
 
 
 def prepare_model_for_kbit_training(
@@ -53,8 +69,8 @@ def prepare_model_for_kbit_training(
         raise StateError("the model has adapters, which this would freeze; call it before get_peft_model")
     model.requires_grad_(False)
     for module in model.modules() if upcast == "norms" else ():
-        if "norm" in type(module).__name__.lower() and _halves(module):
-            _extend(module.float())
+        if type(module).__name__.lower().endswith("norm") and _halves(module) and not next(module.children(), None):
+            _raise(module)
     for parameter in _halves(model) if upcast == "all" else ():
         parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
@@ -78,6 +94,9 @@ def _halves(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.dtype in _HALF]
 
 
-def _extend(norm: nn.Module) -> None:
-    old = type(norm)
-    norm.__class__ = type(old.__name__, (_InFloat32, old), {"__module__": old.__module__, "__doc__": old.__doc__})
+def _raise(norm: Any) -> None:
+    kind = norm.weight.dtype
+    norm.float()
+    if not isinstance(norm, _InFloat32):
+        norm.__class__ = type(_extended(type(norm)))
+        norm.given_dtype = kind

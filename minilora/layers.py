@@ -44,9 +44,12 @@ class QuantLinear(nn.Module):
         absmax: uint8; ``[blocks, 4]`` fp32 bytes, or ``[blocks]`` 8-bit codes with double quantization.
         nested_absmax, nested_offset: uint8 fp32 bytes ``[n, 4]``, or None.
         bias: ``[out]`` or None.
+        conv1d: the class to go back to when the layer becomes dense, where it was a ``Conv1D``; else None.
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedTensor, bias: nn.Parameter | None = None, conv1d: type[nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.book, self.blocksize, self.dtype = weight.book, weight.blocksize, weight.dtype
@@ -56,13 +59,15 @@ class QuantLinear(nn.Module):
         self.nested_absmax = None if nested is None else _stored(nested)
         self.nested_offset = None if offset is None else _stored(offset)
         self.bias = bias
+        self.conv1d = conv1d
 
     @classmethod
     def from_linear(
         cls, layer: nn.Module, config: QuantConfig, name: str = "weight", importance: Tensor | None = None
     ) -> QuantLinear:
         """Quantize a ``Linear`` or ``Conv1D``; the bias is carried over as it is. Arguments and errors as ``quantize``."""
-        return cls(quantize(dense_weight(layer), config, name, importance), layer.bias)  # type: ignore[arg-type]
+        kind = type(layer) if is_conv1d(layer) else None
+        return cls(quantize(dense_weight(layer), config, name, importance), layer.bias, kind)  # type: ignore[arg-type]
 
     @property
     def format(self) -> str:
@@ -140,17 +145,20 @@ def product(layer: nn.Module, x: Tensor) -> Tensor:
 def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
     """A new frozen layer like ``layer`` that holds ``weight`` ``[out, in]``; ``layer`` itself is untouched.
 
-    A quantized layer becomes a dense ``nn.Linear``. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
+    A quantized layer becomes the kind of dense layer that it was. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
     """
     if isinstance(layer, nn.Embedding):
         return _with_own_weight(layer, {"weight": nn.Parameter(weight, requires_grad=False)})
     out_features, in_features = weight.shape
     bias = layer.bias if bias is None else bias  # type: ignore[assignment]
     kept = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-    if is_conv1d(layer):
-        return _with_own_weight(
-            layer, {"weight": nn.Parameter(weight.t().contiguous(), requires_grad=False), "bias": kept}
-        )
+    conv1d = layer if is_conv1d(layer) else None
+    if isinstance(layer, QuantLinear) and layer.conv1d is not None:
+        with torch.device("meta"):
+            conv1d = layer.conv1d(out_features, in_features).train(layer.training)
+    if conv1d is not None:
+        parameters = {"weight": nn.Parameter(weight.t().contiguous(), requires_grad=False), "bias": kept}
+        return _with_own_weight(conv1d, parameters)
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), kept  # type: ignore[assignment]
     return linear.train(layer.training)

@@ -24,7 +24,8 @@ def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
     """A flat buffer of ``count`` elements that the next call with the same name on this thread will reuse."""
     held: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
     if (buffer := held.get((name, dtype))) is None or buffer.numel() < count:
-        buffer = held[name, dtype] = torch.empty(count, dtype=dtype, device="cpu")
+        with torch.inference_mode(False):  # a buffer made under inference mode could not be written outside of it
+            buffer = held[name, dtype] = torch.empty(count, dtype=dtype, device="cpu")
     return buffer[:count]
 
 

@@ -52,7 +52,7 @@ def loftq(value: object) -> dict[str, int]:
             f"loftq_config={value!r}: wanted a dict with loftq_bits and loftq_iter, such as {{'loftq_bits': 4, 'loftq_iter': 5}}"
         )
     bits, rounds = value.get("loftq_bits", 4), value.get("loftq_iter", 1)
-    if isinstance(bits, bool) or bits not in (2, 3, 4):
+    if type(bits) is not int or bits not in (2, 3, 4):
         raise ConfigError(f"loftq_config: loftq_bits={bits!r}; wanted 2, 3 or 4: NF2, NF3 or NF4")
     whole("loftq_iter", rounds, 1)
     return dict(value)

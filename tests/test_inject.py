@@ -350,7 +350,6 @@ UNQUANTIZABLE = {
     "nan in the last layer": (lambda m: damage(m, float("nan")), {}, QuantizationError, rf"{LAST} holds NaN"),
     "inf in the last layer": (lambda m: damage(m, float("inf")), {}, QuantizationError, rf"{LAST} holds NaN"),
     "float64 in the last layer": (widen, {}, QuantizationError, rf"{LAST} is torch\.float64"),
-    "unknown format": (None, {"config": QuantConfig(format="nf5")}, QuantizationError, "format='nf5'"),
     "typo among several": (None, {"target_modules": ["c_fc", "c_fx"]}, TargetError, "'c_fx' matches nothing.*'c_fc'"),
     "norm": (None, {"target_modules": ["c_fc", "ln_1"]}, TargetError, "LayerNorm"),
     "nothing asked": (None, {"target_modules": []}, ConfigError, "target_modules is empty"),

@@ -1,5 +1,8 @@
 """prepare_model_for_kbit_training: norms alone in fp32 by default, PEFT's behaviour by name."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -67,6 +70,28 @@ def test_gradients_reach_the_adapters_and_checkpointing_does_not_change_them(upc
     assert len(grads[0]) == 8 and all(grad is not None and grad.abs().sum() > 0 for grad in grads[0].values())
     for name, grad in grads[0].items():
         assert torch.equal(grads[1][name], grad), name
+
+
+def test_prepared_models_can_be_copied_cast_and_prepared_again():
+    model = prepare_model_for_kbit_training(tiny("gpt2"), use_gradient_checkpointing=False)
+    wanted = model(TOKENS).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(TOKENS).logits, wanted)
+        assert names(twin, torch.float32) == names(model, torch.float32)
+    lowered = model.to(torch.bfloat16)
+    assert lowered(TOKENS).logits.isfinite().all()
+    assert names(prepare_model_for_kbit_training(lowered, use_gradient_checkpointing=False), torch.float32)
+    assert torch.equal(lowered(TOKENS).logits, wanted)
+
+
+def test_a_model_with_norm_in_its_name_is_no_norm():
+    config = transformers.RobertaPreLayerNormConfig(
+        vocab_size=80, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    model = transformers.RobertaPreLayerNormForMaskedLM._from_config(config, dtype=torch.bfloat16).eval()
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert all("LayerNorm" in name or "layer_norm" in name for name in names(model, torch.float32))
+    assert model(TOKENS).logits.dtype == torch.bfloat16
 
 
 def test_bad_calls_are_refused():

@@ -3,14 +3,18 @@
 import copy
 import json
 import pickle
+import re
+import subprocess
+import sys
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 import minilora
-from minilora.errors import ConfigError, QuantizationError, StateError
+from minilora.errors import CheckpointError, ConfigError, QuantizationError, StateError, TargetError
 from minilora.hf import LoraTrainer, NF4Config, load_model
 from minilora.layers import QuantLinear
 
@@ -78,9 +82,6 @@ def test_equals_quantize_model(saved, fields, dtype):
 
 def test_the_first_quantization_of_a_process_may_happen_under_meta(saved):
     """Tables are made once; made under ``torch.device("meta")`` they would hold nothing for ever."""
-    import subprocess
-    import sys
-
     code = (
         "import torch, minilora; from minilora.quantize import quantize\n"
         "w = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))\n"
@@ -150,6 +151,12 @@ def test_bad_fields_are_refused(saved):
         NF4Config(scale="weighted")
     with pytest.raises(ConfigError, match="wanted a list of names"):
         NF4Config(skip_modules="q_proj")
+    with pytest.raises(ConfigError, match="format='q4' is not known"):
+        NF4Config("q4")
+    with pytest.raises(ConfigError, match="wanted a list of module names"):
+        NF4Config(skip_modules=[1])
+    with pytest.raises(TargetError, match="'nonexistent' is no linear layer"):
+        load(saved[1], skip_modules=["nonexistent"])
     with pytest.raises(QuantizationError, match="importance has no entry"):
         load(saved[1], scale="weighted", importance={"elsewhere": torch.ones(64)})
 
@@ -164,19 +171,13 @@ def test_the_trainer_takes_it_once_it_has_adapters(saved, tmp_path):
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
     with pytest.raises(ValueError, match="purely quantized"):
         LoraTrainer(packed, settings, train_dataset=data)
-    before = {name: value.clone() for name, value in packed.state_dict().items()}
     target = FIRST[kind].rpartition(".")[2]
     model = minilora.get_peft_model(packed, minilora.LoraConfig(r=4, lora_alpha=12, target_modules=[target]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = LoraTrainer(model, settings, train_dataset=data)
     trainer.train()
-    changed = [
-        name
-        for name, value in model.state_dict().items()
-        if "lora_" in name and not value.equal(before.get(name, value * 0))
-    ]
-    assert changed
-    kept = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items() if "lora_" not in name}
-    assert all(torch.equal(value, before[name]) for name, value in kept.items())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
     with pytest.raises(StateError, match="carries adapters"):
         minilora.hf.packed.save_packed(model, tmp_path / "no")
 
@@ -186,3 +187,64 @@ def test_copies_and_pickles(saved):
     wanted = packed(TOKENS).logits
     for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert torch.equal(twin(TOKENS).logits, wanted)
+
+
+def test_a_layer_that_the_file_lacks_is_named(saved, tmp_path):
+    """Packed bytes that nobody wrote would be weights up to 1e38."""
+    kind, folder = saved
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    kept = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in (FIRST[kind] + ".weight", "lm_head.weight")
+    }
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(FIRST[kind])}.weight: is not in the file"):
+        load(str(tmp_path))
+    assert torch.isfinite(load(str(tmp_path), skip_modules=[FIRST[kind]])(TOKENS).logits).all()
+
+
+def test_saving_after_a_merge(saved, tmp_path):
+    kind, folder = saved
+    dense = minilora.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights=False)
+    model = minilora.get_peft_model(load(folder), dense).merge_and_unload()
+    wanted = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "all")
+    assert "quantization_config" not in json.loads((tmp_path / "all" / "config.json").read_text())
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "all").eval()(TOKENS).logits, wanted)
+
+    some = minilora.LoraConfig(r=4, lora_alpha=12, target_modules=[FIRST[kind]], init_lora_weights=False)
+    model = minilora.get_peft_model(load(folder), some).merge_and_unload()
+    model.save_pretrained(tmp_path / "some")
+    entry = json.loads((tmp_path / "some" / "config.json").read_text())["quantization_config"]
+    assert entry["llm_int8_skip_modules"] == sorted([FIRST[kind], "lm_head"])
+    pytest.importorskip("bitsandbytes")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "some").eval()
+    assert torch.equal(theirs.get_submodule(FIRST[kind]).weight, model.get_submodule(FIRST[kind]).weight)
+    assert torch.isfinite(theirs(TOKENS).logits).all()
+
+
+def test_norms_raised_for_training_are_saved_as_they_came(saved, tmp_path):
+    model = minilora.prepare_model_for_kbit_training(load(saved[1], torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    kept = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for name, value in kept.items() if "norm" in name or "ln_" in name} == {torch.bfloat16}
+    assert torch.equal(load_model(str(tmp_path), torch.bfloat16)(TOKENS).logits.isfinite(), torch.ones(2, 5, 80).bool())
+
+
+def test_inference_mode_leaves_nothing_behind(saved):
+    """The buffers that products reuse must be writable after it."""
+    code = (
+        "import torch, minilora\n"
+        "layer = torch.nn.Linear(70, 30)\n"
+        "with torch.inference_mode():\n"
+        "    packed = minilora.quantize_model(torch.nn.Sequential(layer), minilora.QuantConfig(double_quant=True), ['0'])\n"
+        "    packed(torch.ones(2, 70))\n"
+        "x = torch.ones(2, 70, requires_grad=True)\n"
+        "minilora.quantize(torch.randn(9, 64)).dequantize(torch.bfloat16)\n"
+        "other = minilora.quantize_model(torch.nn.Sequential(torch.nn.Linear(70, 30)), target_modules=['0'])\n"
+        "other(x).sum().backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

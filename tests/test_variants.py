@@ -355,7 +355,9 @@ def test_loftq_has_two_three_and_four_bits(bits):
     _, adapter = make(init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": 4})
     assert adapter.innermost.format == f"nf{bits}" and adapter.innermost.book.bits == bits
     plain = (W - quantize(W, QuantConfig(f"nf{bits}")).dequantize()).norm()
-    assert (W - dense_weight(adapter.innermost) - adapter.delta_weight()).norm() < 0.9 * plain
+    _, once = make(init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": 1})
+    errors = [(W - dense_weight(a.innermost) - a.delta_weight()).norm() for a in (adapter, once)]
+    assert errors[0] < errors[1] < plain and errors[0] < 0.9 * plain
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -369,8 +371,21 @@ def test_loftq_weighed_by_its_inputs_disturbs_the_output_less(bits):
         _, heavy = make(**fields)
     _, after = make(**fields)
     assert torch.equal(after.lora_A, plain.lora_A)  # the block is over
+    with calibrated({"elsewhere": torch.ones(IN)}), pytest.raises(MiniLoraError, match="layer: calibrated"):
+        make(**fields)
+    with calibrated({"layer": torch.zeros(IN)}):  # a layer behind a dead unit
+        assert make(**fields)[1].lora_A.isfinite().all()
     error = [(adapter(x) - dense(x)).norm().item() for adapter in (plain, heavy)]
     assert error[1] < 0.7 * error[0]
+
+
+def test_loftq_on_a_packed_layer_is_refused_when_new(snapshot):
+    """It would be plain LoRA without a word; a saved one may be loaded there."""
+    model = nn.ModuleDict({"layer": make_base("nf4")})
+    before = snapshot(model)
+    with pytest.raises(TargetError, match="layer: is packed already"):
+        inject(model, config(init_lora_weights="loftq"))
+    assert snapshot(model) == before
 
 
 def test_loftq_under_a_layer_that_carries_an_adapter_is_refused(randomize, snapshot):
@@ -784,13 +799,14 @@ def test_layers_to_transform_come_back_from_the_file(make_llama, randomize, ids,
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_inject_takes_a_variant_by_name(name, tmp_path, randomize):
-    model, adapter = make("nf4", name)
+    base = "linear" if name == "loftq" else "nf4"  # it packs the layer itself
+    model, adapter = make(base, name)
     assert type(adapter) is VARIANTS[name] and adapters_of(model).variants == {"default": name}
     randomize(model)
     save_adapter(model, tmp_path)
     with safetensors.safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
         assert file.metadata() == {"format": "pt"} | ({} if name == "lora" else {"minilora_variant": name})
-    again = nn.ModuleDict({"layer": make_base("nf4")}).eval()
+    again = nn.ModuleDict({"layer": make_base(base)}).eval()
     load_adapter(again, tmp_path)
     assert type(again["layer"]) is VARIANTS[name] and torch.equal(again["layer"](inputs()), adapter(inputs()))
 

@@ -22,6 +22,7 @@ from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.kbit import dtype_on_disk
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
 from minilora.quantize_model import quantize_model
 from minilora.slots import has_adapters
@@ -49,8 +50,14 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if (owner in packed and own != "bias") or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        tensors[name] = tensor.detach().cpu().contiguous()
+        kept = dtype_on_disk(model.get_submodule(owner))
+        tensors[name] = tensor.detach().to("cpu", kept or tensor.dtype).contiguous()
     return tensors
+
+
+def dense_linears(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that are not packed."""
+    return sorted(path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
 
 
 def bitsandbytes_entry(config: QuantConfig, dense: list[str]) -> dict[str, Any]:
@@ -75,8 +82,9 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
     """
     tensors = packed_state_dict(model)
     layer = next(module for module in model.modules() if is_quantized(module))
-    every = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
-    quantization = bitsandbytes_entry(QuantConfig(layer.book, layer.blocksize, layer.double_quant), sorted(every))
+    quantization = bitsandbytes_entry(
+        QuantConfig(layer.book, layer.blocksize, layer.double_quant), dense_linears(model)
+    )
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(place)
@@ -179,7 +187,8 @@ def _put_packed(model: nn.Module, path: str, weight: Any, tensors: dict[str, Ten
     if tuple(weight.shape) != wanted:
         raise CheckpointError(f"{path}.weight: is {list(weight.shape)}, the model wants {list(wanted)}")
     bias = tensors.pop(f"{path}.bias", None)
-    layer = QuantLinear(weight, None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
+    kind = type(old) if is_conv1d(old) else None
+    layer = QuantLinear(weight, None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False), kind)
     model.set_submodule(path, layer)
 
 

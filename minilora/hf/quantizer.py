@@ -19,13 +19,15 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from minilora import validate
 from minilora.bnb import storable
-from minilora.codebooks import Codebook
+from minilora.codebooks import Codebook, codebook
 from minilora.config import QuantConfig
-from minilora.errors import ConfigError, QuantizationError
-from minilora.hf.packed import bitsandbytes_entry, packed_state_dict
+from minilora.errors import CheckpointError, ConfigError, QuantizationError, TargetError, nearest
+from minilora.hf.packed import bitsandbytes_entry, dense_linears, packed_state_dict
 from minilora.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
 from minilora.quantize import empty_quantized, quantize
 from minilora.slots import has_adapters
@@ -33,6 +35,7 @@ from minilora.slots import has_adapters
 __all__ = ["NF4Config", "NF4Quantizer"]
 
 _METHOD = "minilora"
+logger = logging.get_logger(__name__)
 
 
 @register_quantization_config(_METHOD)
@@ -61,12 +64,13 @@ class NF4Config(QuantizationConfigMixin):
         self.quant = QuantConfig(format, blocksize, double_quant, scale, signed_scale)
         if isinstance(skip_modules, str):
             raise ConfigError(f"skip_modules={skip_modules!r}: wanted a list of names; write [{skip_modules!r}]")
+        chosen = validate.names("skip_modules", skip_modules)
         if scale == "weighted" and not importance:
             raise ConfigError("scale='weighted' wants importance=minilora.calibrate(model, batches)")
         self.quant_method = _METHOD
-        self.skip_modules = None if skip_modules is None else list(skip_modules)
+        self.skip_modules = None if chosen is None else list(chosen)
         self.importance = importance
-        self.dense: list[str] = []  # what stayed dense; known once a model is loaded
+        self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``config.json``: bitsandbytes', so that any program that reads its checkpoints reads this one."""
@@ -76,8 +80,8 @@ class NF4Config(QuantizationConfigMixin):
 class _Pack(ConversionOps):
     """One dense tensor of the file to the parameters of its ``QuantLinear``."""
 
-    def __init__(self, config: NF4Config) -> None:
-        self.config = config
+    def __init__(self, config: NF4Config, waiting: set[str]) -> None:
+        self.config, self.waiting = config, waiting
 
     def convert(self, input_dict: Mapping[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
@@ -86,9 +90,10 @@ class _Pack(ConversionOps):
             path = name.removesuffix(".weight")
             layer = model.get_submodule(path)
             importance = (self.config.importance or {}).get(path)
-            packed = quantize(weight.t() if layer.stored_in_out else weight, self.config.quant, name, importance)
+            packed = quantize(weight if layer.conv1d is None else weight.t(), self.config.quant, name, importance)
             stored |= {f"{path}.{part}": values for part, values in QuantLinear(packed).named_parameters()}
             layer._is_hf_initialized = True
+            self.waiting.discard(path)
         return stored
 
 
@@ -100,6 +105,10 @@ class NF4Quantizer(HfQuantizer):
     quantization_config: NF4Config
     _loaded: weakref.ref[Any] | None = None
 
+    def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._waiting: set[str] = set()  # packed layers that the file has not filled yet
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         path, _, own = param_name.rpartition(".")
         return own == "weight" and is_quantized(model.get_submodule(path))
@@ -110,7 +119,7 @@ class NF4Quantizer(HfQuantizer):
         return empty_quantized((64, 4096), self.quantization_config.quant, torch.float32).bits_per_weight / 8
 
     def get_quantize_ops(self) -> _Pack:
-        return _Pack(self.quantization_config)
+        return _Pack(self.quantization_config, self._waiting)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -126,14 +135,21 @@ class NF4Quantizer(HfQuantizer):
                 raise QuantizationError(f"{path}: importance has no entry for it; calibrate the same model")
             columns, rows = in_out_features(layer)
             packed = empty_quantized((rows, columns), config.quant, layer.weight.dtype, layer.weight.device)
-            placeholder = QuantLinear(packed, layer.bias)
-            placeholder.stored_in_out = is_conv1d(layer)  # type: ignore[assignment]
-            model.set_submodule(path, placeholder)
+            kind = type(layer) if is_conv1d(layer) else None
+            model.set_submodule(path, QuantLinear(packed, layer.bias, kind))
+            self._waiting.add(path)
+        for name in config.skip_modules or ():
+            if all(should_convert_module(path, [name]) for path in chosen):
+                raise TargetError(f"skip_modules: {name!r} is no linear layer; the closest are {nearest(name, chosen)}")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self._waiting:
+            path = min(self._waiting)
+            raise CheckpointError(
+                f"{path}.weight: is not in the file, so there is nothing to pack; skip_modules=[{path!r}] leaves it dense and new"
+            )
         for layer in model.modules():
             if is_quantized(layer):
-                del layer.stored_in_out
                 for parameter in layer.parameters():
                     parameter.requires_grad_(False)
         self._loaded = weakref.ref(model)
@@ -145,9 +161,17 @@ class NF4Quantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model: only formats that bitsandbytes has."""
         quant = self.quantization_config.quant
-        return storable(quant.format, quant.blocksize)
+        if storable(quant.format, quant.blocksize):
+            return True
+        name = codebook(quant.format).name
+        logger.warning(f"{name}, blocksize {quant.blocksize}: bitsandbytes stores nf4 and fp4, blocksize 64 to 4096")
+        return False
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        if not any(is_quantized(layer) for layer in model.modules()):  # all merged: an ordinary dense model
+            self.remove_quantization_config(model)
+            return None, {}
+        self.quantization_config.dense = dense_linears(model)
         return packed_state_dict(model), {}
 
     @property

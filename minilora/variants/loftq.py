@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import register
 from minilora.config import LoraConfig, QuantConfig
+from minilora.errors import QuantizationError
 from minilora.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora import LoRALinear
 from minilora.quantize import QuantizedTensor, quantize
@@ -35,6 +36,13 @@ def calibrated(importance: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         _importance.reset(token)
+
+
+def _importance_of(path: str) -> Tensor | None:
+    known = _importance.get()
+    if known is not None and path not in known:
+        raise QuantizationError(f"{path}: calibrated() has no importance for it; calibrate the same model and layers")
+    return None if known is None else known[path]
 
 
 def loftq(
@@ -53,12 +61,7 @@ def loftq(
         importance: E[x^2] per input, ``[in]``; ``D`` is the diagonal of its root, and the identity without it.
     """
     wide = weight.detach().float()
-    heavy = (
-        torch.ones(wide.shape[1])
-        if importance is None
-        else importance.float().clamp(min=1e-4 * importance.mean()).sqrt()
-    )
-    heavy = heavy.to(wide.device) / heavy.mean()
+    heavy = _column_weights(wide, importance)
     low = torch.zeros_like(wide)
     best: tuple[float, QuantizedTensor, Tensor, Tensor] | None = None
     for _ in range(rounds):
@@ -72,6 +75,14 @@ def loftq(
             best = (error, packed, A, B)
     assert best is not None  # rounds >= 1 is validated
     return replace(best[1], dtype=weight.dtype), best[2], best[3]
+
+
+def _column_weights(weight: Tensor, importance: Tensor | None) -> Tensor:
+    """The root of the importance, its mean 1; all ones without it, or where no input ever spoke."""
+    if importance is None or not importance.any():
+        return weight.new_ones(weight.shape[1])
+    heavy = importance.to(weight).clamp(min=1e-4 * float(importance.mean())).sqrt()
+    return heavy / heavy.mean()
 
 
 @register("loftq")
@@ -88,11 +99,12 @@ class LoftQLinear(LoRALinear):
         super().__init__(base_layer, config, path)
         if not is_quantized(base_layer):
             bits, rounds = config.loftq_config.get("loftq_bits", 4), config.loftq_config.get("loftq_iter", 1)
-            seen = (_importance.get() or {}).get(path)
+            seen = _importance_of(path)
             scale = "weighted" if seen is not None else "absmax" if bits == 4 else "mse"
             form = QuantConfig(f"nf{bits}", scale=scale)
             packed, A, B = loftq(dense_weight(base_layer), form, self.r, self.scaling, rounds, path + ".weight", seen)
             self.base_layer = QuantLinear(packed, base_layer.bias).train(base_layer.training)  # type: ignore[arg-type]
+            self.base_replaced = True
             self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
 
     def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
