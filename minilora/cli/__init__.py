@@ -348,7 +348,3 @@ def _export(arguments: argparse.Namespace) -> None:
         rank = export_folder(arguments.adapter, arguments.out, arguments.target)
     hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
     print(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
