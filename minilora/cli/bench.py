@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import Any
 
-from minilora.cli.common import add_job_flags, settings_of, write_page
+from minilora.cli.trial import add_job_flags, settings_of, title_of, write_page
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = as_markdown(columns, rows) if arguments.markdown else as_text(columns, rows)
     counted = f"{len(sides[0].timed)} steps timed for each library, in turns; the first of each run is not counted."
     notes = [*filter(None, [words, counted, *missing, _versions(sides)])]
-    print(f"{_title(job)}\n\n{table}\n\n" + "\n".join(notes))
+    print(f"{title_of(job)}\n\n{table}\n\n" + "\n".join(notes))
     if arguments.html:
         _write(arguments.html, job, sides, columns, rows, notes)
 
@@ -46,12 +46,6 @@ def _versions(sides: Any) -> str:
 
     every = {name: version for side in sides for name, version in side.versions.items()} | {"torch": torch.__version__}
     return ", ".join(f"{name} {version}" for name, version in every.items()) + f", {platform.machine()}."
-
-
-def _title(job: Any) -> str:
-    quant = f"{job.quant}{', double quantization' * job.double_quant}" if job.quant != "none" else "not quantized"
-    threads = f"{job.threads} threads" if job.threads > 1 else "1 thread" if job.threads else "the machine's threads"
-    return f"{job.model}: r={job.r}, {quant}, {job.dtype}, batch {job.batch} x {job.seq} tokens, {threads}"
 
 
 def _write(file: str, job: Any, sides: Any, columns: Any, rows: Any, notes: list[str]) -> None:
@@ -68,4 +62,4 @@ def _write(file: str, job: Any, sides: Any, columns: Any, rows: Any, notes: list
     tiles += [
         {"label": f"{s.name.split()[0]}: peak memory", "value": f"{s.peak / 1e6:,.0f} MB"} for s in sides if s.peak
     ]
-    write_page(file, "One job, side by side", _title(job), tiles, columns, rows, notes, curve, vars(job))
+    write_page(file, "One job, side by side", title_of(job), tiles, columns, rows, notes, curve, vars(job))

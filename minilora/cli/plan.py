@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minilora.cli.common import add_job_flags, settings_of, write_page
+from minilora.cli.trial import add_job_flags, settings_of, title_of, write_page
 from minilora.worker import anonymous_bytes, can_measure
 
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         found = measured_in_worker(job)
     columns, rows = as_rows(guess, found)
-    print(f"{_title(job)}\n\n{as_text(columns, rows)}\n")
+    print(f"{title_of(job)}\n\n{as_text(columns, rows)}\n")
     notes = _notes(job, guess, found, dense)
     print("\n".join(notes))
     if arguments.html:
@@ -47,14 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         if found:
             tiles.append({"label": "measured peak", "value": f"{found.peak / 1e6:,.0f} MB"})
             tiles.append({"label": "difference", "value": f"{guess.peak / found.peak - 1:+.1%}"})
-        write_page(arguments.html, "Memory of a step", _title(job), tiles, columns, rows, notes)
-
-
-def _title(job: Any) -> str:
-    quant = f"{job.quant}{', double quantization' * job.double_quant}" if job.quant != "none" else "not quantized"
-    targets = job.target_modules if isinstance(job.target_modules, str) else ", ".join(job.target_modules)
-    extra = ", activations recomputed" * job.gradient_checkpointing
-    return f"{job.model}: r={job.r} on {targets}, {quant}, {job.dtype}, batch {job.batch} x {job.seq} tokens{extra}"
+        write_page(arguments.html, "Memory of a step", title_of(job), tiles, columns, rows, notes)
 
 
 def _notes(job: Any, guess: Any, found: Any, dense: int) -> list[str]:

@@ -40,6 +40,15 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names} | {"target_modules": given[0] if alone else tuple(given)}
 
 
+def title_of(job: Any) -> str:
+    """The job in a line."""
+    quant = f"{job.quant}{', double quantization' * job.double_quant}" if job.quant != "none" else "not quantized"
+    targets = job.target_modules if isinstance(job.target_modules, str) else ", ".join(job.target_modules)
+    extra = ", activations recomputed" * job.gradient_checkpointing
+    extra += f", {job.threads} thread{'s' * (job.threads > 1)}" if job.threads else ""
+    return f"{job.model}: r={job.r} on {targets}, {quant}, {job.dtype}, batch {job.batch} x {job.seq} tokens{extra}"
+
+
 def write_page(
     file: str, title: str, subtitle: str, tiles: Sequence[dict[str, str]], columns: Sequence[str], rows: Sequence[Any],
     notes: Sequence[str], more: str = "", settings: dict[str, Any] | None = None,
