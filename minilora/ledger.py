@@ -61,14 +61,14 @@ class Ledger(TorchDispatchMode):
     """Inside ``with Ledger() as ledger:`` every storage that an operation makes is written down, fake or real.
 
     Args:
-        workspaces: operator to a function of its arguments that says what bytes it takes inside and gives back; a fake operator is not
-            looked into.
+        workspaces: operator to a function of its arguments and its result: the bytes it takes inside and gives back, because a fake
+            operator is not looked into.
 
     Attributes:
         phase: what is going on, set by the caller.
     """
 
-    def __init__(self, workspaces: Mapping[Any, Callable[..., int]] | None = None) -> None:
+    def __init__(self, workspaces: Mapping[Any, Callable[[Any, Any], int]] | None = None) -> None:
         super().__init__()
         self.phase = ""
         self._workspaces = dict(workspaces or {})
@@ -103,7 +103,7 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._enter(tensor)
         if func in self._workspaces:
-            inside = Held(self._workspaces[func](*args), self.phase)
+            inside = Held(self._workspaces[func](args, out), self.phase)
             self._events += [(1, inside, self.phase), (-1, inside, self.phase)]
         return out
 

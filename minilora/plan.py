@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from minilora import ops
 from minilora.config import QuantConfig
-from minilora.inject import ALL_LINEAR, slot_at
+from minilora.inject import ALL_LINEAR
 from minilora.layers import QuantLinear, in_out_features
 from minilora.ledger import Ledger, on_paper
+from minilora.lookup import release_scratch
 from minilora.quantize import quantize
 from minilora.quantize_model import quantizable_paths
 from minilora.tables import Row
@@ -93,7 +94,7 @@ def predict(model: nn.Module, loss_of: LossOf) -> Memory:
     ledger.hold([*paper.parameters(), *paper.buffers()], "weights")
     ledger.hold(trained, "adapters")
     ledger.hold([value for state in optimizer.state.values() for value in state.values()], "optimizer")
-    hook = paper.register_forward_hook(functools.partial(_mark_logits, ledger))
+    paper.register_forward_hook(functools.partial(_mark_logits, ledger))
 
     def enter(phase: str) -> None:
         if phase == "backward":
@@ -102,9 +103,10 @@ def predict(model: nn.Module, loss_of: LossOf) -> Memory:
             ledger.hold([parameter.grad for parameter in trained if parameter.grad is not None], "gradients")
         ledger.phase = phase
 
+    release_scratch()  # buffers that are kept from call to call belong to a step's memory, whoever made them first
     with ledger:
         training_step(paper, optimizer, loss_of, enter)
-    hook.remove()
+    release_scratch()
     phase, parts = ledger.peak()
     parts["temporaries"] = parts.pop("", 0)
     return Memory({name: parts.get(name, 0) for name in HELD + STEP}, phase)
@@ -132,16 +134,16 @@ def _name(ledger: Ledger, names: Mapping[str, str]) -> None:
             held.kind = names[held.phase]
 
 
-def _product_workspace(x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None,
-                       levels: list[float], blocksize: int, rows: int, columns: int, transpose: bool) -> int:  # fmt: skip
+def _product_workspace(args: Sequence[Any], out: Tensor) -> int:
     """What the quantized product takes inside: decoded rows, their bytes as indices, the scales, and copies in the dtype it computes in."""
-    decoded = min(ops._ROWS, rows * columns)
-    inside = 4 * decoded + 4 * packed.numel() * decoded // (rows * columns)
+    x, packed, absmax, nested = args[:4]
+    weights = x.shape[1] * out.shape[1]
+    decoded = min(ops._ROWS, weights)
+    inside = 4 * decoded + 4 * packed.numel() * decoded // weights
     if nested is not None:
         inside += 3 * 4 * absmax.numel()
-    dtype = ops._compute_dtype(x)
-    if dtype != x.dtype:
-        inside += dtype.itemsize * x.shape[0] * (rows + columns)
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not ops.cpu_has_bf16()):
+        inside += 4 * x.shape[0] * (x.shape[1] + out.shape[1])
     return inside
 
 
@@ -153,11 +155,10 @@ def pack_on_paper(model: nn.Module, config: QuantConfig) -> nn.Module:
         return quantize(torch.zeros(shape, dtype=dtype), config)
 
     for path in quantizable_paths(model, ALL_LINEAR):
-        slot = slot_at(model, path)
-        base: Any = slot.base
+        base: Any = model.get_submodule(path)
         width, height = in_out_features(base)
         layer = QuantLinear(packed((height, width), base.weight.dtype), base.bias).to("meta")
-        setattr(slot.parent, slot.attr, layer.train(base.training))
+        model.set_submodule(path, layer.train(base.training))
     return model
 
 
