@@ -17,13 +17,17 @@ __all__ = ["TOLERANCE", "Side", "agreement", "as_rows"]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}  # nats of loss, at any step
 
 
+def _warm(runs: Sequence[Sequence[float]]) -> list[float]:
+    return [spent for run in runs for spent in (run[1:] or run)]
+
+
 @dataclass
 class Side:
     """What one library did.
 
     Attributes:
         name: with what it builds on. versions: by package. losses: nats per token at each step, by repeat.
-        seconds: of each step, by repeat.
+        seconds: of each step, by repeat; cpu: the same in processor time, all threads together, which other work on the machine touches less.
         peak: bytes of anonymous memory at the worst moment of any step, above the libraries; None where it cannot be measured.
         libraries: bytes of anonymous memory before the model. trainable: parameters. adapter: bytes on the disk.
     """
@@ -32,6 +36,7 @@ class Side:
     versions: dict[str, str] = field(default_factory=dict)
     losses: list[list[float]] = field(default_factory=list)
     seconds: list[list[float]] = field(default_factory=list)
+    cpu: list[list[float]] = field(default_factory=list)
     peak: int | None = None
     libraries: int | None = None
     trainable: int = 0
@@ -40,7 +45,7 @@ class Side:
     @property
     def timed(self) -> list[float]:
         """Seconds of the steps that count: all but the first of each run, which warms up."""
-        return sorted(spent for run in self.seconds for spent in (run[1:] or run))
+        return sorted(_warm(self.seconds))
 
     @property
     def median(self) -> float:
@@ -89,6 +94,12 @@ def as_rows(sides: Sequence[Side], tokens: int) -> tuple[list[str], list[Row]]:
         *losses,
         row("time per step, median (s)", [side.median for side in sides], ".3f", "Time per step"),
         Row("  fastest - slowest", [*spread, *[""] * two]),
+        row(
+            "processor time per step (s)",
+            [statistics.median(_warm(side.cpu)) for side in sides],
+            ".3f",
+            "Time per step",
+        ),
         row("tokens per second", [tokens / side.median for side in sides], ",.0f", "Throughput"),
         row("peak memory of training (MB)", [side.peak for side in sides], ",.0f", "Peak memory", 1e6),
         row("libraries in memory (MB)", [side.libraries for side in sides], ",.0f", "Libraries in memory", 1e6),

@@ -17,8 +17,12 @@ from minilora.hf.bench import BenchJob  # noqa: E402
 
 
 def two(second=1.5):
-    ours = Side("minilora", {}, [[2.0, 1.5]] * 2, [[9.0, 1.0], [9.0, 3.0]], 100_000_000, 300_000_000, 1000, 40_000)
-    theirs = Side("PEFT", {}, [[2.0, second]] * 2, [[9.0, 4.0], [9.0, 4.0]], 200_000_000, None, 1000, 50_000)
+    ours = Side(
+        "minilora", {}, [[2.0, 1.5]] * 2, [[9.0, 1.0], [9.0, 3.0]], [[9.0, 1.5]], 100_000_000, 300_000_000, 1000, 40_000
+    )
+    theirs = Side(
+        "PEFT", {}, [[2.0, second]] * 2, [[9.0, 4.0], [9.0, 4.0]], [[9.0, 4.5]], 200_000_000, None, 1000, 50_000
+    )
     return [ours, theirs]
 
 
@@ -26,7 +30,7 @@ def two(second=1.5):
 
 
 def test_the_first_step_of_each_run_is_not_timed():
-    (ours, theirs), alone = two(), Side("minilora", {}, [[1.0]], [[5.0]])
+    (ours, theirs), alone = two(), Side("minilora", {}, [[1.0]], [[5.0]], [[4.0]])
     assert (ours.timed, ours.median, theirs.median, alone.median) == ([1.0, 3.0], 2.0, 4.0, 5.0)
 
 
@@ -37,6 +41,7 @@ def test_the_table_says_what_was_measured():
     assert table["loss, step 2"] == ["1.50000", "1.50000", ""]
     assert table["time per step, median (s)"] == ["2.000", "4.000", "2.00x"]
     assert table["fastest - slowest"] == ["1.000 - 3.000", "4.000 - 4.000", ""]
+    assert table["processor time per step (s)"] == ["1.500", "4.500", "3.00x"]
     assert table["tokens per second"] == ["256", "128", "0.50x"]
     assert table["peak memory of training (MB)"] == ["100", "200", "2.00x"]
     assert table["libraries in memory (MB)"] == ["300", "–", ""]
@@ -182,5 +187,5 @@ def test_the_command_runs_both_and_compares(capsys, tmp_path, model_folder, flag
     captured = capsys.readouterr()
     assert "Losses agree: 2 steps, 4 runs" in captured.out and "PEFT / minilora" in captured.out
     assert captured.err.count("step 2/2") == 2  # progress, at every step of every run
-    assert captured.out.count("\n| ") == (10 if flags else 0)
+    assert captured.out.count("\n| ") == (11 if flags else 0)
     assert "The same losses" in page.read_text(encoding="utf-8")

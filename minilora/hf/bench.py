@@ -113,11 +113,13 @@ def _one_run(job: BenchJob, sides: dict[str, Side], settings: dict[str, Any], sa
             side.versions, side.libraries = said["versions"], said["libraries"]
             side.losses.append([])
             side.seconds.append([])
+            side.cpu.append([])
         for step in range(job.steps):
             for target in list(sides)[:: -1 if step % 2 else 1]:  # the order turns at every step
                 did = workers[target].ask("step")
                 sides[target].losses[-1].append(did["loss"])
                 sides[target].seconds[-1].append(did["seconds"])
+                sides[target].cpu[-1].append(did["cpu"])
             words = [
                 f"{s.name.split()[0]} {s.seconds[-1][-1]:.2f} s, loss {s.losses[-1][-1]:.4f}" for s in sides.values()
             ]
@@ -205,9 +207,9 @@ def contestant(
     def step() -> dict[str, Any]:
         ids = torch.tensor(next(steps))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
-        began = time.perf_counter()
+        began, ran = time.perf_counter(), time.process_time()
         loss = training_step(held["model"], held["optimizer"], lambda model: model(**batch).loss).item()
-        return {"loss": loss, "seconds": time.perf_counter() - began}
+        return {"loss": loss, "seconds": time.perf_counter() - began, "cpu": time.process_time() - ran}
 
     def finish() -> dict[str, Any]:
         peak = peak_anonymous_bytes() - held["libraries"] if measurable else None
