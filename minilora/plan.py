@@ -33,6 +33,7 @@ from minilora.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
 __all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step"]
 
 HELD = ("weights", "adapters", "optimizer")  # before the step
+KEPT = "kept by libraries"  # buffers that outlive a step, holes between small blocks: measured only
 STEP = ("activations", "logits and loss", "gradients", "temporaries")  # during it
 LossOf = Callable[[nn.Module], Tensor]
 
@@ -42,7 +43,7 @@ class Memory:
     """Bytes at the peak of a step.
 
     Attributes:
-        parts: predicted: by ``HELD`` and ``STEP``; measured: by ``HELD`` and "the step", which is what can be told apart from outside.
+        parts: predicted: by ``HELD`` and ``STEP``; measured: by ``HELD``, ``KEPT`` and "the step", as can be told apart from outside.
         phase: of the peak ("forward", "loss", "backward" or "update"); empty when measured.
     """
 
@@ -57,7 +58,7 @@ class Memory:
     @property
     def step(self) -> int:
         """What the step adds to what was held before it."""
-        return self.peak - sum(self.parts.get(name, 0) for name in HELD)
+        return self.peak - sum(self.parts.get(name, 0) for name in (*HELD, KEPT))
 
 
 def training_step(
@@ -186,8 +187,10 @@ def measure(load: Callable[[], nn.Module], adapt: Callable[[nn.Module], nn.Modul
     reset_peak()
     training_step(model, optimizer, loss_of)
     marks.append(peak_anonymous_bytes())
-    sizes = [after - before for before, after in zip([start, *marks], marks, strict=False)]
-    return Memory(dict(zip((*HELD, "the step"), sizes, strict=True)))
+    weights, adapters, held, step = (after - before for before, after in zip([start, *marks], marks, strict=False))
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    sizes = (weights, adapters, moments, held - moments, step)
+    return Memory(dict(zip((*HELD, KEPT, "the step"), sizes, strict=True)))
 
 
 @torch.no_grad()
@@ -201,11 +204,12 @@ def as_rows(predicted: Memory, measured: Memory | None = None) -> tuple[list[str
     """``(columns, rows)`` of the table: what is held, what the step adds (its parts are known to the prediction only), and the peak."""
     columns = ["predicted"] + ["measured"] * (measured is not None)
 
-    def row(name: str, guess: int, found: int | None = None) -> Row:
+    def row(name: str, guess: int | None, found: int | None = None) -> Row:
         values = [guess, found] if measured else [guess]
         return Row(name, [_size(value) for value in values], values, "At the peak of a step")
 
     held = [row(name, predicted.parts[name], measured.parts[name] if measured else None) for name in HELD]
+    held += [row(KEPT, None, measured.parts[KEPT])] if measured else []
     step = row("the step", predicted.step, measured.step if measured else None)
     parts = [row(f"  {name}", predicted.parts[name]) for name in STEP]
     return columns, [*held, step, *parts, row("peak", predicted.peak, measured.peak if measured else None)]

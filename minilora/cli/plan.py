@@ -59,8 +59,7 @@ def _notes(job: Any, guess: Any, found: Any, dense: int) -> list[str]:
         )
     if found:
         notes.append(
-            f"Predicted is {abs(guess.peak / found.peak - 1):.1%} {'above' if guess.peak >= found.peak else 'below'} measured; "
-            "the measured optimizer includes what libraries keep after a first step."
+            f"Predicted is {abs(guess.peak / found.peak - 1):.1%} {'above' if guess.peak >= found.peak else 'below'} measured."
         )
     if job.quant != "none" and not _packed(job):
         notes.append(f"Before packing, loading holds the dense weights: {dense / 1e6:,.0f} MB.")
