@@ -19,9 +19,25 @@ ORDER: list[tuple[str, list[str]]] = [
     ("many adapters", ["adapted", "batched", "combine", "calibrate"]),
     ("files", ["checkpoint", "hotswap", "export", "bnb"]),
     ("what users see", ["peft_model", "compat", "kbit"]),
-    ("the job", ["data", "train", "pictures", "report", "progress", "plan", "inspect", "optim"]),
-    ("transformers", ["hf"]),
-    ("the edge", ["demo", "cli"]),
+    (
+        "the job",
+        [
+            "data",
+            "train",
+            "pictures",
+            "report",
+            "tables",
+            "progress",
+            "worker",
+            "ledger",
+            "plan",
+            "bench",
+            "inspect",
+            "optim",
+        ],
+    ),
+    ("transformers", ["hf", "demo", "peers"]),
+    ("the edge", ["cli"]),
 ]
 INK, SOFT, FROZEN, TRAINED, BOX = "#1b1e22", "#5b636d", "#0072b2", "#c25400", "#f3f4f3"
 WIDTH, ROW, TOP = 940, 34, 250

@@ -200,6 +200,29 @@ def bar_table(heads: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
     return html_table(heads, [(name, *cells) for name, _, *cells in rows], numeric=(1,), shares=shares)
 
 
+def bar_groups(columns: Sequence[str], rows: Sequence[Any]) -> str:
+    """A table with a bar for every column of a row.
+
+    A row has ``name``, ``texts``, ``values`` (None or left out: no bar) and ``group``: bars of one group are on one scale.
+    """
+    seen = [
+        place for place in range(len(columns)) if any(list(row.values)[place:] and row.values[place] for row in rows)
+    ]
+    keys = "".join(f'<span class="key dots c{place}">{html_text(columns[place])}</span>' for place in seen)
+    heads = "".join(f'<th class="num">{html_text(name)}</th>' for name in columns)
+    inner = f'<tr><th></th><th class="bars">{keys}</th>{heads}</tr>'
+    for row in rows:
+        most = max((v for r in rows if r.group == row.group for v in r.values if v is not None), default=0.0) or 1.0
+        bars = "".join(
+            f'<div class="bar c{place}" style="width:{100 * value / most:.1f}%" title="{html_text(row.texts[place])}"></div>'
+            for place, value in enumerate(row.values)
+            if value is not None
+        )
+        texts = "".join(f'<td class="num">{html_text(text)}</td>' for text in row.texts)
+        inner += f"<tr><td>{html_text(row.name)}</td><td>{bars}</td>{texts}</tr>"
+    return f'<div class="scroll tall"><table>{inner}</table></div>'
+
+
 def html_table(
     heads: Sequence[Any], rows: Iterable[Sequence[Any]], numeric: Sequence[int] = (), shares: Sequence[float] = ()
 ) -> str:

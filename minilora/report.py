@@ -7,7 +7,7 @@ Every picture is inline SVG, coloured by CSS variables so that light and dark fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from minilora.pictures import (
@@ -69,7 +69,8 @@ th,td{text-align:left;vertical-align:top;padding:5px 14px 5px 0;border-bottom:1p
 td,.said,.prompt{white-space:pre-wrap}th{font-weight:500;font-size:13px}
 td:first-child:not(.num){min-width:8.5em}th{overflow-wrap:normal}
 .num{text-align:right;font-variant-numeric:tabular-nums}td.num{white-space:nowrap;overflow-wrap:normal}
-.bar{height:12px;margin:5px 0 2px;border-radius:2px;min-width:1px;background:var(--c0)}
+.bar{height:12px;margin:5px 0 2px;border-radius:2px;min-width:1px;background:var(--c,var(--c0))}
+.bars{width:40%;min-width:140px}.tall{max-height:none}
 .said{background:var(--card);border-radius:8px;padding:10px 14px}.after{box-shadow:inset 3px 0 var(--c0)}
 .said b{display:block;font-size:13px;color:var(--soft);font-weight:500}.prompt{margin:14px 0 8px;font-weight:600}
 @media(max-width:720px){body{padding:18px 16px 32px}.pair,.curves{grid-template-columns:minmax(0,1fr)}
@@ -109,20 +110,26 @@ def render(run: Mapping[str, Any]) -> str:
         raise ValueError(f"a report needs run['title'], a text; got the keys {sorted(run)}")
     drawn = (_curves, _evals, _answers, _memory, _parameters, _layers, _spectrum, _settings)
     sections = "".join(section(run) for section in drawn)
+    body = sections or ("" if run.get("headline") else '<p class="soft">This run recorded nothing to draw.</p>')
+    return page(run["title"], run.get("subtitle") or "", run.get("headline") or (), body)
+
+
+def page(title: str, subtitle: str, headline: Iterable[Mapping[str, Any]], body: str) -> str:
+    """One self-contained HTML page: texts, tiles of {label, value}, and ``body``, which is HTML already."""
     tiles = "".join(
         f'<div><span class="soft">{html_text(tile["label"])}</span><b>{html_text(tile["value"])}</b></div>'
-        for tile in run.get("headline") or ()
+        for tile in headline
     )
-    title = html_text(run["title"])
-    subtitle = f'<p class="soft">{html_text(run["subtitle"])}</p>' if run.get("subtitle") else ""
+    title = html_text(title)
+    under = f'<p class="soft">{html_text(subtitle)}</p>' if subtitle else ""
     # The policy makes the browser itself refuse whatever would leave the page, should an escape ever be forgotten.
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><header><h1>{title}</h1>{subtitle}</header>"
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><header><h1>{title}</h1>{under}</header>"
         + (f'<div class="tiles">{tiles}</div>' if tiles else "")
-        + (sections or ("" if tiles else '<p class="soft">This run recorded nothing to draw.</p>'))
+        + body
         + "\n</body></html>\n"
     )
 

@@ -28,7 +28,7 @@ from minilora.data import IGNORED, Encoded, collate, micro_batches
 from minilora.errors import ConfigError, StateError
 from minilora.io import append_line
 
-__all__ = ["TrainConfig", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
+__all__ = ["TrainConfig", "checkpoint_activations", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def train(
         log(record | (dict(zip(("prompt", "answer"), sample(), strict=True)) if sample else {}))
 
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     torch.manual_seed(config.seed)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     batches = micro_batches(examples, config.batch_size, config.seed)
@@ -227,7 +227,8 @@ def _step(
     }
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations in the backward pass. Raises ``StateError`` if the model has no such switch (transformers' models do)."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.24 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]

@@ -149,7 +149,8 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("demo", "train", "generate", "merge", "export"))]
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("demo", "train", "generate", "plan", "bench", "merge", "export"))],
 )
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

@@ -17,7 +17,7 @@ ORDER = runpy.run_path(str(PACKAGE.parent / "docs" / "draw_design.py"))["ORDER"]
 RANKS = {name: rank for rank, (_, modules) in enumerate(ORDER) for name in modules}
 RANKS |= {"__init__": RANKS["train"], "__main__": RANKS["cli"]}
 
-KNOW_TRANSFORMERS = {"hf", "demo", "cli", "__main__"}
+KNOW_TRANSFORMERS = {"hf", "peers", "demo", "cli", "__main__"}
 # Package to the modules that may import it, wherever in the file.
 RESTRICTED = {
     "transformers": KNOW_TRANSFORMERS,
@@ -25,8 +25,8 @@ RESTRICTED = {
     "huggingface_hub": KNOW_TRANSFORMERS,
     "minilora_kernels": {"ops"},
     "triton": set(),
-    "peft": set(),
-    "bitsandbytes": set(),
+    "peft": {"peers"},  # to run beside it in a bench, in a process of its own
+    "bitsandbytes": {"peers"},
     "accelerate": set(),
 }
 

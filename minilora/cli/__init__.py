@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. ``minilora demo | train | generate | quantize | merge | export``; ``--help`` on each.
+"""The command line: parse, call, print. ``minilora demo | train | generate | plan | bench | quantize | merge | export``.
 
 Exit code 2 means the input was wrong, 1 that the work failed, 130 that it was interrupted; a traceback comes only with ``--debug``.
 """
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 from minilora import __version__
+from minilora.cli import bench, plan
 from minilora.config import LoraConfig
 from minilora.errors import ConfigError, MiniLoraError, nearest
 from minilora.train import TrainConfig
@@ -80,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", _demo, _demo_flags, "fine-tune SmolLM2-135M in four bits on this machine, in minutes"),
         ("train", _train, _train_flags, "fine-tune a model on a JSONL file"),
         ("generate", _generate, _generate_flags, "ask a model, with or without an adapter"),
+        ("plan", plan.run, plan.flags, "say what a training step will hold in memory, and measure it"),
+        ("bench", bench.run, bench.flags, "run one fine-tuning job in minilora and in PEFT, and compare"),
         ("quantize", _quantize, _quantize_flags, "pack a model into 4 bits, as bitsandbytes stores it"),
         ("merge", _merge, _merge_flags, "fold an adapter into its model and save it"),
         ("export", _export, _export_flags, "write an adapter for vLLM, llama.cpp or MLX"),
@@ -348,7 +351,3 @@ def _export(arguments: argparse.Namespace) -> None:
         rank = export_folder(arguments.adapter, arguments.out, arguments.target)
     hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
     print(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

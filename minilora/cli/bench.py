@@ -1,0 +1,65 @@
+"""``minilora bench``: the same fine-tuning job in minilora and in PEFT, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from typing import Any
+
+from minilora.cli.trial import add_job_flags, settings_of, title_of, write_page
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """What ``minilora bench`` takes."""
+    add_job_flags(parser)
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="runs from the start (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the start values (default: %(default)s)")
+    parser.add_argument("--data", default="demo", help="JSONL file, demo, or random (default: %(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run, print the table, write the page if asked. Progress goes to standard error."""
+    from minilora.bench import agreement, as_rows
+    from minilora.hf.bench import BenchJob
+    from minilora.hf.bench import run as run_job
+    from minilora.tables import as_markdown, as_text
+
+    own = {name: getattr(arguments, name) for name in ("steps", "repeats", "lr", "seed", "data")}
+    job = BenchJob(**settings_of(arguments), **own)
+    sides, missing = run_job(job, lambda line: print(line, file=sys.stderr, flush=True))
+    _, words = agreement(sides, job.dtype)
+    columns, rows = as_rows(sides, job.batch * job.seq)
+    table = as_markdown(columns, rows) if arguments.markdown else as_text(columns, rows)
+    counted = f"{len(sides[0].timed)} steps timed for each library, in turns; the first of each run is not counted."
+    notes = [*filter(None, [words, counted, *missing, _versions(sides)])]
+    print(f"{title_of(job)}\n\n{table}\n\n" + "\n".join(notes))
+    if arguments.html:
+        _write(arguments.html, job, sides, columns, rows, notes)
+
+
+def _versions(sides: Any) -> str:
+    import torch
+
+    every = {name: version for side in sides for name, version in side.versions.items()} | {"torch": torch.__version__}
+    return ", ".join(f"{name} {version}" for name, version in every.items()) + f", {platform.machine()}."
+
+
+def _write(file: str, job: Any, sides: Any, columns: Any, rows: Any, notes: list[str]) -> None:
+    from minilora.pictures import Line, html_section, line_chart
+
+    lines = [
+        Line(side.name, [(step + 1.0, loss) for step, loss in enumerate(side.losses[0])], f"c{place}" + " dots" * place)
+        for place, side in enumerate(sides)
+    ]
+    curve = html_section(
+        "The same losses", line_chart("Loss", lines, ("optimizer step", "loss (nats per token)"), (692, 300))
+    )
+    tiles = [{"label": f"{s.name.split()[0]}: time per step", "value": f"{s.median:.3f} s"} for s in sides]
+    tiles += [
+        {"label": f"{s.name.split()[0]}: peak memory", "value": f"{s.peak / 1e6:,.0f} MB"} for s in sides if s.peak
+    ]
+    write_page(file, "One job, side by side", title_of(job), tiles, columns, rows, notes, curve, vars(job))

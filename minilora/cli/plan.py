@@ -1,0 +1,74 @@
+"""``minilora plan``: what a fine-tuning step will hold in memory, predicted and measured."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from minilora.cli.trial import add_job_flags, settings_of, title_of, write_page
+from minilora.worker import anonymous_bytes, can_measure
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """What ``minilora plan`` takes."""
+    add_job_flags(parser)
+    parser.add_argument("--lora-dropout", type=float, default=0.0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="do a real step too, in a process of its own; without, the model's config.json is enough",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Predict, measure, print; write the page if asked."""
+    from minilora.hf.plan import PlanJob, has_weights, measured_in_worker, predicted
+    from minilora.plan import as_rows
+    from minilora.tables import as_text
+
+    job = PlanJob(**settings_of(arguments), lora_dropout=arguments.lora_dropout)
+    guess, dense = predicted(job)
+    found = None
+    if arguments.measure:
+        weights = "" if has_weights(job.model) else " (random weights: the folder has none)"
+        print(
+            f"predicted {guess.peak / 1e6:,.0f} MB; doing two real steps beside{weights}", file=sys.stderr, flush=True
+        )
+        found = measured_in_worker(job)
+    columns, rows = as_rows(guess, found)
+    print(f"{title_of(job)}\n\n{as_text(columns, rows)}\n")
+    notes = _notes(job, guess, found, dense)
+    print("\n".join(notes))
+    if arguments.html:
+        tiles = [{"label": "predicted peak", "value": f"{guess.peak / 1e6:,.0f} MB"}]
+        if found:
+            tiles.append({"label": "measured peak", "value": f"{found.peak / 1e6:,.0f} MB"})
+            tiles.append({"label": "difference", "value": f"{guess.peak / found.peak - 1:+.1%}"})
+        write_page(arguments.html, "Memory of a step", title_of(job), tiles, columns, rows, notes)
+
+
+def _notes(job: Any, guess: Any, found: Any, dense: int) -> list[str]:
+    at = {"forward": "forward pass", "loss": "loss", "backward": "backward pass", "update": "optimizer's update"}
+    notes = [f"The prediction has its peak in the {at.get(guess.phase, guess.phase)}."]
+    if not guess.parts["gradients"]:
+        notes.append(
+            f"Gradients of the adapters, {guess.parts['adapters'] / 1e6:,.1f} MB, come after it, when activations have gone."
+        )
+    if found:
+        notes.append(
+            f"Predicted is {abs(guess.peak / found.peak - 1):.1%} {'above' if guess.peak >= found.peak else 'below'} measured."
+        )
+    if job.quant != "none" and not _packed(job):
+        notes.append(f"Before packing, loading holds the dense weights: {dense / 1e6:,.0f} MB.")
+    libraries = f", {anonymous_bytes() / 1e6:,.0f} MB in this process" if can_measure() else ""
+    return [*notes, f"Not counted: Python and its libraries{libraries}."]
+
+
+def _packed(job: Any) -> bool:
+    from minilora.hf.load import resolve
+    from minilora.hf.packed import is_packed_folder
+
+    return Path(resolve(job.model)).is_dir() and is_packed_folder(resolve(job.model))

@@ -1,0 +1,163 @@
+"""Plan a fine-tuning job's memory: the model from its config alone for the prediction, a real step in another process beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.config import LoraConfig, QuantConfig
+from minilora.errors import CheckpointError, ConfigError
+from minilora.hf.finetune import DTYPES, QUANT_CHOICES
+from minilora.hf.load import load_model, resolve
+from minilora.hf.packed import is_packed_folder
+from minilora.inject import inject
+from minilora.layers import is_quantized
+from minilora.plan import Memory, measure, pack_on_paper, predict
+from minilora.quantize_model import quantize_model
+from minilora.train import checkpoint_activations, token_losses
+from minilora.worker import Worker
+
+__all__ = ["PlanJob", "has_weights", "load_config", "measured_in_worker", "model_on_meta", "predicted"]
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """What to plan.
+
+    Args:
+        model: hub id, local folder (its config.json is enough to predict), or "smollm2".
+        r, lora_dropout, target_modules: as in ``LoraConfig``. quant: "none" or "nf4". double_quant: 8-bit scales.
+        dtype: of the weights that stay dense. batch, seq: examples of a micro-batch, and tokens of each, all of them supervised.
+        gradient_checkpointing: recompute activations. threads: of torch; 0 leaves them.
+
+    Raises:
+        ConfigError: a value that cannot be meant, by name.
+    """
+
+    model: str
+    r: int = 8
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    quant: str = "none"
+    double_quant: bool = True
+    dtype: str = "float32"
+    batch: int = 4
+    seq: int = 128
+    gradient_checkpointing: bool = False
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("quant", QUANT_CHOICES), ("dtype", tuple(DTYPES))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+        for name, least in (("batch", 1), ("seq", 2), ("threads", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: wanted a whole number >= {least}")
+        self.lora()
+
+    def lora(self) -> LoraConfig:
+        """The adapter's config."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=2 * self.r,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+
+def predicted(job: PlanJob) -> tuple[Memory, int]:
+    """``(the peak of a step, bytes of the dense weights)``; nothing of the model's size is allocated."""
+    model = model_on_meta(job)
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    quant = _quantization(job)
+    return predict(_adapted(job, pack_on_paper(model, quant) if quant else model), _loss_of(job, model)), dense
+
+
+def measured_in_worker(job: PlanJob) -> Memory:
+    """The same, of a real step in a process of its own. Raises ``StateError`` where that cannot be measured."""
+    with Worker("minilora.hf.plan:_serve", dataclasses.asdict(job), job.threads) as worker:
+        return Memory(worker.ask("measure")["parts"])
+
+
+def _serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
+    targets = settings["target_modules"]
+    job = PlanJob(**settings | {"target_modules": targets if isinstance(targets, str) else tuple(targets)})
+
+    def load() -> nn.Module:
+        model = load_model(job.model, DTYPES[job.dtype]) if has_weights(job.model) else _random_model(job)
+        if job.quant != "none" and not any(is_quantized(module) for module in model.modules()):
+            quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
+        return model
+
+    def answer(request: str) -> dict[str, Any]:
+        paper = model_on_meta(job)  # imports what loading will import
+        return {"parts": measure(load, lambda model: _adapted(job, model), _loss_of(job, paper)).parts}
+
+    return answer
+
+
+def has_weights(model: str) -> bool:
+    """False for a local folder that holds a config and no weights: a step is then measured with random ones."""
+    place = Path(resolve(model))
+    return not place.is_dir() or any(any(place.glob(kind)) for kind in ("*.safetensors", "*.bin"))
+
+
+def load_config(job: PlanJob) -> Any:
+    """The model's config, without what it says of quantization."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(resolve(job.model))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"model {job.model!r}: {reason} (wanted a hub id, a folder, or 'smollm2')") from None
+    config.__dict__.pop("quantization_config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and job.seq > limit:
+        raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens")
+    return config
+
+
+def _random_model(job: PlanJob) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_config(load_config(job), dtype=DTYPES[job.dtype]).eval()
+
+
+def model_on_meta(job: PlanJob) -> Any:
+    """The model without memory, not yet packed."""
+    with torch.device("meta"):
+        return _random_model(job)
+
+
+def _quantization(job: PlanJob) -> QuantConfig | None:
+    """How the weights will be packed; a folder that is packed already says so itself."""
+    place = resolve(job.model)
+    if is_packed_folder(place):
+        said = json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        return QuantConfig(said["bnb_4bit_quant_type"], double_quant=bool(said["bnb_4bit_use_double_quant"]))
+    return None if job.quant == "none" else QuantConfig(job.quant, double_quant=job.double_quant)
+
+
+def _adapted(job: PlanJob, model: Any) -> Any:
+    inject(model, job.lora())
+    if job.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def _loss_of(job: PlanJob, model: Any) -> Callable[[nn.Module], Tensor]:
+    """The trainer's loss on a batch of random tokens; its values do not matter to memory."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (job.batch, job.seq), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    return lambda model: token_losses(model, batch).sum() / (job.batch * (job.seq - 1))

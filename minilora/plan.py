@@ -1,0 +1,219 @@
+"""The memory of a training step: predicted without allocating it, and measured beside.
+
+One function, ``training_step``, is run twice: on paper, where a ledger counts every storage (``predict``), and for real in a fresh process
+(``measure``). Nothing is fitted to any model: the bytes are those that the step's own operations make and free. The parts are those
+held at the moment when most is held, so they add up to the peak.
+
+Not in it: the Python process and its libraries, and loading, which for a moment holds the dense weights of a model that is packed then.
+Attention and matrix libraries keep some MB for themselves, which no operator tells.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from minilora import ops
+from minilora.config import QuantConfig
+from minilora.inject import ALL_LINEAR
+from minilora.layers import QuantLinear, in_out_features
+from minilora.ledger import Ledger, on_paper
+from minilora.lookup import release_scratch
+from minilora.quantize import quantize
+from minilora.quantize_model import quantizable_paths
+from minilora.tables import Row
+from minilora.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
+
+__all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step"]
+
+HELD = ("weights", "adapters", "optimizer")  # before the step
+KEPT = "kept by libraries"  # buffers that outlive a step, holes between small blocks: measured only
+STEP = ("activations", "logits and loss", "gradients", "temporaries")  # during it
+LossOf = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step.
+
+    Attributes:
+        parts: predicted: by ``HELD`` and ``STEP``; measured: by ``HELD``, ``KEPT`` and "the step", as can be told apart from outside.
+        phase: of the peak ("forward", "loss", "backward" or "update"); empty when measured.
+    """
+
+    parts: Mapping[str, int]
+    phase: str = ""
+
+    @property
+    def peak(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def step(self) -> int:
+        """What the step adds to what was held before it."""
+        return self.peak - sum(self.parts.get(name, 0) for name in (*HELD, KEPT))
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: LossOf,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Tensor:
+    """Forward, backward, clip, update: what ``train`` does in a step, naming each phase to ``enter`` as it begins; returns the loss."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    enter("forward")
+    loss = loss_of(model)
+    enter("backward")
+    loss.backward()
+    enter("update")
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    enter("after")
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def predict(model: nn.Module, loss_of: LossOf) -> Memory:
+    """The peak of a step with AdamW on a CPU, once the optimizer has its moments.
+
+    Args:
+        model: with adapters, or with whatever else trains; on any device, the meta device too. It is not changed.
+        loss_of: the scalar loss of a batch, given the model; a batch of real tensors, since it is small.
+    """
+    paper = on_paper(model).train()
+    trained = [parameter for parameter in paper.parameters() if parameter.requires_grad]
+    optimizer = _warm_optimizer(trained)
+    ledger = Ledger({torch.ops.minilora.quant_matmul.default: _product_workspace})
+    ledger.hold([*paper.parameters(), *paper.buffers()], "weights")
+    ledger.hold(trained, "adapters")
+    ledger.hold([value for state in optimizer.state.values() for value in state.values()], "optimizer")
+    paper.register_forward_hook(functools.partial(_mark_logits, ledger))
+
+    def enter(phase: str) -> None:
+        if phase == "backward":
+            _name(ledger, {"forward": "activations", "loss": "logits and loss"})
+        elif phase == "update":
+            ledger.hold([parameter.grad for parameter in trained if parameter.grad is not None], "gradients")
+        ledger.phase = phase
+
+    release_scratch()  # buffers that are kept from call to call belong to a step's memory, whoever made them first
+    with ledger:
+        training_step(paper, optimizer, loss_of, enter)
+    release_scratch()
+    phase, parts = ledger.peak()
+    parts["temporaries"] = parts.pop("", 0)
+    return Memory({name: parts.get(name, 0) for name in HELD + STEP}, phase)
+
+
+def _warm_optimizer(trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with its two moments there already, as in every step but the first."""
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _mark_logits(ledger: Ledger, module: nn.Module, inputs: Any, output: Any) -> None:
+    ledger.hold([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], "logits and loss")
+    ledger.phase = "loss"
+
+
+def _name(ledger: Ledger, names: Mapping[str, str]) -> None:
+    """What was made in a phase, and is still there, was kept for the backward pass."""
+    for held in ledger.alive():
+        if not held.kind and held.phase in names:
+            held.kind = names[held.phase]
+
+
+def _product_workspace(args: Sequence[Any], out: Tensor) -> int:
+    """What the quantized product takes inside: decoded rows, their bytes as indices, the scales, and copies in the dtype it computes in."""
+    x, packed, absmax, nested = args[:4]
+    weights = x.shape[1] * out.shape[1]
+    decoded = min(ops._ROWS, weights)
+    inside = 4 * decoded + 4 * packed.numel() * decoded // weights
+    if nested is not None:
+        inside += 3 * 4 * absmax.numel()
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not ops.cpu_has_bf16()):
+        inside += 4 * x.shape[0] * (x.shape[1] + out.shape[1])
+    return inside
+
+
+def pack_on_paper(model: nn.Module, config: QuantConfig) -> nn.Module:
+    """Replace the linear layers (all but the head) of a model on the meta device by packed ones without memory; in place."""
+
+    @functools.cache
+    def packed(shape: tuple[int, int], dtype: torch.dtype) -> Any:
+        return quantize(torch.zeros(shape, dtype=dtype), config)
+
+    for path in quantizable_paths(model, ALL_LINEAR):
+        base: Any = model.get_submodule(path)
+        width, height = in_out_features(base)
+        layer = QuantLinear(packed((height, width), base.weight.dtype), base.bias).to("meta")
+        model.set_submodule(path, layer.train(base.training))
+    return model
+
+
+def measure(load: Callable[[], nn.Module], adapt: Callable[[nn.Module], nn.Module], loss_of: LossOf) -> Memory:
+    """Do two real steps and read the peak of the second; for a process of its own (``worker``).
+
+    Args:
+        load: makes the frozen model; all that it imports should have been imported. adapt: puts the adapters in.
+        loss_of: as in ``predict``.
+
+    Raises:
+        StateError: this system does not tell a process its peak memory.
+    """
+    reset_peak()
+    training_step(tiny := nn.Linear(2, 2), torch.optim.AdamW(tiny.parameters()), lambda m: m(torch.ones(1, 2)).sum())
+    start = anonymous_bytes()
+    model = load()
+    own_memory(model)
+    marks = [anonymous_bytes()]
+    model = adapt(model).train()
+    marks.append(anonymous_bytes())
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    training_step(model, optimizer, loss_of)
+    marks.append(anonymous_bytes())
+    reset_peak()
+    training_step(model, optimizer, loss_of)
+    marks.append(peak_anonymous_bytes())
+    weights, adapters, held, step = (after - before for before, after in zip([start, *marks], marks, strict=False))
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    sizes = (weights, adapters, moments, held - moments, step)
+    return Memory(dict(zip((*HELD, KEPT, "the step"), sizes, strict=True)))
+
+
+@torch.no_grad()
+def own_memory(model: nn.Module) -> None:
+    """Copy weights that may lie in a mapped file, so that they count as this process's memory."""
+    for tensor in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
+        tensor.data = tensor.data.clone()
+
+
+def as_rows(predicted: Memory, measured: Memory | None = None) -> tuple[list[str], list[Row]]:
+    """``(columns, rows)`` of the table: what is held, what the step adds (its parts are known to the prediction only), and the peak."""
+    columns = ["predicted"] + ["measured"] * (measured is not None)
+
+    def row(name: str, guess: int | None, found: int | None = None) -> Row:
+        values = [guess, found] if measured else [guess]
+        return Row(name, [_size(value) for value in values], values, "At the peak of a step")
+
+    held = [row(name, predicted.parts[name], measured.parts[name] if measured else None) for name in HELD]
+    held += [row(KEPT, None, measured.parts[KEPT])] if measured else []
+    step = row("the step", predicted.step, measured.step if measured else None)
+    parts = [row(f"  {name}", predicted.parts[name]) for name in STEP]
+    return columns, [*held, step, *parts, row("peak", predicted.peak, measured.peak if measured else None)]
+
+
+def _size(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.1f} MB"
