@@ -117,6 +117,17 @@ def test_every_kind_of_step_runs_on_paper(request, ids, kind, quant, dtype):
     assert plan.phase in ("forward", "loss", "backward") and plan.parts["activations"] > 0
 
 
+def test_a_model_that_looks_at_its_activations_is_refused(caplog):
+    class Router(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y[(y > 0).nonzero()[:, 0]]
+
+    with pytest.raises(StateError, match=r"^Router: its step cannot be run without memory") as caught:
+        predict(Router(6, 4), lambda m: m(torch.randn(5, 6)).sum())
+    assert "\n" not in str(caught.value) and not caplog.records
+
+
 def test_the_table_adds_up():
     guess = Memory({"weights": 500, "adapters": 20, "optimizer": 40, "activations": 300, "logits and loss": 100,
                     "gradients": 0, "temporaries": 40}, "loss")  # fmt: skip
