@@ -29,7 +29,8 @@ class Side:
         name: with what it builds on. versions: by package. losses: nats per token at each step, by repeat.
         seconds: of each step, by repeat; cpu: the same in processor time, of all threads.
         peak: bytes of anonymous memory at the worst moment of any step, above the libraries; None where it cannot be measured.
-        libraries: bytes of anonymous memory before the model. trainable: parameters. adapter: bytes on the disk.
+        libraries: bytes of anonymous memory before the model;
+            PEFT counts minilora, too. trainable: parameters. adapter: bytes on the disk.
     """
 
     name: str

@@ -11,7 +11,9 @@ Attention and matrix libraries keep some MB for themselves, which no operator te
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from minilora import ops
 from minilora.config import QuantConfig
+from minilora.errors import StateError
 from minilora.inject import ALL_LINEAR
 from minilora.layers import QuantLinear, in_out_features
 from minilora.ledger import Ledger, on_paper
@@ -87,6 +90,9 @@ def predict(model: nn.Module, loss_of: LossOf) -> Memory:
     Args:
         model: with adapters, or with whatever else trains; on any device, the meta device too. It is not changed.
         loss_of: the scalar loss of a batch, given the model; a batch of real tensors, since it is small.
+
+    Raises:
+        StateError: the model looks at the values of its activations (a mixture of experts does), which are not there on paper.
     """
     paper = on_paper(model).train()
     trained = [parameter for parameter in paper.parameters() if parameter.requires_grad]
@@ -105,12 +111,29 @@ def predict(model: nn.Module, loss_of: LossOf) -> Memory:
         ledger.phase = phase
 
     release_scratch()  # buffers that are kept from call to call belong to a step's memory, whoever made them first
-    with ledger:
+    with _in_a_line(model), ledger:
         training_step(paper, optimizer, loss_of, enter)
     release_scratch()
     phase, parts = ledger.peak()
     parts["temporaries"] = parts.pop("", 0)
     return Memory({name: parts.get(name, 0) for name in HELD + STEP}, phase)
+
+
+@contextmanager
+def _in_a_line(model: nn.Module) -> Iterator[None]:
+    """Where fake tensors do not do, torch logs a page; say it in a line instead."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StateError(
+            f"{type(model).__name__}: its step cannot be run without memory, or not at all ({reason})"
+        ) from error
+    finally:
+        log.setLevel(level)
 
 
 def _warm_optimizer(trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
