@@ -17,7 +17,7 @@ ORDER: list[tuple[str, list[str]]] = [
     ("the law and the lesson", ["adapter", "lora", "variants"]),
     ("where they go", ["targets", "slots", "tying", "inject", "quantize_model"]),
     ("many adapters", ["adapted", "batched", "combine", "calibrate"]),
-    ("files", ["checkpoint", "hotswap", "export", "bnb"]),
+    ("files", ["adapter_files", "save", "checkpoint", "hotswap", "export", "bnb"]),
     ("what users see", ["peft_model", "compat"]),
     ("the job", ["data", "train", "pictures", "report", "progress", "plan", "inspect", "optim"]),
     ("transformers", ["hf"]),
