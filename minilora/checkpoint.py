@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,9 @@ from minilora.adapter import Adapter, variant
 from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes
 from minilora.config import LoraConfig
 from minilora.errors import CheckpointError
-from minilora.inject import ALL_LINEAR, build, place
+from minilora.fingerprint import differs, fingerprint
+from minilora.inject import ALL_LINEAR, build, match, place
+from minilora.layers import in_out_features
 from minilora.save import adapter_state_dict, save_adapter, saved_config, tensors_of
 from minilora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.variants.embedding import LoRAEmbedding
@@ -44,15 +46,18 @@ __all__ = [
 ]
 
 _SHOWN = 3  # names in a message
+_MODEST = 16_000_000  # numbers that may be allocated on the word of a config
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading left out; all empty unless ``strict=False``. Lists of tensor names as in the file."""
+    """What loading left out: lists of tensor names as in the file, all empty unless ``strict=False``; and the keys of another program's
+    config that mean nothing here."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
     mismatched_keys: list[str]
+    ignored_config_keys: list[str] = field(default_factory=list)
 
 
 def load_adapter(
@@ -63,6 +68,8 @@ def load_adapter(
     strict: bool = True,
     activate: bool = True,
     config: LoraConfig | None = None,
+    expect_sha256: str | None = None,
+    allow_other_base: bool = False,
 ) -> LoadReport:
     """Inject the adapter of a folder.
 
@@ -71,16 +78,20 @@ def load_adapter(
         strict: False loads what fits and reports the rest.
         activate: make it the active adapter.
         config: use this one and not the file's.
+        expect_sha256: refuse any other adapter than the one with this digest, which ``save_adapter`` returns.
+        allow_other_base: load it even though it was trained on another base model. The same one packed needs no allowance.
 
     Returns:
         What was left out (nothing when strict).
 
     Raises:
-        CheckpointError: file and model, or file and config, disagree: missing, unexpected or mis-shaped tensors, each by name.
-        ConfigError, TargetError, StateError: as ``read_adapter`` and ``inject``. The model is then as it was.
+        CheckpointError: file and model, or file and config, disagree: missing, unexpected or mis-shaped tensors, each by name; or the
+            file was saved on another base model. ConfigError, TargetError, StateError: as ``read_adapter`` and
+            ``inject``. The model is then as it was.
     """
-    stored = read_adapter(folder, config)
+    stored = read_adapter(folder, config, expect_sha256)
     values, report = load_values(model, stored, adapter_name, strict)
+    refuse_other_base(model, stored, allow_other_base)
     place(model, stored.config, adapter_name, values, stored.variant, activate)
     if not is_trainable:
         for value in values.values():
@@ -96,6 +107,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
         CheckpointError: as ``load_adapter``; the adapter is then as it was.
     """
     stored, adapters = read_adapter(folder), adapters_of(model)
+    refuse_other_base(model, stored)
     own, kind = adapters.configs.get(adapter_name), adapters.variants.get(adapter_name)
     for path, value in adapters.named(adapter_name).items():
         if own is not None and isinstance(value, Adapter):
@@ -122,8 +134,41 @@ def load_values(
     model: nn.Module, stored: Stored, adapter_name: str, strict: bool = True
 ) -> tuple[dict[str, Value], LoadReport]:
     """What a stored adapter puts into each slot, without touching the model, and what was left out. Raises as ``load_adapter``."""
-    values = build(model, _exact(stored), adapter_name, stored.variant)
-    return values, _fill(model, values, stored, strict)
+    config = _exact(stored)
+    _refuse_huge(model, config, stored)
+    values = build(model, config, adapter_name, stored.variant)
+    report = _fill(model, values, stored, strict)
+    return values, dataclasses.replace(report, ignored_config_keys=stored.ignored)
+
+
+def refuse_other_base(model: nn.Module, stored: Stored, allow: bool = False) -> None:
+    """Raise ``CheckpointError`` if the adapter remembers another base model than this one."""
+    if stored.base is None or allow:
+        return
+    known = dict(model.named_modules())
+    found = fingerprint(model, [path for path in stored.base["samples"] if path in known])
+    if point := differs(stored.base, found):
+        raise CheckpointError(
+            f"{stored.path}: was trained on another base model than this {type(model).__name__}: {point}; load its own, or pass "
+            "allow_other_base=True (--allow-other-base)"
+        )
+
+
+def _refuse_huge(model: nn.Module, config: LoraConfig, stored: Stored) -> None:
+    """Compare the ranks of a config with the file before memory is taken for them: a few bytes of JSON could ask for all of it."""
+    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
+        targets = match(model, config).targets
+        sizes = {path: sum(in_out_features(model.get_submodule(path))) for path in targets}
+    there = sum(tensor.numel() for tensor in stored.tensors.values())
+    ranks = {path: config.for_module(path)[0] for path in targets}
+    if sum(ranks[path] * sizes[path] for path in targets) <= _MODEST + 2 * there:
+        return
+    sides = {side for tensor in stored.tensors.values() for side in tensor.shape}
+    for path, r in ranks.items():
+        if r not in sides:
+            raise CheckpointError(
+                f"{stored.path}: the config says r={r} for {path}, and no tensor of the file has that rank; export the adapter again"
+            )
 
 
 def _exact(stored: Stored) -> LoraConfig:

@@ -22,6 +22,7 @@ from minilora import validate
 from minilora.codebooks import Codebook
 from minilora.errors import CheckpointError, ConfigError, nearest
 from minilora.io import read_bytes, write_file
+from minilora.parse import parse_json
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 SCALE_RULES = ("absmax", "mse", "weighted")
@@ -213,11 +214,9 @@ class LoraConfig:
         source = Path(folder) / "adapter_config.json"
         raw = read_bytes(source, "the adapter's config")
         try:
-            content = json.loads(raw)
+            content = parse_json(raw)
         except ValueError as error:
-            raise CheckpointError(f"{source}: not JSON ({error}); save the adapter again") from None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{source}: holds a {type(content).__name__}; wanted an object of config fields")
+            raise CheckpointError(f"{source}: not JSON that an adapter has ({error}); save the adapter again") from None
         return cls.from_dict(content, str(source))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -246,16 +245,22 @@ class LoraConfig:
         if kind != "LORA":
             raise ConfigError(f"{source}: peft_type={kind!r}; minilora reads 'LORA' adapters only")
         own = {f.name for f in dataclasses.fields(cls)}
+        for name in unknown_keys(content):
+            raise ConfigError(f"{source}: unknown key {name!r}; the closest known ones are {nearest(name, own)}")
         for name, value in content.items():
             if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
                 why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
                 raise ConfigError(f"{source}: {name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
-            if name not in own and name not in OUT_OF_SCOPE and name not in FILE_FIELDS:
-                raise ConfigError(f"{source}: unknown key {name!r}; the closest known ones are {nearest(name, own)}")
         try:
             return cls(**{name: value for name, value in content.items() if name in own and value is not None})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
+
+
+def unknown_keys(content: Mapping[str, Any]) -> list[str]:
+    """The keys of an ``adapter_config.json`` that ``LoraConfig.from_dict`` refuses: newer than this file, or mistyped."""
+    own = {f.name for f in dataclasses.fields(LoraConfig)}
+    return sorted(name for name in content if name not in own and name not in OUT_OF_SCOPE and name not in FILE_FIELDS)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ __all__ = [
     "QuantizationError",
     "StateError",
     "TargetError",
+    "WriteError",
     "nearest",
 ]
 
@@ -44,6 +45,10 @@ class QuantizationError(MiniLoraError, ValueError):
 
 class CheckpointError(MiniLoraError, ValueError):
     """A file on disk is missing, damaged, or does not fit the model."""
+
+
+class WriteError(CheckpointError):
+    """The system does not let a file be written: no room, no right, a broken disk. What was there before is still there."""
 
 
 class DataError(MiniLoraError, ValueError):

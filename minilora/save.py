@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.adapter_files import CONFIG_FILE, PLAIN, PREFIX, VARIANT, WEIGHTS_FILE
+from minilora.adapter_files import CONFIG_FILE, PLAIN, PREFIX, VARIANT, WEIGHTS_FILE, adapter_sha256, seal
 from minilora.config import LoraConfig
 from minilora.errors import StateError
+from minilora.fingerprint import fingerprint
 from minilora.inject import ALL_LINEAR, default_targets
 from minilora.io import write_files
 from minilora.layers import is_conv1d
@@ -48,8 +50,11 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
     return tensors
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write one adapter as PEFT would, so that PEFT, vLLM and llama.cpp's converter read it.
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> str:
+    """Write one adapter as PEFT would, so that PEFT, vLLM and llama.cpp's converter read it; a seal beside finds damage.
+
+    Returns:
+        The adapter's digest, for ``load_adapter(..., expect_sha256=)``.
 
     Raises:
         StateError: there is no such adapter, or a tensor of it is not finite. CheckpointError: the folder cannot be written.
@@ -61,13 +66,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
                 f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
             )
     content = saved_config(model, adapter_name)
-    write_files(
-        folder,
-        {
-            WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
-            CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
-        },
-    )
+    files = {
+        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
+        CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
+    }
+    write_files(folder, seal(files, base_of(model, adapter_name)))
+    return adapter_sha256(files)
+
+
+def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """What an adapter's file remembers of the model under it (``fingerprint``)."""
+    values = adapters_of(model).named(adapter_name)
+    return fingerprint(model, [path for path, value in values.items() if isinstance(value, Adapter)])
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -49,11 +49,16 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a packed transformers model; a head tied to the embedding is not written twice.
+    """Write a packed transformers model into a new or empty folder; a head tied to the embedding is not written twice.
 
     Raises:
-        StateError: nothing is packed, or adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
+        CheckpointError: the folder holds something, or cannot be written; nothing is left then. StateError: nothing is packed, or
+            adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
     """
+    in_new_folder(refuse_occupied(folder), lambda staged: _write_packed(model, staged))
+
+
+def _write_packed(model: Any, folder: Path) -> None:
     if has_adapters(model):
         raise StateError(
             "the model carries adapters; save them with save_adapter, and the packed base before injecting"
@@ -71,15 +76,13 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": sorted(every) or None,
     }
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(place)
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
-    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(place)
-    safetensors.torch.save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        model.generation_config.save_pretrained(folder)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def quantize_to_folder(
@@ -107,7 +110,7 @@ def quantize_to_folder(
     quantize_model(loaded, config, importance=importance)
 
     def write(folder: Path) -> None:
-        save_packed(loaded, folder)
+        _write_packed(loaded, folder)
         tokenizer.save_pretrained(folder)
 
     in_new_folder(target, write)
