@@ -85,7 +85,7 @@ def _give_back(place: Path, staged: Path, was_there: bool) -> None:
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Add one line to a log, at once and unflushed: a kill loses nothing, a power cut the last lines. Raises as ``write_files``."""
+    """Add one line to a log, at once and unflushed: a kill can halve it, a power cut lose the last lines. Raises as ``write_files``."""
     with _told(Path(path), len(line)):
         disk.append(path, f"{line}\n".encode())
 
