@@ -20,6 +20,7 @@ __all__ = [
     "TargetError",
     "WriteError",
     "nearest",
+    "shorten",
 ]
 
 
@@ -57,6 +58,11 @@ class DataError(MiniLoraError, ValueError):
 
 class MissingPackageError(MiniLoraError, ImportError):
     """An optional package is needed for this call; the message has the install command."""
+
+
+def shorten(text: str, longest: int = 800) -> str:
+    """``text``, its middle left out if it is long: what a file says may be of any length, a message may not."""
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]}"
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
