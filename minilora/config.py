@@ -20,7 +20,7 @@ from typing import Any
 
 from minilora import validate
 from minilora.codebooks import Codebook
-from minilora.errors import CheckpointError, ConfigError, nearest, shorten
+from minilora.errors import CheckpointError, ConfigError, nearest
 from minilora.io import read_bytes, write_file
 from minilora.parse import parse_json
 
@@ -244,7 +244,7 @@ class LoraConfig:
         try:
             return cls(**_own_fields(content))
         except ConfigError as error:
-            raise ConfigError(shorten(f"{source}: {error}")) from None
+            raise ConfigError(f"{source}: {error}") from None
 
 
 _OWN = frozenset(field.name for field in dataclasses.fields(LoraConfig))

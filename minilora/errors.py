@@ -20,12 +20,17 @@ __all__ = [
     "TargetError",
     "WriteError",
     "nearest",
-    "shorten",
 ]
+
+_LONGEST = 1200  # signs of a message
 
 
 class MiniLoraError(Exception):
-    """Base of every error that minilora raises on purpose."""
+    """Base of every error that minilora raises on purpose. A name or value in a message may be of any length, the message is not."""
+
+    def __init__(self, message: str = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}")
 
 
 class ConfigError(MiniLoraError, ValueError):
@@ -58,11 +63,6 @@ class DataError(MiniLoraError, ValueError):
 
 class MissingPackageError(MiniLoraError, ImportError):
     """An optional package is needed for this call; the message has the install command."""
-
-
-def shorten(text: str, longest: int = 800) -> str:
-    """``text``, its middle left out if it is long: what a file says may be of any length, a message may not."""
-    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]}"
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:

@@ -5,8 +5,10 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -280,30 +282,36 @@ def test_an_error_at_each_call_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
 # ---- readers and writers at one time
 
 
-def test_files_are_read_as_they_were_at_one_moment(layout):
-    """A reader beside a writer that never rests: both files always have one and the same number."""
-    stop, seen = threading.Event(), set()
+def read_beside_a_writer(place, seconds):
+    """Read two files again and again beside a writer that never rests; returns the reads, and how many saves they saw."""
+    stop, seen, reads = threading.Event(), set(), 0
 
     def write():
-        for turn in range(100_000):
+        for turn in range(10_000_000):
             if stop.is_set():
                 return
-            io.write_files(layout, {"a": b"%d" % turn * 50, "b": b"%d" % turn * 900})
+            io.write_files(place, {"a": b"%d" % turn * 50, "b": b"%d" % turn * 900})
 
-    io.write_files(layout, {"a": b"0" * 50, "b": b"0" * 900})
+    io.write_files(place, {"a": b"0" * 50, "b": b"0" * 900})
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        end = time.monotonic() + 1.5
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
-            got = io.read_files(layout, {"a": "it", "b": "it"})
+            got = io.read_files(place, {"a": "it", "b": "it"})
             one, other = bytes(got["a"]), bytes(got["b"])
-            assert one * 18 == other
+            assert one * 18 == other, "a mix of two saves"
             seen.add(one)
+            reads += 1
     finally:
         stop.set()
         writer.join()
-    assert len(seen) > 3
+    return reads, len(seen)
+
+
+def test_files_are_read_as_they_were_at_one_moment(layout):
+    reads, saves = read_beside_a_writer(layout, 1.0)
+    assert reads > 20 and saves > 3
 
 
 WRITER = """
@@ -392,3 +400,12 @@ def test_append_line_adds_at_the_end(tmp_path):
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(WriteError, match="log: cannot be written"):
         io.append_line(tmp_path / "nowhere" / "log", "one")
+
+
+if __name__ == "__main__":
+    for way, layout in (("exchange", in_folder), ("in place", beside_a_folder)):
+        with tempfile.TemporaryDirectory() as home:
+            home = Path(home) / "place"
+            home.mkdir()
+            reads, saves = read_beside_a_writer(layout(home), 20)
+            print(f"{way}: {reads:,} reads beside a writer, {saves:,} saves seen, 0 mixed")

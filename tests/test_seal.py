@@ -473,6 +473,32 @@ def test_a_placement_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, 
                 break
 
 
+@pytest.mark.parametrize("how", [restore_adapter, hotswap_adapter])
+def test_an_exchange_that_stops_at_any_tensor_changes_nothing(folder, make_gpt2, randomize, snapshot, monkeypatch, how):
+    model = randomize(inject(make_gpt2(), lora()), 7)
+    before, plain, failed = snapshot(model), torch.Tensor.copy_, 0
+    for at in range(1, 6):
+        calls = []
+
+        def copy(self, *rest, calls=calls, at=at, **named):
+            calls.append(1)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return plain(self, *rest, **named)
+
+        watched = {id(tensor) for tensor in adapter_state_dict(model).values()}
+        assert len(watched) == 4
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)
+        try:
+            how(model, folder)
+        except KeyboardInterrupt:
+            monkeypatch.setattr(torch.Tensor, "copy_", plain)
+            assert snapshot(model) == before
+            failed += 1
+        monkeypatch.setattr(torch.Tensor, "copy_", plain)
+    assert failed >= 1
+
+
 def test_a_failed_save_leaves_model_and_folder(folder, make_gpt2, randomize, snapshot, monkeypatch):
     from minilora import io
     from minilora.disk import Disk

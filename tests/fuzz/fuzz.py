@@ -34,7 +34,7 @@ from minilora.slots import has_adapters
 
 CORPUS = Path(__file__).with_name("corpus")
 LIMIT = 2.0  # seconds for one input
-LONGEST = 3_000  # signs of a message
+LONGEST = 1_300  # signs of a message
 MOST_FAILURES = 20  # a run ends after these
 SHARES = {"header": 0.6, "config": 0.33, "seal": 0.065, "folder": 0.005}  # of the executions
 BYTES = [
