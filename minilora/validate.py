@@ -75,7 +75,7 @@ def pattern(name: str, value: object) -> dict[str, Any]:
     for key in value:
         try:
             re.compile(key)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{name} key {key!r} is not a regular expression ({error}); escape its special signs"
             ) from None
