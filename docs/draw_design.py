@@ -10,14 +10,14 @@ from pathlib import Path
 
 # A module may import from its own row and the rows above it, never below: (what the row is about, modules).
 ORDER: list[tuple[str, list[str]]] = [
-    ("what is said", ["errors", "validate", "codebooks", "config", "io", "architectures"]),
+    ("what is said", ["errors", "validate", "codebooks", "config", "disk", "io", "parse", "architectures"]),
     ("weights in few bits", ["lookup", "scales", "quantize"]),
     ("the door to speed", ["ops"]),
     ("base layers", ["layers"]),
     ("the law and the lesson", ["adapter", "lora", "variants"]),
     ("where they go", ["targets", "slots", "tying", "inject", "quantize_model"]),
     ("many adapters", ["adapted", "batched", "combine", "calibrate"]),
-    ("files", ["checkpoint", "hotswap", "export", "bnb"]),
+    ("files", ["fingerprint", "adapter_files", "save", "checkpoint", "hotswap", "export", "bnb"]),
     ("what users see", ["peft_model", "compat", "kbit"]),
     (
         "the job",

@@ -22,6 +22,7 @@ from minilora import validate
 from minilora.codebooks import Codebook, codebook
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, nearest
 from minilora.io import read_bytes, write_file
+from minilora.parse import parse_json
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 SCALE_RULES = ("absmax", "mse", "weighted")
@@ -213,11 +214,9 @@ class LoraConfig:
         source = Path(folder) / "adapter_config.json"
         raw = read_bytes(source, "the adapter's config")
         try:
-            content = json.loads(raw)
+            content = parse_json(raw)
         except ValueError as error:
-            raise CheckpointError(f"{source}: not JSON ({error}); save the adapter again") from None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{source}: holds a {type(content).__name__}; wanted an object of config fields")
+            raise CheckpointError(f"{source}: not JSON that an adapter has ({error}); save the adapter again") from None
         return cls.from_dict(content, str(source))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -242,20 +241,32 @@ class LoraConfig:
         Raises:
             ConfigError: another ``peft_type``, an unknown key, or a field of PEFT's that minilora does not offer, each by name.
         """
-        kind = content.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise ConfigError(f"{source}: peft_type={kind!r}; minilora reads 'LORA' adapters only")
-        own = {f.name for f in dataclasses.fields(cls)}
-        for name, value in content.items():
-            if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
-                why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
-                raise ConfigError(f"{source}: {name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
-            if name not in own and name not in OUT_OF_SCOPE and name not in FILE_FIELDS:
-                raise ConfigError(f"{source}: unknown key {name!r}; the closest known ones are {nearest(name, own)}")
         try:
-            return cls(**{name: value for name, value in content.items() if name in own and value is not None})
+            return cls(**_own_fields(content))
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
+
+
+_OWN = frozenset(field.name for field in dataclasses.fields(LoraConfig))
+
+
+def _own_fields(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for ``LoraConfig`` in PEFT's dictionary. Raises ``ConfigError`` as ``from_dict``."""
+    kind = content.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ConfigError(f"peft_type={kind!r}; minilora reads 'LORA' adapters only")
+    for name in unknown_keys(content):
+        raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, _OWN)}")
+    for name, value in content.items():
+        if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
+            why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
+            raise ConfigError(f"{name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
+    return {name: value for name, value in content.items() if name in _OWN and value is not None}
+
+
+def unknown_keys(content: Mapping[str, Any]) -> list[str]:
+    """The keys of an ``adapter_config.json`` that ``LoraConfig.from_dict`` refuses: newer than this file, or mistyped."""
+    return sorted(name for name in content if name not in _OWN and name not in OUT_OF_SCOPE and name not in FILE_FIELDS)
 
 
 @dataclass(frozen=True)

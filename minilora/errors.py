@@ -18,12 +18,19 @@ __all__ = [
     "QuantizationError",
     "StateError",
     "TargetError",
+    "WriteError",
     "nearest",
 ]
 
+_LONGEST = 1200  # signs of a message
+
 
 class MiniLoraError(Exception):
-    """Base of every error that minilora raises on purpose."""
+    """Base of every error that minilora raises on purpose. A name or value in a message may be of any length, the message is not."""
+
+    def __init__(self, message: str = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}")
 
 
 class ConfigError(MiniLoraError, ValueError):
@@ -44,6 +51,10 @@ class QuantizationError(MiniLoraError, ValueError):
 
 class CheckpointError(MiniLoraError, ValueError):
     """A file on disk is missing, damaged, or does not fit the model."""
+
+
+class WriteError(CheckpointError):
+    """The system does not let a file be written: no room, no right, a broken disk. What was there before is still there."""
 
 
 class DataError(MiniLoraError, ValueError):

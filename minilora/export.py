@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, saved_config
+from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.io import write_files
+from minilora.save import base_of, saved_config
 from minilora.slots import adapters_of
 from minilora.variants.embedding import LoRAEmbedding, TiedHead
 
@@ -41,19 +41,24 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], target: str
     _check_target(target)
     adapters = adapters_of(model)
     factors = {path: _factors(path, value, target) for path, value in adapters.named(adapter_name).items()}
-    return _write(factors, saved_config(model, adapter_name), folder, target)
+    return _write(factors, saved_config(model, adapter_name), folder, target, base_of(model, adapter_name))
 
 
 @torch.no_grad()
-def export_folder(adapter: str | os.PathLike[str], folder: str | os.PathLike[str], target: str) -> int:
+def export_folder(
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    target: str,
+    expect_sha256: str | None = None,
+) -> int:
     """``export_adapter`` from an adapter folder alone, for plain LoRA and rsLoRA, which need no base model.
 
     Raises:
         ConfigError, StateError: as ``export_adapter``, or a variant that needs its base model. CheckpointError: a damaged folder.
     """
     _check_target(target)
-    stored = read_adapter(adapter)
-    return _write(_stored_factors(stored), stored.config.to_dict(), folder, target)
+    stored = read_adapter(adapter, expect_sha256=expect_sha256)
+    return _write(_stored_factors(stored), stored.config.to_dict(), folder, target, stored.base)
 
 
 def _check_target(target: str) -> None:
@@ -98,11 +103,17 @@ def _stored_factors(stored: Stored) -> dict[str, tuple[Tensor, Tensor]]:
     return {path: (pair["A.weight"], stored.config.scaling(path) * pair["B.weight"]) for path, pair in parts.items()}
 
 
-def _write(factors: Factors, content: dict[str, Any], folder: str | os.PathLike[str], target: str) -> int:
+def _write(
+    factors: Factors,
+    content: dict[str, Any],
+    folder: str | os.PathLike[str],
+    target: str,
+    base: Mapping[str, Any] | None,
+) -> int:
     r = max(len(A) for A, _ in factors.values())
     padded = {path: (_pad(A, r, 0), _pad(B, r, 1)) for path, (A, B) in factors.items()}
     files = _mlx_files(padded, r) if target == "mlx" else _peft_files(padded, r, content)
-    write_files(Path(folder), files)
+    write_files(folder, seal(files, base))
     return r
 
 

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import nn
 
-from minilora.checkpoint import WEIGHTS_FILE, load_values, read_adapter
+from minilora.checkpoint import WEIGHTS_FILE, all_or_nothing, load_values, read_adapter, refuse_other_base
 from minilora.errors import CheckpointError, StateError
 from minilora.lora import LoRALinear
 from minilora.slots import adapters_of
@@ -20,8 +20,16 @@ __all__ = ["hotswap_adapter"]
 
 
 @torch.no_grad()
-def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+def hotswap_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    expect_sha256: str | None = None,
+    allow_other_base: bool = False,
+) -> None:
     """Overwrite adapter ``adapter_name`` with the one in ``folder``; layers that the file does not adapt get B = 0.
+
+    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``.
 
     Raises:
         CheckpointError: the folder has another kind of adapter, layers that the present one lacks, or a larger rank; the present adapter
@@ -38,7 +46,8 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
             raise CheckpointError(
                 f"{where}: adapter {adapter_name!r} has a {kind} at {path}, which cannot be exchanged; use load_adapter"
             )
-    stored = read_adapter(folder)
+    stored = read_adapter(folder, expect_sha256=expect_sha256)
+    refuse_other_base(model, stored, allow_other_base)
     with torch.random.fork_rng(devices=[]):  # building draws start values that are overwritten at once
         incoming, _ = load_values(model, stored, "incoming-" + adapter_name[:48])
     for path, value in incoming.items():
@@ -60,10 +69,12 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
             raise CheckpointError(
                 f"{where}: {path} starts from another part of the weight than the present adapter; use load_adapter"
             )
-    for path, old in present.items():
-        new = incoming.get(path)
-        assert isinstance(old, LoRALinear)  # checked above
-        _overwrite(old, new if isinstance(new, LoRALinear) else None)
+    held = (getattr(old, name) for old in present.values() if isinstance(old, LoRALinear) for name in old.file_names)
+    with all_or_nothing(tensor for tensor in held if tensor is not None):
+        for path, old in present.items():
+            new = incoming.get(path)
+            assert isinstance(old, LoRALinear)  # checked above
+            _overwrite(old, new if isinstance(new, LoRALinear) else None)
 
 
 def _overwrite(old: LoRALinear, new: LoRALinear | None) -> None:

@@ -17,7 +17,7 @@ from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, pattern_matches
 from minilora.errors import StateError, TargetError, nearest
 from minilora.layers import is_linear, is_quantized
-from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters, own_parameters
+from minilora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
 from minilora.tying import adapt_embedding, train_rows
 
@@ -258,13 +258,43 @@ def place(
     kind: str | None = None,
     activate: bool = True,
 ) -> None:
-    """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model."""
-    if not has_adapters(model):
-        model.requires_grad_(False)
-        attach(model, Adapters())
-    adapters = adapters_of(model)
+    """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model.
+
+    Whatever stops it half way, an interrupt included, leaves the model as it was.
+    """
+    adapters = adapters_of(model) if has_adapters(model) else Adapters()
+    kept = [value for slot in adapters.slots.values() for value in slot.kept.values()]
+    parameters = [*model.parameters(), *(parameter for value in kept for parameter in own_parameters(value))]
+    trained = [parameter.requires_grad for parameter in parameters]
     with adapters.bare():
         slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
+    bases, active = {path: slot.base for path, slot in slots.items()}, adapters.active
+    try:
+        if not has_adapters(model):
+            model.requires_grad_(False)
+            attach(model, adapters)
+        _fill_slots(adapters, slots, adapter_name, values, activate)
+        adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
+        if activate:
+            adapters.activate([adapter_name])
+        else:
+            adapters.show()
+    except BaseException:
+        for path, base in bases.items():
+            slots[path].base = base
+        adapters.forget(adapter_name)
+        adapters.active = active
+        adapters.show()
+        if not adapters.configs:
+            detach(model)
+        for parameter, was in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(was)
+        raise
+
+
+def _fill_slots(
+    adapters: Adapters, slots: Mapping[str, Slot], adapter_name: str, values: Mapping[str, Value], activate: bool
+) -> None:
     for path, value in values.items():
         slot = adapters.slots[path] = slots[path]
         slot.kept[adapter_name] = value
@@ -272,18 +302,6 @@ def place(
             slot.base = value.base_layer
         for parameter in own_parameters(value):
             parameter.requires_grad_(activate)
-    adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
-    if not activate:
-        adapters.show()
-        return
-    before = adapters.active
-    try:
-        adapters.activate([adapter_name])
-    except StateError:
-        adapters.forget(adapter_name)
-        adapters.active = before
-        adapters.show()
-        raise
 
 
 def inject(

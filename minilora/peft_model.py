@@ -61,10 +61,12 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoraConfig | None = None,
+        expect_sha256: str | None = None,
+        allow_other_base: bool = False,
     ) -> Any:
         """Load the adapter folder ``model_id`` into ``model``: active, in eval mode and frozen unless ``is_trainable``.
 
-        ``config`` is used instead of the file's.
+        ``config`` is used instead of the file's; it, ``expect_sha256`` and ``allow_other_base`` are as for ``minilora.load_adapter``.
 
         Raises:
             CheckpointError: the folder and the model do not fit, by name; the model is then as it was.
@@ -74,7 +76,15 @@ class PeftModel(nn.Module):
                 f"from_pretrained got a {type(model).__name__} first; wanted the loaded base model, then the adapter's folder"
             )
         _refuse_second(model)
-        checkpoint.load_adapter(model, model_id, adapter_name, is_trainable, config=config)
+        checkpoint.load_adapter(
+            model,
+            model_id,
+            adapter_name,
+            is_trainable,
+            config=config,
+            expect_sha256=expect_sha256,
+            allow_other_base=allow_other_base,
+        )
         return _extend(model).train(is_trainable)
 
     def save_pretrained(
@@ -117,10 +127,25 @@ class PeftModel(nn.Module):
         inject(self, peft_config, adapter_name, variant, activate=False)
 
     def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, strict: bool = True
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        strict: bool = True,
+        expect_sha256: str | None = None,
+        allow_other_base: bool = False,
     ) -> checkpoint.LoadReport:
         """Load an adapter folder and keep it aside, frozen unless ``is_trainable``. Raises as ``minilora.load_adapter``."""
-        return checkpoint.load_adapter(self, model_id, adapter_name, is_trainable, strict, activate=False)
+        return checkpoint.load_adapter(
+            self,
+            model_id,
+            adapter_name,
+            is_trainable,
+            strict,
+            activate=False,
+            expect_sha256=expect_sha256,
+            allow_other_base=allow_other_base,
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Raises ``StateError`` for a merged or the only one."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from minilora.checkpoint import save_adapter
 from minilora.data import IGNORED, Encoded, collate, micro_batches
 from minilora.errors import ConfigError, StateError
-from minilora.io import append_line
+from minilora.io import append_line, write_file
 
 __all__ = ["TrainConfig", "checkpoint_activations", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
 
@@ -147,8 +147,7 @@ def train(
         raise StateError(
             "no parameter requires grad, so nothing would train; inject an adapter, or load it with is_trainable=True"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").write_text("")
+    write_file(folder / "log.jsonl", "")
     records: list[dict[str, Any]] = []
 
     def log(record: dict[str, Any]) -> None:

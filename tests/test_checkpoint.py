@@ -1,10 +1,8 @@
 """Adapter folders: what was saved comes back to the bit, and every fault is named and leaves the model as it was."""
 
-import errno
 import json
 import os
 import signal
-import stat
 
 import pytest
 import safetensors
@@ -12,7 +10,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, io, quantize_model
+from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, quantize_model
+from minilora.adapter_files import SEAL_FILE
 from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, adapter_state_dict, load_adapter, save_adapter, saved_config
 from minilora.errors import CheckpointError, ConfigError, StateError
 
@@ -156,6 +155,7 @@ def test_loading_a_second_adapter_beside_the_first(make_gpt2, randomize, ids, tm
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_files_load_as_fp32(make_gpt2, randomize, tmp_path, dtype):
     save_adapter(randomize(inject(make_gpt2(), lora())), tmp_path)
+    (tmp_path / SEAL_FILE).unlink()
     halves = {key: tensor.to(dtype) for key, tensor in tensors_of(tmp_path).items()}
     safetensors.torch.save_file(halves, tmp_path / WEIGHTS_FILE)
     model = make_gpt2()
@@ -271,10 +271,13 @@ FAULTS = {
     "empty config": (write(CONFIG_FILE, b""), CheckpointError, rf"{CONFIG}: not JSON"),
     "cut config": (cut(CONFIG_FILE, 40), CheckpointError, rf"{CONFIG}: not JSON"),
     "config not UTF-8": (write(CONFIG_FILE, b'{"r": "\xff"}'), CheckpointError, rf"{CONFIG}: not JSON"),
-    "config is a list": (write(CONFIG_FILE, b"[1]"), CheckpointError, rf"{CONFIG}: holds a list; wanted an object"),
-    "config is null": (write(CONFIG_FILE, b"null"), CheckpointError, rf"{CONFIG}: holds a NoneType"),
+    "config is a list": (
+        write(CONFIG_FILE, b"[1]"),
+        CheckpointError,
+        rf"{CONFIG}: not JSON .*holds a list; wanted an object",
+    ),
+    "config is null": (write(CONFIG_FILE, b"null"), CheckpointError, rf"{CONFIG}: not JSON .*holds a NoneType"),
     "other method": (edit_config(peft_type="IA3"), ConfigError, rf"{CONFIG}: peft_type='IA3'"),
-    "unknown key": (edit_config(lora_beta=2), ConfigError, rf"{CONFIG}: unknown key 'lora_beta'"),
     "feature of PEFT": (edit_config(use_qalora=True), ConfigError, rf"{CONFIG}: use_qalora=True"),
     "bogus type": (edit_config(r="3"), ConfigError, rf"{CONFIG}: r='3'"),
     "alpha not a number": (edit_config(lora_alpha=float("nan")), ConfigError, rf"{CONFIG}: lora_alpha=nan"),
@@ -304,7 +307,9 @@ FAULTS = {
 
 @pytest.fixture
 def folder(make_gpt2, randomize, tmp_path):
+    """A saved adapter without its seal, as another program leaves one: what the seal finds is in test_seal.py."""
     save_adapter(randomize(inject(make_gpt2(), lora(["c_attn"]))), tmp_path / "adapter")
+    (tmp_path / "adapter" / SEAL_FILE).unlink()
     return tmp_path / "adapter"
 
 
@@ -412,105 +417,3 @@ def test_a_pattern_in_a_file_cannot_hang_the_load(folder, make_gpt2, changes):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-# io: every byte that reaches a disk.
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.fixture
-def old(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).write_bytes(b"old " + name.encode())
-    return tmp_path
-
-
-def failing(function, at):
-    """``function``, which raises "no space" at its ``at``-th call and after."""
-    calls = []
-
-    def call(*arguments, **named):
-        calls.append(arguments)
-        if len(calls) >= at:
-            raise FULL
-        return function(*arguments, **named)
-
-    return call
-
-
-def test_write_files_writes_and_replaces(old):
-    io.write_files(old / "new" / "deep", {"a": b"1"})
-    io.write_files(old, {"a": b"1", "c": b"3"})
-    io.write_file(old / "b", "text")
-    (old / "new" / "deep" / "a").unlink()
-    (old / "new" / "deep").rmdir()
-    (old / "new").rmdir()
-    assert contents(old) == {"a": b"1", "b": b"text", "c": b"3"}
-
-
-@pytest.mark.parametrize("name", ["fsync", "replace", "chmod"])
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_full_disk_keeps_the_old_files_and_leaves_no_other(old, monkeypatch, name, at):
-    monkeypatch.setattr(io.os, name, failing(getattr(os, name), at))
-    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\); choose"):
-        io.write_files(old, {"a": b"new a", "b": b"new b"})
-    assert contents(old) == {"a": b"old a", "b": b"old b"}
-
-
-def test_an_open_file_keeps_its_content(old):
-    with open(old / "a", "rb") as reader:
-        io.write_file(old / "a", b"new")
-        assert reader.read() == b"old a"
-
-
-def test_all_is_flushed_before_the_first_file_takes_its_place(old, monkeypatch):
-    order = []
-    for name in ("fsync", "replace"):
-        plain = getattr(os, name)
-        monkeypatch.setattr(io.os, name, lambda *a, name=name, plain=plain: (order.append(name), plain(*a))[1])
-    io.write_files(old, {"a": b"1", "b": b"2"})
-    assert order == ["fsync", "fsync", "replace", "replace", "fsync"]
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        io.write_file(tmp_path / "a", b"1")
-        assert os.umask(umask) == umask
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
-
-
-def test_a_folder_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "taken").write_bytes(b"old")
-    with pytest.raises(CheckpointError, match="taken: cannot be written"):
-        io.write_files(tmp_path / "taken", {"a": b"1"})
-    assert (tmp_path / "taken").read_bytes() == b"old"
-
-
-def test_a_failed_save_keeps_the_old_adapter_readable(folder, make_gpt2, randomize, monkeypatch):
-    before = contents(folder)
-    model = randomize(inject(make_gpt2(), lora(["c_attn"])), 8)
-    monkeypatch.setattr(io.os, "fsync", failing(os.fsync, 2))
-    with pytest.raises(CheckpointError, match="No space left"):
-        save_adapter(model, folder)
-    assert contents(folder) == before
-
-
-def test_append_line_adds_at_the_end(tmp_path):
-    io.append_line(tmp_path / "log", "one")
-    io.append_line(tmp_path / "log", "zwei – ü")
-    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwei – ü\n"
-
-
-def test_reading_a_missing_file_names_it_and_its_purpose(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nothing: the notes cannot be read \(No such file or directory\)"):
-        io.read_bytes(tmp_path / "nothing", "the notes")

@@ -502,7 +502,13 @@ def test_a_toml_value_of_the_wrong_type_is_refused(capsys, monkeypatch, tmp_path
 def test_train_leaves_a_whole_run_folder(trained, model_folder):
     folder, text = trained
     names = {path.name for path in folder.iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "report.html"} | {
+    assert names == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "minilora.json",
+        "log.jsonl",
+        "report.html",
+    } | {
         "checkpoint-25",
         "checkpoint-50",
     }
@@ -709,6 +715,7 @@ def test_a_merge_that_breaks_leaves_nothing(capsys, monkeypatch, trained, model_
 def test_an_adapter_of_another_model_is_refused(capsys, trained, model_folder, tmp_path):
     other = tmp_path / "adapter"
     shutil.copytree(trained[0], other)
+    (other / "minilora.json").unlink()
     tensors = safetensors.torch.load_file(other / "adapter_model.safetensors")
     tensors = {key: tensor[..., :5].contiguous() for key, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, other / "adapter_model.safetensors")

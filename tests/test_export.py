@@ -10,6 +10,7 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, inject, quantize_model, save_adapter
+from minilora.adapter_files import SEAL_FILE
 from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, StateError
@@ -29,7 +30,7 @@ def lora(targets=ALL, **fields):
 
 
 def read(folder, weights=WEIGHTS_FILE):
-    assert sorted(path.name for path in folder.iterdir()) == sorted([weights, CONFIG_FILE])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([weights, CONFIG_FILE, SEAL_FILE])
     return json.loads((folder / CONFIG_FILE).read_text()), safetensors.torch.load_file(folder / weights)
 
 
@@ -218,6 +219,7 @@ def test_the_folder_alone_gives_the_same_tensors(adapted, tmp_path, target, case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_folder_in_half_precision_is_written_in_fp32(adapted, tmp_path, target, dtype):
     save_adapter(adapted({}), tmp_path / "adapter")
+    (tmp_path / "adapter" / SEAL_FILE).unlink()
     file = tmp_path / "adapter" / WEIGHTS_FILE
     tensors = {key: tensor.to(dtype) for key, tensor in safetensors.torch.load_file(file).items()}
     safetensors.torch.save_file(tensors, file)
@@ -241,6 +243,7 @@ def test_a_variant_that_needs_its_base_is_refused_from_the_folder(adapted, tmp_p
 def test_no_regular_expression_of_a_file_is_run(adapted, tmp_path, target, field):
     """As in ``load_adapter``: the pattern could hang the reader, so the file is refused."""
     save_adapter(adapted({}), tmp_path / "adapter")
+    (tmp_path / "adapter" / SEAL_FILE).unlink()
     file = tmp_path / "adapter" / CONFIG_FILE
     content = json.loads(file.read_text())
     content[field] = {r"(q|v)_proj": 4}
@@ -254,6 +257,7 @@ def test_no_regular_expression_of_a_file_is_run(adapted, tmp_path, target, field
 def test_a_folder_whose_rank_is_not_the_configs_is_refused(adapted, tmp_path, target):
     """Otherwise its scale would be a guess."""
     save_adapter(adapted({}), tmp_path / "adapter")
+    (tmp_path / "adapter" / SEAL_FILE).unlink()
     file = tmp_path / "adapter" / CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 2}))
     with pytest.raises(MiniLoraError, match=r"rank|lora_A"):
@@ -265,6 +269,7 @@ def test_a_folder_whose_rank_is_not_the_configs_is_refused(adapted, tmp_path, ta
 @pytest.mark.parametrize("fault", ["damaged", "half", "missing"])
 def test_a_damaged_folder_is_named(adapted, tmp_path, target, fault):
     save_adapter(adapted({}), tmp_path / "adapter")
+    (tmp_path / "adapter" / SEAL_FILE).unlink()
     file = tmp_path / "adapter" / WEIGHTS_FILE
     if fault == "damaged":
         file.write_bytes(file.read_bytes()[:-3])
@@ -403,6 +408,7 @@ def test_the_command_ends_with_2_and_one_line(adapted, tmp_path, capsys, fault):
     if fault != "no folder":
         save_adapter(adapted({"use_dora": fault == "dora"}), tmp_path / "adapter")
     if fault == "damaged":
+        (tmp_path / "adapter" / SEAL_FILE).unlink()
         (tmp_path / "adapter" / WEIGHTS_FILE).write_bytes(b"no")
     assert (
         main(["export", "--adapter", str(tmp_path / "adapter"), "--for", "vllm", "--out", str(tmp_path / "out")]) == 2

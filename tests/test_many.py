@@ -853,6 +853,9 @@ def test_an_exchange_with_nobody_or_nothing(make_mlp, add, saved, unchanged, tmp
         hotswap_adapter(model, tmp_path / "nowhere")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
+    with unchanged(model, CheckpointError, "is not the file that was saved here"):
+        hotswap_adapter(model, folder)
+    (folder / "minilora.json").unlink()
     with unchanged(model, CheckpointError, "damaged"):
         hotswap_adapter(model, folder)
 

@@ -322,6 +322,7 @@ def test_every_record_is_a_line_of_the_log_and_is_watched(adapted, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "log.jsonl",
+        "minilora.json",
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from minilora import __version__
 from minilora.cli import bench, plan
 from minilora.config import LoraConfig
-from minilora.errors import ConfigError, MiniLoraError, nearest
+from minilora.errors import ConfigError, MiniLoraError, WriteError, nearest
 from minilora.train import TrainConfig
 
 _LORA_FLAGS = (
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         arguments.run(arguments)
     except MiniLoraError as error:
-        return _fail(arguments, error, 2)
+        return _fail(arguments, error, 1 if isinstance(error, WriteError) else 2)
     except KeyboardInterrupt:
         print("minilora: interrupted; what was saved before is whole", file=sys.stderr)
         return 130
@@ -239,14 +239,27 @@ def _run_job(job: Any) -> Any:
 # ---- generate, merge
 
 
+def _adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that loads an adapter can be told about it."""
+    parser.add_argument("--expect-sha256", help="refuse any other adapter; save_adapter returns this digest")
+    parser.add_argument(
+        "--allow-other-base", action="store_true", help="load it on another base than it was trained on"
+    )
+
+
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", help="each prompt in quotes")
     parser.add_argument("--model", required=True, help="hub id, local folder, or smollm2")
     parser.add_argument("--adapter", help="adapter folder (PEFT's layout)")
+    _adapter_flags(parser)
     parser.add_argument("--quant", default="none", help="none, or a format: nf4, nf3, int8 ... (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of drawn tokens (default: %(default)s)")
+
+
+def _trust(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"expect_sha256": arguments.expect_sha256, "allow_other_base": arguments.allow_other_base}
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -261,7 +274,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.quant != "none" and not any(is_quantized(module) for module in model.modules()):
         quantize_model(model, QuantConfig(arguments.quant, double_quant=True))
     if arguments.adapter:
-        model = PeftModel.from_pretrained(model, arguments.adapter)
+        model = PeftModel.from_pretrained(model, arguments.adapter, **_trust(arguments))
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
         said = answers(model, tokenizer, [prompt], arguments.max_new_tokens, arguments.temperature)[0]
@@ -282,6 +295,7 @@ def _check_generate(arguments: argparse.Namespace) -> None:
 def _merge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id, local folder, or smollm2")
     parser.add_argument("--adapter", required=True, help="adapter folder (PEFT's layout)")
+    _adapter_flags(parser)
     parser.add_argument("--out", required=True, help="folder for the merged model; must not exist yet, or be empty")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
 
@@ -292,9 +306,9 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     if arguments.dtype not in DTYPES:
         raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(DTYPES)}")
-    print(
-        f"merged model in {merge_to_folder(arguments.model, arguments.adapter, arguments.out, DTYPES[arguments.dtype])}"
-    )
+    dtype = DTYPES[arguments.dtype]
+    place = merge_to_folder(arguments.model, arguments.adapter, arguments.out, dtype, **_trust(arguments))
+    print(f"merged model in {place}")
 
 
 def _quantize_flags(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +347,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     from minilora.export import TARGETS
 
     parser.add_argument("--adapter", required=True, help="adapter folder (PEFT's layout)")
+    _adapter_flags(parser)
     parser.add_argument("--for", dest="target", required=True, choices=TARGETS, help="who will read it")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--model", help="its base model; needed for variants other than LoRA and rsLoRA")
@@ -345,9 +360,9 @@ def _export(arguments: argparse.Namespace) -> None:
         from minilora import PeftModel
         from minilora.hf import load_model
 
-        model = PeftModel.from_pretrained(load_model(arguments.model), arguments.adapter)
+        model = PeftModel.from_pretrained(load_model(arguments.model), arguments.adapter, **_trust(arguments))
         rank = export_adapter(model, arguments.out, arguments.target)
     else:
-        rank = export_folder(arguments.adapter, arguments.out, arguments.target)
+        rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)
     hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
     print(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")

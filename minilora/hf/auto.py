@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minilora.config import LoraConfig
+from minilora.adapter_files import read_config
 from minilora.errors import ConfigError
 from minilora.hf.load import load_model
 from minilora.peft_model import PeftModel
@@ -31,7 +31,7 @@ class AutoPeftModelForCausalLM:
         Raises:
             ConfigError: the config names no base model. CheckpointError: that model cannot be loaded, or the adapter does not fit it.
         """
-        base = LoraConfig.from_pretrained(folder).base_model_name_or_path
+        base = read_config(folder).base_model_name_or_path
         if not base:
             raise ConfigError(
                 f"{folder}: its config names no base_model_name_or_path; load the model and use PeftModel.from_pretrained"

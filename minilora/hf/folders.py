@@ -1,15 +1,16 @@
-"""A folder of model files that is there whole or not at all."""
+"""A folder of model files that is there whole or not at all: transformers writes into a staging folder, ``io`` flushes and renames it."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError
+from safetensors import SafetensorError
+
+from minilora.errors import CheckpointError, WriteError
+from minilora.io import new_folder
 
 __all__ = ["in_new_folder", "refuse_occupied"]
 
@@ -23,15 +24,8 @@ def refuse_occupied(folder: str | os.PathLike[str]) -> Path:
 
 
 def in_new_folder(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Let ``write`` fill a temporary folder beside ``target``, then rename it into place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    """``write`` fills a staging folder, which then becomes ``target``. Raises ``WriteError``; nothing is left then."""
     try:
-        write(temporary)
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        return new_folder(target, write)
+    except SafetensorError as error:  # its writer wraps what the system says
+        raise WriteError(f"{target}: cannot be written ({error}); choose a writable folder with room") from None

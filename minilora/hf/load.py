@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MissingPackageError
+from minilora.hf.folders import in_new_folder
 from minilora.hf.packed import is_packed_folder, load_packed
 
 SMOLLM2 = "smollm2"
@@ -86,21 +85,16 @@ def cache_folder() -> Path:
 
 
 def _smollm2_folder() -> Path:
-    """The converted model, made on first use in a temporary folder that is renamed when it is whole."""
+    """The converted model, made on first use; there whole or not at all."""
     target = cache_folder() / "smollm2-135m-instruct"
     if target.is_dir():
         return target
     source = _find_gguf()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=target.parent))
     try:
-        _convert(source, temporary)
-        os.rename(temporary, target)
-    except OSError:
+        in_new_folder(target, lambda folder: _convert(source, folder))
+    except CheckpointError:
         if not target.is_dir():  # otherwise somebody else's conversion was first, and is as good
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

@@ -15,14 +15,26 @@ from minilora.peft_model import PeftModel
 __all__ = ["merge_to_folder"]
 
 
-def merge_to_folder(model: str, adapter: str, out: str, dtype: torch.dtype = torch.float32) -> Path:
+def merge_to_folder(
+    model: str,
+    adapter: str,
+    out: str,
+    dtype: torch.dtype = torch.float32,
+    expect_sha256: str | None = None,
+    allow_other_base: bool = False,
+) -> Path:
     """Load ``model`` dense, merge the adapter folder into it in fp32, and save weights and tokenizer to ``out``.
+
+    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``.
 
     Raises:
         CheckpointError: ``out`` exists and is not empty, or adapter and model do not fit; nothing is written then.
     """
     target = refuse_occupied(out)
-    merged = PeftModel.from_pretrained(load_model(model, dtype), adapter).merge_and_unload()
+    adapted = PeftModel.from_pretrained(
+        load_model(model, dtype), adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base
+    )
+    merged = adapted.merge_and_unload()
     if left := [path for path, module in merged.named_modules() if is_quantized(module)]:
         raise CheckpointError(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"

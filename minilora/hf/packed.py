@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
@@ -22,8 +21,10 @@ from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.io import read_bytes
 from minilora.kbit import dtype_on_disk
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.parse import parse_tensors
 from minilora.quantize_model import quantize_model
 from minilora.slots import has_adapters
 
@@ -75,25 +76,28 @@ def bitsandbytes_entry(config: QuantConfig, dense: list[str]) -> dict[str, Any]:
 
 
 def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a packed transformers model; a head tied to the embedding is not written twice.
+    """Write a packed transformers model into a new or empty folder; a head tied to the embedding is not written twice.
 
     Raises:
-        StateError: nothing is packed, or adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
+        CheckpointError: the folder holds something, or cannot be written; nothing is left then. StateError: nothing is packed, or
+            adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
     """
+    in_new_folder(refuse_occupied(folder), lambda staged: _write_packed(model, staged))
+
+
+def _write_packed(model: Any, folder: Path) -> None:
     tensors = packed_state_dict(model)
     layer = next(module for module in model.modules() if is_quantized(module))
     quantization = bitsandbytes_entry(
         QuantConfig(layer.book, layer.blocksize, layer.double_quant), dense_linears(model)
     )
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(place)
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
-    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(place)
-    safetensors.torch.save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        model.generation_config.save_pretrained(folder)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def quantize_to_folder(
@@ -121,7 +125,7 @@ def quantize_to_folder(
     quantize_model(loaded, config, importance=importance)
 
     def write(folder: Path) -> None:
-        save_packed(loaded, folder)
+        _write_packed(loaded, folder)
         tokenizer.save_pretrained(folder)
 
     in_new_folder(target, write)
@@ -171,10 +175,7 @@ def _all_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: no .safetensors file; pickles are not read, save the model again")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            tensors |= safetensors.torch.load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: damaged ({error}); copy it again") from None
+        tensors |= parse_tensors(read_bytes(file, "the model's weights"), file)[0]
     return tensors
 
 

@@ -1,0 +1,205 @@
+"""What a disk can do, one method a system call or two: the only code of minilora that writes, and what a simulated disk replaces.
+
+Nothing here decides anything; ``io.py`` does. Next file: ``io.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, so nothing is swept either
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Disk", "Opened"]
+
+Path = str | os.PathLike[str]
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+_AT_FDCWD = -100
+_LARGEST_WRITE = 1 << 30  # Linux writes at most 2 GiB at once
+
+
+@dataclass
+class Opened:
+    """A file that is open for reading: it keeps its content, whatever happens to its name. ``identity`` as ``Disk.identity``."""
+
+    file: Any
+    size: int
+    identity: tuple[int, int]
+
+    def read(self) -> bytearray:
+        """All of it, in one piece of memory."""
+        content = bytearray(self.size)
+        view, count = memoryview(content), 0
+        while count < self.size and (got := self.file.readinto(view[count:])):
+            count += got
+        view.release()
+        del content[count:]
+        return content
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Disk:
+    """The real one. Every method raises ``OSError`` with the path when the system refuses."""
+
+    # ---- looking
+
+    def kind(self, path: Path) -> str | None:
+        """ "folder", "file", "link" or None; a link is not followed."""
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return "folder" if stat.S_ISDIR(mode) else "link" if stat.S_ISLNK(mode) else "file"
+
+    def names(self, folder: Path) -> list[str]:
+        """What lies in a folder, sorted."""
+        return sorted(os.listdir(folder))
+
+    def identity(self, path: Path) -> tuple[int, int] | None:
+        """Device and number of a file, or None if there is none: two paths with equal ones are one file."""
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_dev, found.st_ino
+
+    def owner(self, path: Path) -> tuple[object, ...]:
+        """Whose a folder is: user, group, access lists."""
+        found = os.stat(path)
+        listed: list[str] = getattr(os, "listxattr", lambda path: [])(path)
+        return found.st_uid, found.st_gid, [(name, os.getxattr(path, name)) for name in listed if "posix_acl" in name]
+
+    def open(self, path: Path) -> Opened:
+        """A file to read from. A pipe or device is refused, and never waited for."""
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+        except OSError:
+            os.close(handle)
+            raise
+        return Opened(os.fdopen(handle, "rb", buffering=0), found.st_size, (found.st_dev, found.st_ino))
+
+    # ---- writing
+
+    def write(self, path: Path, content: bytes | bytearray) -> None:
+        """A new file, flushed to the disk; its mode follows the umask."""
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(handle, rest[:_LARGEST_WRITE]) :]
+            _flush(handle)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        finally:
+            os.close(handle)
+
+    def append(self, path: Path, content: bytes) -> None:
+        """Add to a file (made if need be), unflushed: logs are not worth a wait."""
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            os.write(handle, content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        finally:
+            os.close(handle)
+
+    def flush(self, path: Path) -> None:
+        """Bring a file's content, or a folder's names, to the disk."""
+        if os.name == "nt" and os.path.isdir(path):  # Windows has no handle for this
+            return
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            _flush(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no flush for folders
+                raise OSError(error.errno, error.strerror, str(path)) from None
+        finally:
+            os.close(handle)
+
+    def make_folder(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def copy_mode(self, source: Path, target: Path) -> None:
+        os.chmod(target, stat.S_IMODE(os.stat(source).st_mode))
+
+    def set_mode(self, path: Path, mode: int) -> None:
+        os.chmod(path, mode)
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for one file; of a symbolic link, a second link."""
+        os.link(source, target, follow_symlinks=False)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move within one folder or file system; a file that is there is replaced at once."""
+        os.replace(source, target)
+
+    def exchange(self, left: Path, right: Path) -> None:
+        """Let two names change places in one step. Raises ``OSError`` (ENOSYS) where the system cannot."""
+        if _renameat2 is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(left))
+        if _renameat2(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _EXCHANGE):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(left))
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def remove_folder(self, path: Path) -> None:
+        os.rmdir(path)
+
+    # ---- who is writing
+
+    def lock(self, folder: Path) -> int | None:
+        """Hold a folder until ``unlock`` or the end of this process. None if another process holds it.
+
+        -1 where folders cannot be locked (network file systems, Windows).
+        """
+        if fcntl is None:
+            return -1
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError:
+            return -1
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            return None if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else -1
+        return handle
+
+    def unlock(self, handle: int) -> None:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _flush(handle: int) -> None:
+    if sys.platform == "darwin" and fcntl is not None:  # fsync there stops at the drive's own memory
+        fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(handle)
+
+
+def _find_renameat2() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+        function.restype = ctypes.c_int
+    return function
+
+
+_renameat2 = _find_renameat2()

@@ -1,0 +1,175 @@
+"""Bytes of a file to values, believing nothing: JSON objects and safetensors files (github.com/huggingface/safetensors, "Format").
+
+Everything is checked against the bytes that were read before memory is taken: sizes against offsets, offsets against the file's length.
+What is not said exactly once, in the one way that the format has, is refused. Next file: ``config.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from minilora.errors import CheckpointError
+
+__all__ = ["Header", "parse_header", "parse_json", "parse_tensors"]
+
+LONGEST_JSON = 10_000_000  # bytes; a header of 100,000 tensors' names and no more
+MOST_TENSORS = 65_536
+_DEEPEST = 20  # objects and lists in one another
+_MOST_SIDES = 16  # dimensions of a tensor
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: ``shape`` in elements, ``begin`` in bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says that it holds: tensors by name, and ``metadata``, text to text."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
+    """A JSON object without duplicate keys, in UTF-8.
+
+    Raises:
+        ValueError: it is none, or longer than 10 MB; the message is for the caller to put a path before.
+    """
+    if len(raw) > LONGEST_JSON:
+        raise ValueError(f"{len(raw):,} bytes of JSON; at most {LONGEST_JSON:,} are read")
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"holds a {type(content).__name__}; wanted an object")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        inner = (value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer))
+        level = [value for value in inner if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError("nested too deeply")
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:100]!r} comes twice")
+    return content
+
+
+def parse_header(raw: bytes | bytearray, where: object) -> Header:
+    """The checked header of a whole safetensors file.
+
+    Args:
+        raw: all bytes of it. where: its path, for messages.
+
+    Raises:
+        CheckpointError: it is not one, lies about its sizes, or is larger than any adapter: what is wrong, and the file's length.
+    """
+    try:
+        return _header(raw)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: damaged safetensors file of {len(raw)} bytes ({error}); copy or save it again"
+        ) from None
+
+
+def _header(raw: bytes | bytearray) -> Header:
+    if len(raw) < 8:
+        raise ValueError("too short for its 8 bytes of header length")
+    length = int.from_bytes(raw[:8], "little")
+    if length > LONGEST_JSON:
+        raise ValueError(f"header of {length:,} bytes; at most {LONGEST_JSON:,} are read")
+    start = 8 + length
+    if start > len(raw):
+        raise ValueError(f"header of {length} bytes goes past the end")
+    if raw[8:9] != b"{":
+        raise ValueError("header does not begin with {")
+    content = parse_json(raw[8:start])
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is no object of texts")
+    if len(content) > MOST_TENSORS:
+        raise ValueError(f"{len(content):,} tensors; at most {MOST_TENSORS:,} are read")
+    entries = {name: _entry(name, value, start) for name, value in content.items()}
+    _refuse_gaps(entries, start, len(raw))
+    return Header(entries, metadata)
+
+
+def _entry(name: str, value: Any, start: int) -> Entry:
+    def wrong(what: str) -> NoReturn:
+        raise ValueError(f"tensor {name[:200]!r}: {what}")
+
+    if not name.isprintable() or not name:
+        wrong("name is empty, or has signs that cannot be printed")
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        wrong("wanted exactly dtype, shape and data_offsets")
+    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        wrong(f"dtype {str(kind)[:50]!r} is not one of {', '.join(_DTYPES)}")
+    if not _counts(shape) or len(shape) > _MOST_SIDES:
+        wrong("shape is no list of sizes")
+    if not _counts(offsets) or len(offsets) != 2:
+        wrong("data_offsets are no two offsets")
+    size = math.prod(shape) * _DTYPES[kind].itemsize
+    if offsets[1] - offsets[0] != size:
+        wrong(f"data_offsets span {offsets[1] - offsets[0]} bytes, dtype and shape mean {size}")
+    return Entry(_DTYPES[kind], tuple(shape), start + offsets[0])
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**48 for number in value)
+
+
+def _refuse_gaps(entries: dict[str, Entry], start: int, end: int) -> None:
+    """Tensors must fill the file: one after the other, no byte between, none over."""
+    at = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, math.prod(item[1].shape))):
+        if entry.begin != at:
+            raise ValueError(f"tensor {name[:200]!r} begins at byte {entry.begin}, the one before ends at {at}")
+        at += math.prod(entry.shape) * entry.dtype.itemsize
+    if at != end:
+        raise ValueError(f"its tensors end at byte {at}")
+
+
+def parse_tensors(raw: bytearray, where: object) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; the tensors lie in ``raw``, nothing is copied. Raises as ``parse_header``."""
+    header = parse_header(raw, where)
+    return {name: _tensor(raw, entry) for name, entry in header.entries.items()}, header.metadata
+
+
+def _tensor(raw: bytearray, entry: Entry) -> Tensor:
+    count = math.prod(entry.shape)
+    if not count:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.begin % entry.dtype.itemsize:
+        raw, entry = raw[entry.begin : entry.begin + count * entry.dtype.itemsize], Entry(entry.dtype, entry.shape, 0)
+    return torch.frombuffer(raw, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)

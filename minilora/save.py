@@ -1,0 +1,131 @@
+"""An adapter of a model as the files that PEFT would write: its tensors, and its config with what the model decided.
+
+Next file: ``checkpoint.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter
+from minilora.adapter_files import CONFIG_FILE, PLAIN, PREFIX, VARIANT, WEIGHTS_FILE, adapter_sha256, seal
+from minilora.config import LoraConfig
+from minilora.errors import StateError
+from minilora.fingerprint import fingerprint
+from minilora.inject import ALL_LINEAR, default_targets
+from minilora.io import write_files
+from minilora.layers import is_conv1d
+from minilora.slots import Value, adapters_of
+from minilora.targets import ends_with, exactly
+
+__all__ = ["adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The tensors of one adapter under the names that its file has; they share memory with the model."""
+    return tensors_of(adapters_of(model).named(adapter_name))
+
+
+def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
+    """File name to tensor of all that an adapter keeps in its slots."""
+    tensors: dict[str, Tensor] = {}
+    for path, value in values.items():
+        if isinstance(value, Adapter):
+            held = {file: getattr(value, name) for name, file in value.file_names.items()}
+            own = {f"{path}.{file}": tensor for file, tensor in held.items() if tensor is not None}
+        elif isinstance(value, nn.Parameter):
+            owner, _, attr = path.rpartition(".")
+            inner = ".base_layer" if isinstance(values.get(owner), Adapter) else ""
+            own = {f"{owner}{inner}.{attr}": value}
+        else:
+            own = {f"{path}.{name}": tensor for name, tensor in value.state_dict().items()}
+        tensors.update({PREFIX + name: tensor.detach() for name, tensor in own.items()})
+    return tensors
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> str:
+    """Write one adapter as PEFT would, so that PEFT, vLLM and llama.cpp's converter read it; a seal beside finds damage.
+
+    Returns:
+        The adapter's digest, for ``load_adapter(..., expect_sha256=)``.
+
+    Raises:
+        StateError: there is no such adapter, or a tensor of it is not finite. CheckpointError: the folder cannot be written.
+    """
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(model, adapter_name).items()}
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise StateError(
+                f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
+            )
+    content = saved_config(model, adapter_name)
+    files = {
+        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
+        CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
+    }
+    write_files(folder, seal(files, base_of(model, adapter_name)))
+    return adapter_sha256(files)
+
+
+def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """What an adapter's file remembers of the model under it (``fingerprint``)."""
+    values = adapters_of(model).named(adapter_name)
+    return fingerprint(model, [path for path, value in values.items() if isinstance(value, Adapter)])
+
+
+def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """What PEFT writes, and the variant where the config alone does not say it (PEFT's config has no field for it)."""
+    adapters = adapters_of(model)
+    kind = adapters.variants[adapter_name]
+    return {"format": "pt"} | ({} if kind == adapters.configs[adapter_name].variant else {VARIANT: kind})
+
+
+def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
+    """The content of ``adapter_config.json``: the user's config with what the model decided (targets, orientation, base name)."""
+    adapters = adapters_of(model)
+    adapters.check([adapter_name])
+    config = adapters.configs[adapter_name]
+    content = config.to_dict()
+    paths = [
+        path
+        for path, slot in adapters.slots.items()
+        if isinstance(value := slot.kept.get(adapter_name), Adapter) and value.targeted
+    ]
+    with adapters.bare():
+        content["target_modules"] = _named_targets(model, config, paths)
+        content["fan_in_fan_out"] = any(is_conv1d(model.get_submodule(path)) for path in paths)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    for field, own in (("rank_pattern", 0), ("alpha_pattern", 1)):
+        if not all(map(PLAIN.fullmatch, content[field])):  # no regex is run from a file: say what it came to
+            each = {path: config.for_module(path)[own] for path in paths}
+            content[field] = {
+                path: value for path, value in each.items() if value != (config.r, config.lora_alpha)[own]
+            }
+    if config.task_type is None:  # PEFT's AutoPeftModel finds the model's class by this
+        content["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    content["base_model_name_or_path"] = config.base_model_name_or_path or base or None
+    return content
+
+
+def _named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> list[str] | str:
+    """Target names that stand for exactly these layers of this model: the user's own, or the shortest list that says the same."""
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted.lower() != ALL_LINEAR:
+        return wanted
+    if wanted is None and isinstance(default := default_targets(model), str):
+        return default
+    if wanted is not None and not isinstance(wanted, str):
+        return sorted(wanted)
+    endings = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    meant = [path for path, _ in model.named_modules() if any(ends_with(path, ending) for ending in endings)]
+    if set(meant) == set(paths):
+        return endings
+    chosen = exactly(paths, [path for path, _ in model.named_modules() if path])
+    return chosen if isinstance(chosen, str) else list(chosen)
