@@ -16,7 +16,7 @@ from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, pattern_matches
 from minilora.errors import StateError, TargetError, nearest
-from minilora.layers import is_linear, is_quantized
+from minilora.layers import in_front, is_linear, is_quantized
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
 from minilora.tying import adapt_embedding, train_rows
@@ -273,6 +273,7 @@ def place(
         for parameter in own_parameters(value):
             parameter.requires_grad_(activate)
     adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
+    in_front(model)
     if not activate:
         adapters.show()
         return

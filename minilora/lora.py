@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from minilora.adapter import Adapter, register
 from minilora.config import LoraConfig
 from minilora.errors import StateError
-from minilora.layers import compute_dtype
+from minilora.fused import lora_linear
+from minilora.layers import calls_only_forward, carries, compute_dtype, frozen_weight
 
 
 @register("lora")
@@ -69,7 +70,22 @@ class LoRALinear(Adapter):
         return A, B, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_plain() and carries(self.base_layer, x):  # the same in one function: ``fused.py``
+            p = self.lora_dropout.p if self.lora_dropout.training and isinstance(self.lora_dropout, nn.Dropout) else 0.0
+            weight = frozen_weight(self.base_layer)
+            return lora_linear(x, weight, self._whole_bias(), self.lora_A, self.lora_B, self.scaling, p)
         return self.base_layer(x) + self.update(self.lora_dropout(x))
+
+    def _is_plain(self) -> bool:
+        """Whether the update is this class's formula, and nobody listens to the dropout."""
+        return type(self).update is LoRALinear.update and calls_only_forward(self.lora_dropout)
+
+    def _whole_bias(self) -> Tensor | None:
+        """The base layer's bias and the update's."""
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        if self.lora_bias is None:
+            return bias
+        return self.scaling * self.lora_bias if bias is None else bias + self.scaling * self.lora_bias
 
     def update(self, x: Tensor) -> Tensor:
         """``scaling * B A x`` in the dtype that flows through the layer."""

@@ -17,6 +17,7 @@ from torch import nn
 from minilora.adapter import Adapter
 from minilora.config import LoraConfig
 from minilora.errors import StateError, nearest
+from minilora.layers import take_back
 
 Value = nn.Module | nn.Parameter
 _ATTRIBUTE = "_minilora_adapters"
@@ -217,4 +218,5 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
 
 def detach(model: nn.Module) -> None:
     """Forget the record: the model is a plain model again, with whatever its slots hold now."""
+    take_back(model)
     del model.__dict__[_ATTRIBUTE]
