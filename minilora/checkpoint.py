@@ -48,6 +48,7 @@ PREFIX = "base_model.model."
 _VARIANT = "minilora_variant"  # in the metadata of the weights file
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
 _SHOWN = 3  # names in a message
+_SMALL = 1 << 16  # elements
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -79,11 +80,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         StateError: there is no such adapter, or a tensor of it is not finite. CheckpointError: the folder cannot be written.
     """
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(model, adapter_name).items()}
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise StateError(
-                f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
-            )
+    if (key := _not_finite(tensors)) is not None:
+        raise StateError(
+            f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
+        )
     content = saved_config(model, adapter_name)
     write_files(
         folder,
@@ -92,6 +92,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
             CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
         },
     )
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity; small ones are looked at together, one by one only if there is something to find."""
+    small = [tensor.reshape(-1) for tensor in tensors.values() if tensor.numel() <= _SMALL]
+    if small and not bool(torch.isfinite(torch.cat(small)).all()):
+        return next(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+    large = (key for key, tensor in tensors.items() if tensor.numel() > _SMALL)
+    return next((key for key in large if not bool(torch.isfinite(tensors[key]).all())), None)
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -200,13 +209,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensor; save the adapter again")
-    for key, tensor in tensors.items():
+    for key in tensors:
         if not key.startswith(PREFIX):
             raise CheckpointError(
                 f"{path}: tensor {key!r} does not start with {PREFIX!r}; is this an adapter of PEFT's layout?"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: {key} holds NaN or infinity; the run that saved it had diverged")
+    if (bad := _not_finite(tensors)) is not None:
+        raise CheckpointError(f"{path}: {bad} holds NaN or infinity; the run that saved it had diverged")
     return tensors, metadata
 
 
@@ -345,10 +354,10 @@ def _refuse_unequal_twins(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], keys: list[str], path: Path
 ) -> None:
     """Two names of one tied tensor must bring the same values (a head sees the embedding's factor turned round)."""
+    if (bad := _not_finite({key: tensors[key] for key in keys})) is not None:
+        raise CheckpointError(f"{path}: {bad} holds NaN or infinity; the run that saved it had diverged")
     first: dict[int, str] = {}
     for key in keys:
-        if not bool(torch.isfinite(tensors[key]).all()):
-            raise CheckpointError(f"{path}: {key} holds NaN or infinity; the run that saved it had diverged")
         twin = first.setdefault(own[key].data_ptr(), key)
         turned = tensors[key].T if own[key].dim() == 2 and own[key].stride() != own[twin].stride() else tensors[key]
         if twin != key and own[key].numel() == own[twin].numel() and not torch.equal(tensors[twin], turned):

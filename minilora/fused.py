@@ -52,7 +52,15 @@ def lora_linear(
     Returns:
         ``[..., out]`` in ``x``'s dtype. Differentiable once with respect to ``x``, ``bias``, ``A`` and ``B``; the weight gets no gradient.
     """
-    return _LoRALinear.apply(x.to(flowing_dtype(x)), bias, A, B, weight, scaling, p)
+    grad = torch.is_grad_enabled()
+    if not grad and not p and A is not None and B is not None and _all_alike(x, weight, A):
+        out = F.linear(x, weight, bias)  # type: ignore[arg-type]  # the same with little around it: one token, one layer after the other
+        out.view(-1, out.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.t(), alpha=scaling)
+        return out
+    x, drop = x.to(flowing_dtype(x)), min(round(p * _STEPS), _STEPS - 1)
+    if grad:
+        return _LoRALinear.apply(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop)
+    return _forward(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop, _new_seed(drop))[0]
 
 
 def lora_linear_reference(
@@ -92,20 +100,16 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight,
-                scaling: float, p: float) -> Tensor:  # fmt: skip
+                scaling: float, drop: int) -> Tensor:  # fmt: skip
         need_x, ctx.need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-        ctx.drop = min(round(p * _STEPS), _STEPS - 1)
-        ctx.seed = int(torch.randint(2**62, ())) if ctx.drop else 0
-        ctx.scaling, ctx.dtype = scaling * _STEPS / (_STEPS - ctx.drop), product_dtype(x.dtype, x.device)
-        ctx.bias_dtype, ctx.shape = None if bias is None else bias.dtype, x.shape
-        with _as_written(x):
-            values = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            h = None if A is None else _thin(ctx, values, A.to(ctx.dtype))
-            out = matmul(values, weight, True, None if h is None else h.t(), B, bias, x.dtype)
+        ctx.scaling, ctx.drop, ctx.seed = scaling, drop, _new_seed(drop)
+        ctx.shape, ctx.dtype = x.shape, product_dtype(x.dtype, x.device)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        out, h = _forward(x, bias, A, B, weight, scaling, drop, ctx.seed)
         ctx.weight = weight if isinstance(weight, QuantizedTensor) else None
         kept = [x if need_A else None, A, B, h if need_B else None]
         ctx.save_for_backward(*kept, *(_tensors(weight) if need_x else ()))
-        return out.view(*x.shape[:-1], out.shape[1])
+        return out
 
     @staticmethod
     @once_differentiable
@@ -133,15 +137,37 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, grad_bias, grad_A, grad_B, None, None, None
 
 
-def _thin(ctx: Any, values: Tensor, A: Tensor) -> Tensor:
-    """``scaling * A dropout(x)``, ``[r, M]``."""
-    if not ctx.drop:
-        return torch.mm(A, values.t()).mul_(ctx.scaling)
+def _forward(x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight, scaling: float, drop: int,
+             seed: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output, and ``h = scaling * A dropout(x)`` as ``[r, M]``; ``scaling`` makes up for what is dropped."""
+    dtype, h = product_dtype(x.dtype, x.device), None
+    with _as_written(x):
+        values = x.reshape(-1, x.shape[-1]).to(dtype)
+        if A is not None:
+            h = (_thin(values, A.to(dtype), drop, seed) if drop else torch.mm(A.to(dtype), values.t())).mul_(scaling)
+        out = matmul(values, weight, True, None if h is None else h.t(), B, bias, x.dtype)
+    return out.view(*x.shape[:-1], out.shape[1]), h
+
+
+def _all_alike(x: Tensor, weight: Weight, A: Tensor) -> bool:
+    """Whether no part of the product needs a cast or a decoding, and no small thing is special."""
+    if not isinstance(weight, Tensor) or x.dtype is not torch.float32 or torch.is_autocast_enabled(x.device.type):
+        return False
+    return weight.dtype is torch.float32 and A.dtype is torch.float32
+
+
+def _new_seed(drop: int) -> int:
+    """From torch's generator, so that ``torch.manual_seed`` and gradient checkpointing reach it; none is drawn without dropout."""
+    return int(torch.randint(2**62, ())) if drop else 0
+
+
+def _thin(values: Tensor, A: Tensor, drop: int, seed: int) -> Tensor:
+    """``A (mask * x)``, ``[r, M]``."""
     h = values.new_empty(len(A), len(values))
-    for rows, mask in keep_masks(values, ctx.drop, ctx.seed):
-        kept = torch.mul(values[rows], mask, out=buffer("kept", mask.shape, values.device, ctx.dtype))
+    for rows, mask in keep_masks(values, drop, seed):
+        kept = torch.mul(values[rows], mask, out=buffer("kept", mask.shape, values.device, values.dtype))
         torch.mm(A, kept.t(), out=h[:, rows])
-    return h.mul_(ctx.scaling)
+    return h
 
 
 def _through_A(ctx: Any, gh: Tensor, A: Tensor, values: Tensor | None, grad_x: Tensor | None) -> Tensor | None:

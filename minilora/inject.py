@@ -183,6 +183,8 @@ def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig)
 
 def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
     """Paths of the bias parameters that train (those of a copied module train in the copy)."""
+    if config.bias not in ("all", "lora_only"):
+        return []
     every = [
         path
         for path, parameter in model.named_parameters()
@@ -215,8 +217,9 @@ def build(
     with adapters.bare():
         found = match(model, config)
         values: dict[str, Value] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
         for path in found.targets:
-            layer = model.get_submodule(path)
+            layer = modules[path]
             if isinstance(layer, nn.Embedding):
                 values |= adapt_embedding(model, path, layer, config, kind or config.variant)
             elif make.replaces_base and path in adapters.slots and not is_quantized(layer):
@@ -234,7 +237,7 @@ def build(
         for path in found.biases:
             values[path] = nn.Parameter(model.get_parameter(path).detach().clone())
     for value in values.values():
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) and value.training != model.training:
             value.train(model.training)
         if isinstance(value, Adapter):
             for name in value.fixed:
@@ -264,7 +267,8 @@ def place(
         attach(model, Adapters())
     adapters = adapters_of(model)
     with adapters.bare():
-        slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        slots = {path: adapters.slots.get(path) or slot_at(modules, path) for path in values}
     for path, value in values.items():
         slot = adapters.slots[path] = slots[path]
         slot.kept[adapter_name] = value
@@ -310,7 +314,7 @@ def inject(
     return model
 
 
-def slot_at(model: nn.Module, path: str) -> Slot:
+def slot_at(modules: Mapping[str, nn.Module], path: str) -> Slot:
     parent_path, _, attr = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
+    parent = modules[parent_path]
     return Slot(path, parent, attr, getattr(parent, attr))

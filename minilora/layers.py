@@ -174,6 +174,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 def frozen_weight(layer: nn.Module) -> Weight:
     """The weight ``[out, in]`` as it is stored: packed, or a view of the parameter."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight
     return layer.quantized() if isinstance(layer, QuantLinear) else dense_weight(layer)
 
 
@@ -183,21 +185,17 @@ def carries(layer: nn.Module, x: Tensor) -> bool:
     No: hooks on the call, a ``forward`` of its own, a weight that trains or is no plain tensor, a dtype that does not fit (the layer's
     own error is the better one), and the transforms of ``torch.func`` and ``torch.compile``, which want plain formulas.
     """
-    weight: Any = layer.weight
-    plain = type(x) is Tensor or type(x) is nn.Parameter
-    if not plain or weight.requires_grad or type(weight) is not nn.Parameter or x.device.type == "meta":
+    weight: Any = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.requires_grad or not (type(x) is Tensor or type(x) is nn.Parameter):
         return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not calls_only_forward(layer):
+        return False
+    if not x.is_floating_point() or x.device.type == "meta":
         return False
     if isinstance(layer, QuantLinear):
-        return calls_only_forward(layer) and x.is_floating_point()
-    fits = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-    return (
-        fits
-        and x.is_floating_point()
-        and (type(layer).forward in _PRODUCTS or is_conv1d(layer))
-        and calls_only_forward(layer)
-    )
+        return True
+    known = type(layer).forward in _PRODUCTS or is_conv1d(layer)
+    return known and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
 
 
 def calls_only_forward(module: nn.Module) -> bool:

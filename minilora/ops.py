@@ -116,7 +116,10 @@ def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tens
 
 def _times_rows(x: Tensor, weight: Tensor | QuantizedTensor, h: Tensor | None, B: Tensor | None, bias: Tensor | None,
                 out_dtype: torch.dtype) -> Tensor:  # fmt: skip
-    """``x W^T + h B^T + bias``, one slice of the output after the other."""
+    """``x W^T + h B^T + bias``; one slice of the output after the other, where the weight must be decoded or cast."""
+    if isinstance(weight, Tensor) and weight.dtype == x.dtype == out_dtype:
+        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        return out if h is None or B is None else out.addmm_(h, B.t())
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
     for first, last, block in _row_blocks(weight, x.dtype, len(x)):
         part = out[:, first:last] if out_dtype == x.dtype else buffer("part", (len(x), last - first), x.device, x.dtype)

@@ -47,17 +47,26 @@ class Slot:
         ``parent`` is where a bias goes when the layer that it belonged to has been replaced.
         """
         value: Value = self.merged if folded and self.merged is not None else self.base
-        for name in (*folded, *(name for name in names if name not in folded)):
+        place = parent or self.parent
+        for name in (*folded, *(name for name in names if name not in folded)) if folded else names:
             above = self.kept.get(name)
             if above is None or (name in folded and isinstance(above, Adapter)):
                 continue
             if isinstance(above, Adapter):
-                above.base_layer = value  # type: ignore[assignment]
+                above._modules["base_layer"] = value  # type: ignore[assignment]
+            _follow(value, place)
             value = above
-        place = parent or self.parent
-        setattr(place, self.attr, value)
-        if isinstance(value, nn.Module):  # what was aside while the model went from train to eval follows now
-            value.train(place.training)
+        _follow(value, place)
+        if self.attr in place._modules and isinstance(value, nn.Module):
+            place._modules[self.attr] = value  # what setattr does, without its search for other kinds of attribute
+        else:
+            setattr(place, self.attr, value)
+
+
+def _follow(value: Value, place: nn.Module) -> None:
+    """What was aside while the model went from train to eval follows now."""
+    if isinstance(value, nn.Module) and value.training != place.training:
+        value.train(place.training)
 
 
 class Adapters:
@@ -191,8 +200,10 @@ def own_parameters(value: Value) -> Iterator[nn.Parameter]:
     if isinstance(value, nn.Parameter):
         yield value
     elif isinstance(value, Adapter):
-        own = ((name, p) for name, p in value.named_parameters() if not name.startswith("base_layer."))
-        yield from (parameter for name, parameter in own if name not in value.fixed)
+        yield from (p for name, p in value._parameters.items() if p is not None and name not in value.fixed)
+        for name, part in value._modules.items():
+            if name != "base_layer" and part is not None and (part._parameters or part._modules):
+                yield from part.parameters()
     else:
         yield from value.parameters()
 

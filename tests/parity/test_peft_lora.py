@@ -272,7 +272,7 @@ def train(model, ids, steps=5):
 
 
 def without_key_bias(model):
-    """What trains, less the bias of GPT-2's keys: softmax does not see it, so its gradient is rounding, which Adam blows up to full steps."""
+    """What trains, less the bias of GPT-2's keys: softmax does not see it, so its gradient is rounding, which Adam takes for a step."""
     tensors = {key: parameter.detach().clone() for key, parameter in trainable(model).items()}
     for key, tensor in tensors.items():
         if "c_attn" in key and key.endswith("bias") and "lora" not in key:
