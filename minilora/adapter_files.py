@@ -35,6 +35,7 @@ SEAL_FILE = "minilora.json"
 PREFIX = "base_model.model."
 VARIANT = "minilora_variant"  # in the metadata of the weights file
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
+_SMALL = 1 << 16  # elements
 _PURPOSES = {
     CONFIG_FILE: "the adapter's config",
     WEIGHTS_FILE: "the adapter's weights",
@@ -176,13 +177,22 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensor; save the adapter again")
-    for key, tensor in tensors.items():
+    for key in tensors:
         if not key.startswith(PREFIX):
             raise CheckpointError(
                 f"{path}: tensor {key!r} does not start with {PREFIX!r}; is this an adapter of PEFT's layout?"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: {key} holds NaN or infinity; the run that saved it had diverged")
+    if (bad := not_finite(tensors)) is not None:
+        raise CheckpointError(f"{path}: {bad} holds NaN or infinity; the run that saved it had diverged")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity; small ones are looked at together, one by one only if there is something to find."""
+    small = [tensor.reshape(-1) for tensor in tensors.values() if tensor.numel() <= _SMALL]
+    if small and not bool(torch.isfinite(torch.cat(small)).all()):
+        return next(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+    large = (key for key, tensor in tensors.items() if tensor.numel() > _SMALL)
+    return next((key for key in large if not bool(torch.isfinite(tensors[key]).all())), None)
 
 
 def refuse_regexes(stored: Stored) -> None:

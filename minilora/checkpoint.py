@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter, variant
-from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes
+from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, not_finite, read_adapter, refuse_regexes
 from minilora.config import LoraConfig
 from minilora.errors import CheckpointError
 from minilora.fingerprint import differs, fingerprint
@@ -238,10 +238,10 @@ def _refuse_unequal_twins(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], keys: list[str], path: Path
 ) -> None:
     """Two names of one tied tensor must bring the same values (a head sees the embedding's factor turned round)."""
+    if (bad := not_finite({key: tensors[key] for key in keys})) is not None:
+        raise CheckpointError(f"{path}: {bad} holds NaN or infinity; the run that saved it had diverged")
     first: dict[int, str] = {}
     for key in keys:
-        if not bool(torch.isfinite(tensors[key]).all()):
-            raise CheckpointError(f"{path}: {key} holds NaN or infinity; the run that saved it had diverged")
         twin = first.setdefault(own[key].data_ptr(), key)
         turned = tensors[key].T if own[key].dim() == 2 and own[key].stride() != own[twin].stride() else tensors[key]
         if twin != key and own[key].numel() == own[twin].numel() and not torch.equal(tensors[twin], turned):

@@ -16,7 +16,7 @@ from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, pattern_matches
 from minilora.errors import StateError, TargetError, nearest
-from minilora.layers import is_linear, is_quantized
+from minilora.layers import in_front, is_linear, is_quantized
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
 from minilora.tying import adapt_embedding, train_rows
@@ -183,6 +183,8 @@ def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig)
 
 def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
     """Paths of the bias parameters that train (those of a copied module train in the copy)."""
+    if config.bias not in ("all", "lora_only"):
+        return []
     every = [
         path
         for path, parameter in model.named_parameters()
@@ -215,8 +217,9 @@ def build(
     with adapters.bare():
         found = match(model, config)
         values: dict[str, Value] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
         for path in found.targets:
-            layer = model.get_submodule(path)
+            layer = modules[path]
             if isinstance(layer, nn.Embedding):
                 values |= adapt_embedding(model, path, layer, config, kind or config.variant)
             elif make.replaces_base and path in adapters.slots and not is_quantized(layer):
@@ -234,7 +237,7 @@ def build(
         for path in found.biases:
             values[path] = nn.Parameter(model.get_parameter(path).detach().clone())
     for value in values.values():
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) and value.training != model.training:
             value.train(model.training)
         if isinstance(value, Adapter):
             for name in value.fixed:
@@ -267,7 +270,8 @@ def place(
     parameters = [*model.parameters(), *(parameter for value in kept for parameter in own_parameters(value))]
     trained = [parameter.requires_grad for parameter in parameters]
     with adapters.bare():
-        slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        slots = {path: adapters.slots.get(path) or slot_at(modules, path) for path in values}
     bases, active = {path: slot.base for path, slot in slots.items()}, adapters.active
     try:
         if not has_adapters(model):
@@ -275,6 +279,7 @@ def place(
             attach(model, adapters)
         _fill_slots(adapters, slots, adapter_name, values, activate)
         adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
+        in_front(model)
         if activate:
             adapters.activate([adapter_name])
         else:
@@ -333,7 +338,7 @@ def inject(
     return model
 
 
-def slot_at(model: nn.Module, path: str) -> Slot:
+def slot_at(modules: Mapping[str, nn.Module], path: str) -> Slot:
     parent_path, _, attr = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
+    parent = modules[parent_path]
     return Slot(path, parent, attr, getattr(parent, attr))

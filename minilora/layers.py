@@ -7,6 +7,7 @@ else asks the three functions here and always gets ``[out, in]``. Next file: ``o
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, TypeGuard
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from minilora.config import QuantConfig
 from minilora.errors import TargetError
-from minilora.ops import quant_linear
+from minilora.fused import Weight, lora_linear
+from minilora.ops import cpu_has_bf16, flowing_dtype, product_dtype, quant_linear
 from minilora.quantize import QuantizedTensor, quantize
 
 
@@ -31,6 +33,51 @@ def is_linear(module: nn.Module) -> bool:
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return False
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+
+
+class Frozen(nn.Module):
+    """Put in front of the class of a dense layer (``in_front``): while its weight is frozen, a dtype that the processor cannot multiply
+    is multiplied in fp32. Everything else goes its usual way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = flowing_dtype(x)
+        if product_dtype(kind, x.device) == kind or not carries(self, x):
+            return super().forward(x)
+        return lora_linear(x, frozen_weight(self), self.bias)  # type: ignore[arg-type]
+
+    def __reduce__(self) -> tuple:
+        return _revive, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def _frozen_class(old: Any) -> Any:
+    """``old`` with ``Frozen`` in front, under the old name: layers are looked up by it."""
+    return type(old.__name__, (Frozen, old), {"__module__": old.__module__, "__doc__": old.__doc__})
+
+
+def _revive(old: type[nn.Module]) -> nn.Module:
+    new = _frozen_class(old)  # type: ignore[arg-type]
+    return new.__new__(new)
+
+
+def in_front(model: nn.Module) -> None:
+    """Give dense frozen layers the class ``Frozen`` where that can help: on a CPU without bf16 products, or with an fp16 weight."""
+    for layer in model.modules():
+        if (type(layer) is nn.Linear or (is_conv1d(layer) and not isinstance(layer, Frozen))) and _is_slow(layer):
+            layer.__class__ = _frozen_class(type(layer))  # type: ignore[arg-type]
+
+
+def _is_slow(layer: nn.Module) -> bool:
+    weight: Any = layer.weight
+    return weight.device.type == "cpu" and (not cpu_has_bf16() or weight.dtype == torch.float16)
+
+
+def take_back(model: nn.Module) -> None:
+    """Undo ``in_front``."""
+    for layer in model.modules():
+        if isinstance(layer, Frozen):
+            layer.__class__ = type(layer).__mro__[2]  # (extended, Frozen, the class it was, ...)
 
 
 class QuantLinear(nn.Module):
@@ -128,6 +175,42 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if is_conv1d(layer):
         return layer.weight.detach().t()  # type: ignore[operator]
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
+
+
+def frozen_weight(layer: nn.Module) -> Weight:
+    """The weight ``[out, in]`` as it is stored: packed, or a view of the parameter."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    return layer.quantized() if isinstance(layer, QuantLinear) else dense_weight(layer)
+
+
+def carries(layer: nn.Module, x: Tensor) -> bool:
+    """Whether calling this layer is nothing but its product with a frozen weight, so that ``lora_linear`` may take its place.
+
+    No: hooks on the call, a ``forward`` of its own, a weight that trains or is no plain tensor, a dtype that does not fit (the layer's
+    own error is the better one), and the transforms of ``torch.func`` and ``torch.compile``, which want plain formulas.
+    """
+    weight: Any = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.requires_grad or not (type(x) is Tensor or type(x) is nn.Parameter):
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not calls_only_forward(layer):
+        return False
+    if not x.is_floating_point() or x.device.type == "meta":
+        return False
+    if isinstance(layer, QuantLinear):
+        return True
+    known = type(layer).forward in _PRODUCTS or is_conv1d(layer)
+    return known and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+
+
+def calls_only_forward(module: nn.Module) -> bool:
+    """Whether ``module(x)`` is ``type(module).forward(module, x)``: no hook, here or on all modules, and no forward of the object's own."""
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not hooks and "forward" not in own and not nn.modules.module._has_any_global_hook()
+
+
+_PRODUCTS = (nn.Linear.forward, Frozen.forward)
 
 
 def embed_scale(layer: nn.Module) -> float:

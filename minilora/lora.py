@@ -12,7 +12,7 @@ Next file: ``adapter.py``.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from minilora.adapter import Adapter, register
 from minilora.config import LoraConfig
 from minilora.errors import StateError
-from minilora.layers import compute_dtype
+from minilora.fused import lora_linear
+from minilora.layers import calls_only_forward, carries, compute_dtype, frozen_weight
 
 
 @register("lora")
@@ -55,21 +56,33 @@ class LoRALinear(Adapter):
 
         True: A uniform in +-1/sqrt(in) (kaiming, a = sqrt(5)), B = 0. "gaussian": A normal with std 1/r, B = 0. False: both random.
         """
-        A = nn.Linear(self.in_features, self.r, bias=False).weight  # both constructors draw, as they do in PEFT
-        up = nn.Linear(self.r, self.out_features, bias=config.lora_bias)
-        B, bias = up.weight, up.bias if config.lora_bias else None
+        # Drawn one after the other as PEFT's two constructors and its own start value do, whether or not a draw is used.
+        A, B = _uniform((self.r, self.in_features), self.in_features), _uniform((self.out_features, self.r), self.r)
+        bias = _uniform((self.out_features,), self.r) if config.lora_bias else None
         if config.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / self.r)
+            A.normal_(std=1 / self.r)
         elif config.init_lora_weights is True:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            A = _uniform((self.r, self.in_features), self.in_features)
         if config.init_lora_weights:
-            nn.init.zeros_(B)
+            B.zero_()
             if bias is not None:
-                nn.init.zeros_(bias)
+                bias.zero_()
         return A, B, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.update(self.lora_dropout(x))
+        base: Any = self._modules["base_layer"]  # nn.Module's own look-up is slow
+        dropout: Any = self._modules["lora_dropout"]
+        if type(self).update is LoRALinear.update and calls_only_forward(dropout) and carries(base, x):
+            p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+            bias = base.bias if self.lora_bias is None else self._whole_bias()  # the same in one function: ``fused.py``
+            return lora_linear(x, frozen_weight(base), bias, self.lora_A, self.lora_B, self.scaling, p)
+        return base(x) + self.update(dropout(x))
+
+    def _whole_bias(self) -> Tensor:
+        """The base layer's bias and the update's."""
+        assert self.lora_bias is not None
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return self.scaling * self.lora_bias if bias is None else bias + self.scaling * self.lora_bias
 
     def update(self, x: Tensor) -> Tensor:
         """``scaling * B A x`` in the dtype that flows through the layer."""
@@ -96,6 +109,12 @@ class LoRALinear(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
+    """Uniform in +-1/sqrt(fan_in), as ``nn.Linear`` starts (kaiming with a = sqrt(5)), rounding included."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
+    return torch.empty(shape).uniform_(-bound, bound)
 
 
 def _fp32(values: Tensor, drawn_in: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -1,18 +1,19 @@
-"""The only door to speed: products with a quantized weight, as torch custom operators.
+"""The only door to speed: products with a frozen weight, packed or dense.
 
 ``quant_linear(x, weight, bias)`` is ``F.linear(x, weight.dequantize(x.dtype), bias)``; that line (``quant_linear_reference``) defines
 it. The operator never holds the dense weight whole: rows are decoded into a small buffer that is reused, multiplied, and forgotten,
 and the backward pass decodes the same packed bytes again (``dx = dy W``; QLoRA section 3), so nothing dense is saved for it.
+Being a registered operator, it passes through ``torch.compile`` without a graph break. There is no second derivative.
 
-Being registered operators, they pass through ``torch.compile`` without a graph break. There is no second derivative.
-Next file: ``adapted.py``.
+``matmul`` is the arithmetic under it and under ``fused.py``. On a processor that cannot multiply a dtype it works in fp32, a few rows of
+the weight at a time. Next file: ``fused.py``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from minilora.lookup import scratch
 from minilora.quantize import QuantizedTensor, decode_range
 
 _ROWS = 1 << 20  # weights decoded at a time for a product: 4 MB of fp32
+_ROWS_FEW = 1 << 18  # the same where x has few rows: what was decoded is still in the cache when it is multiplied
+_FEW = 16
 
 
 def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -44,10 +47,9 @@ def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None)
         raise QuantizationError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}; wanted [..., in]"
         )
-    out: Tensor = _product(x.reshape(-1, x.shape[-1]), *_flatten(weight), transpose=True).view(
-        *x.shape[:-1], weight.shape[0]
-    )
-    return out if bias is None else out + bias.to(out.dtype)
+    x = x.to(flowing_dtype(x))
+    out: Tensor = _product(x.reshape(-1, x.shape[-1]), *_flatten(weight), transpose=True, bias=bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def quant_linear_reference(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -78,64 +80,140 @@ def cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """In what the product is taken: bf16 only where the processor has it, fp16 never on a CPU; otherwise as given."""
-    slow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not cpu_has_bf16())
-    return torch.float32 if x.device.type == "cpu" and slow else x.dtype
+def flowing_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to which ``F.linear`` would cast ``x`` here: that of a ``torch.autocast`` block, or ``x``'s own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _row_blocks(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """``(first row, last row, decoded rows)``: slices of the weight that start on a block, in a buffer that is reused."""
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what a product is taken: bf16 only where the processor has it, fp16 never on a CPU; otherwise as given."""
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bf16())
+    return torch.float32 if device.type == "cpu" and slow else dtype
+
+
+def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tensor | None = None, B: Tensor | None = None,
+           bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """``x W^T + h B^T + bias`` (``transpose``; ``[M, in]`` to ``[M, out]``), or ``x W + h B`` (``[M, out]`` to ``[M, in]``).
+
+    Args:
+        x: two dimensions. weight: ``[out, in]``, dense (a transposed view will do) or quantized; any dtype.
+        h, B: thin factors, or None: ``[M, r]`` with ``[out, r]`` (``transpose``), or with ``[r, in]``.
+        bias: ``[out]`` or None; only with ``transpose``.
+        out_dtype: of the result; default ``x``'s.
+
+    Not differentiable: callers know the derivative. It writes into buffers that the next call reuses, never returns one.
+    """
+    dtype = product_dtype(x.dtype, x.device)
+    h, B, bias = (None if part is None else part.to(dtype) for part in (h, B, bias))
+    if transpose:
+        return _times_rows(x.to(dtype), weight, h, B, bias, out_dtype or x.dtype)
+    out = _times_columns(x, weight, dtype)
+    if h is not None and B is not None:
+        out.addmm_(h.to(out.dtype), B.to(out.dtype))
+    return out.to(out_dtype or x.dtype)
+
+
+def _times_rows(x: Tensor, weight: Tensor | QuantizedTensor, h: Tensor | None, B: Tensor | None, bias: Tensor | None,
+                out_dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """``x W^T + h B^T + bias``; one slice of the output after the other, where the weight must be decoded or cast."""
+    if isinstance(weight, Tensor) and weight.dtype == x.dtype == out_dtype:
+        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        return out if h is None or B is None else out.addmm_(h, B.t())
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+    for first, last, block in _row_blocks(weight, x.dtype, len(x)):
+        part = out[:, first:last] if out_dtype == x.dtype else buffer("part", (len(x), last - first), x.device, x.dtype)
+        if bias is None:
+            torch.mm(x, block.t(), out=part)
+        else:
+            torch.addmm(bias[first:last], x, block.t(), out=part)
+        if h is not None and B is not None:
+            part.addmm_(h, B[first:last].t())
+        if out_dtype != x.dtype:
+            out[:, first:last] = part
+    return out
+
+
+def _times_columns(x: Tensor, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """``x W``; a sum over several slices is kept in at least fp32, or it would be rounded once a slice."""
+    out: Tensor | None = None
+    for first, last, block in _row_blocks(weight, dtype, len(x)):
+        part = x[:, first:last].to(dtype)
+        if out is None and last == len(x.T):
+            return part @ block
+        if out is None:
+            out = (part @ block).to(torch.promote_types(dtype, torch.float32))
+        elif out.dtype == dtype:
+            out.addmm_(part, block)
+        else:
+            out.add_(part @ block)
+    return x.new_zeros(x.shape[0], weight.shape[1], dtype=dtype) if out is None else out
+
+
+def buffer(name: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Room for a slice: reused on a CPU, where fresh pages cost more than the work; elsewhere the allocator does that."""
+    if device.type == "cpu":
+        return scratch(name, math.prod(shape), dtype).view(*shape)
+    return torch.empty(*shape, dtype=dtype, device=device)
+
+
+def _row_blocks(weight: Tensor | QuantizedTensor, dtype: torch.dtype, count: int) -> Iterator[tuple[int, int, Tensor]]:
+    """``(first row, last row, those rows in dtype)`` of a weight, in a buffer that is reused; a dense one of that dtype comes whole."""
     rows, columns = weight.shape
-    step = weight.blocksize // math.gcd(weight.blocksize, columns)  # rows after which a block ends with a row
-    step *= max(1, _ROWS // (step * columns))
-    scales = weight.scales()
+    if isinstance(weight, Tensor) and weight.dtype == dtype:
+        yield 0, rows, weight
+        return
+    size = 1 if isinstance(weight, Tensor) else weight.blocksize
+    step = size // math.gcd(size, columns)  # rows after which a block ends with a row
+    step *= max(1, min(_ROWS, _ROWS_FEW if count <= _FEW else _ROWS) // (step * columns))
+    scales = None if isinstance(weight, Tensor) else weight.scales()
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        count = (last - first) * columns
-        buffer = (
-            scratch("rows", count, torch.float32)
-            if scales.device.type == "cpu"
-            else torch.empty(count, device=scales.device)
-        )
-        decode_range(weight, scales, first * columns, buffer)
-        yield first, last, buffer.view(last - first, columns).to(dtype)
+        if scales is None:
+            yield first, last, _cast_rows(weight[first:last], dtype)  # type: ignore[index]
+            continue
+        decoded = buffer("rows", (last - first, columns), scales.device, scales.dtype)
+        decode_range(weight, scales, first * columns, decoded.view(-1))  # type: ignore[arg-type]
+        yield first, last, decoded if dtype == decoded.dtype else _cast_rows(decoded, dtype)
+
+
+def _cast_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows in another dtype, laid out as they are (Conv1D's lie transposed)."""
+    if rows.stride(0) == 1 and rows.stride(1) != 1:
+        return _cast_rows(rows.t(), dtype).t()
+    return buffer("cast", rows.shape, rows.device, dtype).copy_(rows)
 
 
 @torch.library.custom_op("minilora::quant_matmul", mutates_args=())
 def _product(x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float],
-             blocksize: int, rows: int, columns: int, transpose: bool) -> Tensor:  # fmt: skip
-    """``x W^T`` (``transpose``; ``[M, columns]`` to ``[M, rows]``) or ``x W`` (``[M, rows]`` to ``[M, columns]``)."""
-    dtype = _compute_dtype(x)
-    weight, values = _gather(packed, absmax, nested, offset, levels, blocksize, rows, columns), x.to(dtype)
-    if transpose:
-        out = values.new_empty(x.shape[0], rows)
-        for first, last, block in _row_blocks(weight, dtype):
-            torch.mm(values, block.t(), out=out[:, first:last])
-    else:  # a sum over slices is kept in at least fp32, or it would be rounded once a slice
-        out = values.new_zeros(x.shape[0], columns, dtype=torch.promote_types(dtype, torch.float32))
-        for first, last, block in _row_blocks(weight, dtype):
-            if out.dtype == dtype:
-                out.addmm_(values[:, first:last], block)
-            else:
-                out.add_(values[:, first:last] @ block)
-    return out.to(x.dtype)
+             blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None) -> Tensor:  # fmt: skip
+    """``x W^T + bias`` (``transpose``; ``[M, columns]`` to ``[M, rows]``) or ``x W`` (``[M, rows]`` to ``[M, columns]``)."""
+    weight = _gather(packed, absmax, nested, offset, levels, blocksize, rows, columns)
+    with torch.autocast(x.device.type, enabled=False):
+        return matmul(x, weight, transpose, bias=bias)
 
 
 @_product.register_fake
 def _(x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float],
-      blocksize: int, rows: int, columns: int, transpose: bool) -> Tensor:  # fmt: skip
+      blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], rows if transpose else columns)
 
 
 def _keep_packed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, packed, absmax, nested, offset, *ctx.rest = inputs
+    _, packed, absmax, nested, offset, *ctx.rest, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(packed, absmax, nested, offset)
 
 
 def _backward(ctx, grad: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     *rest, transpose = ctx.rest
-    return _product(grad.contiguous(), *ctx.saved_tensors, *rest, not transpose), *[None] * 9
+    dx = _product(grad.contiguous(), *ctx.saved_tensors, *rest, not transpose)
+    return dx, *[None] * 9, None if ctx.bias_dtype is None else bias_gradient(grad, ctx.bias_dtype)
+
+
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient ``[out]`` of a bias, from that of the output ``[M, out]``; summed in at least fp32."""
+    return grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
 
 
 _product.register_autograd(_backward, setup_context=_keep_packed)

@@ -48,8 +48,9 @@ def quantize_model(
             raise QuantizationError(
                 f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"
             )
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path in paths:
-        slot = slot_at(model, path)
+        slot = slot_at(modules, path)
         layer = QuantLinear.from_linear(slot.base, config, path + ".weight", (importance or {}).get(path))  # type: ignore[arg-type]
         setattr(slot.parent, slot.attr, layer.train(model.training))
     return model

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.adapter_files import CONFIG_FILE, PLAIN, PREFIX, VARIANT, WEIGHTS_FILE, adapter_sha256, seal
+from minilora.adapter_files import CONFIG_FILE, PLAIN, PREFIX, VARIANT, WEIGHTS_FILE, adapter_sha256, not_finite, seal
 from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.fingerprint import fingerprint
@@ -60,11 +59,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         StateError: there is no such adapter, or a tensor of it is not finite. CheckpointError: the folder cannot be written.
     """
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(model, adapter_name).items()}
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise StateError(
-                f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
-            )
+    if (key := not_finite(tensors)) is not None:
+        raise StateError(
+            f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
+        )
     content = saved_config(model, adapter_name)
     files = {
         WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),

@@ -17,6 +17,7 @@ from torch import nn
 from minilora.adapter import Adapter
 from minilora.config import LoraConfig
 from minilora.errors import StateError, nearest
+from minilora.layers import take_back
 
 Value = nn.Module | nn.Parameter
 _ATTRIBUTE = "_minilora_adapters"
@@ -46,17 +47,26 @@ class Slot:
         ``parent`` is where a bias goes when the layer that it belonged to has been replaced.
         """
         value: Value = self.merged if folded and self.merged is not None else self.base
-        for name in (*folded, *(name for name in names if name not in folded)):
+        place = parent or self.parent
+        for name in (*folded, *(name for name in names if name not in folded)) if folded else names:
             above = self.kept.get(name)
             if above is None or (name in folded and isinstance(above, Adapter)):
                 continue
             if isinstance(above, Adapter):
-                above.base_layer = value  # type: ignore[assignment]
+                above._modules["base_layer"] = value  # type: ignore[assignment]
+            _follow(value, place)
             value = above
-        place = parent or self.parent
-        setattr(place, self.attr, value)
-        if isinstance(value, nn.Module):  # what was aside while the model went from train to eval follows now
-            value.train(place.training)
+        _follow(value, place)
+        if self.attr in place._modules and isinstance(value, nn.Module):
+            place._modules[self.attr] = value  # what setattr does, without its search for other kinds of attribute
+        else:
+            setattr(place, self.attr, value)
+
+
+def _follow(value: Value, place: nn.Module) -> None:
+    """What was aside while the model went from train to eval follows now."""
+    if isinstance(value, nn.Module) and value.training != place.training:
+        value.train(place.training)
 
 
 class Adapters:
@@ -190,8 +200,10 @@ def own_parameters(value: Value) -> Iterator[nn.Parameter]:
     if isinstance(value, nn.Parameter):
         yield value
     elif isinstance(value, Adapter):
-        own = ((name, p) for name, p in value.named_parameters() if not name.startswith("base_layer."))
-        yield from (parameter for name, parameter in own if name not in value.fixed)
+        yield from (p for name, p in value._parameters.items() if p is not None and name not in value.fixed)
+        for name, part in value._modules.items():
+            if name != "base_layer" and part is not None and (part._parameters or part._modules):
+                yield from part.parameters()
     else:
         yield from value.parameters()
 
@@ -217,4 +229,5 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
 
 def detach(model: nn.Module) -> None:
     """Forget the record: the model is a plain model again, with whatever its slots hold now."""
+    take_back(model)
     del model.__dict__[_ATTRIBUTE]

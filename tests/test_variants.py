@@ -489,7 +489,10 @@ def test_lora_bias_is_scaled_and_merged(base, dtype, randomize):
     x = inputs(dtype=dtype)
     with disabled(model):
         plain, kept = model["layer"](x), content(model)
-    assert torch.equal(adapter(x), plain)
+    if base == "conv1d" and dtype == torch.bfloat16:  # this Conv1D rounds before it adds its bias
+        torch.testing.assert_close(adapter(x), plain, rtol=2**-7, atol=2**-7)
+    else:
+        assert torch.equal(adapter(x), plain)
     randomize(model)
     shift = S * adapter.lora_bias.double()
     assert shift.abs().max() > 0.1

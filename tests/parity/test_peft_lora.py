@@ -27,7 +27,7 @@ OLD_NAME = "`is_gradient_checkpointing` is deprecated"
 pytestmark = pytest.mark.filterwarnings(CONV1D)
 
 PREFIX = "base_model.model."
-TOLERANCE = {"rtol": 0, "atol": 1e-6}
+TOLERANCE = {"rtol": 0, "atol": 5e-6}  # the update is added in another order: a few roundings of fp32
 
 LLAMA = {
     "default targets": {},
@@ -240,8 +240,12 @@ def test_loss_and_gradients_are_equal_after_one_backward(pair, token_ids, family
 
 @both_families
 def test_gradients_are_equal_with_dropout_under_one_seed(pair, token_ids, family):
+    """In the plain formula, which draws as PEFT does; a hook on a base layer asks for it. The fused one draws a seed instead."""
     gradients = []
     for model in pair(family, {"target_modules": "all-linear"}, lora_dropout=0.3):
+        for path, module in model.named_modules():
+            if path.endswith("base_layer"):
+                module.register_forward_hook(lambda *_: None)
         torch.manual_seed(1)
         model(input_ids=token_ids, labels=token_ids).loss.backward()
         gradients.append({key: parameter.grad for key, parameter in trainable(model).items()})
@@ -267,6 +271,16 @@ def train(model, ids, steps=5):
     return losses
 
 
+def without_key_bias(model):
+    """What trains, less the bias of GPT-2's keys: softmax does not see it, so its gradient is rounding, which Adam takes for a step."""
+    tensors = {key: parameter.detach().clone() for key, parameter in trainable(model).items()}
+    for key, tensor in tensors.items():
+        if "c_attn" in key and key.endswith("bias") and "lora" not in key:
+            third = len(tensor) // 3
+            tensor[third : 2 * third] = 0
+    return tensors
+
+
 @every_case
 def test_five_adamw_steps_give_equal_losses_and_weights(build_model, token_ids, family, fields):
     ours, theirs = (wrap(library, build_model(family), fields) for library in (minilora, peft))
@@ -274,7 +288,7 @@ def test_five_adamw_steps_give_equal_losses_and_weights(build_model, token_ids, 
     found, wanted = train(ours, token_ids), train(theirs, token_ids)
     assert found == pytest.approx(wanted, rel=0, abs=1e-6)
     assert found[-1] < found[0]
-    assert_same_tensors(trainable(ours), trainable(theirs), **TOLERANCE)
+    assert_same_tensors(without_key_bias(ours), without_key_bias(theirs), **TOLERANCE)
     assert all((before[key] != parameter).any() for key, parameter in trainable(ours).items() if ".lora_" in key)
 
 

@@ -1,0 +1,203 @@
+"""The adapted linear layer as one autograd function: base and low-rank part together, for dense and for packed weights.
+
+``lora_linear_reference`` is the formula in three lines and defines it. What the function does better, forward and backward:
+
+* the low-rank part is added in place to the product with the base; the input's gradient is gathered in one tensor;
+* thin products are taken in the orientation in which the matrix library is fast (``[r, M]``, not ``[M, r]``);
+* dropout keeps a seed and not a mask nor a dropped copy of ``x``: the mask is drawn again in the backward pass;
+* bf16 and fp16 are multiplied in fp32 where the processor cannot multiply them (``ops.product_dtype``).
+
+Kept for the backward pass: ``x``, ``A x`` (r numbers a token) and what is there anyway. No second derivative.
+Next file: ``adapted.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.ops import bias_gradient, buffer, flowing_dtype, matmul, product_dtype
+from minilora.quantize import QuantizedTensor
+
+Weight = Tensor | QuantizedTensor
+_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")  # of a QuantizedTensor: what backward needs of it
+_ELEMENTS = 1 << 17  # of a mask at a time
+_STEPS = 1 << 16  # a probability of dropout is a whole number of these parts
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+    p: float = 0.0,
+) -> Tensor:
+    """``W x + bias + scaling * B A dropout(x)``.
+
+    Args:
+        x: ``[..., in]``, any floating dtype; inside a ``torch.autocast`` block it is cast first.
+        weight: ``[out, in]``, frozen: a dense tensor (a transposed view will do) or a quantized one.
+        bias: ``[out]`` or None. A: ``[r, in]`` and B: ``[out, r]``, or None for both: the frozen layer alone.
+        p: probability that an input of A is dropped, rounded to 1/65536; drawn from torch's generator on the CPU.
+
+    Returns:
+        ``[..., out]`` in ``x``'s dtype. Differentiable once with respect to ``x``, ``bias``, ``A`` and ``B``; the weight gets no gradient.
+    """
+    grad = torch.is_grad_enabled()
+    if not grad and not p and A is not None and B is not None and _all_alike(x, weight, A):
+        out = F.linear(x, weight, bias)  # type: ignore[arg-type]  # the same with little around it: one token, one layer after the other
+        out.view(-1, out.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.t(), alpha=scaling)
+        return out
+    x, drop = x.to(flowing_dtype(x)), min(round(p * _STEPS), _STEPS - 1)
+    if grad:
+        return _LoRALinear.apply(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop)
+    return _forward(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop, _new_seed(drop))[0]
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """What ``lora_linear`` means; ``keep`` is the mask of dropout divided by the share that it keeps, or None."""
+    W = weight.dequantize(x.dtype) if isinstance(weight, QuantizedTensor) else weight
+    thin = F.linear(x if keep is None else x * keep, A.to(x.dtype))
+    return F.linear(x, W, None if bias is None else bias.to(x.dtype)) + F.linear(thin, B.to(x.dtype)) * scaling
+
+
+def keep_masks(like: Tensor, drop: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """The mask of dropout for ``like [M, in]``, a few rows at a time: ``(rows, bool [rows, in])``, in a buffer that is reused.
+
+    Each element is False with probability ``drop / 65536``; a random word of 64 bits decides four. One seed gives one mask.
+    """
+    draw = torch.Generator(like.device).manual_seed(seed)
+    height, width = like.shape
+    step = 4 * max(1, _ELEMENTS // (4 * max(1, width)))  # whole words, whatever the width
+    for first in range(0, height, step):
+        rows = min(step, height - first)
+        words = buffer("words", (1, -(-rows * width // 4)), like.device, torch.int64)
+        words.random_(-(2**63), None, generator=draw)  # every int64; the default would leave out the negative half
+        chances = words.view(torch.int16).view(-1)[: rows * width].view(rows, width)
+        mask = buffer("mask", (rows, width), like.device, torch.bool)
+        yield slice(first, first + rows), torch.ge(chances, drop - _STEPS // 2, out=mask)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """Saves what the gradients that are asked for need, and no more. ``h`` and ``gh`` are ``[r, M]``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight,
+                scaling: float, drop: int) -> Tensor:  # fmt: skip
+        need_x, ctx.need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.scaling, ctx.drop, ctx.seed = scaling, drop, _new_seed(drop)
+        ctx.shape, ctx.dtype = x.shape, product_dtype(x.dtype, x.device)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        out, h = _forward(x, bias, A, B, weight, scaling, drop, ctx.seed)
+        ctx.weight = weight if isinstance(weight, QuantizedTensor) else None
+        kept = [x if need_A else None, A, B, h if need_B else None]
+        ctx.save_for_backward(*kept, *(_tensors(weight) if need_x else ()))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, h, *parts = ctx.saved_tensors
+        need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
+        grad_x = grad_bias = grad_A = grad_B = gh = values = None
+        with _as_written(grad):
+            out = grad.reshape(-1, grad.shape[-1])
+            g = out.to(ctx.dtype) if A is not None else out
+            if A is not None and (need_x or need_A):
+                gh = torch.mm(B.to(ctx.dtype).t(), g.t()).mul_(ctx.scaling)
+            if need_B:
+                grad_B = torch.mm(h, g).t().to(B.dtype)
+            if need_A:
+                values = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            if need_x:
+                thin = None if gh is None or ctx.drop else gh.t()
+                grad_x = matmul(g, _rebuilt(ctx, parts), False, thin, A, out_dtype=ctx.dtype)
+            if gh is not None:
+                grad_A = _through_A(ctx, gh, A, values, grad_x)
+            grad_x = None if grad_x is None else grad_x.to(grad.dtype).view(ctx.shape)
+            if ctx.need_bias:
+                grad_bias = bias_gradient(out, ctx.bias_dtype)
+        return grad_x, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _forward(x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight, scaling: float, drop: int,
+             seed: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output, and ``h = scaling * A dropout(x)`` as ``[r, M]``; ``scaling`` makes up for what is dropped."""
+    dtype, h = product_dtype(x.dtype, x.device), None
+    with _as_written(x):
+        values = x.reshape(-1, x.shape[-1]).to(dtype)
+        if A is not None:
+            h = (_thin(values, A.to(dtype), drop, seed) if drop else torch.mm(A.to(dtype), values.t())).mul_(scaling)
+        out = matmul(values, weight, True, None if h is None else h.t(), B, bias, x.dtype)
+    return out.view(*x.shape[:-1], out.shape[1]), h
+
+
+def _all_alike(x: Tensor, weight: Weight, A: Tensor) -> bool:
+    """Whether no part of the product needs a cast or a decoding, and no small thing is special."""
+    if not isinstance(weight, Tensor) or x.dtype is not torch.float32 or torch.is_autocast_enabled(x.device.type):
+        return False
+    return weight.dtype is torch.float32 and A.dtype is torch.float32
+
+
+def _new_seed(drop: int) -> int:
+    """From torch's generator, so that ``torch.manual_seed`` and gradient checkpointing reach it; none is drawn without dropout."""
+    return int(torch.randint(2**62, ())) if drop else 0
+
+
+def _thin(values: Tensor, A: Tensor, drop: int, seed: int) -> Tensor:
+    """``A (mask * x)``, ``[r, M]``."""
+    h = values.new_empty(len(A), len(values))
+    for rows, mask in keep_masks(values, drop, seed):
+        kept = torch.mul(values[rows], mask, out=buffer("kept", mask.shape, values.device, values.dtype))
+        torch.mm(A, kept.t(), out=h[:, rows])
+    return h
+
+
+def _through_A(ctx: Any, gh: Tensor, A: Tensor, values: Tensor | None, grad_x: Tensor | None) -> Tensor | None:
+    """The gradient of A, if ``values`` are given; with dropout also, in place, its part of that of x: one mask is drawn for both."""
+    if not ctx.drop:
+        return None if values is None else torch.mm(gh, values).to(A.dtype)
+    grad_A = None if values is None else torch.zeros_like(A, dtype=ctx.dtype)
+    like = grad_x if values is None else values
+    assert like is not None
+    for rows, mask in keep_masks(like, ctx.drop, ctx.seed):
+        room = buffer("kept", mask.shape, like.device, ctx.dtype)
+        if values is not None and grad_A is not None:
+            grad_A.addmm_(gh[:, rows], torch.mul(values[rows], mask, out=room))
+        if grad_x is not None:
+            grad_x[rows].addcmul_(torch.mm(gh[:, rows].t(), A.to(ctx.dtype), out=room), mask)
+    return None if grad_A is None else grad_A.to(A.dtype)
+
+
+def _tensors(weight: Weight) -> Sequence[Tensor | None]:
+    return [getattr(weight, name) for name in _PARTS] if isinstance(weight, QuantizedTensor) else [weight]
+
+
+def _rebuilt(ctx: Any, parts: Sequence[Tensor | None]) -> Weight:
+    """The inverse of ``_tensors``."""
+    if ctx.weight is not None:
+        return replace(ctx.weight, **dict(zip(_PARTS, parts, strict=True)))
+    return parts[0]  # type: ignore[return-value]
+
+
+def _as_written(like: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtypes that they are written in, ``torch.autocast`` or not."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
