@@ -12,7 +12,7 @@ from pathlib import Path
 ORDER: list[tuple[str, list[str]]] = [
     ("what is said", ["errors", "validate", "codebooks", "config", "disk", "io", "parse", "architectures"]),
     ("weights in few bits", ["lookup", "scales", "quantize"]),
-    ("the door to speed", ["ops", "fused"]),
+    ("the door to speed", ["cuda", "ops", "fused"]),
     ("base layers", ["layers"]),
     ("the law and the lesson", ["adapter", "lora", "variants"]),
     ("where they go", ["targets", "slots", "tying", "inject", "quantize_model"]),
