@@ -13,18 +13,23 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Interrupted",
     "MiniLoraError",
     "MissingPackageError",
+    "OutOfMemory",
     "QuantizationError",
     "StateError",
     "TargetError",
+    "TrainingError",
     "WriteError",
     "nearest",
 ]
 
 
 class MiniLoraError(Exception):
-    """Base of every error that minilora raises on purpose."""
+    """Base of every error that minilora raises on purpose; ``exit_code`` is what the command line ends with."""
+
+    exit_code = 2  # the input was wrong
 
 
 class ConfigError(MiniLoraError, ValueError):
@@ -49,6 +54,29 @@ class CheckpointError(MiniLoraError, ValueError):
 
 class WriteError(CheckpointError):
     """The system does not let a file be written: no room, no right, a broken disk. What was there before is still there."""
+
+    exit_code = 1
+
+
+class TrainingError(StateError):
+    """A run cannot go on: too many steps in a row without a finite loss or gradient. The last good state is saved."""
+
+    exit_code = 1
+
+
+class OutOfMemory(MiniLoraError, MemoryError):
+    """A step did not fit into memory. The last finished step is saved."""
+
+    exit_code = 1
+
+
+class Interrupted(MiniLoraError):
+    """Ctrl-C or SIGTERM ended a run after a whole step, which is saved. ``signal`` is its number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.exit_code = 128 + signal  # as shells count: 130 and 143
 
 
 class DataError(MiniLoraError, ValueError):

@@ -21,7 +21,7 @@ from typing import Any
 from minilora.disk import Disk
 from minilora.errors import CheckpointError, WriteError
 
-__all__ = ["append_line", "new_folder", "read_bytes", "read_files", "write_file", "write_files"]
+__all__ = ["append_line", "new_folder", "read_bytes", "read_files", "remove", "write_file", "write_files"]
 
 disk = Disk()
 COMMIT = ".minilora-commit"
@@ -86,6 +86,16 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Add one line to a log, at once and unflushed: a kill loses nothing, a power cut the last lines. Raises as ``write_files``."""
     with _told(Path(path), len(line)):
         disk.append(path, f"{line}\n".encode())
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Take a file, or a folder and all in it, away in one step, if it is there. Raises as ``write_files``."""
+    place = Path(os.path.realpath(Path(path).parent), Path(path).name)  # a link goes, not what it points to
+    with _told(place, 0):
+        if disk.kind(place):
+            with _staging(place.parent, f".removed{_STAGED}") as staged:
+                disk.rename(place, staged / place.name)
+                disk.flush(place.parent)
 
 
 def _may_exchange(place: Path) -> bool:

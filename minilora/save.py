@@ -25,7 +25,7 @@ from minilora.layers import is_conv1d
 from minilora.slots import Value, adapters_of
 from minilora.targets import ends_with, exactly
 
-__all__ = ["adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
+__all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -59,6 +59,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     Raises:
         StateError: there is no such adapter, or a tensor of it is not finite. CheckpointError: the folder cannot be written.
     """
+    files = adapter_files(model, adapter_name)
+    write_files(folder, files)
+    return adapter_sha256(files)
+
+
+def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, bytes]:
+    """The sealed files of one adapter, by name. Raises ``StateError`` as ``save_adapter``."""
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(model, adapter_name).items()}
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -70,8 +77,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
     }
-    write_files(folder, seal(files, base_of(model, adapter_name)))
-    return adapter_sha256(files)
+    return seal(files, base_of(model, adapter_name))
 
 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
