@@ -74,10 +74,20 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
             )
     content = saved_config(model, adapter_name)
     files = {
-        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
+        WEIGHTS_FILE: _tensor_bytes(tensors, _metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
     }
     return seal(files, base_of(model, adapter_name))
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata have a fixed order (safetensors draws it), so that one adapter is the same bytes each time."""
+    raw = safetensors.torch.save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[start:]
 
 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
