@@ -86,8 +86,7 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what a run left in the folder; files of others stay."""
-    for name in _left(folder):
-        remove(folder / name)
+    remove(folder, _left(folder))
 
 
 def _left(folder: Path) -> list[str]:
@@ -203,9 +202,13 @@ def save_checkpoint(
     state = _state_bytes({"version": 1, "step": step, "meaning": meaning, "files": hashes})
     place = folder / f"checkpoint-{step}"
     write_files(place, {**files, STATE_FILE: state})
-    for old in _steps(folder)[keep:]:
-        remove(folder / f"checkpoint-{old}")
+    prune(folder, keep)
     return place
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and what a kill left of this."""
+    remove(folder, [f"checkpoint-{old}" for old in _steps(folder)[keep:]])
 
 
 def _state_bytes(content: Mapping[str, Any]) -> bytes:

@@ -33,7 +33,7 @@ from minilora.guards import (
     is_out_of_memory,
 )
 from minilora.io import append_line, write_file
-from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, restore, save_checkpoint
+from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
 from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.signals import Wish, caught
 from minilora.slots import adapters_of
@@ -185,6 +185,7 @@ class _Run:
             restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
             self.step = self.good = self.saved = found.step
             self.records = kept_records(self.folder, found.step)
+            prune(self.folder, self.config.keep_checkpoints)
             self.begin -= max((record.get("seconds", 0.0) for record in self.records), default=0.0)
         if resume:
             self.say(

@@ -4,9 +4,13 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -542,3 +546,33 @@ def test_the_settings_of_a_checkpoint_are_all_named_somewhere():
     no_matter = {"eval_every", "save_every", "keep_checkpoints", "max_skipped"}
     compared = {*loop.SCHEDULE, "batch_size", "accumulate", "gradient_checkpointing"}
     assert {field.name for field in dataclasses.fields(TrainConfig)} == no_matter | compared
+
+
+# ---- killed
+
+
+def killed(folder, first, stride):
+    """What ``training_kills.py`` says: its first line as three numbers, and the rest."""
+    script = Path(__file__).with_name("training_kills.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(folder), str(first), str(stride)]
+    paths = os.pathsep.join([str(Path(minilora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    line, _, failed = done.stdout.partition("\n")
+    return [int(word) for word in re.findall(r"\d+", line)], failed.strip() + done.stderr
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+
+
+@needs_fork
+def test_a_run_that_is_killed_goes_on_by_itself_to_the_same_bits(tmp_path):
+    (points, tried, failed), said = killed(tmp_path, 11, 17)
+    assert points >= 100 and tried >= 6 and not failed, said
+
+
+@needs_fork
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_goes_on_by_itself_to_the_same_bits(tmp_path):
+    (points, tried, failed), said = killed(tmp_path, 1, 1)
+    assert tried == points >= 100 and not failed, said
