@@ -41,6 +41,8 @@ def check_adapter(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     Raises:
         StateError: something would not train, or train and not be saved; the message names it.
     """
+    if has_adapters(model) and (merged := adapters_of(model).merged):
+        raise StateError(f"adapters {list(merged)} are merged, so they would not train; call unmerge first")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise StateError(
@@ -85,8 +87,6 @@ def _own(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _the_active(adapters: Adapters) -> str:
-    if adapters.merged:
-        raise StateError(f"adapters {list(adapters.merged)} are merged, so they would not train; call unmerge first")
     if len(adapters.active) != 1:
         raise StateError(
             f"the active adapters are {list(adapters.active)}; wanted one to train and to save; set_adapter(model, name) first"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +18,7 @@ from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, pattern_matches
 from minilora.errors import StateError, TargetError, nearest
 from minilora.layers import is_linear, is_quantized
-from minilora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters, own_parameters
+from minilora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
 from minilora.tying import adapt_embedding, train_rows
 
@@ -258,32 +259,59 @@ def place(
     kind: str | None = None,
     activate: bool = True,
 ) -> None:
-    """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model."""
-    if not has_adapters(model):
-        model.requires_grad_(False)
-        attach(model, Adapters())
-    adapters = adapters_of(model)
-    with adapters.bare():
-        slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
-    for path, value in values.items():
-        slot = adapters.slots[path] = slots[path]
-        slot.kept[adapter_name] = value
-        if isinstance(value, Adapter) and value.replaces_base:
-            slot.base = value.base_layer
-        for parameter in own_parameters(value):
-            parameter.requires_grad_(activate)
-    adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
-    if not activate:
-        adapters.show()
-        return
-    before = adapters.active
+    """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model.
+
+    Whatever goes wrong, the model is as before then.
+    """
+    undo = _undo(model, values)
     try:
-        adapters.activate([adapter_name])
-    except StateError:
-        adapters.forget(adapter_name)
-        adapters.active = before
-        adapters.show()
+        if not has_adapters(model):
+            model.requires_grad_(False)
+            attach(model, Adapters())
+        adapters = adapters_of(model)
+        with adapters.bare():
+            slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
+        for path, value in values.items():
+            slot = adapters.slots[path] = slots[path]
+            slot.kept[adapter_name] = value
+            if isinstance(value, Adapter) and value.replaces_base:
+                slot.base = value.base_layer
+            for parameter in own_parameters(value):
+                parameter.requires_grad_(activate)
+        adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
+        if activate:
+            adapters.activate([adapter_name])
+        else:
+            adapters.show()
+    except BaseException:
+        undo()
         raise
+
+
+def _undo(model: nn.Module, paths: Iterable[str]) -> Callable[[], None]:
+    """What brings slots, record and ``requires_grad`` back to what they are now."""
+    adapters = adapters_of(model) if has_adapters(model) else None
+    record = {name: copy.copy(value) for name, value in adapters.__dict__.items()} if adapters else {}
+    bases = {path: (slot, slot.base, dict(slot.kept)) for path, slot in record.get("slots", {}).items()}
+    with adapters.bare() if adapters else nullcontext():
+        plain = [slot_at(model, path) for path in paths]
+    aside = [p for _, _, kept in bases.values() for value in kept.values() for p in own_parameters(value)]
+    trains = [(parameter, parameter.requires_grad) for parameter in (*model.parameters(), *aside)]
+
+    def undo() -> None:
+        for slot in plain:
+            setattr(slot.parent, slot.attr, slot.base)
+        if adapters:
+            adapters.__dict__.update(record)
+            for slot, base, kept in bases.values():
+                slot.base, slot.kept = base, kept
+            adapters.show()
+        elif has_adapters(model):
+            detach(model)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
+
+    return undo
 
 
 def inject(

@@ -155,7 +155,9 @@ def _encoded(
             f"max_length={length}: {cut} examples lose their end, {dropped} are left out because nothing to learn is left of them"
         )
     each, steps = job.training.batch_size * job.training.accumulate, job.training.steps
-    say(f"{len(examples)} to learn from, {each} a step: {steps} steps are {steps * each / len(examples):.1f} epochs")
+    say(
+        f"{len(examples)} to learn from, {each} a step: {steps} steps are {steps * each / max(1, len(examples)):.1f} epochs"
+    )
     return examples, evaluation
 
 

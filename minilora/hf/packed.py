@@ -20,6 +20,7 @@ from minilora.calibrate import calibrate
 from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
 from minilora.quantize_model import quantize_model
@@ -53,7 +54,7 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: the folder holds something, or cannot be written; nothing is left then. StateError: nothing is packed, or
-            adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
+            adapters are in the model, or a tensor holds NaN or infinity. QuantizationError: a format that bitsandbytes does not have.
     """
     in_new_folder(refuse_occupied(folder), lambda staged: _write_packed(model, staged))
 
@@ -64,14 +65,15 @@ def _write_packed(model: Any, folder: Path) -> None:
             "the model carries adapters; save them with save_adapter, and the packed base before injecting"
         )
     tensors = packed_state_dict(model)
-    layer = next(module for module in model.modules() if is_quantized(module))
+    refuse_nonfinite(tensors.items(), "the packed model")
+    layers = [module for module in model.modules() if is_quantized(module)]
     every = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
     quantization = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": layer.format,
-        "bnb_4bit_use_double_quant": layer.double_quant,
+        "bnb_4bit_quant_type": layers[0].format,
+        "bnb_4bit_use_double_quant": any(layer.double_quant for layer in layers),
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": sorted(every) or None,
