@@ -23,6 +23,10 @@ ORDER: list[tuple[str, list[str]]] = [
         "the job",
         [
             "data",
+            "schedule",
+            "guards",
+            "signals",
+            "resume",
             "train",
             "pictures",
             "report",

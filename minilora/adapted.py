@@ -18,7 +18,7 @@ from minilora.adapter import Adapter
 from minilora.config import QuantConfig
 from minilora.errors import StateError
 from minilora.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
-from minilora.slots import Adapters, Slot, adapters_of, detach
+from minilora.slots import Adapters, Slot, adapters_of, detach, own_parameters
 from minilora.tying import sharers
 
 __all__ = [
@@ -100,8 +100,8 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     update, and the report says how much. Adapters that are active and not named go on working on top.
 
     Raises:
-        StateError: an unknown name, adapters are merged already, a layer shares its weight with one that would not change, or a
-            merged weight overflows its dtype. Nothing has changed then.
+        StateError: an unknown name, adapters are merged already, a layer shares its weight with one that would not change, an adapter
+            holds NaN or infinity, or a merged weight overflows its dtype. Nothing has changed then, nor after any other failure.
     """
     adapters = adapters_of(model)
     chosen = tuple(adapters.active if names is None else [names] if isinstance(names, str) else names)
@@ -113,20 +113,36 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     rest = [name for name in adapters.active if name not in chosen]
     adapters.check_stack([*rest, *chosen], chosen)
     folded = {path: held for path, slot in adapters.slots.items() if (held := _adapters_at(slot, chosen))}
-    with adapters.bare():
-        _refuse_shared(model, adapters, folded)
+    _refuse_nonfinite(adapters, chosen)
     layers: dict[str, nn.Module] = {}
     losses: dict[str, tuple[float, float]] = {}
     try:
+        with adapters.bare():
+            _refuse_shared(model, adapters, folded)
         for path, adapters_here in folded.items():
             layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize)
         _share_again(adapters, layers)
         for path, layer in layers.items():
             adapters.slots[path].merged = layer
         adapters.merged = chosen
-    finally:
+        adapters.show()
+    except BaseException:
+        for slot in adapters.slots.values():
+            slot.merged = None
+        adapters.merged = ()
         adapters.show()  # merging looked at each adapter alone, on its base
+        raise
     return _report(layers, losses)
+
+
+def _refuse_nonfinite(adapters: Adapters, names: Sequence[str]) -> None:
+    for path, slot in adapters.slots.items():
+        for name in names:
+            values = own_parameters(slot.kept[name]) if name in slot.kept else ()
+            if not all(bool(torch.isfinite(value).all()) for value in values):
+                raise StateError(
+                    f"{path}: adapter {name!r} holds NaN or infinity, so it is not merged; load an earlier save of it"
+                )
 
 
 def _adapters_at(slot: Slot, names: Sequence[str]) -> list[Adapter]:
@@ -144,6 +160,10 @@ def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tu
         merged = (before.float() + update).to(compute_dtype(base))
         shifts = [shift for adapter in folded if (shift := adapter.delta_bias()) is not None]
         bias = _moved_bias(base, shifts) if shifts else None
+    if not bool(torch.isfinite(before).all()):
+        raise StateError(
+            f"{slot.path}: its base weight holds NaN or infinity, so nothing is merged into it; load it again"
+        )
     finite = bool(torch.isfinite(merged).all()) and (bias is None or bool(torch.isfinite(bias).all()))
     if not finite:
         raise StateError(

@@ -1,16 +1,18 @@
 """Training data: JSONL read and checked whole before anything trains, encoded so that only the completion counts.
 
 A line is one of ``{"messages": [{"role", "content"}, ...]}``, ``{"prompt", "completion"}`` or ``{"text"}``. Conversations go through the
-model's own chat template; the loss is taken on the assistant's words and the end token after them, never on what was asked. The order of
-examples is a function of (seed, epoch) alone, so it can be found again at any step. Next file: ``train.py``.
+model's own chat template; the loss is taken on the assistant's words and the end token after them, never on what was asked. Everything
+is encoded before training, and no worker process draws anything: which examples a step sees is a function of (seed, step), so it can be
+found again at any step. Next file: ``schedule.py``.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,28 @@ from minilora.errors import DataError
 __all__ = ["IGNORED", "Encoded", "collate", "encode", "encode_all", "micro_batches", "read_jsonl", "split"]
 
 IGNORED = -100  # label of a token that does not count
+LONGEST_LINE = 16_000_000  # bytes; some four million tokens, more than any context
 _ROLES = ("system", "user", "assistant")
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: token ids, and labels of the same length with ``IGNORED`` where nothing is to be learnt."""
+    """One example: token ids, and labels of the same length with ``IGNORED`` where nothing is to be learnt.
+
+    ``where`` is the file and line that it comes from, if it does, for messages.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     truncated: bool = False
+    where: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.labels):
+            raise DataError(
+                f"{self.where or 'example'}: {len(self.input_ids)} tokens and {len(self.labels)} labels; wanted one label a token"
+            )
 
     @property
     def supervised(self) -> int:
@@ -44,7 +57,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     """All records of a file, every line checked.
 
     Raises:
-        DataError: no file, no record, a line that is not UTF-8, not JSON, or has none of the three forms; with path and line.
+        DataError: no file, no record, a line that is longer than 16 MB, not UTF-8, not JSON, or has none of the three forms; with
+            path and line, and the byte of the line where there is one.
     """
     source = Path(path)
     if not source.is_file():
@@ -52,22 +66,43 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
             f"{source}: no such file; wanted JSONL with 'messages', 'prompt' and 'completion', or 'text' in every line"
         )
     records: list[Record] = []
-    with source.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if raw.strip():
-                records.append(_record(raw, f"{source}:{number}"))
+    try:
+        with source.open("rb") as lines:
+            for number, raw in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), 1):
+                if number == 1:
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
+                if raw.strip():
+                    records.append(_record(raw, f"{source}:{number}"))
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}); check the path and its rights") from None
     if not records:
         raise DataError(f"{source}: holds no example; wanted one JSON object a line")
     return records
 
 
+class _Line(dict[str, Any]):
+    """A record that knows where it was read."""
+
+    where = ""
+
+
 def _record(raw: bytes, where: str) -> Record:
+    if len(raw) > LONGEST_LINE:
+        raise DataError(
+            f"{where}: is longer than {LONGEST_LINE:,} bytes; write one example a line, and cut it into shorter ones"
+        )
     try:
-        record = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        record = json.loads(text)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; convert the file (iconv -t utf-8)") from None
+        raise DataError(
+            f"{where}:{error.start + 1}: byte {error.start + 1} is not UTF-8; convert the file (iconv -t utf-8)"
+        ) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}); write one object a line") from None
+        byte = len(text[: error.pos].encode()) + 1
+        raise DataError(
+            f"{where}:{byte}: not JSON at column {error.colno} ({error.msg}); write one object a line"
+        ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise DataError(f"{where}: cannot be read as JSON ({error}); write one plain object a line") from None
     if not isinstance(record, dict):
@@ -83,9 +118,11 @@ def _record(raw: bytes, where: str) -> Record:
         _check_text(record["text"], "text", where)
     else:
         raise DataError(
-            f"{where}: has the keys {sorted(record)}; wanted 'messages', 'prompt' and 'completion', or 'text'"
+            f"{where}: has the keys {str(sorted(record))[:200]}; wanted 'messages', 'prompt' and 'completion', or 'text'"
         )
-    return record
+    line = _Line(record)
+    line.where = where
+    return line
 
 
 def _check_messages(messages: object, where: str) -> None:
@@ -124,13 +161,17 @@ def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
     Raises:
         DataError: a conversation, and the tokenizer has no chat template.
     """
+    where = getattr(record, "where", "")
     ids: list[int] = []
     labels: list[int] = []
-    for text, counts in _segments(record, tokenizer):
-        piece = tokenizer(text, add_special_tokens=False).input_ids
-        ids += piece
-        labels += piece if counts else [IGNORED] * len(piece)
-    return Encoded(tuple(ids[:max_length]), tuple(labels[:max_length]), truncated=len(ids) > max_length)
+    try:
+        for text, counts in _segments(record, tokenizer):
+            piece = tokenizer(text, add_special_tokens=False).input_ids
+            ids += piece
+            labels += piece if counts else [IGNORED] * len(piece)
+    except DataError as error:
+        raise DataError(f"{where}: {error}" if where else str(error)) from None
+    return Encoded(tuple(ids[:max_length]), tuple(labels[:max_length]), truncated=len(ids) > max_length, where=where)
 
 
 def _segments(record: Record, tokenizer: Any) -> Iterator[tuple[str, bool]]:
@@ -198,16 +239,27 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
 
 
 def micro_batches(examples: Sequence[Encoded], batch_size: int, seed: int, start: int = 0) -> Iterator[list[Encoded]]:
-    """Batches without end, epoch after epoch, each epoch in its own order; ``start`` skips as many without drawing them."""
-    size = min(batch_size, len(examples))
-    per_epoch = len(examples) // size
+    """Batches of exactly ``batch_size`` without end: one epoch after the other, each in its own order, cut wherever a batch is full.
+
+    So every example comes once an epoch, and none is dropped; a batch over the end of an epoch takes the rest from the next one, and
+    one larger than the set holds some examples more than once. ``start`` skips as many batches without drawing them.
+    """
+    count, at = len(examples), start * batch_size
+    epoch, order = -1, []
     while True:
-        epoch, place = divmod(start, per_epoch)
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        ).tolist()
-        yield [examples[i] for i in order[place * size : (place + 1) * size]]
-        start += 1
+        batch = []
+        for place in range(at, at + batch_size):
+            if place // count != epoch:
+                epoch = place // count
+                order = _epoch_order(count, seed, epoch)
+            batch.append(examples[order[place % count]])
+        yield batch
+        at += batch_size
+
+
+def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator).tolist()
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

@@ -13,11 +13,14 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Interrupted",
     "MiniLoraError",
     "MissingPackageError",
+    "OutOfMemory",
     "QuantizationError",
     "StateError",
     "TargetError",
+    "TrainingError",
     "WriteError",
     "nearest",
 ]
@@ -26,7 +29,12 @@ _LONGEST = 1200  # signs of a message
 
 
 class MiniLoraError(Exception):
-    """Base of every error that minilora raises on purpose. A name or value in a message may be of any length, the message is not."""
+    """Base of every error that minilora raises on purpose; ``exit_code`` is what the command line ends with.
+
+    A name or value in a message may be of any length, the message is not.
+    """
+
+    exit_code = 2  # the input was wrong
 
     def __init__(self, message: str = "") -> None:
         text = str(message)
@@ -55,6 +63,29 @@ class CheckpointError(MiniLoraError, ValueError):
 
 class WriteError(CheckpointError):
     """The system does not let a file be written: no room, no right, a broken disk. What was there before is still there."""
+
+    exit_code = 1
+
+
+class TrainingError(StateError):
+    """A run cannot go on: too many steps in a row without a finite loss or gradient. The last good state is saved."""
+
+    exit_code = 1
+
+
+class OutOfMemory(MiniLoraError, MemoryError):
+    """A step did not fit into memory. The last finished step is saved."""
+
+    exit_code = 1
+
+
+class Interrupted(MiniLoraError):
+    """Ctrl-C or SIGTERM ended a run after a whole step, which is saved. ``signal`` is its number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.exit_code = 128 + signal  # as shells count: 130 and 143
 
 
 class DataError(MiniLoraError, ValueError):

@@ -112,6 +112,11 @@ def _write(
 ) -> int:
     r = max(len(A) for A, _ in factors.values())
     padded = {path: (_pad(A, r, 0), _pad(B, r, 1)) for path, (A, B) in factors.items()}
+    for path, pair in padded.items():
+        if not all(bool(torch.isfinite(factor).all()) for factor in pair):
+            raise StateError(
+                f"{path}: its scaled factors hold NaN or infinity, so nothing is exported; load an earlier save"
+            )
     files = _mlx_files(padded, r) if target == "mlx" else _peft_files(padded, r, content)
     write_files(folder, seal(files, base))
     return r

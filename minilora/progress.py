@@ -41,7 +41,11 @@ class Progress:
         """Show one record of ``train``."""
         if "eval_loss" in record:
             sample = f"; {record['prompt']!r} -> {record['answer']!r}" if "prompt" in record else ""
-            self.say(f"evaluation at step {record['step']}: loss {record['eval_loss']:.3f}{sample}")
+            loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.3f}"
+            self.say(f"evaluation at step {record['step']}: loss {loss}{sample}")
+            return
+        if "skipped" in record:
+            self.say(f"step {record['step']}/{self.steps} is skipped: {record['skipped']}")
             return
         step = record["step"]
         figures = f"loss {record['loss']:.3f}  {record['tokens_per_s']:.0f} tokens/s  {record['rss_mb']:.0f} MB"

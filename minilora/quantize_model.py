@@ -1,6 +1,7 @@
 """Put packed weights into a model: the walker again, with ``QuantLinear`` instead of adapters.
 
-Everything is checked before the first layer is replaced; then one layer at a time, so that memory never holds two models.
+All packed layers are made before the first one is put into its place, so that a failure leaves the model as it was. That takes the memory
+of the packed model beside the dense one: an eighth more for 4 bits beside fp32, a quarter beside bf16.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def quantize_model(
     target_modules: Selection = ALL_LINEAR,
     importance: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Replace linear layers by ``QuantLinear``, in place, one layer at a time: two dense copies of at most one layer exist at once.
+    """Replace linear layers by ``QuantLinear``, in place. If it fails, whatever the reason, no layer is replaced.
 
     Args:
         model: any module; changed in place, frozen layers replaced, and returned.
@@ -49,10 +50,18 @@ def quantize_model(
                 f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"
             )
     modules = dict(model.named_modules(remove_duplicate=False))
-    for path in paths:
-        slot = slot_at(modules, path)
-        layer = QuantLinear.from_linear(slot.base, config, path + ".weight", (importance or {}).get(path))  # type: ignore[arg-type]
-        setattr(slot.parent, slot.attr, layer.train(model.training))
+    slots = [slot_at(modules, path) for path in paths]
+    packed = [
+        QuantLinear.from_linear(slot.base, config, slot.path + ".weight", (importance or {}).get(slot.path))  # type: ignore[arg-type]
+        for slot in slots
+    ]
+    try:
+        for slot, layer in zip(slots, packed, strict=True):
+            setattr(slot.parent, slot.attr, layer.train(model.training))
+    except BaseException:
+        for slot in slots:
+            setattr(slot.parent, slot.attr, slot.base)
+        raise
     return model
 
 

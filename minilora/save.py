@@ -24,7 +24,7 @@ from minilora.layers import is_conv1d
 from minilora.slots import Value, adapters_of
 from minilora.targets import ends_with, exactly
 
-__all__ = ["adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
+__all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -58,6 +58,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     Raises:
         StateError: there is no such adapter, or a tensor of it is not finite. CheckpointError: the folder cannot be written.
     """
+    files = adapter_files(model, adapter_name)
+    write_files(folder, files)
+    return adapter_sha256(files)
+
+
+def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, bytes]:
+    """The sealed files of one adapter, by name. Raises ``StateError`` as ``save_adapter``."""
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(model, adapter_name).items()}
     if (key := not_finite(tensors)) is not None:
         raise StateError(
@@ -65,11 +72,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         )
     content = saved_config(model, adapter_name)
     files = {
-        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata=_metadata(model, adapter_name)),
+        WEIGHTS_FILE: _tensor_bytes(tensors, _metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
     }
-    write_files(folder, seal(files, base_of(model, adapter_name)))
-    return adapter_sha256(files)
+    return seal(files, base_of(model, adapter_name))
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata have a fixed order (safetensors draws it), so that one adapter is the same bytes each time."""
+    raw = safetensors.torch.save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[start:]
 
 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:

@@ -188,7 +188,11 @@ class Adapters:
             yield
         finally:
             self._bare -= 1
-            self.show()
+            try:
+                self.show()
+            except BaseException:  # a Ctrl-C in the middle of it: the slots come first
+                self.show()
+                raise
 
 
 def _shifts_bias(value: Value | None) -> bool:

@@ -13,11 +13,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -25,59 +24,21 @@ from torch import Tensor, nn
 
 from minilora.checkpoint import save_adapter
 from minilora.data import IGNORED, Encoded, collate, micro_batches
-from minilora.errors import ConfigError, StateError
+from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
+from minilora.guards import (
+    check_adapter,
+    check_examples,
+    first_nonfinite_gradient,
+    first_nonfinite_output,
+    is_out_of_memory,
+)
 from minilora.io import append_line, write_file
+from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
+from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
+from minilora.signals import Wish, caught
+from minilora.slots import adapters_of
 
 __all__ = ["TrainConfig", "checkpoint_activations", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Args:
-        steps: optimizer steps. batch_size: examples per micro-batch. accumulate: micro-batches per step.
-        lr: peak learning rate; LoRA wants about ten times that of full fine-tuning. warmup: share of the steps in [0, 1) with rising rate.
-        weight_decay: of AdamW. clip: largest gradient norm; 0 turns clipping off.
-        seed: order of the data and of dropout. eval_every, save_every: steps between evaluations and saves; 0 never.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-
-    Raises:
-        ConfigError: a value that cannot be meant, by name.
-    """
-
-    steps: int = 60
-    batch_size: int = 4
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
-    eval_every: int = 0
-    save_every: int = 0
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0, "eval_every": 0, "save_every": 0}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"{name}={value!r}: wanted a whole number >= {smallest}")
-        for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise ConfigError(f"{name}={value!r}: wanted a number in [{low}, {high})")
-        if self.lr == 0:
-            raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step ``step`` (from 0): linear up to ``lr`` over the warm-up, then half a cosine down to zero."""
-    rise = max(1, round(config.warmup * config.steps))
-    if step < rise:
-        return config.lr * (step + 1) / rise
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, config.steps - rise)))
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -127,103 +88,261 @@ def train(
     evaluation: Sequence[Encoded] = (),
     sample: Callable[[], tuple[str, str]] | None = None,
     watch: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Train the parameters that require grad, in place; the finished adapter lies in ``folder``.
+    """Train the active adapter in place; the finished one lies in ``folder``.
+
+    Ctrl-C and SIGTERM end the run after its step, which is saved; a second one ends it at once.
 
     Args:
         model: with adapters. examples, evaluation: encoded data. pad_id: padding token.
         folder: for ``log.jsonl``, the adapter at the end, and ``checkpoint-<step>/`` every ``save_every`` steps.
         sample: returns (prompt, answer), asked at every evaluation. watch: called with every record that is logged.
+        resume: go on from the newest checkpoint that verifies, to the same bits (from the start if there is none yet).
+        overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
 
     Returns:
-        The records. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds``; per evaluation: ``step,
-        eval_loss`` and the sample.
+        The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds``, or ``step,
+        skipped, seconds`` for one without a finite loss and gradient; per evaluation: ``step, eval_loss`` and the sample.
 
     Raises:
-        StateError: nothing is trainable, or the loss stopped being finite (the last saved checkpoint stays).
+        StateError: something would not train, or not be saved, by name; or the first gradient is zero or not finite.
+        DataError: an example that cannot be used, by its place. CheckpointError: a run lies in the folder, or the checkpoint is
+        another run's. Nothing is left then.
+        TrainingError: ``max_skipped`` steps in a row were skipped. OutOfMemory: a step does not fit. Interrupted: by a signal. The last
+        good state is saved then.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise StateError(
-            "no parameter requires grad, so nothing would train; inject an adapter, or load it with is_trainable=True"
-        )
-    write_file(folder / "log.jsonl", "")
-    records: list[dict[str, Any]] = []
-
-    def log(record: dict[str, Any]) -> None:
-        records.append(record)
-        append_line(folder / "log.jsonl", json.dumps(record))
-        if watch:
-            watch(record)
-
-    def assess(step: int) -> None:
-        record: dict[str, Any] = {"step": step, "eval_loss": evaluate(model, evaluation, config.batch_size, pad_id)}
-        log(record | (dict(zip(("prompt", "answer"), sample(), strict=True)) if sample else {}))
-
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    torch.manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    batches = micro_batches(examples, config.batch_size, config.seed)
-    model.train()
+    claim(Path(folder), resume, overwrite)
+    named = check_adapter(model)
+    check_examples(model, examples, pad_id)
     if evaluation:
-        assess(0)
-    begin = time.monotonic()
-    for step in range(config.steps):
-        rate = learning_rate(config, step)
-        log(
-            {"step": step + 1}
-            | _step(
-                model, optimizer, parameters, rate, list(islice(batches, config.accumulate)), config.clip, pad_id, begin
-            )
-        )
-        if evaluation and (step + 1 == config.steps or (config.eval_every and (step + 1) % config.eval_every == 0)):
-            assess(step + 1)
-        if config.save_every and (step + 1) % config.save_every == 0:
-            save_adapter(model, folder / f"checkpoint-{step + 1}")
+        check_examples(model, evaluation, pad_id, "evaluation")
+    run = _Run(model, named, examples, config, Path(folder), pad_id, evaluation, sample, watch, say)
+    if overwrite:
+        clear(run.folder)
+    run.start(resume)
+    with caught() as wish:
+        run.go(wish)
     model.eval()
-    save_adapter(model, folder)
-    return records
+    save_adapter(model, run.folder, run.adapter)
+    return run.records
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    rate: float,
-    step_batches: Sequence[Sequence[Encoded]],
-    clip: float,
-    pad_id: int,
-    begin: float,
-) -> dict[str, Any]:
-    """One optimizer step over its micro-batches; returns what is logged of it."""
-    started = time.monotonic()
-    supervised = sum(example.supervised for batch in step_batches for example in batch)
-    total = 0.0
-    for examples in step_batches:
-        loss = token_losses(model, collate(examples, pad_id)).sum() / supervised
-        loss.backward()
-        total += loss.item()
-    if not math.isfinite(total):
-        raise StateError(f"the loss became {total} at learning rate {rate:g}; lower lr, or look for broken examples")
-    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    tokens, spent = (
-        sum(len(example.input_ids) for batch in step_batches for example in batch),
-        time.monotonic() - started,
-    )
-    return {
-        "loss": total,
-        "lr": rate,
-        "grad_norm": float(norm),
-        "tokens": tokens,
-        "tokens_per_s": tokens / spent,
-        "rss_mb": memory_mb(),
-        "seconds": time.monotonic() - begin,
-    }
+class _Run:
+    """One run from its first step to its last.
+
+    Attributes:
+        step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
+        records: what was logged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        examples: Sequence[Encoded],
+        config: TrainConfig,
+        folder: Path,
+        pad_id: int,
+        evaluation: Sequence[Encoded],
+        sample: Callable[[], tuple[str, str]] | None,
+        watch: Callable[[dict[str, Any]], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.named, self.examples, self.config = model, dict(named), examples, config
+        self.folder, self.pad_id, self.evaluation, self.sample, self.watch, self.say = (
+            folder,
+            pad_id,
+            evaluation,
+            sample,
+            watch,
+            say,
+        )
+        self.adapter = adapters_of(model).active[0]
+        self.parameters = list(self.named.values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.meaning = meaning(
+            model,
+            self.adapter,
+            {name: getattr(config, name) for name in SCHEDULE}
+            | {"examples a step": config.batch_size * config.accumulate},
+            {"training data": examples, "evaluation data": evaluation},
+            {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing},
+        )
+        self.step = self.good = self.saved = 0
+        self.records: list[dict[str, Any]] = []
+        self.begin = time.monotonic()
+
+    def start(self, resume: bool) -> None:
+        """From the newest checkpoint, or from nothing; the log says no more than what is done."""
+        if self.config.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        found = newest(self.folder, self.say) if resume else None
+        if found:
+            restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
+            self.step = self.good = self.saved = found.step
+            self.records = kept_records(self.folder, found.step)
+            prune(self.folder, self.config.keep_checkpoints)
+            self.begin -= max((record.get("seconds", 0.0) for record in self.records), default=0.0)
+        if resume:
+            self.say(
+                f"going on after step {found.step}: {found.path}" if found else "no checkpoint yet: from the start"
+            )
+        write_file(self.folder / LOG_FILE, "".join(f"{json.dumps(record)}\n" for record in self.records))
+        self.batches = micro_batches(
+            self.examples, self.config.batch_size, self.config.seed, self.step * self.config.accumulate
+        )
+
+    def go(self, wish: Wish) -> None:
+        """Step by step to the end, or until a signal."""
+        config = self.config
+        self.model.train()
+        if self.evaluation and not self.step:
+            self.assess()
+        while self.step < config.steps:
+            if wish.signal is not None:
+                self.leave(wish)
+            self.advance()
+            last = self.step == config.steps
+            if self.evaluation and (last or (config.eval_every and self.step % config.eval_every == 0)):
+                self.assess()
+            if config.save_every and self.step % config.save_every == 0 and self.good == self.step:
+                self.save()
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        append_line(self.folder / LOG_FILE, json.dumps(record))
+        if self.watch:
+            self.watch(record)
+
+    def assess(self) -> None:
+        loss = evaluate(self.model, self.evaluation, self.config.batch_size, self.pad_id)
+        record: dict[str, Any] = {"step": self.step, "eval_loss": loss if math.isfinite(loss) else None}
+        self.log(record | (dict(zip(("prompt", "answer"), self.sample(), strict=True)) if self.sample else {}))
+
+    def save(self) -> str:
+        """Make sure that there is a checkpoint of the last good state; returns where, in words."""
+        if not self.good:
+            return "nothing was learnt yet, so nothing is saved"
+        if self.saved != self.good:
+            save_checkpoint(
+                self.model,
+                self.adapter,
+                self.named,
+                self.optimizer,
+                self.folder,
+                self.good,
+                self.meaning,
+                self.config.keep_checkpoints,
+            )
+            self.saved = self.good
+        return f"saved in {self.folder / f'checkpoint-{self.good}'}"
+
+    def advance(self) -> None:
+        """One step: gradients, a look at them, an update. A step that is not finite changes nothing but its place in the schedule."""
+        config, started = self.config, time.monotonic()
+        rate, batches = learning_rate(config, self.step), list(islice(self.batches, config.accumulate))
+        torch.manual_seed(step_seed(config.seed, self.step))
+        failed = None
+        try:
+            loss, norm, problem = self.gradients(batches)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = " ".join(str(error).split())[:200]
+        if failed is not None:  # outside of the handler, whose traceback holds the step's tensors
+            self.stop_without_memory(batches, failed)
+        if not self.good and (problem or norm == 0):
+            clear(self.folder)  # a run that has not begun leaves nothing
+            raise StateError(_refusal(problem))
+        if problem:
+            self.skip(problem)
+            return
+        if config.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, config.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not math.isfinite(float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))):
+            raise TrainingError(
+                f"step {self.step + 1}: a weight of the adapter became infinite at learning rate {rate:g}; its last checkpoint stays; "
+                "lower lr, or train it in float32"
+            )
+        self.step = self.good = self.step + 1
+        tokens = sum(len(example.input_ids) for batch in batches for example in batch)
+        self.log(
+            {
+                "step": self.step,
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": float(norm),
+                "tokens": tokens,
+                "tokens_per_s": tokens / (time.monotonic() - started),
+                "rss_mb": memory_mb(),
+                "seconds": time.monotonic() - self.begin,
+            }
+        )
+
+    def gradients(self, batches: Sequence[Sequence[Encoded]]) -> tuple[float, Tensor, str | None]:
+        """Loss and gradient norm of a step over its micro-batches, and what is wrong with them, or None."""
+        supervised = sum(example.supervised for batch in batches for example in batch)
+        total = 0.0
+        for number, examples in enumerate(batches, 1):
+            batch = collate(examples, self.pad_id)
+            loss = token_losses(self.model, batch).sum() / supervised
+            loss.backward()
+            total += loss.item()
+            if not math.isfinite(total):
+                return total, loss.detach(), self.why_loss(total, number, batch)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if math.isfinite(float(norm)):
+            return total, norm, None
+        first = first_nonfinite_gradient(self.named.items())
+        said = f"the gradient of {first} is not finite" if first else "the gradients are finite, their norm overflows"
+        return total, norm, f"{said} (loss {total:.4g})"
+
+    def why_loss(self, total: float, number: int, batch: dict[str, Tensor]) -> str:
+        first = first_nonfinite_output(self.model, lambda: token_losses(self.model, batch))
+        where = f"{first} is the first to return NaN or infinity" if first else "every module returns finite values"
+        return f"the loss is {total} in micro-batch {number}; {where}"
+
+    def skip(self, problem: str) -> None:
+        """Leave a step out, say so, and stop when there were too many in a row."""
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.log({"step": self.step, "skipped": problem, "seconds": time.monotonic() - self.begin})
+        if self.step - self.good >= self.config.max_skipped:
+            raise TrainingError(
+                f"step {self.step}: {problem}; {self.step - self.good} steps in a row (max_skipped); {self.save()}; "
+                "lower lr, or look for broken examples"
+            )
+
+    def leave(self, wish: Wish) -> NoReturn:
+        number: int = wish.signal  # type: ignore[assignment]
+        raise Interrupted(
+            f"{wish.name} after step {self.step} of {self.config.steps}: {self.save()}; go on with --resume (resume=True)",
+            number,
+        )
+
+    def stop_without_memory(self, batches: Sequence[Sequence[Encoded]], reason: str) -> NoReturn:
+        self.optimizer.zero_grad()
+        longest = max(len(example.input_ids) for batch in batches for example in batch)
+        size, accumulate = self.config.batch_size, self.config.accumulate
+        smaller = f"batch_size={size // 2} with accumulate={accumulate * 2}, " if size % 2 == 0 else ""
+        raise OutOfMemory(
+            f"step {self.step + 1}: no memory for batch_size={size} with {longest} tokens ({reason}); {self.save()}; go on with "
+            f"--resume and {smaller}gradient_checkpointing, or begin anew with a smaller max_length"
+        )
+
+
+def _refusal(problem: str | None) -> str:
+    if problem:
+        return f"the first step has no finite gradient: {problem}; look at the base model's weights, its dtype and the first examples"
+    return "the first gradient is zero everywhere, so nothing would train; does the loss depend on an adapted layer?"
 
 
 def checkpoint_activations(model: nn.Module) -> None:

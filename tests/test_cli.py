@@ -353,6 +353,8 @@ SETTINGS = {
     "eval_share": 0.25,
     "prompts": ["a b", "c"],
     "max_new_tokens": 7,
+    "resume": True,
+    "overwrite": True,
     "r": 3,
     "lora_alpha": 6.5,
     "target_modules": ("q_proj", "v_proj"),
@@ -371,6 +373,8 @@ SETTINGS = {
     "seed": 9,
     "eval_every": 3,
     "save_every": 4,
+    "keep_checkpoints": 5,
+    "max_skipped": 6,
     "gradient_checkpointing": True,
 }
 
@@ -529,9 +533,10 @@ def test_train_leaves_a_whole_run_folder(trained, model_folder):
 def test_train_says_what_it_does(trained, data_file):
     lines = trained[1].splitlines()
     assert lines[0].startswith(f"4 examples in {data_file}; loading ")
-    assert lines[1] == "asking 2 prompts before training"
-    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[2])
-    assert lines[3].startswith("step 1/50  loss ")
+    assert lines[1] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
+    assert lines[2] == "asking 2 prompts before training"
+    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[3])
+    assert lines[4].startswith("step 1/50  loss ")
     assert any(line.startswith("step 50/50  loss ") and line.endswith("  0 s left") for line in lines)
     at = lines.index("> hi")
     assert lines[at + 1].startswith("  before: ") and lines[at + 2] == "  after:  yo"

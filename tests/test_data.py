@@ -1,7 +1,9 @@
 """Training data: every bad line is refused with its place, only answers count, and batches depend on the seed alone."""
 
+import io
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -98,10 +100,11 @@ def test_a_line_separator_of_unicode_does_not_end_a_line(tmp_path):
 
 GOOD = b'{"text": "ok"}\n'
 BAD_LINES = {
-    "not JSON": (b'{"text": }', ["not JSON at column 10", "one object a line"]),
+    "not JSON": (b'{"text": }', [":3:10: not JSON at column 10", "one object a line"]),
+    "not JSON after two bytes in one": ('{"täxt": }'.encode(), [":3:11: not JSON at column 10"]),
     "cut off": (b'{"text": "a"', ["not JSON at column 1"]),
     "two objects": (b'{"text": "a"} {"text": "b"}', ["not JSON at column 15"]),
-    "not UTF-8": (b'{"text": "gr\xfc\xdfe"}', ["byte 13 is not UTF-8", "iconv"]),
+    "not UTF-8": (b'{"text": "gr\xfc\xdfe"}', [":3:13: byte 13 is not UTF-8", "iconv"]),
     "a list": (b'["text"]', ["holds a list", "wanted an object"]),
     "a string": (b'"text"', ["holds a str", "wanted an object"]),
     "null": (b"null", ["holds a NoneType"]),
@@ -140,10 +143,77 @@ def test_a_bad_line_is_refused_with_its_place(tmp_path, line, words):
     with pytest.raises(DataError) as caught:
         read_jsonl(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}:3: ")  # blank lines are counted, as an editor counts them
+    assert re.match(re.escape(f"{path}:3:") + r"(\d+:)? ", message)  # blank lines are counted, as an editor counts them
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_the_whole_file_is_looked_at_first(tmp_path):
+    path = tmp_path / "late.jsonl"
+    path.write_bytes(GOOD * 500 + b'{"text": "\xff"}\n' + GOOD)
+    with pytest.raises(DataError, match=re.escape(f"{path}:501:11: byte 11 is not UTF-8")):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize(("over", "fits"), [(0, True), (1, False), (10_000, False)])
+def test_a_giant_line_is_read_no_further_than_the_cap(tmp_path, monkeypatch, over, fits):
+    monkeypatch.setattr("minilora.data.LONGEST_LINE", 1000)
+    path = tmp_path / "giant.jsonl"
+    line = json.dumps({"text": "a" * (1000 - len('{"text": ""}') + over)}).encode()
+    path.write_bytes(GOOD + line)
+    if fits:
+        assert len(read_jsonl(path)) == 2
+        return
+    read = []
+
+    class Counted(io.BufferedReader):
+        def readline(self, size=-1):
+            read.append(line := super().readline(size))
+            return line
+
+    monkeypatch.setattr("pathlib.Path.open", lambda self, mode: Counted(io.FileIO(self)))
+    with pytest.raises(DataError, match=re.escape(f"{path}:2: is longer than 1,000 bytes; write one example a line")):
+        read_jsonl(path)
+    assert max(map(len, read)) == 1001
+
+
+def test_a_mark_of_byte_order_at_the_start_is_passed_over(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD)
+    assert read_jsonl(path) == [{"text": "ok"}]
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(GOOD)
+
+    def denied(self, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", denied)
+    with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read (Permission denied)")):
+        read_jsonl(path)
+
+
+def test_an_example_remembers_its_line(tmp_path, tokenizer):
+    path = tmp_path / "good.jsonl"
+    path.write_bytes(b"\n" + GOOD + GOOD)
+    records = read_jsonl(path)
+    assert [encode(record, tokenizer, 99).where for record in records] == [f"{path}:2", f"{path}:3"]
+    assert encode({"text": "ok"}, tokenizer, 99) == encode(records[0], tokenizer, 99)
+
+
+def test_what_the_template_cannot_do_is_said_with_the_line(tmp_path, make_tokenizer):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [USER, ANSWER]}) + "\n")
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: the tokenizer has no chat template")):
+        encode_all(read_jsonl(path), make_tokenizer(None), 512)
+
+
+def test_an_example_has_one_label_a_token():
+    with pytest.raises(DataError, match="3 tokens and 2 labels; wanted one label a token"):
+        Encoded((1, 2, 3), (1, 2))
 
 
 def test_a_missing_file_says_what_was_wanted(tmp_path):
@@ -337,21 +407,24 @@ def test_split_depends_on_the_seed_and_on_no_other_generator():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-@pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 1), (5, 5), (3, 8), (1, 4)])
-def test_each_epoch_is_a_permutation(count, size, seed):
-    examples, per_epoch = numbered(count), max(1, count // size)
-    batches = micro_batches(examples, size, seed)
-    epochs = [[i for batch in itertools.islice(batches, per_epoch) for i in firsts(batch)] for _ in range(6)]
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 1), (5, 5), (7, 3), (3, 8), (1, 4), (10, 7)])
+def test_every_batch_is_full_and_every_example_comes_once_an_epoch(count, size, seed):
+    batches = list(itertools.islice(micro_batches(numbered(count), size, seed), 6 * count))
+    assert all(len(batch) == size for batch in batches)
+    stream = [i for batch in batches for i in firsts(batch)]
+    epochs = [stream[at : at + count] for at in range(0, 6 * count, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     if count > 4:
         assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_what_does_not_fill_a_batch_comes_in_another_epoch():
-    batches = micro_batches(numbered(7), 3, seed=0)
-    epochs = [[i for batch in itertools.islice(batches, 2) for i in firsts(batch)] for _ in range(20)]
-    assert all(len(epoch) == len(set(epoch)) == 6 for epoch in epochs)
-    assert {i for epoch in epochs for i in epoch} == set(range(7))
+@pytest.mark.parametrize(("size", "smaller"), [(4, 2), (6, 3), (6, 1)])
+def test_cut_into_smaller_batches_the_stream_is_the_same(size, smaller):
+    def stream(batch_size, count):
+        batches = itertools.islice(micro_batches(numbered(7), batch_size, 5), count)
+        return [i for batch in batches for i in firsts(batch)]
+
+    assert stream(size, 9) == stream(smaller, 9 * size // smaller)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 11])

@@ -1,5 +1,7 @@
 """Quantization against a float64 oracle, its fast loops against their slow twins, and what it refuses."""
 
+import dataclasses
+import math
 import sys
 import threading
 
@@ -101,6 +103,7 @@ def test_scaling_by_a_power_of_two_is_exact(values, power):
     assert torch.equal(torch.ldexp(small.dequantize(), torch.tensor(power)), large.dequantize())
 
 
+@pytest.mark.filterwarnings("ignore:.*stay in fp32:UserWarning")
 @given(vectors(normal), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
 def test_quantizing_again_changes_no_code(values, dtype, double):
     config = QuantConfig(double_quant=double)
@@ -203,6 +206,93 @@ def test_extreme_scales_keep_the_error_bound(size):
     weight = gaussian(130)
     weight = weight / weight.abs().max() * size
     assert ((quantize(weight).dequantize().double() - weight.double()).abs() <= 0.152 * size).all()
+
+
+def with_outlier(times, blocks=512, at=300):
+    """Gaussian weights of which one is ``times`` the largest magnitude of its block."""
+    weight = gaussian(blocks * 64)
+    block = weight[at * 64 : at * 64 + 64]
+    block[7] = block.abs().max() * times
+    return weight.view(blocks * 2, 32)
+
+
+def errors_of_the_rest(weight, config, at=300):
+    """Relative error of all rows but the outlier's."""
+    ours = quantize(weight, config).dequantize()
+    keep = torch.ones(len(weight), dtype=torch.bool)
+    keep[2 * at : 2 * at + 2] = False
+    return float((ours - weight)[keep].norm() / weight[keep].norm())
+
+
+@pytest.mark.parametrize("times", [100, 1666, 1e6])
+def test_one_scale_far_above_the_others_keeps_that_tensors_scales_in_fp32_and_says_so(times):
+    weight = with_outlier(times)
+    with pytest.warns(UserWarning, match=r"layer 3: a scale is [\d.e+]+ times as large .* stay in fp32"):
+        found = quantize(weight, DOUBLE, "layer 3")
+    single = quantize(weight, QuantConfig())
+    assert found.nested_absmax is None and torch.equal(found.scales(), single.scales())
+    assert torch.equal(found.packed, single.packed) and found.bits_per_weight == 4.5
+
+
+@pytest.mark.parametrize("times", [100, 1666, 1e6])
+@pytest.mark.filterwarnings("ignore:.*stay in fp32:UserWarning")
+def test_an_outlier_costs_the_other_rows_nothing(times):
+    assert errors_of_the_rest(with_outlier(times), DOUBLE) == pytest.approx(
+        errors_of_the_rest(gaussian(512 * 64).view(1024, 32), QuantConfig()), rel=0.01
+    )
+
+
+def test_without_it_an_outlier_would_cost_the_other_rows_all(monkeypatch):
+    """What the rule is for: the numbers that bitsandbytes gives."""
+    monkeypatch.setattr(sys.modules["minilora.quantize"], "_OUTLIER", float("inf"))
+    assert errors_of_the_rest(with_outlier(1e6), DOUBLE) > 1 > 0.12 > errors_of_the_rest(with_outlier(3), DOUBLE)
+
+
+@pytest.mark.parametrize("times", [1, 5, 20])
+def test_what_trained_weights_have_is_no_outlier(times):
+    found = quantize(with_outlier(times), DOUBLE)
+    assert found.nested_absmax is not None and found.bits_per_weight < 4.14
+
+
+@pytest.mark.parametrize("zeros", [0.1, 0.9, 0.999, 1.0])
+def test_blocks_of_zeros_are_not_what_others_are_measured_by(zeros):
+    weight = gaussian(512 * 64).view(512, 64)
+    weight[: round(zeros * 512)] = 0
+    found = quantize(weight, DOUBLE)
+    assert found.nested_absmax is not None
+    assert torch.equal(found.dequantize()[: round(zeros * 512)], torch.zeros(round(zeros * 512), 64))
+
+
+tiny, half_most = st.floats(-(2**-126), 2**-126, width=32), torch.finfo(torch.float16).max
+odd = st.one_of(
+    st.just(0.0), tiny, st.sampled_from([half_most, -half_most, 1e-8, -3e38, 3e38]), st.floats(-3, 3, width=32)
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*stay in fp32:UserWarning")
+@given(
+    vectors(odd, most=20_000),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([QuantConfig(), DOUBLE, QuantConfig("fp4", double_quant=True), QuantConfig(blocksize=128)]),
+)
+def test_odd_weights_stay_finite_and_near_or_are_refused(values, dtype, config):
+    limit = torch.finfo(dtype).max
+    weight = torch.from_numpy(values).clamp(-limit, limit).to(dtype)
+    try:
+        found = quantize(weight, config, "odd one")
+    except QuantizationError:
+        found = None
+    if found is None:  # the mean of these scales overflows, which double quantization cannot do without
+        single = quantize(weight, dataclasses.replace(config, double_quant=False))
+        assert config.double_quant and not math.isfinite(float(single.scales().mean()))
+        return
+    scales, back = found.scales(), found.dequantize(torch.float32)
+    assert back.shape == weight.shape and found.dequantize().dtype == dtype
+    assert bool(torch.isfinite(back).all()) and bool(torch.isfinite(scales).all())
+    if not config.double_quant:
+        each = scale_of_each(found)
+        error = np.abs(back.numpy().astype(np.float64) - weight.float().numpy())
+        assert (error <= HALF_GAP * 1.0001 * each + 1e-38).all()
 
 
 def test_double_quantization_of_huge_scales_is_finite_or_refused():

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from minilora import __version__
 from minilora.cli import bench, plan
 from minilora.config import LoraConfig
-from minilora.errors import ConfigError, MiniLoraError, WriteError, nearest
+from minilora.errors import ConfigError, MiniLoraError, nearest
 from minilora.train import TrainConfig
 
 _LORA_FLAGS = (
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         arguments.run(arguments)
     except MiniLoraError as error:
-        return _fail(arguments, error, 1 if isinstance(error, WriteError) else 2)
+        return _fail(arguments, error, error.exit_code)
     except KeyboardInterrupt:
         print("minilora: interrupted; what was saved before is whole", file=sys.stderr)
         return 130
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="runs/demo", help="run folder; an earlier run in it is replaced (default: %(default)s)"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of data order, dropout and start values (default: %(default)s)"
     )
@@ -142,6 +144,8 @@ def _train_options() -> list[tuple[str, type, Any, str]]:
         "prompts": "asked before and after, for the report",
         "quant": "none, or a format: nf4, nf3, int8 ...",
         "dtype": "float32, bfloat16 or float16",
+        "resume": "go on with the run in --out, to the same bits",
+        "overwrite": "replace the run in --out",
     }
     options = []
     for cls, names in ((Job, None), (LoraConfig, _LORA_FLAGS), (TrainConfig, None)):
@@ -228,7 +232,8 @@ def _run_job(job: Any) -> Any:
     for pair in outcome.answers:
         print(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
     losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size
-    print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps; {sum(outcome.seconds.values()):.0f} s in all, "
+    change = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in " if losses else ""
+    print(f"\n{change}{len(losses)} steps; {sum(outcome.seconds.values()):.0f} s in all, "
           f"peak {outcome.peak_mb / 1000:.2f} GB; adapter of {size / 1e6:.1f} MB")  # fmt: skip
     print(
         f"{outcome.folder}: adapter_model.safetensors, adapter_config.json, log.jsonl; open {outcome.folder / 'report.html'}"

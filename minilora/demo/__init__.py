@@ -41,6 +41,7 @@ def job(out: str, seed: int = 0, steps: int = 48) -> Any:
         model="smollm2",
         data=str(DATA),
         out=out,
+        overwrite=True,  # an earlier demo
         quant="nf4",
         double_quant=True,
         prompts=prompts()[:4],

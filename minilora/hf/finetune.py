@@ -16,8 +16,9 @@ import torch
 
 from minilora.codebooks import CODEBOOKS
 from minilora.config import LoraConfig, QuantConfig
-from minilora.data import encode_all, read_jsonl, split
+from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
+from minilora.guards import context_length
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.inject import match
@@ -27,6 +28,7 @@ from minilora.layers import is_quantized
 from minilora.peft_model import get_peft_model
 from minilora.quantize_model import quantize_model
 from minilora.report import render
+from minilora.resume import claim
 from minilora.train import TrainConfig, memory_mb, train
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -45,6 +47,7 @@ class Job:
         quant: "none" or a format of ``QuantConfig``. double_quant: 8-bit scales. dtype: of the loaded weights.
         max_length: tokens an example may have; the rest is cut off and counted.
         eval_share: share of the data held out for evaluation, in [0, 1).
+        resume: go on with the run that lies in ``out``, to the same bits. overwrite: remove it and begin anew.
         prompts: asked before and after training, for the report. max_new_tokens: of each answer.
         lora, training: the configs.
 
@@ -62,6 +65,8 @@ class Job:
     eval_share: float = 0.1
     prompts: Sequence[str] = ()
     max_new_tokens: int = 48
+    resume: bool = False
+    overwrite: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -99,51 +104,31 @@ def fine_tune(
     """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop.
 
     Raises:
-        MiniLoraError: bad data (before the model is loaded), config, model or target, in one line.
+        MiniLoraError: bad data (before the model is loaded), a run that lies in ``out`` already, config, model or target, in one
+            line; and as ``train``.
     """
-    clock = _Clock()
-    if Path(job.out).exists() and not Path(job.out).is_dir():
-        raise ConfigError(f"out={job.out!r} is a file; wanted a folder for the run")
+    clock, folder = _Clock(), Path(job.out)
+    claim(folder, job.resume, job.overwrite)
     records = read_jsonl(job.data)
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
     tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
     match(model, job.lora)  # a mistyped target shows now, not after the answers
-    learn, held = split(records, job.eval_share, job.training.seed)
-    examples = encode_all(learn, tokenizer, job.max_length)
-    evaluation = encode_all(held, tokenizer, job.max_length) if held else []
-    _tell_cuts(say, len(learn) + len(held), [*examples, *evaluation], job.max_length)
+    examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
     if job.prompts:
         say(f"asking {len(job.prompts)} prompts before training")
     before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
     clock.lap("answers before")
-
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if any(is_quantized(module) for module in model.modules()):
-        say(f"{job.model} is packed already, and stays as it is")
-    elif job.quant != "none":
-        quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
-    # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
-    torch.manual_seed(job.training.seed)
-    model = get_peft_model(model, job.lora)
-    trainable, total = model.get_nb_trainable_parameters()
-    say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
+    model = _adapted(job, model, say)
     clock.lap("quantize and inject")
 
     def sample() -> tuple[str, str]:
         return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]
 
-    folder = Path(job.out)
-    steps = train(
-        model,
-        examples,
-        job.training,
-        folder,
-        tokenizer.pad_token_id,
-        evaluation,
-        sample if job.prompts else None,
-        watch,
-    )
+    asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
+    options: dict[str, Any] = {"resume": job.resume, "overwrite": job.overwrite, "say": say}
+    steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
     clock.lap("train")
     after = answers(model, tokenizer, job.prompts, job.max_new_tokens)
     clock.lap("answers after")
@@ -153,12 +138,42 @@ def fine_tune(
     return outcome
 
 
-def _tell_cuts(say: Callable[[str], None], asked: int, encoded: Sequence[Any], max_length: int) -> None:
-    cut, dropped = sum(example.truncated for example in encoded), asked - len(encoded)
+def _encoded(
+    job: Job, records: Sequence[Any], tokenizer: Any, model: Any, say: Callable[[str], None]
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Examples to learn from and to evaluate on, none longer than the model's context; what is cut or left out is counted and said."""
+    context = context_length(model)
+    length = min(job.max_length, context or job.max_length)
+    if length < job.max_length:
+        say(f"max_length={job.max_length} is more than the context of {job.model}: {length} tokens are the most")
+    learn, held = split(records, job.eval_share, job.training.seed)
+    examples = encode_all(learn, tokenizer, length)
+    evaluation = encode_all(held, tokenizer, length) if held else []
+    cut = sum(example.truncated for example in (*examples, *evaluation))
+    dropped = len(records) - len(examples) - len(evaluation)
     if cut or dropped:
         say(
-            f"max_length={max_length}: {cut} examples lose their end, {dropped} are left out because nothing to learn is left of them"
+            f"max_length={length}: {cut} examples lose their end, {dropped} are left out because nothing to learn is left of them"
         )
+    each, steps = job.training.batch_size * job.training.accumulate, job.training.steps
+    say(
+        f"{len(examples)} to learn from, {each} a step: {steps} steps are {steps * each / max(1, len(examples)):.1f} epochs"
+    )
+    return examples, evaluation
+
+
+def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
+    """The model packed as the job says, with a fresh adapter."""
+    if any(is_quantized(module) for module in model.modules()):
+        say(f"{job.model} is packed already, and stays as it is")
+    elif job.quant != "none":
+        quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
+    # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
+    torch.manual_seed(job.training.seed)
+    model = get_peft_model(model, job.lora)
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
+    return model
 
 
 class _Clock:
@@ -180,6 +195,7 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
     adapters = adapters_in(model)
     trainable, total = model.get_nb_trainable_parameters()
     losses = outcome.losses
+    change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
     memory = [{"name": "weights as loaded", "bytes": dense_bytes, "note": job.dtype}, *memory_table(model)]
     evals = [
         {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
@@ -188,7 +204,7 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
         "title": f"minilora: {job.model}",
         "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}",
         "headline": [
-            {"label": "training loss", "value": f"{losses[0]:.2f} → {losses[-1]:.2f}"},
+            {"label": "training loss", "value": change},
             {"label": "parameters trained", "value": f"{trainable / 1e6:.2f} M of {total / 1e6:.0f} M"},
             {"label": "time", "value": f"{sum(outcome.seconds.values()):.0f} s"},
             {"label": "peak memory", "value": f"{outcome.peak_mb / 1000:.2f} GB"},

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from minilora.errors import CheckpointError
+from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.layers import is_quantized
@@ -28,7 +29,8 @@ def merge_to_folder(
     ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``.
 
     Raises:
-        CheckpointError: ``out`` exists and is not empty, or adapter and model do not fit; nothing is written then.
+        CheckpointError: ``out`` exists and is not empty, or adapter and model do not fit. StateError: a weight holds NaN or infinity.
+            Nothing is written then.
     """
     target = refuse_occupied(out)
     adapted = PeftModel.from_pretrained(
@@ -39,5 +41,6 @@ def merge_to_folder(
         raise CheckpointError(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
+    refuse_nonfinite(merged.state_dict().items(), "the merged model")
     tokenizer = load_tokenizer(model)
     return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))

@@ -20,6 +20,7 @@ from minilora.codebooks import codebook
 from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.io import read_bytes
 from minilora.kbit import dtype_on_disk
@@ -80,17 +81,17 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: the folder holds something, or cannot be written; nothing is left then. StateError: nothing is packed, or
-            adapters are in the model. QuantizationError: a format that bitsandbytes does not have.
+            adapters are in the model, or a tensor holds NaN or infinity. QuantizationError: a format that bitsandbytes does not have.
     """
     in_new_folder(refuse_occupied(folder), lambda staged: _write_packed(model, staged))
 
 
 def _write_packed(model: Any, folder: Path) -> None:
     tensors = packed_state_dict(model)
-    layer = next(module for module in model.modules() if is_quantized(module))
-    quantization = bitsandbytes_entry(
-        QuantConfig(layer.book, layer.blocksize, layer.double_quant), dense_linears(model)
-    )
+    refuse_nonfinite(tensors.items(), "the packed model")
+    layers = [module for module in model.modules() if is_quantized(module)]
+    nested = any(layer.double_quant for layer in layers)
+    quantization = bitsandbytes_entry(QuantConfig(layers[0].book, layers[0].blocksize, nested), dense_linears(model))
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}

@@ -1,0 +1,80 @@
+"""What a run is asked to do, and what follows from it for each step: the learning rate, and the seed of dropout.
+
+Next file: ``guards.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from minilora.errors import ConfigError
+
+__all__ = ["SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
+
+SCHEDULE = (
+    "steps",
+    "lr",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "seed",
+)  # fields that, with the examples a step, make a run
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        steps: optimizer steps. batch_size: examples per micro-batch. accumulate: micro-batches per step.
+        lr: peak learning rate; LoRA wants about ten times that of full fine-tuning. warmup: share of the steps in [0, 1) with rising rate.
+        weight_decay: of AdamW. clip: largest gradient norm; 0 turns clipping off.
+        seed: order of the data and of dropout. eval_every, save_every: steps between evaluations and saves; 0 never.
+        keep_checkpoints: how many of the newest stay. max_skipped: steps in a row without a finite loss and gradient that end a run.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        ConfigError: a value that cannot be meant, by name.
+    """
+
+    steps: int = 60
+    batch_size: int = 4
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    eval_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    max_skipped: int = 5
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0, "eval_every": 0, "save_every": 0}
+        least |= {"keep_checkpoints": 1, "max_skipped": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ConfigError(f"{name}={value!r}: wanted a whole number >= {smallest}")
+        for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+                raise ConfigError(f"{name}={value!r}: wanted a number in [{low}, {high})")
+        if self.lr == 0:
+            raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step ``step`` (from 0): linear up to ``lr`` over the warm-up, then half a cosine down to zero."""
+    rise = max(1, round(config.warmup * config.steps))
+    if step < rise:
+        return config.lr * (step + 1) / rise
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, config.steps - rise)))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of torch's generator in a step: dropout is a function of (seed, step), so no random state need be saved."""
+    return (seed * 1_000_003 + 7 * step + 3) % 2**63
