@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format build clean
+.PHONY: help demo test test-all bench lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,10 @@ test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (AR
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the README shows (about an hour)
+	$(BIN)/python benchmarks/formats.py --readme
+	$(BIN)/python benchmarks/cpu.py --readme
 
 lint: $(VENV)/.installed-lint ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
