@@ -15,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all fuzz kernels gpu lint format build clean
+.PHONY: help demo test test-all bench fuzz kernels gpu lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,11 @@ test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (AR
 test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
+bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the README shows (about an hour)
+	$(BIN)/python benchmarks/formats.py --readme
+	$(BIN)/python benchmarks/cpu.py --readme
+	$(BIN)/python benchmarks/loading.py
+
 fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=10000000 of them, ARGS="--seed 1"); figures at the end
 	$(BIN)/python tests/fuzz/fuzz.py --count $(COUNT) $(ARGS)
 
@@ -40,9 +45,6 @@ kernels: $(VENV)/.installed-test $(TRITONS:%=$(VENV)/triton-%/.installed) ## int
 	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest tests/test_kernels.py tests/test_kernels_lookup.py && \
 	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python kernels/aot.py $(ARGS) || exit 1; \
 	done
-
-gpu: ## check and time the Triton kernels on this computer's GPU (needs a $(PYTHON) with torch, triton and numpy; installs nothing)
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

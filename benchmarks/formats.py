@@ -14,18 +14,17 @@ import csv
 import inspect
 import json
 import math
-import platform
 import pydoc_data.topics
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import RESULTS, into_readme, stamp, write_csv
 
 import minilora
 from minilora.config import QuantConfig
@@ -190,30 +189,18 @@ def markdown(table: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def stamp() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": commit,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--quick", action="store_true", help="fewer tokens, one offset: minutes instead of half an hour"
     )
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "formats.csv"))
+    parser.add_argument("--out", default=str(RESULTS / "formats.csv"))
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     arguments = parser.parse_args(argv)
     table = run(arguments.quick)
-    with open(arguments.out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*table[0], *stamp()])
-        writer.writeheader()
-        writer.writerows(row | stamp() for row in table)
+    write_csv(arguments.out, table, stamp("transformers"))
+    if arguments.readme:
+        into_readme("formats", markdown(table))
     print(f"\n{markdown(table)}\n\n{arguments.out}")
 
 

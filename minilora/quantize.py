@@ -69,10 +69,18 @@ class QuantizedTensor:
         levels = dynamic_map().to(self.absmax.device)[self.absmax.int()]
         return levels * _spread(self.nested_absmax, NESTED_BLOCKSIZE, levels.numel()) + self.nested_offset
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight, ``shape``, in ``dtype`` (default: its dtype before): fp32 level x fp32 scale, rounded once."""
-        dtype = dtype or self.dtype
-        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """The dense weight, ``shape``, in ``dtype`` (default: its dtype before): fp32 level x fp32 scale, rounded once.
+
+        ``out``: a contiguous tensor of that shape to write into, which is several times faster for a large weight than fresh memory;
+        its dtype counts then. Raises ``QuantizationError`` if it does not fit.
+        """
+        if out is not None and (out.shape != self.shape or not out.is_contiguous() or out.device != self.packed.device):
+            raise QuantizationError(
+                f"out is {tuple(out.shape)} on {out.device}; wanted a contiguous {tuple(self.shape)} on {self.packed.device}"
+            )
+        dtype = out.dtype if out is not None else dtype or self.dtype
+        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device) if out is None else out
         flat, scales = out.view(-1), self.scales()
         for start in range(0, flat.numel(), _CHUNK):
             stop = min(start + _CHUNK, flat.numel())

@@ -431,3 +431,16 @@ def test_threads_do_not_mix_their_buffers():
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dequantize_writes_into_a_given_tensor(dtype):
+    packed, room = quantize(torch.randn(70, 33)), torch.empty(70, 33, dtype=dtype)
+    assert packed.dequantize(out=room) is room
+    assert torch.equal(room, packed.dequantize(dtype))
+
+
+@pytest.mark.parametrize("room", [torch.empty(33, 70), torch.empty(33, 70).t(), torch.empty(70, 33, device="meta")])
+def test_dequantize_refuses_a_tensor_that_does_not_fit(room):
+    with pytest.raises(QuantizationError, match=r"wanted a contiguous \(70, 33\) on cpu"):
+        quantize(torch.randn(70, 33)).dequantize(out=room)

@@ -1,0 +1,59 @@
+"""The benchmarks run, compare what they say they compare, and write what they measured."""
+
+import csv
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def record(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return runpy.run_path(str(BENCHMARKS / "record.py"))
+
+
+def test_a_table_takes_the_place_of_the_old_one(record, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- cpu -->\nold\n<!-- /cpu -->\nafter\n")
+    for table in ("| new |", "| newer |"):
+        record["into_readme"]("cpu", table, readme)
+        assert readme.read_text() == f"before\n<!-- cpu -->\n{table}\n<!-- /cpu -->\nafter\n"
+    with pytest.raises(ValueError, match="wanted one <!-- gpu --> and one <!-- /gpu -->"):
+        record["into_readme"]("gpu", "| x |", readme)
+
+
+@pytest.mark.parametrize("name", ["cpu", "formats"])
+def test_the_readme_has_a_place_for_each_table(name):
+    text = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+def test_what_a_row_says(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cpu = runpy.run_path(str(BENCHMARKS / "cpu.py"))
+    row, sample = cpu["Row"], lambda *values: cpu["Sample"](list(values), [2 * value for value in values])
+    times = {"ours": sample(1.0, 2.0, 9.0), "peer": sample(10.0)}
+    assert row("step", ">= 5", "time", times).ratio() == 5 and row("step", ">= 5", "time", times).reached()
+    assert not row("step", ">= 6", "time", times).reached()
+    floors = {"floor": sample(1.0), "peer floor": sample(6.0)}
+    assert row("step", ">= 2", "overhead", times | floors).ratio("wall") == 4
+    assert row("bytes", "<= 0.2", "bytes", times).reached() and not row("bytes", "<= 0.1", "bytes", times).reached()
+
+
+@pytest.mark.slow
+def test_the_cpu_benchmark_runs(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "cpu.csv"
+    command = [sys.executable, str(BENCHMARKS / "cpu.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == 17 and all(float(row["ours cpu median"]) > 0 and row["commit"] for row in rows)
+    assert all(row["what"] in done.stdout for row in rows)
