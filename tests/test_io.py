@@ -352,6 +352,14 @@ def test_a_live_writers_staging_is_not_swept(old, monkeypatch):
     assert not list(old.parent.rglob(".*"))
 
 
+def test_files_of_others_that_look_like_ours_stay(layout):
+    for path in (layout / f"{io._STAGED}notes", layout.parent / f".{layout.name}{io._STAGED}notes"):
+        path.write_bytes(b"mine")
+    before = contents(layout.parent)
+    io.write_files(layout, NEW)
+    assert contents(layout.parent) == before | {f"place/{name}": content for name, content in NEW.items()}
+
+
 def test_a_writer_that_waits_too_long_says_so(old, monkeypatch):
     monkeypatch.setattr(io, "_PATIENCE", 0.05)
     with io._locked(old.parent), pytest.raises(WriteError, match="another process has been saving here for 0 s"):
