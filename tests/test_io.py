@@ -279,6 +279,56 @@ def test_an_error_at_each_call_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
     assert failed >= 4
 
 
+def test_a_model_takes_the_place_of_an_empty_folder(tmp_path, monkeypatch):
+    place = tmp_path / "model"
+    place.mkdir(mode=0o750)
+
+    class Broken(Disk):
+        def flush(self, path):
+            if str(path) == str(tmp_path):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            super().flush(path)
+
+    monkeypatch.setattr(io, "disk", Broken())
+    with pytest.raises(WriteError, match="Input/output error"):
+        io.new_folder(place, fill)
+    assert place.is_dir() and contents(tmp_path) == {}
+    monkeypatch.setattr(io, "disk", Disk())
+    place.chmod(0o750)
+    io.new_folder(place, fill)
+    assert contents(place) == {"a": b"new a", "deep/b": b"new b"} and stat.S_IMODE(place.stat().st_mode) == 0o750
+    with pytest.raises(WriteError, match="cannot be written"):
+        io.new_folder(place, fill)
+
+
+def test_a_folder_of_another_owner_stays_the_same_one(old, monkeypatch):
+    class Foreign(Disk):
+        def owner(self, path):
+            return (str(path),)
+
+    monkeypatch.setattr(io, "disk", Foreign())
+    number = old.stat().st_ino
+    io.write_files(old, NEW)
+    assert old.stat().st_ino == number and contents(old.parent) == {f"place/{n}": c for n, c in (NEW | MINE).items()}
+
+
+def test_a_folder_that_appears_in_the_last_moment_is_kept(old, monkeypatch):
+    class Busy(Disk):
+        def write(self, path, content):
+            (old / "sub").mkdir(exist_ok=True)
+            super().write(path, content)
+
+    monkeypatch.setattr(io, "disk", Busy())
+    io.write_files(old, NEW)
+    assert (old / "sub").is_dir() and contents(old) == NEW | MINE
+
+
+def test_an_error_while_reading_is_named(old, monkeypatch):
+    monkeypatch.setattr("minilora.disk.Opened.read", lambda self: os.pread(-1, 1, 0))
+    with pytest.raises(CheckpointError, match=r"place: a file in it cannot be read \(Bad file descriptor\)"):
+        io.read_files(old, dict.fromkeys(OLD, "it"))
+
+
 # ---- readers and writers at one time
 
 
@@ -350,6 +400,14 @@ def test_a_live_writers_staging_is_not_swept(old, monkeypatch):
         assert (staged / "x").exists()
     assert contents(old.parent / "place2") == {"x": b"1"}
     assert not list(old.parent.rglob(".*"))
+
+
+def test_files_of_others_that_look_like_ours_stay(layout):
+    for path in (layout / f"{io._STAGED}notes", layout.parent / f".{layout.name}{io._STAGED}notes"):
+        path.write_bytes(b"mine")
+    before = contents(layout.parent)
+    io.write_files(layout, NEW)
+    assert contents(layout.parent) == before | {f"place/{name}": content for name, content in NEW.items()}
 
 
 def test_a_writer_that_waits_too_long_says_so(old, monkeypatch):

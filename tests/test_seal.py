@@ -313,6 +313,7 @@ HEADERS = {
     "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__ is no object of texts"),
     "a list": (b"[1]", b"", r"header does not begin with \{"),
     "deep": (b'{"a":' + b"[" * 200_000, b"", "nested too deeply"),
+    "twenty deep": (b'{"a":' + b"[" * 25 + b"]" * 25 + b"}", b"", "nested too deeply"),
     "not UTF-8": (b'{"\xff": 1}', b"", "utf-8"),
 }
 
