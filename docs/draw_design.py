@@ -12,7 +12,7 @@ from pathlib import Path
 ORDER: list[tuple[str, list[str]]] = [
     ("what is said", ["errors", "validate", "codebooks", "config", "io", "architectures"]),
     ("weights in few bits", ["lookup", "scales", "quantize"]),
-    ("the door to speed", ["ops"]),
+    ("the door to speed", ["cuda", "ops"]),
     ("base layers", ["layers"]),
     ("the law and the lesson", ["adapter", "lora", "variants"]),
     ("where they go", ["targets", "slots", "tying", "inject", "quantize_model"]),

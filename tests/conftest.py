@@ -5,6 +5,8 @@ import os
 # Before the first import of transformers or tokenizers, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before the first import of triton, whose decorators read it: the tests of the kernels run in its interpreter.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hashlib
 

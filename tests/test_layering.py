@@ -23,7 +23,7 @@ RESTRICTED = {
     "transformers": KNOW_TRANSFORMERS,
     "tokenizers": KNOW_TRANSFORMERS,
     "huggingface_hub": KNOW_TRANSFORMERS,
-    "minilora_kernels": {"ops"},
+    "minilora_kernels": {"cuda"},
     "triton": set(),
     "peft": set(),
     "bitsandbytes": set(),
@@ -89,6 +89,7 @@ def test_arrows(path):
         ("train", "try:\n    import transformers\nexcept ImportError:\n    pass", "train must not import transformers"),
         ("ops", "def f():\n    import triton.language as tl", "ops must not import triton"),
         ("layers", "from minilora_kernels.linear import forward", "layers must not import minilora_kernels"),
+        ("ops", "def f():\n    import minilora_kernels", "ops must not import minilora_kernels"),
         ("hf", "from peft import LoraConfig", "hf must not import peft"),
         ("report", "from minilora.hf.load import load_model", "report imports hf"),
     ],
@@ -100,7 +101,8 @@ def test_a_wrong_arrow_is_seen(name, source, words):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("ops", "from minilora.quantize import decode_range\ndef f():\n    import minilora_kernels"),
+        ("cuda", "from minilora.quantize import decode_range\ndef f():\n    import minilora_kernels"),
+        ("ops", "from minilora import cuda"),
         ("peft_model", "from minilora import adapted, checkpoint"),
         ("codebooks", "from minilora.config import QuantConfig"),
         ("hf", "import transformers\nfrom minilora import LoraConfig"),
@@ -108,6 +110,31 @@ def test_a_wrong_arrow_is_seen(name, source, words):
 )
 def test_a_right_arrow_passes(name, source):
     assert list(faults(name, source)) == []
+
+
+KERNELS = PACKAGE.parent / "kernels" / "minilora_kernels"
+
+
+def test_kernels_is_no_package():
+    """A top-level name ``kernels`` would hide the package of that name which transformers imports."""
+    assert not (KERNELS.parent / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)
+def test_kernels_import_torch_and_triton_only(path):
+    names = {name.split(".")[0] for name, _ in imported(ast.parse(path.read_text(encoding="utf-8")))}
+    foreign = names - sys.stdlib_module_names - {"torch", "triton", "minilora_kernels"}
+    assert foreign == set()
+
+
+def test_kernels_are_imported_inside_a_function():
+    tree = ast.parse((PACKAGE / "cuda.py").read_text(encoding="utf-8"))
+    assert "minilora_kernels" not in {name for node in tree.body for name in imported_here(node)}
+
+
+def imported_here(node):
+    """Names that one statement at the top of a file imports."""
+    return {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
 
 
 TRAINS_ALONE = """

@@ -1,0 +1,114 @@
+"""Which tile sizes a kernel is launched with: a table by architecture, no search at run time.
+
+Every entry is compiled and checked by ``kernels/aot.py``; none has been timed on hardware yet. No search at run time means that a launch
+inside a CUDA graph capture is like any other. Next file: ``dequant.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+_PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # A100, 4090, H100, B200, MI300X
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of a product: ``BM`` rows of the input, ``BN`` rows and ``BK`` columns of the weight, warps, pipeline stages."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, int]:
+        """The tile's arguments of a kernel."""
+        return {"BM": self.BM, "BN": self.BN, "BK": self.BK}
+
+
+LINEAR: dict[str, list[Tile]] = {
+    "sm_80": [Tile(128, 128, 64, 8, 3)],
+    "sm_89": [Tile(128, 128, 64, 8, 3)],
+    "sm_90": [Tile(128, 128, 64, 8, 3), Tile(256, 128, 64, 8, 3)],
+    "sm_100": [Tile(128, 128, 64, 8, 3)],
+    "gfx942": [Tile(128, 128, 64, 8, 2)],
+    "cpu": [Tile(32, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)],
+}
+DGRAD: dict[str, list[Tile]] = {
+    "sm_80": [Tile(64, 64, 64, 4, 3), Tile(128, 64, 128, 8, 3)],
+    "sm_89": [Tile(64, 64, 64, 4, 3), Tile(128, 64, 128, 8, 3)],
+    "sm_90": [Tile(64, 64, 64, 4, 4), Tile(128, 64, 128, 8, 3), Tile(256, 64, 128, 8, 3)],
+    "sm_100": [Tile(64, 64, 64, 4, 4), Tile(128, 64, 128, 8, 3)],
+    "gfx942": [Tile(64, 64, 64, 4, 2), Tile(128, 64, 128, 8, 2)],
+    "cpu": [Tile(32, 64, 64, 4, 1), Tile(64, 64, 128, 4, 1)],
+}
+_SMALL = [Tile(16, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4), Tile(64, 128, 64, 8, 4)]
+GEMV: dict[str, list[Tile]] = dict.fromkeys(ARCHS, _SMALL) | {
+    "gfx942": [Tile(16, 128, 64, 4, 2), Tile(32, 128, 64, 4, 2), Tile(64, 128, 64, 8, 2)],  # 64 KB of shared memory
+    "cpu": [Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)],
+}
+GROUP = 8  # rows of tiles that are walked together, so that they share the second-level cache
+RANKS = (16, 32, 64)  # ranks are padded to one of these; a larger one is multiplied apart
+
+
+def pick(tiles: list[Tile], arch: str, rows: int, columns: int, side: str) -> Tile:
+    """The largest tile that still gives nearly every processor a program and is at most half empty; the smallest if none does.
+
+    Args:
+        rows, columns: of the result. side: "BN" or "BK", the tile's size along the result's columns.
+    """
+    enough = 0.9 * _PROCESSORS.get(arch, 1)
+    good = (tile for tile in reversed(tiles) if 2 * rows > tile.BM
+            and -(-rows // tile.BM) * -(-columns // getattr(tile, side)) >= enough)  # fmt: skip
+    return next(good, tiles[0])
+
+
+def padded_rank(r: int) -> int | None:
+    """The rank that the kernels are compiled for, 0 for none, or None if ``r`` is beyond them."""
+    return 0 if r == 0 else next((size for size in RANKS if r <= size), None)
+
+
+def splits(arch: str, programs: int, most: int) -> int:
+    """Into how many parts a reduction is split so that twice as many programs run as there are processors: a power of two."""
+    wanted = 2 * _PROCESSORS.get(arch, 1) // max(1, programs)
+    return 1 << max(0, min(wanted, most, 32).bit_length() - 1)
+
+
+def lookup_for(arch: str, dtype: torch.dtype, bits: int) -> str:
+    """``prmt`` where the byte-permute lookup exists, else ``load``."""
+    return "prmt" if arch.startswith("sm_") and bits == 4 and dtype in (torch.bfloat16, torch.float16) else "load"
+
+
+def arch_of(device: torch.device) -> str | None:
+    """The row of the tables for a device; None where there is no row (older than Ampere, other AMD cards)."""
+    return "cpu" if device.type == "cpu" else _cuda_arch(device.index or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_arch(index: int) -> str | None:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        return name if name in LINEAR else None
+    known = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    major, minor = properties.major, properties.minor
+    if (major, minor) in known:
+        return known[major, minor]
+    return "sm_89" if major in (8, 12) else None  # 8.6, 8.9, 12.x: about 100 KB of shared memory
+
+
+def supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there: a CUDA (or HIP) device with a row in the tables, fp16, bf16 or fp32 input."""
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    return device.type == "cuda" and dtype in floats and arch_of(device) is not None
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one, which is where triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

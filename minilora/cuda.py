@@ -1,0 +1,89 @@
+"""Products with a quantized weight on a GPU: the one module that knows the Triton kernels, and only when it is asked for one.
+
+    if cuda.available(weight, x): out = cuda.matmul(x, weight, transpose=True, h=xa, B=lora_B)
+
+``matmul`` is what ``ops`` calls inside its operators for tensors on a GPU, forward (``transpose=True``) and backward (``False``); it
+has no gradient of its own. Nothing in it waits for the device, and it allocates its result only (and sums of parts), so it may be captured
+in a CUDA graph after one call outside of it, which compiles the kernel and uploads the tables. Next file: ``ops.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.codebooks import dynamic_map
+from minilora.quantize import QuantizedTensor
+
+
+@functools.lru_cache(maxsize=1)
+def kernels() -> ModuleType | None:
+    """``minilora_kernels``, imported when first asked for; None where Triton is not installed."""
+    try:
+        import minilora_kernels
+    except ImportError:
+        return None
+    return minilora_kernels
+
+
+def available(weight: QuantizedTensor, x: Tensor) -> bool:
+    """Whether ``matmul`` can take this product.
+
+    It can if both lie on one CUDA device that the kernels know (Ampere and newer, MI300), the codes have 4 or 2 bits, ``x`` is bf16, fp16
+    or fp32, and Triton is installed. Any shape will do: what does not divide into tiles is decoded in slices first.
+    """
+    if not x.is_cuda or x.device != weight.packed.device or weight.book.bits not in (2, 4) or len(weight.shape) != 2:
+        return False
+    found = kernels()
+    return found is not None and bool(found.supported(x.device, x.dtype))
+
+
+def matmul(
+    x: Tensor, weight: QuantizedTensor, transpose: bool, h: Tensor | None = None, B: Tensor | None = None
+) -> Tensor:
+    """A product with the packed weight, a low-rank product in the same accumulator.
+
+    Args:
+        x: ``[M, in]`` with ``transpose``, else ``[M, out]``.
+        weight: quantized ``[out, in]``, 4 or 2 bits.
+        transpose: True: ``x W^T + h B^T`` (forward: h = scaling * x A^T, B = lora_B). False: ``x W + h B`` (the gradient of the input:
+            x = dy, h = scaling * dy lora_B, B = lora_A).
+        h: ``[M, r]`` or None, scaled already. B: ``[out, r]`` with ``transpose``, else ``[r, in]``; any float dtype.
+
+    Returns:
+        ``[M, out]`` with ``transpose``, else ``[M, in]``, in ``x``'s dtype. The reference is
+        ``x @ weight.dequantize(x.dtype).T + h @ B.T``, without ``.T`` for False; its bf16 result is met to the rounding of the weights.
+    """
+    found = kernels()
+    if found is None:
+        raise ImportError("minilora_kernels needs Triton; pip install triton")
+    packed = kernel_weight(weight)
+    if not transpose:
+        return found.nf4_dgrad(x, packed, h, B)
+    few = x.dtype != torch.float32 and found.gemv_fits(packed, x.shape[0])
+    return found.nf4_gemv(x, packed, h, B) if few else found.nf4_linear(x, packed, h, B)
+
+
+def kernel_weight(weight: QuantizedTensor) -> Any:
+    """The same memory as a ``minilora_kernels.Weight``."""
+    nested = weight.nested_absmax is not None
+    return kernels().Weight(  # type: ignore[union-attr]
+        weight.packed,
+        weight.absmax,
+        weight.book.levels,
+        (weight.shape[0], weight.shape[1]),
+        weight.blocksize,
+        _nested_levels(weight.packed.device) if nested else None,
+        weight.nested_absmax,
+        weight.nested_offset,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _nested_levels(device: torch.device) -> Tensor:
+    """The levels of double-quantized scales on a device, uploaded once."""
+    return dynamic_map().to(device)
