@@ -1,8 +1,8 @@
 """Every Triton kernel in the interpreter against its reference in float64.
 
 Inputs lie between NaN, so that reading beyond them shows; results are allocated as NaN between guards, so that what is not written
-shows, and what is written beyond them too. The interpreter's bf16 arithmetic is wrong, so products are taken in fp32; what bf16 adds (the table in two
-byte planes, the assembly) is tested in ``test_kernels_lookup.py``, and the machine code in ``test_kernels_aot.py``.
+shows, and what is written beyond them too. The interpreter's bf16 arithmetic is wrong, so products are taken in fp32; what bf16 adds (the
+table in two byte planes, the assembly) is tested in ``test_kernels_lookup.py``, and the machine code in ``test_kernels_aot.py``.
 """
 
 import math

@@ -76,7 +76,7 @@ def nf4_dgrad(dy: Tensor, w: Weight, dyb: Tensor | None = None, a: Tensor | None
         ``[M, K]`` in ``dy``'s dtype.
     """
     (m, n), k, arch = dy.shape, w.shape[1], launch.arch_of(dy.device)
-    tile = tile or pick(DGRAD[arch], arch, m, k, "BK")
+    tile = tile or pick([t for t in DGRAD[arch] if dgrad_fits(w, t)] or DGRAD[arch], arch, m, k, "BK")
     fused = dgrad_fits(w, tile) and (dy.dtype != torch.float32 or arch == "cpu")
     if path == "fused" and not fused:
         raise ValueError(

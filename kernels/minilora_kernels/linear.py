@@ -95,7 +95,7 @@ def nf4_linear(x: Tensor, w: Weight, xa: Tensor | None = None, b: Tensor | None 
         ``[M, N]`` in ``x``'s dtype. Allocates it and, on the dequant path, a buffer of at most 16 MB. Never waits for the device.
     """
     (m, k), n, arch = x.shape, w.shape[0], launch.arch_of(x.device)
-    tile = tile or pick(LINEAR[arch], arch, m, n, "BN")
+    tile = tile or pick([t for t in LINEAR[arch] if linear_fits(w, t)] or LINEAR[arch], arch, m, n, "BN")
     fused = linear_fits(w, tile) and (x.dtype != torch.float32 or arch == "cpu")
     if path == "fused" and not fused:
         raise ValueError(

@@ -58,8 +58,8 @@ OPERANDS = tl.constexpr(_OPERANDS)
 OPERANDS_SCALED = tl.constexpr(_OPERANDS + ",r" * 8)
 
 
-# Adds a zero that the compiler does not know to be one (bit 0 of the mask of the lanes above). Otherwise it puts a word, which is the same in
-# all lanes, into a uniform register, and copies it back for every byte permute: a sixth of the instructions of a loop.
+# Adds a zero that the compiler does not know to be one (bit 0 of the mask of the lanes above). Otherwise it puts a word, which is the
+# same in all lanes, into a uniform register, and copies it back for every byte permute: a sixth of the instructions of a loop.
 PER_LANE = tl.constexpr("{ .reg .b32 z; mov.u32 z, %lanemask_gt; and.b32 z, z, 1; xor.b32 $0, $1, z; }")
 
 
