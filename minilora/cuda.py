@@ -1,6 +1,7 @@
 """Products with a quantized weight on a GPU: the one module that knows the Triton kernels, and only when it is asked for one.
 
-    if cuda.available(weight, x): out = cuda.matmul(x, weight, transpose=True, h=xa, B=lora_B)
+    if cuda.available(weight, x):
+        out = cuda.matmul(x, weight, transpose=True, h=xa, B=lora_B, bias=bias)
 
 ``matmul`` is what ``ops`` calls inside its operators for tensors on a GPU, forward (``transpose=True``) and backward (``False``); it
 has no gradient of its own. Nothing in it waits for the device, and it allocates its result only (and sums of parts), so it may be captured
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minilora.codebooks import dynamic_map
+from minilora.errors import MissingPackageError, QuantizationError
 from minilora.quantize import QuantizedTensor
 
 
@@ -42,30 +44,42 @@ def available(weight: QuantizedTensor, x: Tensor) -> bool:
     return found is not None and bool(found.supported(x.device, x.dtype))
 
 
-def matmul(
-    x: Tensor, weight: QuantizedTensor, transpose: bool, h: Tensor | None = None, B: Tensor | None = None
-) -> Tensor:
+def matmul(x: Tensor, weight: QuantizedTensor, transpose: bool, h: Tensor | None = None, B: Tensor | None = None,
+           bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
     """A product with the packed weight, a low-rank product in the same accumulator.
 
     Args:
         x: ``[M, in]`` with ``transpose``, else ``[M, out]``.
         weight: quantized ``[out, in]``, 4 or 2 bits.
-        transpose: True: ``x W^T + h B^T`` (forward: h = scaling * x A^T, B = lora_B). False: ``x W + h B`` (the gradient of the input:
-            x = dy, h = scaling * dy lora_B, B = lora_A).
+        transpose: True: ``x W^T + h B^T + bias`` (forward: h = scaling * x A^T, B = lora_B). False: ``x W + h B`` (the gradient of the
+            input: x = dy, h = scaling * dy lora_B, B = lora_A).
         h: ``[M, r]`` or None, scaled already. B: ``[out, r]`` with ``transpose``, else ``[r, in]``; any float dtype.
+        bias: ``[out]`` or None; only with ``transpose``. out_dtype: of the result; default ``x``'s.
 
     Returns:
-        ``[M, out]`` with ``transpose``, else ``[M, in]``, in ``x``'s dtype. The reference is
-        ``x @ weight.dequantize(x.dtype).T + h @ B.T``, without ``.T`` for False; its bf16 result is met to the rounding of the weights.
+        ``[M, out]`` with ``transpose``, else ``[M, in]``. The reference is ``x @ weight.dequantize(x.dtype).T + h @ B.T + bias``, without
+        ``.T`` for False; its bf16 result is met to the rounding of the weights.
+
+    Raises:
+        MissingPackageError: Triton is not installed. QuantizationError: the codes have neither 4 nor 2 bits.
     """
     found = kernels()
     if found is None:
-        raise ImportError("minilora_kernels needs Triton; pip install triton")
+        raise MissingPackageError(
+            "the kernels need Triton, which is not installed; pip install triton, or let PyTorch decode"
+        )
+    if weight.book.bits not in (2, 4):
+        raise QuantizationError(
+            f"format {weight.book.name!r} has {weight.book.bits} bits; the kernels take 4 or 2, let PyTorch decode"
+        )
     packed = kernel_weight(weight)
     if not transpose:
-        return found.nf4_dgrad(x, packed, h, B)
-    few = x.dtype != torch.float32 and found.gemv_fits(packed, x.shape[0])
-    return found.nf4_gemv(x, packed, h, B) if few else found.nf4_linear(x, packed, h, B)
+        out = found.nf4_dgrad(x, packed, h, B)
+    elif x.dtype != torch.float32 and found.gemv_fits(packed, x.shape[0]):
+        out = found.nf4_gemv(x, packed, h, B, bias)
+    else:
+        out = found.nf4_linear(x, packed, h, B, bias)
+    return out if out_dtype is None else out.to(out_dtype)
 
 
 def kernel_weight(weight: QuantizedTensor) -> Any:

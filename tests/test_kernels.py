@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the kernels need Triton, which is there fo
 import minilora_kernels as mk
 from minilora import QuantConfig, cuda
 from minilora.codebooks import CODEBOOKS
+from minilora.errors import MissingPackageError, QuantizationError
 from minilora.quantize import quantize
 from minilora_kernels import dequant, launch
 from minilora_kernels.launch import Tile
@@ -63,6 +64,8 @@ def packed(shape, book="nf4", blocksize=64, double=False):
     """``(minilora's quantized tensor, the kernels' view of it)`` of a random weight."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.05
     made = quantize(weight, QuantConfig(book, blocksize=blocksize, double_quant=double))
+    if made.book.bits == 3:
+        return made, None
     inside = cuda.kernel_weight(made)
     parts = {name: between_nan(tensor) for name in ("packed", "absmax", "nested_absmax", "nested_offset")
              if (tensor := getattr(inside, name)) is not None}  # fmt: skip
@@ -377,8 +380,11 @@ def test_lookups():
 def test_minilora_cuda_multiplies_both_ways(rows, book):
     made, _ = packed((130, 128), book, double=True)
     x, h, b, dy, a = draw(rows, 128), draw(rows, 3), draw(130, 3, seed=1), draw(rows, 130), draw(3, 128, seed=2)
+    bias = draw(130, seed=4)
     dense = made.dequantize(torch.float64)
     close(cuda.matmul(x, made, True), x.double() @ dense.T)
+    close(cuda.matmul(x, made, True, h, b, bias), x.double() @ dense.T + h.double() @ b.double().T + bias.double())
+    assert cuda.matmul(x, made, True, out_dtype=torch.float16).dtype == torch.float16
     close(cuda.matmul(x, made, True, h, b), x.double() @ dense.T + h.double() @ b.double().T)
     close(cuda.matmul(dy, made, False), dy.double() @ dense)
     close(cuda.matmul(dy, made, False, h, a), dy.double() @ dense + h.double() @ a.double())
@@ -387,6 +393,15 @@ def test_minilora_cuda_multiplies_both_ways(rows, book):
 def test_the_door_is_closed_on_a_cpu():
     made, _ = packed((64, 128))
     assert cuda.kernels() is mk and not cuda.available(made, draw(3, 128))
+
+
+def test_what_the_kernels_cannot_take_is_refused_with_the_way_out(monkeypatch):
+    made, _ = packed((64, 128), "nf3")
+    with pytest.raises(QuantizationError, match="'nf3' has 3 bits; the kernels take 4 or 2"):
+        cuda.matmul(draw(3, 128), made, True)
+    monkeypatch.setattr(cuda, "kernels", lambda: None)
+    with pytest.raises(MissingPackageError, match="Triton, which is not installed"):
+        cuda.matmul(draw(3, 128), made, True)
 
 
 def test_shared_memory_is_not_copied():

@@ -180,9 +180,9 @@ def test_prescaling_makes_the_rounded_table_closer():
     assert 1 <= factor < 2 and better < 0.7 * plain and better < 1e-3
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1.9e-3), (torch.float16, 2.4e-4)], ids=str)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1.81e-3), (torch.float16, 2.25e-4)], ids=str)
 def test_error_of_a_decoded_weight(dtype, most):
-    """The README's figures: what a weight loses in the fused products, in the same arithmetic with torch."""
+    """The figures of kernels/README.md: what weights and outputs lose, in the same arithmetic with torch."""
     generator = torch.Generator().manual_seed(0)
     codes, scales = torch.randint(16, (1 << 16,), generator=generator), torch.rand(1 << 16, generator=generator) + 0.5
     levels, factor = torch.tensor(NF4, dtype=torch.float64), prescale(NF4, dtype)
@@ -192,9 +192,15 @@ def test_error_of_a_decoded_weight(dtype, most):
     fine = (inside - coarse.float()).to(dtype)
     rounded_levels = (levels * factor).to(dtype).double()[codes]
     found = (rounded_levels * coarse.double() + (rounded_levels * fine.double()).to(dtype).double()).to(dtype).double()
-    library = weight_error(exact.to(dtype).double(), exact)
-    error, after = weight_error(found, exact), weight_error(rounded_levels / factor * scales.double(), exact)
-    assert error < most and error < 1.2 * library and after < 0.6 * library
+    nearest, after = exact.to(dtype).double(), rounded_levels / factor * scales.double()
+    library = weight_error(nearest, exact)
+    assert weight_error(found, exact) < min(most, 1.08 * library) and weight_error(after, exact) < 0.4 * library
+    x = torch.randn(128, 256, generator=generator).to(dtype).double()
+
+    def output(weights):
+        return weight_error((x @ weights.view(256, 256).T).to(dtype).double(), x @ exact.view(256, 256).T)
+
+    assert output(found) < 1.05 * output(nearest) and output(after) < 0.8 * output(nearest)
 
 
 def test_tables_are_made_once():

@@ -112,7 +112,7 @@ def prescale(levels: tuple[float, ...], dtype: torch.dtype) -> float:
     """The factor in [1, 2) that makes ``levels * factor`` lose least when rounded to ``dtype``.
 
     The scales are divided by it, which costs nothing. For NF4 in bf16 it is about 1.44 and takes the error of the rounded table from
-    1.4e-3 to 0.8e-3 of the weight.
+    1.06e-3 to 0.63e-3 of the weights, all codes equally frequent.
     """
     factors = 1 + torch.arange(4096, dtype=torch.float64).unsqueeze(1) / 4096
     exact = torch.tensor(levels, dtype=torch.float64) * factors
