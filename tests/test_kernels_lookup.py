@@ -203,6 +203,13 @@ def test_error_of_a_decoded_weight(dtype, most):
     assert output(found) < 1.05 * output(nearest) and output(after) < 0.8 * output(nearest)
 
 
+def test_a_table_first_asked_for_while_a_model_loads_is_a_real_one():
+    table.cache_clear()
+    with torch.device("meta"):
+        made = table(NF4, torch.float16, "cpu", "prmt")
+    assert made.words.tolist() == plane_words(tuple(prescale(NF4, torch.float16) * v for v in NF4), torch.float16)
+
+
 def test_tables_are_made_once():
     first = table(NF4, torch.bfloat16, "cpu", "prmt")
     assert first is table(NF4, torch.bfloat16, "cpu", "prmt") and first.words.dtype == torch.int32

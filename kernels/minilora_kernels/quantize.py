@@ -21,7 +21,7 @@ WEIGHTS = 4096  # worked on by one program
 
 def midpoints(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """fp32 midpoints of the sorted levels, ``[n - 1]``, and the code of each cell between them, int32 ``[n]``."""
-    ordered, codes = torch.tensor(levels, dtype=torch.float32).sort(stable=True)
+    ordered, codes = torch.tensor(levels, dtype=torch.float32, device="cpu").sort(stable=True)
     return ((ordered[1:] + ordered[:-1]) / 2).to(device), codes.to(device, torch.int32)
 
 
@@ -107,4 +107,4 @@ def nf4_quantize(weight: Tensor, levels: tuple[float, ...], blocksize: int = 64)
 def _code_of_zero(levels: tuple[float, ...]) -> int:
     """The code that a weight of zero gets."""
     limits, codes = midpoints(levels, torch.device("cpu"))
-    return int(codes[torch.bucketize(torch.zeros(1), limits)])
+    return int(codes[torch.bucketize(torch.zeros(1, device="cpu"), limits)])

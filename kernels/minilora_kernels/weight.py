@@ -114,8 +114,8 @@ def prescale(levels: tuple[float, ...], dtype: torch.dtype) -> float:
     The scales are divided by it, which costs nothing. For NF4 in bf16 it is about 1.44 and takes the error of the rounded table from
     1.06e-3 to 0.63e-3 of the weights, all codes equally frequent.
     """
-    factors = 1 + torch.arange(4096, dtype=torch.float64).unsqueeze(1) / 4096
-    exact = torch.tensor(levels, dtype=torch.float64) * factors
+    factors = 1 + torch.arange(4096, dtype=torch.float64, device="cpu").unsqueeze(1) / 4096
+    exact = torch.tensor(levels, dtype=torch.float64, device="cpu") * factors
     error = ((exact.to(dtype).double() - exact) / factors).square().sum(1)
     return float(factors[error.argmin(), 0])
 
@@ -125,6 +125,8 @@ def plane_words(levels: tuple[float, ...], dtype: torch.dtype) -> list[int]:
 
     Words 0-3 hold the high bytes of levels 0-15, four to a word, the first in the lowest byte; words 4-7 the low bytes. Signed int32.
     """
-    bits = [int(value) & 0xFFFF for value in torch.tensor(levels, dtype=torch.float64).to(dtype).view(torch.int16)]
+    # The device is named: a model may be loading in `torch.device("meta")`, and the table is kept for everybody.
+    rounded = torch.tensor(levels, dtype=torch.float64, device="cpu").to(dtype).view(torch.int16)
+    bits = [int(value) & 0xFFFF for value in rounded]
     planes = [bytes(value >> 8 for value in bits), bytes(value & 255 for value in bits)]
     return [int.from_bytes(plane[i : i + 4], "little", signed=True) for plane in planes for i in range(0, 16, 4)]
