@@ -136,6 +136,7 @@ class _Run:
 
     Attributes:
         step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
+        whole: whether no change of the weights is half done.
         records: what was logged.
     """
 
@@ -173,6 +174,7 @@ class _Run:
             {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing},
         )
         self.step = self.good = self.saved = 0
+        self.whole = True
         self.records: list[dict[str, Any]] = []
         self.begin = time.monotonic()
 
@@ -201,14 +203,14 @@ class _Run:
         config = self.config
         self.model.train()
         if self.evaluation and not self.step:
-            self.assess()
+            self.in_memory(self.assess)
         while self.step < config.steps:
             if wish.signal is not None:
                 self.leave(wish)
-            self.advance()
+            self.in_memory(self.advance)
             last = self.step == config.steps
             if self.evaluation and (last or (config.eval_every and self.step % config.eval_every == 0)):
-                self.assess()
+                self.in_memory(self.assess)
             if config.save_every and self.step % config.save_every == 0 and self.good == self.step:
                 self.save()
 
@@ -227,6 +229,8 @@ class _Run:
         """Make sure that there is a checkpoint of the last good state; returns where, in words."""
         if not self.good:
             return "nothing was learnt yet, so nothing is saved"
+        if not self.whole:
+            return f"it broke while the weights changed, so {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved"
         if self.saved != self.good:
             save_checkpoint(
                 self.model,
@@ -246,15 +250,7 @@ class _Run:
         config, started = self.config, time.monotonic()
         rate, batches = learning_rate(config, self.step), list(islice(self.batches, config.accumulate))
         torch.manual_seed(step_seed(config.seed, self.step))
-        failed = None
-        try:
-            loss, norm, problem = self.gradients(batches)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = " ".join(str(error).split())[:200]
-        if failed is not None:  # outside of the handler, whose traceback holds the step's tensors
-            self.stop_without_memory(batches, failed)
+        loss, norm, problem = self.gradients(batches)
         if not self.good and (problem or norm == 0):
             clear(self.folder)  # a run that has not begun leaves nothing
             raise StateError(_refusal(problem))
@@ -265,6 +261,7 @@ class _Run:
             nn.utils.clip_grads_with_norm_(self.parameters, config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.whole = False  # until the last weight is changed, there is nothing to save
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not math.isfinite(float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))):
@@ -273,6 +270,7 @@ class _Run:
                 "lower lr, or train it in float32"
             )
         self.step = self.good = self.step + 1
+        self.whole = True
         tokens = sum(len(example.input_ids) for batch in batches for example in batch)
         self.log(
             {
@@ -328,13 +326,25 @@ class _Run:
             number,
         )
 
-    def stop_without_memory(self, batches: Sequence[Sequence[Encoded]], reason: str) -> NoReturn:
+    def in_memory(self, work: Callable[[], None]) -> None:
+        """Do it; where there is no memory for it, save the last step and say what would fit."""
+        failed = None
+        try:
+            work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = " ".join(str(error).split())[:200]
+        if failed is not None:  # outside of the handler, whose traceback holds the step's tensors
+            self.stop_without_memory(failed)
+
+    def stop_without_memory(self, reason: str) -> NoReturn:
         self.optimizer.zero_grad()
-        longest = max(len(example.input_ids) for batch in batches for example in batch)
+        longest = max(len(example.input_ids) for example in self.examples)
         size, accumulate = self.config.batch_size, self.config.accumulate
         smaller = f"batch_size={size // 2} with accumulate={accumulate * 2}, " if size % 2 == 0 else ""
         raise OutOfMemory(
-            f"step {self.step + 1}: no memory for batch_size={size} with {longest} tokens ({reason}); {self.save()}; go on with "
+            f"step {self.step + 1}: no memory for batch_size={size} and up to {longest} tokens ({reason}); {self.save()}; go on with "
             f"--resume and {smaller}gradient_checkpointing, or begin anew with a smaller max_length"
         )
 

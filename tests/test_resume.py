@@ -1,6 +1,7 @@
 """Going on: from every step, to the same bits, past what is damaged, and never with another run's data, settings or base."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import minilora
 import minilora.train as loop
 from minilora import LoraConfig, QuantConfig, inject, quantize_model
 from minilora.data import IGNORED, Encoded
-from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError
+from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError, WriteError
 from minilora.resume import newest
 from minilora.train import TrainConfig, train
 
@@ -417,10 +418,64 @@ def test_a_step_without_memory_saves_the_one_before_and_says_what_to_do(whole, t
     with pytest.raises(minilora.errors.OutOfMemory) as caught:
         run(fresh(), tmp_path)
     text = str(caught.value)
-    assert text.startswith("step 5: no memory for batch_size=2 with ") and "\n" not in text
+    assert text.startswith("step 5: no memory for batch_size=2 and up to 11 tokens (") and "\n" not in text
     assert f"saved in {tmp_path / 'checkpoint-4'}; go on with --resume and batch_size=1 with accumulate=4" in text
     assert "max_length" in text and caught.value.exit_code == 1
     monkeypatch.setattr(loop, "token_losses", real)
+    run(fresh(), tmp_path, resume=True)
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
+def test_without_memory_in_an_evaluation_the_step_before_it_is_saved(whole, tmp_path, monkeypatch):
+    def evaluate(model, *more):
+        if steps:
+            raise RuntimeError(CPU)
+        return 1.0
+
+    steps = []
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(minilora.errors.OutOfMemory, match=r"saved in .*checkpoint-4"):
+        run(fresh(), tmp_path, evaluation=EXAMPLES[:2], eval_every=4, watch=lambda r: r["step"] and steps.append(1))
+    monkeypatch.undo()
+    run(fresh(), tmp_path, evaluation=EXAMPLES[:2], resume=True)
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
+def test_without_memory_in_the_middle_of_an_update_the_half_of_it_is_not_saved(whole, tmp_path, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def half(self, *arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1)
+            raise RuntimeError(CPU)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(
+        minilora.errors.OutOfMemory, match="broke while the weights changed, so checkpoint-4 is what is saved"
+    ):
+        run(fresh(), tmp_path, save_every=4)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    monkeypatch.undo()
+    run(fresh(), tmp_path, resume=True)
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
+def test_a_disk_that_is_full_ends_the_run_and_the_checkpoint_before_stays(whole, tmp_path, monkeypatch):
+    write = minilora.io.disk.write
+
+    def full(path, content):
+        if "checkpoint-6" in str(path) and path.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    monkeypatch.setattr(minilora.io.disk, "write", full)
+    with pytest.raises(WriteError, match=r"checkpoint-6.*cannot be written \(No space left on device\)"):
+        run(fresh(), tmp_path, save_every=3)
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-3"]
+    monkeypatch.undo()
     run(fresh(), tmp_path, resume=True)
     assert files_of(tmp_path) == files_of(whole[0])
 
