@@ -313,6 +313,18 @@ def test_another_run_is_refused_by_name(whole, tmp_path, snapshot, name):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_an_adapter_in_another_dtype_is_refused_by_its_tensor(whole, tmp_path):
+    as_if_killed_after(5, whole[0], tmp_path)
+    model = fresh()
+    for name in ("mid", "head"):
+        layer = model.get_submodule(name)
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.bfloat16(), layer.lora_B.data.bfloat16()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-5: .*lora_A\.weight is missing here or there, or of another shape"
+    ):
+        run(model, tmp_path, evaluation=EXAMPLES[:2], resume=True)
+
+
 def test_the_same_examples_in_smaller_batches_are_the_same_run(whole, tmp_path):
     as_if_killed_after(5, whole[0], tmp_path)
     said, model = [], fresh(lora_dropout=0.2)
