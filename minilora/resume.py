@@ -108,7 +108,7 @@ def kept_records(folder: Path, step: int) -> list[dict[str, Any]]:
             record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(at := record.get("step"), int) and at <= step:
+        if isinstance(at := record.get("step"), int) and at <= step and isinstance(record.get("seconds", 0.0), float):
             records.append(record)
     return records
 
@@ -226,7 +226,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies; ``say`` gets a line for each that does not. None if the folder has none at all.
 
     Raises:
-        CheckpointError: there are some, and all are damaged.
+        CheckpointError: there are some, and all are damaged; or there is none, and a finished adapter.
     """
     steps = _steps(folder)
     for step in steps:
@@ -237,6 +237,10 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     if steps:
         raise CheckpointError(
             f"{folder}: none of its {len(steps)} checkpoints is whole; restore one, or begin anew with --overwrite (overwrite=True)"
+        )
+    if (folder / WEIGHTS_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: holds an adapter and no checkpoint, so there is nothing to go on with; begin anew with --overwrite (overwrite=True)"
         )
     return None
 

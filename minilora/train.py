@@ -12,7 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ from minilora.guards import (
     first_nonfinite_output,
     is_out_of_memory,
 )
-from minilora.io import append_line, write_file
+from minilora.io import append_line, remove, write_file
 from minilora.losses import evaluate, token_losses
 from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
 from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
@@ -92,51 +93,42 @@ def train(
     return run.records
 
 
+@dataclass
 class _Run:
-    """One run from its first step to its last.
+    """One run from its first step to its last: what ``train`` was given, and where it is.
 
     Attributes:
+        named: the parameters that train. adapter: the name of the one that they belong to. meaning: as ``resume.meaning``.
         step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
-        whole: whether no change of the weights is half done.
-        records: what was logged.
+        whole: whether no change of the weights is half done. records: what was logged.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        named: Mapping[str, nn.Parameter],
-        examples: Sequence[Encoded],
-        config: TrainConfig,
-        folder: Path,
-        pad_id: int,
-        evaluation: Sequence[Encoded],
-        sample: Callable[[], tuple[str, str]] | None,
-        watch: Callable[[dict[str, Any]], None] | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.model, self.named, self.examples, self.config = model, dict(named), examples, config
-        self.folder, self.pad_id, self.evaluation, self.sample, self.watch, self.say = (
-            folder,
-            pad_id,
-            evaluation,
-            sample,
-            watch,
-            say,
-        )
-        self.adapter = adapters_of(model).active[0]
+    model: nn.Module
+    named: dict[str, nn.Parameter]
+    examples: Sequence[Encoded]
+    config: TrainConfig
+    folder: Path
+    pad_id: int
+    evaluation: Sequence[Encoded]
+    sample: Callable[[], tuple[str, str]] | None
+    watch: Callable[[dict[str, Any]], None] | None
+    say: Callable[[str], None]
+    step: int = 0
+    good: int = 0
+    saved: int = 0
+    whole: bool = True
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.adapter = adapters_of(self.model).active[0]
         self.parameters = list(self.named.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
-        self.meaning = meaning(
-            model,
-            self.adapter,
-            {name: getattr(config, name) for name in SCHEDULE}
-            | {"examples a step": config.batch_size * config.accumulate},
-            {"training data": examples, "evaluation data": evaluation},
-            {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing},
-        )
-        self.step = self.good = self.saved = 0
-        self.whole = True
-        self.records: list[dict[str, Any]] = []
+        schedule = {name: getattr(config, name) for name in SCHEDULE}
+        schedule["examples a step"] = config.batch_size * config.accumulate
+        data = {"training data": self.examples, "evaluation data": self.evaluation}
+        bits = {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
+        self.meaning = meaning(self.model, self.adapter, schedule, data, bits)
         self.begin = time.monotonic()
 
     def start(self, resume: bool) -> None:
@@ -149,7 +141,7 @@ class _Run:
             self.step = self.good = self.saved = found.step
             self.records = kept_records(self.folder, found.step)
             prune(self.folder, self.config.keep_checkpoints)
-            self.begin -= max((record.get("seconds", 0.0) for record in self.records), default=0.0)
+            self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
         if resume:
             self.say(
                 f"going on after step {found.step}: {found.path}" if found else "no checkpoint yet: from the start"
@@ -213,7 +205,7 @@ class _Run:
         torch.manual_seed(step_seed(config.seed, self.step))
         loss, norm, problem = self.gradients(batches)
         if not self.good and (problem or norm == 0):
-            clear(self.folder)  # a run that has not begun leaves nothing
+            remove(self.folder, [LOG_FILE])  # a run that has not begun leaves nothing
             raise StateError(_refusal(problem))
         if problem:
             self.skip(problem)
@@ -227,7 +219,7 @@ class _Run:
         self.optimizer.zero_grad()
         if not math.isfinite(float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))):
             raise TrainingError(
-                f"step {self.step + 1}: a weight of the adapter became infinite at learning rate {rate:g}; its last checkpoint stays; "
+                f"step {self.step + 1}: a weight of the adapter became infinite at learning rate {rate:g}; {self.save()}; "
                 "lower lr, or train it in float32"
             )
         self.step = self.good = self.step + 1

@@ -638,6 +638,7 @@ def test_a_signal_ends_train_with_one_line_and_resume_goes_on(
     capsys, monkeypatch, undisturbed, model_folder, data_file, tmp_path, number, code
 ):
     out, watch = tmp_path / "o", Progress.watch
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start the tests with it ignored
 
     def kill_at_three(self, record):
         watch(self, record)

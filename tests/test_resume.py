@@ -67,6 +67,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def plain_signals():
+    """A shell may start the tests with Ctrl-C ignored, which a run would respect."""
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
 def fresh(base=None, variant=None, seed=1, **lora):
     model = base or Words()
     torch.manual_seed(seed)
@@ -183,10 +194,20 @@ def test_a_finished_run_stays_what_it_is(whole, tmp_path):
     assert files_of(tmp_path / "again") == files_of(whole[0]) and lasting(records) == lasting(whole[1])
 
 
+def test_a_finished_run_without_a_checkpoint_is_not_run_again(tmp_path):
+    run(fresh(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="holds an adapter and no checkpoint, so there is nothing to go on with"):
+        run(fresh(), tmp_path, resume=True, lr=0.5)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_torn_log_costs_its_line_only(whole, tmp_path):
     as_if_killed_after(5, whole[0], tmp_path)
     lines = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "log.jsonl").write_bytes(lines[0] + b'{"step": 2, "lo\n' + b"\x00\xff\n" + b"".join(lines[2:-1]))
+    (tmp_path / "log.jsonl").write_bytes(
+        lines[0] + b'{"step": 2, "lo\n{"step": 2, "seconds": "x"}\n' + b"\x00\xff\n" + b"".join(lines[2:-1])
+    )
     records = run(fresh(), tmp_path, evaluation=EXAMPLES[:2], eval_every=2, resume=True)
     assert lasting(records) == lasting([whole[1][0], *whole[1][2:]])
     assert files_of(tmp_path) == files_of(whole[0])
@@ -594,6 +615,26 @@ def test_a_module_that_returns_nan_is_named(tmp_path):
     model.mid.register_forward_hook(break_once)
     records = run(model, tmp_path)
     assert records[3]["skipped"] == "the loss is nan in micro-batch 1; mid is the first to return NaN or infinity"
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_weights_that_become_infinite_are_not_saved(tmp_path, monkeypatch, save_every):
+    step, calls = torch.optim.AdamW.step, []
+
+    def overflow(self, *arguments):
+        step(self, *arguments)
+        calls.append(1)
+        if len(calls) == 5:
+            with torch.no_grad():
+                self.param_groups[0]["params"][1][0, 0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    kept = "checkpoint-4" if save_every else "nothing"
+    with pytest.raises(
+        minilora.errors.TrainingError, match=f"step 5: a weight of the adapter .* so {kept} is what is saved"
+    ):
+        run(fresh(), tmp_path, save_every=save_every)
+    assert max([0, *(int(path.name[11:]) for path in tmp_path.glob("checkpoint-*"))]) == (4 if save_every else 0)
 
 
 def test_a_norm_that_overflows_is_skipped(tmp_path):
