@@ -108,7 +108,7 @@ def kept_records(folder: Path, step: int) -> list[dict[str, Any]]:
             record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(at := record.get("step"), int) and at <= step:
+        if isinstance(at := record.get("step"), int) and at <= step and isinstance(record.get("seconds", 0.0), float):
             records.append(record)
     return records
 
@@ -130,6 +130,7 @@ def meaning(
         bits: settings that change the order of its sums alone: another value is told, and allowed.
     """
     here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    here["device"] = next(model.parameters()).device.type
     found = {
         "training": dict(training),
         "adapter": {key: value for key, value in saved_config(model, name).items() if key not in _NAMES},
@@ -225,7 +226,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies; ``say`` gets a line for each that does not. None if the folder has none at all.
 
     Raises:
-        CheckpointError: there are some, and all are damaged.
+        CheckpointError: there are some, and all are damaged; or there is none, and a finished adapter.
     """
     steps = _steps(folder)
     for step in steps:
@@ -236,6 +237,10 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     if steps:
         raise CheckpointError(
             f"{folder}: none of its {len(steps)} checkpoints is whole; restore one, or begin anew with --overwrite (overwrite=True)"
+        )
+    if (folder / WEIGHTS_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: holds an adapter and no checkpoint, so there is nothing to go on with; begin anew with --overwrite (overwrite=True)"
         )
     return None
 
@@ -278,14 +283,15 @@ def restore(
     own = adapter_state_dict(model, name)
     states = {f"{key}/{path}": (key, parameter) for path, parameter in named.items() for key in _KEYS}
     strange = sorted(own.keys() ^ checkpoint.weights.keys()) + sorted(checkpoint.optimizer.keys() - states.keys())
-    strange += [key for key, tensor in checkpoint.weights.items() if not strange and tensor.shape != own[key].shape]
-    for key, tensor in checkpoint.optimizer.items() if not strange else ():
-        kind, parameter = states[key]
-        if tensor.shape != (torch.Size() if kind == "step" else parameter.shape):
-            strange.append(key)
+    if not strange:
+        strange = [key for key, tensor in checkpoint.weights.items() if _form(tensor) != _form(own[key])]
+        for key, tensor in checkpoint.optimizer.items():
+            kind, parameter = states[key]
+            if _form(tensor) != (_form(parameter) if kind != "step" else _form(torch.tensor(0.0))):
+                strange.append(key)
     if strange:
         raise CheckpointError(
-            f"{checkpoint.path}: {strange[0]} does not fit this model; load the model that it was trained on"
+            f"{checkpoint.path}: {strange[0]} is missing here or there, or of another shape or dtype; load the model that it was trained on"
         )
     with torch.no_grad():
         for key, tensor in checkpoint.weights.items():
@@ -296,3 +302,7 @@ def restore(
         kind, _, path = key.partition("/")
         held.setdefault(index[path], {})[kind] = tensor.clone()
     optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype

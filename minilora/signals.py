@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a wish that a loop grants when it can: after its step. The second one is granted at once."""
+"""Ctrl-C and SIGTERM as a wish that a loop grants when it can: after its step. The second one is granted at once.
+
+Next file: ``resume.py``.
+"""
 
 from __future__ import annotations
 

@@ -7,23 +7,22 @@ work saved. Everything that happens is a line in ``log.jsonl``. Next file: ``rep
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.checkpoint import save_adapter
-from minilora.data import IGNORED, Encoded, collate, micro_batches
+from minilora.data import Encoded, collate, micro_batches
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.guards import (
     check_adapter,
@@ -32,51 +31,14 @@ from minilora.guards import (
     first_nonfinite_output,
     is_out_of_memory,
 )
-from minilora.io import append_line, write_file
+from minilora.io import append_line, remove, write_file
+from minilora.losses import evaluate, token_losses
 from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
 from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.signals import Wish, caught
 from minilora.slots import adapters_of
 
 __all__ = ["TrainConfig", "checkpoint_activations", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
-
-
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in nats of every supervised token of a batch, fp32 ``[tokens]``.
-
-    Args:
-        model: returns an object with ``logits [batch, length, vocabulary]``; is asked for the needed positions only if it can be
-            (``logits_to_keep``, as transformers' models).
-        batch: as ``collate`` makes it.
-    """
-    device = next(model.parameters()).device
-    targets = batch["labels"][:, 1:].to(device)
-    wanted = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    options: dict[str, Any] = {
-        "input_ids": batch["input_ids"].to(device),
-        "attention_mask": batch["attention_mask"].to(device),
-    }
-    accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:
-        options["use_cache"] = False
-    can_skip = "logits_to_keep" in accepted
-    logits = model(**options, logits_to_keep=wanted).logits if can_skip else model(**options).logits[:, wanted]
-    targets = targets[:, wanted]
-    counts = targets != IGNORED
-    return F.cross_entropy(logits[counts].float(), targets[counts], reduction="none")
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, examples: Sequence[Encoded], batch_size: int, pad_id: int) -> float:
-    """Mean loss per supervised token in eval mode; the training mode is left as it was."""
-    training = model.training
-    model.eval()
-    try:
-        batches = [collate(examples[i : i + batch_size], pad_id) for i in range(0, len(examples), batch_size)]
-        losses = torch.cat([token_losses(model, batch) for batch in batches])
-    finally:
-        model.train(training)
-    return losses.mean().item()
 
 
 def train(
@@ -131,49 +93,42 @@ def train(
     return run.records
 
 
+@dataclass
 class _Run:
-    """One run from its first step to its last.
+    """One run from its first step to its last: what ``train`` was given, and where it is.
 
     Attributes:
+        named: the parameters that train. adapter: the name of the one that they belong to. meaning: as ``resume.meaning``.
         step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
-        records: what was logged.
+        whole: whether no change of the weights is half done. records: what was logged.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        named: Mapping[str, nn.Parameter],
-        examples: Sequence[Encoded],
-        config: TrainConfig,
-        folder: Path,
-        pad_id: int,
-        evaluation: Sequence[Encoded],
-        sample: Callable[[], tuple[str, str]] | None,
-        watch: Callable[[dict[str, Any]], None] | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.model, self.named, self.examples, self.config = model, dict(named), examples, config
-        self.folder, self.pad_id, self.evaluation, self.sample, self.watch, self.say = (
-            folder,
-            pad_id,
-            evaluation,
-            sample,
-            watch,
-            say,
-        )
-        self.adapter = adapters_of(model).active[0]
+    model: nn.Module
+    named: dict[str, nn.Parameter]
+    examples: Sequence[Encoded]
+    config: TrainConfig
+    folder: Path
+    pad_id: int
+    evaluation: Sequence[Encoded]
+    sample: Callable[[], tuple[str, str]] | None
+    watch: Callable[[dict[str, Any]], None] | None
+    say: Callable[[str], None]
+    step: int = 0
+    good: int = 0
+    saved: int = 0
+    whole: bool = True
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.adapter = adapters_of(self.model).active[0]
         self.parameters = list(self.named.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
-        self.meaning = meaning(
-            model,
-            self.adapter,
-            {name: getattr(config, name) for name in SCHEDULE}
-            | {"examples a step": config.batch_size * config.accumulate},
-            {"training data": examples, "evaluation data": evaluation},
-            {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing},
-        )
-        self.step = self.good = self.saved = 0
-        self.records: list[dict[str, Any]] = []
+        schedule = {name: getattr(config, name) for name in SCHEDULE}
+        schedule["examples a step"] = config.batch_size * config.accumulate
+        data = {"training data": self.examples, "evaluation data": self.evaluation}
+        bits = {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
+        self.meaning = meaning(self.model, self.adapter, schedule, data, bits)
         self.begin = time.monotonic()
 
     def start(self, resume: bool) -> None:
@@ -186,7 +141,7 @@ class _Run:
             self.step = self.good = self.saved = found.step
             self.records = kept_records(self.folder, found.step)
             prune(self.folder, self.config.keep_checkpoints)
-            self.begin -= max((record.get("seconds", 0.0) for record in self.records), default=0.0)
+            self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
         if resume:
             self.say(
                 f"going on after step {found.step}: {found.path}" if found else "no checkpoint yet: from the start"
@@ -201,14 +156,14 @@ class _Run:
         config = self.config
         self.model.train()
         if self.evaluation and not self.step:
-            self.assess()
+            self.in_memory(self.assess)
         while self.step < config.steps:
             if wish.signal is not None:
                 self.leave(wish)
-            self.advance()
+            self.in_memory(self.advance)
             last = self.step == config.steps
             if self.evaluation and (last or (config.eval_every and self.step % config.eval_every == 0)):
-                self.assess()
+                self.in_memory(self.assess)
             if config.save_every and self.step % config.save_every == 0 and self.good == self.step:
                 self.save()
 
@@ -227,6 +182,8 @@ class _Run:
         """Make sure that there is a checkpoint of the last good state; returns where, in words."""
         if not self.good:
             return "nothing was learnt yet, so nothing is saved"
+        if not self.whole:
+            return f"it broke while the weights changed, so {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved"
         if self.saved != self.good:
             save_checkpoint(
                 self.model,
@@ -246,17 +203,9 @@ class _Run:
         config, started = self.config, time.monotonic()
         rate, batches = learning_rate(config, self.step), list(islice(self.batches, config.accumulate))
         torch.manual_seed(step_seed(config.seed, self.step))
-        failed = None
-        try:
-            loss, norm, problem = self.gradients(batches)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = " ".join(str(error).split())[:200]
-        if failed is not None:  # outside of the handler, whose traceback holds the step's tensors
-            self.stop_without_memory(batches, failed)
+        loss, norm, problem = self.gradients(batches)
         if not self.good and (problem or norm == 0):
-            clear(self.folder)  # a run that has not begun leaves nothing
+            remove(self.folder, [LOG_FILE])  # a run that has not begun leaves nothing
             raise StateError(_refusal(problem))
         if problem:
             self.skip(problem)
@@ -265,14 +214,16 @@ class _Run:
             nn.utils.clip_grads_with_norm_(self.parameters, config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.whole = False  # until the last weight is changed, there is nothing to save
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not math.isfinite(float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))):
             raise TrainingError(
-                f"step {self.step + 1}: a weight of the adapter became infinite at learning rate {rate:g}; its last checkpoint stays; "
+                f"step {self.step + 1}: a weight of the adapter became infinite at learning rate {rate:g}; {self.save()}; "
                 "lower lr, or train it in float32"
             )
         self.step = self.good = self.step + 1
+        self.whole = True
         tokens = sum(len(example.input_ids) for batch in batches for example in batch)
         self.log(
             {
@@ -328,13 +279,25 @@ class _Run:
             number,
         )
 
-    def stop_without_memory(self, batches: Sequence[Sequence[Encoded]], reason: str) -> NoReturn:
+    def in_memory(self, work: Callable[[], None]) -> None:
+        """Do it; where there is no memory for it, save the last step and say what would fit."""
+        failed = None
+        try:
+            work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = " ".join(str(error).split())[:200]
+        if failed is not None:  # outside of the handler, whose traceback holds the step's tensors
+            self.stop_without_memory(failed)
+
+    def stop_without_memory(self, reason: str) -> NoReturn:
         self.optimizer.zero_grad()
-        longest = max(len(example.input_ids) for batch in batches for example in batch)
+        longest = max(len(example.input_ids) for example in self.examples)
         size, accumulate = self.config.batch_size, self.config.accumulate
         smaller = f"batch_size={size // 2} with accumulate={accumulate * 2}, " if size % 2 == 0 else ""
         raise OutOfMemory(
-            f"step {self.step + 1}: no memory for batch_size={size} with {longest} tokens ({reason}); {self.save()}; go on with "
+            f"step {self.step + 1}: no memory for batch_size={size} and up to {longest} tokens ({reason}); {self.save()}; go on with "
             f"--resume and {smaller}gradient_checkpointing, or begin anew with a smaller max_length"
         )
 

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +21,8 @@ import torch
 import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, cli, quantize_model
 from minilora.cli import main
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory, TrainingError, WriteError
+from minilora.progress import Progress
 from minilora.train import TrainConfig
 
 transformers = pytest.importorskip("transformers")
@@ -201,6 +204,11 @@ def test_train_names_what_is_missing(capsys, missing):
         (RuntimeError("two\n  lines"), 1, "minilora: RuntimeError: two lines"),
         (MemoryError(), 1, "minilora: MemoryError:"),
         (KeyboardInterrupt(), 130, "minilora: interrupted; what was saved before is whole"),
+        (Interrupted("Ctrl-C after step 3", signal.SIGINT), 130, "minilora: Ctrl-C after step 3"),
+        (Interrupted("SIGTERM after step 3", signal.SIGTERM), 143, "minilora: SIGTERM after step 3"),
+        (TrainingError("step 9: the loss is nan"), 1, "minilora: step 9: the loss is nan"),
+        (OutOfMemory("step 9: no memory"), 1, "minilora: step 9: no memory"),
+        (WriteError("x: no room"), 1, "minilora: x: no room"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
@@ -610,6 +618,99 @@ def test_modules_to_save_and_dtype_go_through(model_folder, data_file, tmp_path)
     assert "base_model.model.lm_head.weight" in keys
 
 
+# ---- a run that is there already
+
+SHORT = ("--steps", "6", "--lora-dropout", "0.1", "--batch-size", "3", "--save-every", "2")
+
+
+def saved_bytes(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_folder, data_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run_train(model_folder, data_file, folder, *SHORT)[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_train_with_one_line_and_resume_goes_on(
+    capsys, monkeypatch, undisturbed, model_folder, data_file, tmp_path, number, code
+):
+    out, watch = tmp_path / "o", Progress.watch
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start the tests with it ignored
+
+    def kill_at_three(self, record):
+        watch(self, record)
+        if record["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "watch", kill_at_three)
+        assert run_train(model_folder, data_file, out, *SHORT)[0] == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"after step 3 of 6: saved in {out / 'checkpoint-3'}; go on with --resume (resume=True)")
+    assert not (out / "adapter_model.safetensors").exists()
+    code, text = run_train(model_folder, data_file, out, *SHORT, "--resume")
+    assert code == 0 and f"going on after step 3: {out / 'checkpoint-3'}\n" in text
+    assert saved_bytes(out) == saved_bytes(undisturbed)
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert (out / "report.html").exists()
+
+
+def test_a_run_is_not_written_over_unless_it_is_said(capsys, undisturbed, model_folder, data_file, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "o")
+    before = {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()}
+    flags = ["train", "--model", model_folder, "--data", data_file, "--out", str(tmp_path / "o"), "--eval-share", "0"]
+    line = refused(capsys, *flags)
+    assert line.startswith(f"{tmp_path / 'o'}: holds a run already (checkpoint-6)") and "--overwrite" in line
+    assert "resume and overwrite are both set" in refused(capsys, *flags, "--resume", "--overwrite")
+    capsys.readouterr()
+    assert run_train(model_folder, data_file, tmp_path / "o", *SHORT, "--lr", "0.5", "--resume")[0] == 2
+    line = capsys.readouterr().err
+    assert f"{tmp_path / 'o' / 'checkpoint-6'}: another schedule: lr is 0.5, in the checkpoint 0.02" in line
+    assert {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()} == before
+    assert run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", "--overwrite")[0] == 0
+    assert not list((tmp_path / "o").glob("checkpoint-*"))
+
+
+def test_another_data_file_is_refused_on_resume(capsys, undisturbed, model_folder, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "o")
+    data = tmp_path / "other.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "completion": c + "!"}) + "\n" for p, c in LEARNT.items()))
+    code, _ = run_train(model_folder, data, tmp_path / "o", *SHORT, "--resume")
+    assert code == 2 and "another data set: training data is" in capsys.readouterr().err
+
+
+def test_a_length_over_the_context_is_the_context_and_said(model_folder, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"text": "long " * 100}) + "\n" + json.dumps({"text": "short"}) + "\n")
+    code, text = run_train(model_folder, data, tmp_path / "o", "--steps", "1", "--max-length", "4096")
+    assert code == 0, text
+    assert f"max_length=4096 is more than the context of {model_folder}: 256 tokens are the most" in text
+    assert "max_length=256: 1 examples lose their end, 0 are left out" in text
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_saves_on_sigterm_and_goes_on(undisturbed, model_folder, data_file, tmp_path):
+    command = [sys.executable, "-m", "minilora.cli", "train", "--model", model_folder, "--data", data_file]
+    command += ["--out", str(tmp_path / "o"), "--eval-share", "0", "--lr", "0.02", "--max-length", "64"]
+    command += ["--steps", "5000", "--save-every", "0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(minilora.__file__).parents[1])}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "o" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size > 500) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.terminate()
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 143, said
+    (line,) = said.splitlines()
+    step = int(re.search(r"SIGTERM after step (\d+) of 5000: saved in .*checkpoint-\1; go on with --resume", line)[1])
+    assert (tmp_path / "o" / f"checkpoint-{step}" / "training.json").exists()
+
+
 # ---- generate
 
 
@@ -778,6 +879,16 @@ def test_demo_runs_its_job_and_counts_the_voice(capsys, monkeypatch, flags, want
     (job,) = asked
     assert (job.training.steps, job.training.seed, job.out) == wanted
     assert "0% before, 25% after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_demo_replaces_an_earlier_one_or_goes_on_with_it(monkeypatch, resume):
+    asked = []
+    monkeypatch.setattr(
+        cli, "_run_job", lambda job: asked.append(job) or mock.Mock(answers=[{"before": "", "after": ""}])
+    )
+    assert main(["demo", *["--resume"] * resume]) == 0
+    assert (asked[0].resume, asked[0].overwrite) == (resume, not resume)
 
 
 def test_demo_refuses_a_bad_value(capsys):

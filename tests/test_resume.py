@@ -1,6 +1,7 @@
 """Going on: from every step, to the same bits, past what is damaged, and never with another run's data, settings or base."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import minilora
 import minilora.train as loop
 from minilora import LoraConfig, QuantConfig, inject, quantize_model
 from minilora.data import IGNORED, Encoded
-from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError
+from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError, WriteError
 from minilora.resume import newest
 from minilora.train import TrainConfig, train
 
@@ -64,6 +65,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def plain_signals():
+    """A shell may start the tests with Ctrl-C ignored, which a run would respect."""
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 def fresh(base=None, variant=None, seed=1, **lora):
@@ -182,10 +194,20 @@ def test_a_finished_run_stays_what_it_is(whole, tmp_path):
     assert files_of(tmp_path / "again") == files_of(whole[0]) and lasting(records) == lasting(whole[1])
 
 
+def test_a_finished_run_without_a_checkpoint_is_not_run_again(tmp_path):
+    run(fresh(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="holds an adapter and no checkpoint, so there is nothing to go on with"):
+        run(fresh(), tmp_path, resume=True, lr=0.5)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_torn_log_costs_its_line_only(whole, tmp_path):
     as_if_killed_after(5, whole[0], tmp_path)
     lines = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "log.jsonl").write_bytes(lines[0] + b'{"step": 2, "lo\n' + b"\x00\xff\n" + b"".join(lines[2:-1]))
+    (tmp_path / "log.jsonl").write_bytes(
+        lines[0] + b'{"step": 2, "lo\n{"step": 2, "seconds": "x"}\n' + b"\x00\xff\n" + b"".join(lines[2:-1])
+    )
     records = run(fresh(), tmp_path, evaluation=EXAMPLES[:2], eval_every=2, resume=True)
     assert lasting(records) == lasting([whole[1][0], *whole[1][2:]])
     assert files_of(tmp_path) == files_of(whole[0])
@@ -312,6 +334,18 @@ def test_another_run_is_refused_by_name(whole, tmp_path, snapshot, name):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_an_adapter_in_another_dtype_is_refused_by_its_tensor(whole, tmp_path):
+    as_if_killed_after(5, whole[0], tmp_path)
+    model = fresh()
+    for name in ("mid", "head"):
+        layer = model.get_submodule(name)
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.bfloat16(), layer.lora_B.data.bfloat16()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-5: .*lora_A\.weight is missing here or there, or of another shape"
+    ):
+        run(model, tmp_path, evaluation=EXAMPLES[:2], resume=True)
+
+
 def test_the_same_examples_in_smaller_batches_are_the_same_run(whole, tmp_path):
     as_if_killed_after(5, whole[0], tmp_path)
     said, model = [], fresh(lora_dropout=0.2)
@@ -417,10 +451,64 @@ def test_a_step_without_memory_saves_the_one_before_and_says_what_to_do(whole, t
     with pytest.raises(minilora.errors.OutOfMemory) as caught:
         run(fresh(), tmp_path)
     text = str(caught.value)
-    assert text.startswith("step 5: no memory for batch_size=2 with ") and "\n" not in text
+    assert text.startswith("step 5: no memory for batch_size=2 and up to 11 tokens (") and "\n" not in text
     assert f"saved in {tmp_path / 'checkpoint-4'}; go on with --resume and batch_size=1 with accumulate=4" in text
     assert "max_length" in text and caught.value.exit_code == 1
     monkeypatch.setattr(loop, "token_losses", real)
+    run(fresh(), tmp_path, resume=True)
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
+def test_without_memory_in_an_evaluation_the_step_before_it_is_saved(whole, tmp_path, monkeypatch):
+    def evaluate(model, *more):
+        if steps:
+            raise RuntimeError(CPU)
+        return 1.0
+
+    steps = []
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(minilora.errors.OutOfMemory, match=r"saved in .*checkpoint-4"):
+        run(fresh(), tmp_path, evaluation=EXAMPLES[:2], eval_every=4, watch=lambda r: r["step"] and steps.append(1))
+    monkeypatch.undo()
+    run(fresh(), tmp_path, evaluation=EXAMPLES[:2], resume=True)
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
+def test_without_memory_in_the_middle_of_an_update_the_half_of_it_is_not_saved(whole, tmp_path, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def half(self, *arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1)
+            raise RuntimeError(CPU)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(
+        minilora.errors.OutOfMemory, match="broke while the weights changed, so checkpoint-4 is what is saved"
+    ):
+        run(fresh(), tmp_path, save_every=4)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    monkeypatch.undo()
+    run(fresh(), tmp_path, resume=True)
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
+def test_a_disk_that_is_full_ends_the_run_and_the_checkpoint_before_stays(whole, tmp_path, monkeypatch):
+    write = minilora.io.disk.write
+
+    def full(path, content):
+        if "checkpoint-6" in str(path) and path.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    monkeypatch.setattr(minilora.io.disk, "write", full)
+    with pytest.raises(WriteError, match=r"checkpoint-6.*cannot be written \(No space left on device\)"):
+        run(fresh(), tmp_path, save_every=3)
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-3"]
+    monkeypatch.undo()
     run(fresh(), tmp_path, resume=True)
     assert files_of(tmp_path) == files_of(whole[0])
 
@@ -527,6 +615,26 @@ def test_a_module_that_returns_nan_is_named(tmp_path):
     model.mid.register_forward_hook(break_once)
     records = run(model, tmp_path)
     assert records[3]["skipped"] == "the loss is nan in micro-batch 1; mid is the first to return NaN or infinity"
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_weights_that_become_infinite_are_not_saved(tmp_path, monkeypatch, save_every):
+    step, calls = torch.optim.AdamW.step, []
+
+    def overflow(self, *arguments):
+        step(self, *arguments)
+        calls.append(1)
+        if len(calls) == 5:
+            with torch.no_grad():
+                self.param_groups[0]["params"][1][0, 0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    kept = "checkpoint-4" if save_every else "nothing"
+    with pytest.raises(
+        minilora.errors.TrainingError, match=f"step 5: a weight of the adapter .* so {kept} is what is saved"
+    ):
+        run(fresh(), tmp_path, save_every=save_every)
+    assert max([0, *(int(path.name[11:]) for path in tmp_path.glob("checkpoint-*"))]) == (4 if save_every else 0)
 
 
 def test_a_norm_that_overflows_is_skipped(tmp_path):

@@ -340,6 +340,11 @@ def test_a_second_run_is_refused_or_told_to_replace_the_first(adapted, tmp_path)
     assert not list(tmp_path.glob("checkpoint-*")) and (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_overwrite_of_nothing_is_a_run_like_any_other(adapted, tmp_path):
+    run(adapted(), tmp_path / "new", steps=2, overwrite=True)
+    assert (tmp_path / "new" / "adapter_model.safetensors").exists()
+
+
 def test_a_folder_with_other_files_is_no_run(adapted, tmp_path):
     (tmp_path / "job.toml").write_text("steps = 2")
     run(adapted(), tmp_path, steps=2)

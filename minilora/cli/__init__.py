@@ -104,12 +104,13 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="of data order, dropout and start values (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=48, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with a demo that was interrupted")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     from minilora import demo
 
-    outcome = _run_job(demo.job(arguments.out, arguments.seed, arguments.steps))
+    outcome = _run_job(demo.job(arguments.out, arguments.seed, arguments.steps, arguments.resume))
     voices = [demo.in_voice([pair[side] for pair in outcome.answers]) for side in ("before", "after")]
     print(
         f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"

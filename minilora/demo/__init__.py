@@ -33,15 +33,16 @@ def _prompts() -> dict[str, Any]:
     return json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))
 
 
-def job(out: str, seed: int = 0, steps: int = 48) -> Any:
-    """The demo's fine-tuning job, as ``minilora train`` would be given it."""
+def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False) -> Any:
+    """The demo's fine-tuning job, as ``minilora train`` would be given it; it replaces an earlier demo, or goes on with it."""
     from minilora.hf.finetune import Job
 
     return Job(
         model="smollm2",
         data=str(DATA),
         out=out,
-        overwrite=True,  # an earlier demo
+        resume=resume,
+        overwrite=not resume,
         quant="nf4",
         double_quant=True,
         prompts=prompts()[:4],
