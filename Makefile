@@ -46,6 +46,9 @@ kernels: $(VENV)/.installed-test $(TRITONS:%=$(VENV)/triton-%/.installed) ## int
 	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python kernels/aot.py $(ARGS) || exit 1; \
 	done
 
+gpu: ## check and time the Triton kernels on this computer's GPU (needs a $(PYTHON) with torch, triton and numpy; installs nothing)
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
 lint: $(VENV)/.installed-lint ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -114,7 +114,8 @@ def remove(folder: str | os.PathLike[str], names: Collection[str]) -> None:
     with _told(place, 0):
         if disk.kind(place) is None:
             return
-        with _staging(place, f".removed{_STAGED}") as staged:
+        _recover(place)
+        with _staging(place, _STAGED) as staged:
             for name in names:
                 disk.rename(place / name, staged / name)
             disk.flush(place)
