@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+COUNT ?= 10000000
 SHELL := bash
 
 BIN := $(VENV)/bin
@@ -13,12 +14,12 @@ PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format build clean
+.PHONY: help demo test test-all fuzz lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test and test-all"
+	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test, test-all and fuzz"
 
 demo: $(VENV)/.installed-demo $(VENV)/.installed-$(MODEL) ## fine-tune a small language model on this computer (ARGS="--help" for options)
 	@$(BIN)/minilora demo $(ARGS)
@@ -28,6 +29,9 @@ test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (AR
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=10000000 of them, ARGS="--seed 1"); figures at the end
+	$(BIN)/python tests/fuzz/fuzz.py --count $(COUNT) $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

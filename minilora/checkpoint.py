@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -215,9 +215,23 @@ def _fill(model: nn.Module, values: Mapping[str, Value], stored: Stored, strict:
             raise CheckpointError(f"{stored.path}: {key} is {kind}; wanted float32, float16 or bfloat16")
     fitting = sorted(own.keys() & tensors.keys() - set(wrong))
     _refuse_unequal_twins(own, tensors, fitting, stored.path)
-    for key in fitting:
-        own[key].copy_(tensors[key])
+    with all_or_nothing(own[key] for key in fitting):
+        for key in fitting:
+            own[key].copy_(tensors[key])
     return LoadReport(missing, extra, wrong)
+
+
+@contextmanager
+def all_or_nothing(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Tensors that are overwritten in the block get their values back if something stops it, an interrupt included."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, values in before:
+                tensor.copy_(values)
+        raise
 
 
 def _refuse_unequal_twins(

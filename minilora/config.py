@@ -241,26 +241,32 @@ class LoraConfig:
         Raises:
             ConfigError: another ``peft_type``, an unknown key, or a field of PEFT's that minilora does not offer, each by name.
         """
-        kind = content.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise ConfigError(f"{source}: peft_type={kind!r}; minilora reads 'LORA' adapters only")
-        own = {f.name for f in dataclasses.fields(cls)}
-        for name in unknown_keys(content):
-            raise ConfigError(f"{source}: unknown key {name!r}; the closest known ones are {nearest(name, own)}")
-        for name, value in content.items():
-            if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
-                why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
-                raise ConfigError(f"{source}: {name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
         try:
-            return cls(**{name: value for name, value in content.items() if name in own and value is not None})
+            return cls(**_own_fields(content))
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
 
+_OWN = frozenset(field.name for field in dataclasses.fields(LoraConfig))
+
+
+def _own_fields(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for ``LoraConfig`` in PEFT's dictionary. Raises ``ConfigError`` as ``from_dict``."""
+    kind = content.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ConfigError(f"peft_type={kind!r}; minilora reads 'LORA' adapters only")
+    for name in unknown_keys(content):
+        raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, _OWN)}")
+    for name, value in content.items():
+        if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
+            why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
+            raise ConfigError(f"{name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
+    return {name: value for name, value in content.items() if name in _OWN and value is not None}
+
+
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:
     """The keys of an ``adapter_config.json`` that ``LoraConfig.from_dict`` refuses: newer than this file, or mistyped."""
-    own = {f.name for f in dataclasses.fields(LoraConfig)}
-    return sorted(name for name in content if name not in own and name not in OUT_OF_SCOPE and name not in FILE_FIELDS)
+    return sorted(name for name in content if name not in _OWN and name not in OUT_OF_SCOPE and name not in FILE_FIELDS)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class Disk:
             return -1
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except PermissionError:
+        except (PermissionError, NotADirectoryError):
             return -1
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,11 +25,20 @@ __all__ = [
     "nearest",
 ]
 
+_LONGEST = 1200  # signs of a message
+
 
 class MiniLoraError(Exception):
-    """Base of every error that minilora raises on purpose; ``exit_code`` is what the command line ends with."""
+    """Base of every error that minilora raises on purpose. A name or value in a message may be of any length, the message is not.
+
+    ``exit_code`` is what the command line ends with.
+    """
 
     exit_code = 2  # the input was wrong
+
+    def __init__(self, message: str = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}")
 
 
 class ConfigError(MiniLoraError, ValueError):

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import nn
 
-from minilora.checkpoint import WEIGHTS_FILE, load_values, read_adapter, refuse_other_base
+from minilora.checkpoint import WEIGHTS_FILE, all_or_nothing, load_values, read_adapter, refuse_other_base
 from minilora.errors import CheckpointError, StateError
 from minilora.lora import LoRALinear
 from minilora.slots import adapters_of
@@ -69,10 +69,12 @@ def hotswap_adapter(
             raise CheckpointError(
                 f"{where}: {path} starts from another part of the weight than the present adapter; use load_adapter"
             )
-    for path, old in present.items():
-        new = incoming.get(path)
-        assert isinstance(old, LoRALinear)  # checked above
-        _overwrite(old, new if isinstance(new, LoRALinear) else None)
+    held = (getattr(old, name) for old in present.values() if isinstance(old, LoRALinear) for name in old.file_names)
+    with all_or_nothing(tensor for tensor in held if tensor is not None):
+        for path, old in present.items():
+            new = incoming.get(path)
+            assert isinstance(old, LoRALinear)  # checked above
+            _overwrite(old, new if isinstance(new, LoRALinear) else None)
 
 
 def _overwrite(old: LoRALinear, new: LoRALinear | None) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -261,57 +260,48 @@ def place(
 ) -> None:
     """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model.
 
-    Whatever goes wrong, the model is as before then.
+    Whatever stops it half way, an interrupt included, leaves the model as it was.
     """
-    undo = _undo(model, values)
+    adapters = adapters_of(model) if has_adapters(model) else Adapters()
+    kept = [value for slot in adapters.slots.values() for value in slot.kept.values()]
+    parameters = [*model.parameters(), *(parameter for value in kept for parameter in own_parameters(value))]
+    trained = [parameter.requires_grad for parameter in parameters]
+    with adapters.bare():
+        slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
+    bases, active = {path: slot.base for path, slot in slots.items()}, adapters.active
     try:
         if not has_adapters(model):
             model.requires_grad_(False)
-            attach(model, Adapters())
-        adapters = adapters_of(model)
-        with adapters.bare():
-            slots = {path: adapters.slots.get(path) or slot_at(model, path) for path in values}
-        for path, value in values.items():
-            slot = adapters.slots[path] = slots[path]
-            slot.kept[adapter_name] = value
-            if isinstance(value, Adapter) and value.replaces_base:
-                slot.base = value.base_layer
-            for parameter in own_parameters(value):
-                parameter.requires_grad_(activate)
+            attach(model, adapters)
+        _fill_slots(adapters, slots, adapter_name, values, activate)
         adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
         if activate:
             adapters.activate([adapter_name])
         else:
             adapters.show()
     except BaseException:
-        undo()
+        for path, base in bases.items():
+            slots[path].base = base
+        adapters.forget(adapter_name)
+        adapters.active = active
+        adapters.show()
+        if not adapters.configs:
+            detach(model)
+        for parameter, was in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(was)
         raise
 
 
-def _undo(model: nn.Module, paths: Iterable[str]) -> Callable[[], None]:
-    """What brings slots, record and ``requires_grad`` back to what they are now."""
-    adapters = adapters_of(model) if has_adapters(model) else None
-    record = {name: copy.copy(value) for name, value in adapters.__dict__.items()} if adapters else {}
-    bases = {path: (slot, slot.base, dict(slot.kept)) for path, slot in record.get("slots", {}).items()}
-    with adapters.bare() if adapters else nullcontext():
-        plain = [slot_at(model, path) for path in paths]
-    aside = [p for _, _, kept in bases.values() for value in kept.values() for p in own_parameters(value)]
-    trains = [(parameter, parameter.requires_grad) for parameter in (*model.parameters(), *aside)]
-
-    def undo() -> None:
-        for slot in plain:
-            setattr(slot.parent, slot.attr, slot.base)
-        if adapters:
-            adapters.__dict__.update(record)
-            for slot, base, kept in bases.values():
-                slot.base, slot.kept = base, kept
-            adapters.show()
-        elif has_adapters(model):
-            detach(model)
-        for parameter, trained in trains:
-            parameter.requires_grad_(trained)
-
-    return undo
+def _fill_slots(
+    adapters: Adapters, slots: Mapping[str, Slot], adapter_name: str, values: Mapping[str, Value], activate: bool
+) -> None:
+    for path, value in values.items():
+        slot = adapters.slots[path] = slots[path]
+        slot.kept[adapter_name] = value
+        if isinstance(value, Adapter) and value.replaces_base:
+            slot.base = value.base_layer
+        for parameter in own_parameters(value):
+            parameter.requires_grad_(activate)
 
 
 def inject(

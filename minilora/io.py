@@ -4,7 +4,7 @@ What is new is written and flushed in a staging folder first. Then, where a fold
 (and hard links to all others) changes places with it in one step. Where that cannot be (folders in it, other systems), the staging
 folder is renamed to ``.minilora-commit`` inside it: from then on readers here take the files in it first, and they are linked into
 their places; a writer that died is finished by the next. Writers hold a lock on the folder, so what a dead one left is told from what a
-live one still needs, and swept. Files of others in the folder stay. Next file: ``tensorfile.py``.
+live one still needs, and swept. Files of others in the folder stay. Next file: ``parse.py``.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
     place = Path(os.path.realpath(folder))
     with _told(place, sum(map(len, files.values()))):
         _make_folders(place.parent)
+        _recover(place)
         if len(files) < 2 or not _may_exchange(place) or not _exchange(place, files):
             _make_folders(place)
             _replace(place, files)
@@ -64,6 +65,7 @@ def new_folder(folder: str | os.PathLike[str], fill: Callable[[Path], Any]) -> P
     place = Path(os.path.realpath(folder))
     with _told(place, 0):
         _make_folders(place.parent)
+        _recover(place)
         with _staging(place.parent, f".{place.name}{_STAGED}") as staged:
             fill(staged)
             _settle(staged, staged.stat().st_mode & 0o666)
@@ -72,18 +74,18 @@ def new_folder(folder: str | os.PathLike[str], fill: Callable[[Path], Any]) -> P
                 if was_there:
                     disk.copy_mode(place, staged)
                 disk.rename(staged, place)
-                try:
-                    disk.flush(place.parent)
-                except OSError:
-                    disk.rename(place, staged)
-                    if was_there:
-                        disk.make_folder(place)
-                    raise
+                _flush_or(place.parent, lambda: _give_back(place, staged, was_there))
     return place
 
 
+def _give_back(place: Path, staged: Path, was_there: bool) -> None:
+    disk.rename(place, staged)
+    if was_there:
+        disk.make_folder(place)
+
+
 def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Add one line to a log, at once and unflushed: a kill loses nothing, a power cut the last lines. Raises as ``write_files``."""
+    """Add one line to a log, at once and unflushed: a kill can halve it, a power cut lose the last lines. Raises as ``write_files``."""
     with _told(Path(path), len(line)):
         disk.append(path, f"{line}\n".encode())
 
@@ -98,6 +100,24 @@ def remove(folder: str | os.PathLike[str], names: Collection[str]) -> None:
             for name in names:
                 disk.rename(place / name, staged / name)
             disk.flush(place)
+
+
+def _recover(place: Path) -> None:
+    """Sweep what dead writers left beside a folder and in it, and finish what one of them had committed."""
+    with suppress(OSError), _locked(place.parent):
+        _sweep(place.parent, f".{place.name}{_STAGED}")
+    if disk.kind(place) == "folder":
+        with _locked(place):
+            _sweep(place, _STAGED)
+            _finish(place)
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    for name in disk.names(folder):
+        if name.startswith(prefix) and (left := disk.lock(folder / name)) not in (None, -1):
+            with suppress(OSError):
+                _remove(folder / name)
+            disk.unlock(left)
 
 
 def _may_exchange(place: Path) -> bool:
@@ -213,11 +233,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _flush_or(folder: Path, undo: Callable[[], None]) -> None:
-    """Flush a folder in which a name has just changed; when that fails, change it back."""
+    """Flush a folder in which a name has just changed; when that fails, change it back, if the disk still does anything."""
     try:
         disk.flush(folder)
     except OSError:
-        undo()
+        with suppress(OSError):
+            undo()
         raise
 
 
@@ -226,13 +247,8 @@ def _flush_or(folder: Path, undo: Callable[[], None]) -> None:
 
 @contextmanager
 def _staging(folder: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in ``folder``, locked for as long as it is needed and removed after; those of dead writers are swept first."""
+    """A new folder in ``folder``, locked for as long as it is needed and removed after."""
     with _locked(folder):
-        for name in disk.names(folder):
-            if name.startswith(prefix) and (left := disk.lock(folder / name)) not in (None, -1):
-                with suppress(OSError):
-                    _remove(folder / name)
-                disk.unlock(left)
         staged = folder / (prefix + secrets.token_hex(4))
         disk.make_folder(staged)
         handle = disk.lock(staged)
@@ -339,9 +355,9 @@ def read_files(
             for name, purpose in wanted.items():
                 try:
                     opened[name] = stack.enter_context(_open(_current(place, name)))
+                except FileNotFoundError:
+                    pass  # missing, or moved just now
                 except OSError as error:
-                    if name in optional and isinstance(error, FileNotFoundError):
-                        continue
                     raise _unread(place / name, purpose, error) from None
             try:
                 contents = {name: file.read() for name, file in opened.items()}
@@ -350,9 +366,14 @@ def read_files(
             # Open files keep their numbers, so equal ones mean that nothing was exchanged in between.
             now = {name: disk.identity(_current(place, name)) for name in wanted}
             if now == {name: opened[name].identity if name in opened else None for name in wanted}:
-                return contents
+                break
         time.sleep(0.002)
-    raise CheckpointError(f"{place}: is rewritten all the time, so it cannot be read; wait for its writer to end")
+    else:
+        raise CheckpointError(f"{place}: is rewritten all the time, so it cannot be read; wait for its writer to end")
+    for name in wanted:
+        if name not in contents and name not in optional:
+            raise _unread(place / name, wanted[name], FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    return contents
 
 
 def _current(place: Path, name: str) -> Path:

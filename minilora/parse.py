@@ -20,6 +20,7 @@ __all__ = ["Header", "parse_header", "parse_json", "parse_tensors"]
 
 LONGEST_JSON = 10_000_000  # bytes; a header of 100,000 tensors' names and no more
 MOST_TENSORS = 65_536
+_DEEPEST = 20  # objects and lists in one another
 _MOST_SIDES = 16  # dimensions of a tensor
 _DTYPES = {
     "F64": torch.float64,
@@ -66,6 +67,12 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"holds a {type(content).__name__}; wanted an object")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        inner = (value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer))
+        level = [value for value in inner if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError("nested too deeply")
     return content
 
 

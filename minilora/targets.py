@@ -36,7 +36,7 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
     if isinstance(wanted, str):
         try:
             pattern = re.compile(wanted)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{field}={wanted!r} is not a regular expression ({error}); a list of names needs no escaping"
             ) from None

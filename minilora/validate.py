@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minilora.errors import ConfigError
 
+_LARGEST = 1e30  # a larger alpha overflows fp32 with the first weight
+_MOST = 2**31 - 1  # no tensor has a longer side
+
 
 def whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise ConfigError(f"{name}={value!r}: wanted a whole number >= {least}; set {name}=8, for example")
 
 
@@ -73,7 +75,7 @@ def pattern(name: str, value: object) -> dict[str, Any]:
     for key in value:
         try:
             re.compile(key)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{name} key {key!r} is not a regular expression ({error}); escape its special signs"
             ) from None
@@ -82,5 +84,5 @@ def pattern(name: str, value: object) -> dict[str, Any]:
 
 def positive(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[operator, arg-type]
+    if not number or not 0 < value <= _LARGEST:  # type: ignore[operator]
         raise ConfigError(f"{name}={value!r}: wanted a finite number > 0; lora_alpha = r or 2*r is usual")

@@ -225,3 +225,25 @@ def test_usual_blocksizes_are_taken(size):
 def test_double_quant_is_a_bool(value):
     with pytest.raises(ConfigError, match=r"double_quant=.*wanted True or False"):
         QuantConfig(double_quant=value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 2**31},
+        {"r": 10**400},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": 1e31},
+        {"rank_pattern": {"q": 10**400}},
+        {"alpha_pattern": {"q": 10**400}},
+        {"rank_pattern": {"a{99999999999999999999}": 2}},
+        {"alpha_pattern": {"(" * 5_000 + ")" * 5_000: 2}},
+        {"task_type": "x" * 100_000},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_is_huge_is_refused_in_a_short_line(fields):
+    """The fuzzer found these: numbers that no float holds, patterns that ``re`` gives up on, texts without end."""
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig.from_dict(fields, "file")
+    assert len(str(caught.value)) < 1_300 and "\n" not in str(caught.value) and str(caught.value).startswith("file: ")

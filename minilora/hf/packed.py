@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
@@ -22,7 +21,9 @@ from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.io import read_bytes
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.parse import parse_tensors
 from minilora.quantize_model import quantize_model
 from minilora.slots import has_adapters
 
@@ -162,10 +163,7 @@ def _all_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: no .safetensors file; pickles are not read, save the model again")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            tensors |= safetensors.torch.load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: damaged ({error}); copy it again") from None
+        tensors |= parse_tensors(read_bytes(file, "the model's weights"), file)[0]
     return tensors
 
 

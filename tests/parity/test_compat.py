@@ -81,6 +81,7 @@ def test_auto_model_finds_the_base_by_the_adapters_folder(library, build_model, 
         if parameter.requires_grad:
             parameter.data.add_(0.1)
     model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "minilora.json").unlink(missing_ok=True)  # the config is changed on purpose
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     again = library.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
