@@ -48,6 +48,8 @@ class Adapter(nn.Module, ABC):
     replaces_base: ClassVar[bool] = False
     # Whether this one did: it does not where it finds the base layer that it would have made.
     base_replaced: bool = False
+    # A digest of what went into it beside config and base layer; a file remembers it, and loads beside the same only.
+    made_with: str = ""
     # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.
     targeted: ClassVar[bool] = True
 

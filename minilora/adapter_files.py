@@ -34,6 +34,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 SEAL_FILE = "minilora.json"
 PREFIX = "base_model.model."
 VARIANT = "minilora_variant"  # in the metadata of the weights file
+MADE_WITH = "minilora_made_with"  # likewise: ``Adapter.made_with`` of all layers
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
 _SMALL = 1 << 16  # elements
 _PURPOSES = {
@@ -52,6 +53,7 @@ class Stored:
         config: of the adapter. tensors: under the file's names. variant: the registered variant's name. path: of the weights file.
         from_file: whether the config is the file's, and not the caller's. base: what is remembered of the base model, or None.
         ignored: keys of another program's config that mean nothing here. sha256: as ``adapter_sha256``.
+        made_with: digest of ``Adapter.made_with``, "" for none.
     """
 
     config: LoraConfig
@@ -62,6 +64,7 @@ class Stored:
     base: dict[str, Any] | None = None
     ignored: list[str] = field(default_factory=list)
     sha256: str = ""
+    made_with: str = ""
 
 
 def adapter_sha256(files: Mapping[str, bytes | bytearray]) -> str:
@@ -114,7 +117,8 @@ def read_adapter(
     tensors, metadata = parse_tensors(files[WEIGHTS_FILE], place / WEIGHTS_FILE)
     _check_tensors(tensors, place / WEIGHTS_FILE)
     kind = metadata.get(VARIANT, used.variant)
-    return Stored(used, tensors, kind, place / WEIGHTS_FILE, config is None, base, ignored, digest)
+    made_with = metadata.get(MADE_WITH, "")
+    return Stored(used, tensors, kind, place / WEIGHTS_FILE, config is None, base, ignored, digest, made_with)
 
 
 def read_config(folder: str | os.PathLike[str]) -> LoraConfig:

@@ -24,7 +24,7 @@ from minilora.errors import CheckpointError
 from minilora.fingerprint import differs, fingerprint
 from minilora.inject import ALL_LINEAR, build, match, place
 from minilora.layers import in_out_features
-from minilora.save import adapter_state_dict, save_adapter, saved_config, tensors_of
+from minilora.save import adapter_state_dict, made_with_of, save_adapter, saved_config, tensors_of
 from minilora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.variants.embedding import LoRAEmbedding
 
@@ -137,6 +137,12 @@ def load_values(
     config = _exact(stored)
     _refuse_huge(model, config, stored)
     values = build(model, config, adapter_name, stored.variant)
+    replaced = [value for value in values.values() if isinstance(value, Adapter) and value.base_replaced]
+    if replaced and made_with_of(values) != stored.made_with:
+        raise CheckpointError(
+            f"{stored.path}: its {stored.variant} layers were made with another calibration; load it inside the block that it was made "
+            "in (variants.loftq.calibrated), or onto its packed base"
+        )
     report = _fill(model, values, stored, strict)
     return values, dataclasses.replace(report, ignored_config_keys=stored.ignored)
 

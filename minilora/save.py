@@ -5,6 +5,7 @@ Next file: ``checkpoint.py``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,17 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.adapter_files import CONFIG_FILE, PLAIN, PREFIX, VARIANT, WEIGHTS_FILE, adapter_sha256, not_finite, seal
+from minilora.adapter_files import (
+    CONFIG_FILE,
+    MADE_WITH,
+    PLAIN,
+    PREFIX,
+    VARIANT,
+    WEIGHTS_FILE,
+    adapter_sha256,
+    not_finite,
+    seal,
+)
 from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.fingerprint import fingerprint
@@ -98,7 +109,19 @@ def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """What PEFT writes, and the variant where the config alone does not say it (PEFT's config has no field for it)."""
     adapters = adapters_of(model)
     kind = adapters.variants[adapter_name]
-    return {"format": "pt"} | ({} if kind == adapters.configs[adapter_name].variant else {VARIANT: kind})
+    known = {} if kind == adapters.configs[adapter_name].variant else {VARIANT: kind}
+    made_with = made_with_of(adapters.named(adapter_name))
+    return {"format": "pt"} | known | ({MADE_WITH: made_with} if made_with else {})
+
+
+def made_with_of(values: Mapping[str, Value]) -> str:
+    """One digest for ``made_with`` of all layers; "" if none has any."""
+    each = [
+        f"{path}:{value.made_with}"
+        for path, value in sorted(values.items())
+        if isinstance(value, Adapter) and value.made_with
+    ]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest() if each else ""
 
 
 def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:

@@ -1,5 +1,6 @@
 """Packed models on disk: bitsandbytes' layout both ways, and what a damaged file gets."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ import minilora
 from minilora.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.cli import main
 from minilora.config import QuantConfig
-from minilora.errors import CheckpointError, QuantizationError, StateError
+from minilora.errors import CheckpointError, ConfigError, QuantizationError, StateError
 from minilora.quantize import quantize
 
 transformers = pytest.importorskip("transformers")
@@ -247,7 +248,9 @@ def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
     )
     with pytest.raises(Stop):
         finetune.fine_tune(job, said.append)
-    assert seen == [layer] and any("packed already" in line for line in said)
+    assert seen == [layer] and any("packed already (nf4)" in line for line in said)
+    with pytest.raises(ConfigError, match="quant='nf3': m is packed as nf4 already"):
+        finetune.fine_tune(dataclasses.replace(job, quant="nf3"), said.append)
 
 
 def test_what_cannot_be_saved_packed_says_so(make, tmp_path):

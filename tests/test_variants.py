@@ -19,7 +19,7 @@ from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, inject
 from minilora.adapted import disabled, unload
 from minilora.adapter import VARIANTS, Adapter, register
 from minilora.checkpoint import WEIGHTS_FILE, adapter_state_dict
-from minilora.errors import ConfigError, StateError, TargetError
+from minilora.errors import CheckpointError, ConfigError, StateError, TargetError
 from minilora.layers import dense_weight
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
@@ -377,6 +377,28 @@ def test_loftq_weighed_by_its_inputs_disturbs_the_output_less(bits):
         assert make(**fields)[1].lora_A.isfinite().all()
     error = [(adapter(x) - dense(x)).norm().item() for adapter in (plain, heavy)]
     assert error[1] < 0.7 * error[0]
+
+
+def test_a_calibrated_loftq_adapter_is_loaded_on_the_same_calibration_only(randomize, tmp_path):
+    """On another one the base would be packed otherwise than it was trained."""
+    importance = {"layer": torch.rand(IN) + 0.1}
+    fields = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2, "loftq_iter": 2}}
+    with calibrated(importance):
+        model, adapter = make(**fields)
+    randomize(model)
+    save_adapter(model, tmp_path)
+    with pytest.raises(CheckpointError, match="another calibration"):
+        load_adapter(nn.ModuleDict({"layer": make_base()}).eval(), tmp_path)
+    with calibrated({"layer": torch.ones(IN)}), pytest.raises(CheckpointError, match="another calibration"):
+        load_adapter(nn.ModuleDict({"layer": make_base()}).eval(), tmp_path)
+    dense, packed = (
+        nn.ModuleDict({"layer": layer}).eval() for layer in (make_base(), copy.deepcopy(adapter.innermost))
+    )
+    with calibrated(importance):
+        load_adapter(dense, tmp_path)
+    load_adapter(packed, tmp_path)
+    for again in (dense, packed):
+        assert torch.equal(again["layer"](inputs()), adapter(inputs()))
 
 
 def test_loftq_on_a_packed_layer_is_refused_when_new(snapshot):

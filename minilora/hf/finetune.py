@@ -164,8 +164,12 @@ def _encoded(
 
 def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     """The model packed as the job says, with a fresh adapter."""
-    if any(is_quantized(module) for module in model.modules()):
-        say(f"{job.model} is packed already, and stays as it is")
+    if found := _formats(model):
+        if job.quant not in ("none", Job.quant, found):
+            raise ConfigError(
+                f"quant={job.quant!r}: {job.model} is packed as {found} already; leave it out, or name the dense model"
+            )
+        say(f"{job.model} is packed already ({found}), and stays as it is")
     elif job.quant != "none":
         quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
@@ -174,6 +178,11 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     trainable, total = model.get_nb_trainable_parameters()
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
     return model
+
+
+def _formats(model: Any) -> str:
+    """The formats of a model's packed layers, "" if none is packed."""
+    return ", ".join(sorted({module.format for module in model.modules() if is_quantized(module)}))
 
 
 class _Clock:
@@ -219,7 +228,9 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
         "parameters": parameter_table(model),
         "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
         "spectrum": [{"path": path, "values": spectrum(adapters[path]).tolist()} for path in largest],
-        "settings": _settings(job) | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
+        "settings": _settings(job)
+        | {"quant": _formats(model) or "none"}
+        | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
     }
 

@@ -9,6 +9,7 @@ leaves. The error need not fall at every turn, so the best turn is kept. Below f
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -105,6 +106,8 @@ class LoftQLinear(LoRALinear):
             packed, A, B = loftq(dense_weight(base_layer), form, self.r, self.scaling, rounds, path + ".weight", seen)
             self.base_layer = QuantLinear(packed, base_layer.bias).train(base_layer.training)  # type: ignore[arg-type]
             self.base_replaced = True
+            if seen is not None:
+                self.made_with = hashlib.sha256(seen.detach().cpu().float().numpy().tobytes()).hexdigest()
             self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
 
     def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
