@@ -44,7 +44,7 @@ def gemv_kernel(x, packed, absmax, code2, absmax2, offset, words, levels, xa, b,
     acc = tl.zeros((BN, BM), tl.float32)
     if R > 0:  # only the first part has a low-rank product
         i = tl.arange(0, R)
-        mine = (i < r)[None, :] & (part == 0)
+        mine = (i < tl.where(part == 0, r, 0))[None, :]
         left = tl.load(b + (row_n + n)[:, None] * r + i[None, :], mask=mine, other=0.0).to(CT)
         right = tl.load(xa + m[:, None] * r + i[None, :], mask=live & mine, other=0.0).to(CT)
         acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
