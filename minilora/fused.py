@@ -40,6 +40,7 @@ def lora_linear(
     B: Tensor | None = None,
     scaling: float = 1.0,
     p: float = 0.0,
+    backend: str | None = None,
 ) -> Tensor:
     """``W x + bias + scaling * B A dropout(x)``.
 
@@ -48,6 +49,7 @@ def lora_linear(
         weight: ``[out, in]``, frozen: a dense tensor (a transposed view will do) or a quantized one.
         bias: ``[out]`` or None. A: ``[r, in]`` and B: ``[out, r]``, or None for both: the frozen layer alone.
         p: probability that an input of A is dropped, rounded to 1/65536; drawn from torch's generator on the CPU.
+        backend: as ``ops.quant_linear``.
 
     Returns:
         ``[..., out]`` in ``x``'s dtype. Differentiable once with respect to ``x``, ``bias``, ``A`` and ``B``; the weight gets no gradient.
@@ -59,8 +61,8 @@ def lora_linear(
         return out
     x, drop = x.to(flowing_dtype(x)), min(round(p * _STEPS), _STEPS - 1)
     if grad:
-        return _LoRALinear.apply(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop)
-    return _forward(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop, _new_seed(drop))[0]
+        return _LoRALinear.apply(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop, backend)
+    return _forward(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop, _new_seed(drop), backend)[0]
 
 
 def lora_linear_reference(
@@ -100,12 +102,12 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight,
-                scaling: float, drop: int) -> Tensor:  # fmt: skip
+                scaling: float, drop: int, backend: str | None) -> Tensor:  # fmt: skip
         need_x, ctx.need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-        ctx.scaling, ctx.drop, ctx.seed = scaling, drop, _new_seed(drop)
+        ctx.scaling, ctx.drop, ctx.seed, ctx.backend = scaling, drop, _new_seed(drop), backend
         ctx.shape, ctx.dtype = x.shape, product_dtype(x.dtype, x.device)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        out, h = _forward(x, bias, A, B, weight, scaling, drop, ctx.seed)
+        out, h = _forward(x, bias, A, B, weight, scaling, drop, ctx.seed, backend)
         ctx.weight = weight if isinstance(weight, QuantizedTensor) else None
         kept = [x if need_A else None, A, B, h if need_B else None]
         ctx.save_for_backward(*kept, *(_tensors(weight) if need_x else ()))
@@ -128,24 +130,24 @@ class _LoRALinear(torch.autograd.Function):
                 values = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             if need_x:
                 thin = None if gh is None or ctx.drop else gh.t()
-                grad_x = matmul(g, _rebuilt(ctx, parts), False, thin, A, out_dtype=ctx.dtype)
+                grad_x = matmul(g, _rebuilt(ctx, parts), False, thin, A, out_dtype=ctx.dtype, backend=ctx.backend)
             if gh is not None:
                 grad_A = _through_A(ctx, gh, A, values, grad_x)
             grad_x = None if grad_x is None else grad_x.to(grad.dtype).view(ctx.shape)
             if ctx.need_bias:
                 grad_bias = bias_gradient(out, ctx.bias_dtype)
-        return grad_x, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, grad_bias, grad_A, grad_B, None, None, None, None
 
 
 def _forward(x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight, scaling: float, drop: int,
-             seed: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+             seed: int, backend: str | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The output, and ``h = scaling * A dropout(x)`` as ``[r, M]``; ``scaling`` makes up for what is dropped."""
     dtype, h = product_dtype(x.dtype, x.device), None
     with _as_written(x):
         values = x.reshape(-1, x.shape[-1]).to(dtype)
         if A is not None:
             h = (_thin(values, A.to(dtype), drop, seed) if drop else torch.mm(A.to(dtype), values.t())).mul_(scaling)
-        out = matmul(values, weight, True, None if h is None else h.t(), B, bias, x.dtype)
+        out = matmul(values, weight, True, None if h is None else h.t(), B, bias, x.dtype, backend)
     return out.view(*x.shape[:-1], out.shape[1]), h
 
 

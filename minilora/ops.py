@@ -5,8 +5,9 @@ it. The operator never holds the dense weight whole: rows are decoded into a sma
 and the backward pass decodes the same packed bytes again (``dx = dy W``; QLoRA section 3), so nothing dense is saved for it.
 Being a registered operator, it passes through ``torch.compile`` without a graph break. There is no second derivative.
 
-``matmul`` is the arithmetic under it and under ``fused.py``. On a processor that cannot multiply a dtype it works in fp32, a few rows of
-the weight at a time. Next file: ``fused.py``.
+``matmul`` is the arithmetic under it and under ``fused.py``. On a GPU it hands packed weights to the Triton kernels (``cuda.py``), unless
+``backend`` says otherwise: "reference" decodes with PyTorch everywhere, "triton" wants the kernels. On a processor that cannot multiply a
+dtype it works in fp32, a few rows of the weight at a time. Next file: ``fused.py``.
 """
 
 from __future__ import annotations
@@ -19,36 +20,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora import cuda
 from minilora.codebooks import Codebook
-from minilora.errors import QuantizationError
+from minilora.errors import ConfigError, QuantizationError
 from minilora.lookup import scratch
 from minilora.quantize import QuantizedTensor, decode_range
 
 _ROWS = 1 << 20  # weights decoded at a time for a product: 4 MB of fp32
 _ROWS_FEW = 1 << 18  # the same where x has few rows: what was decoded is still in the cache when it is multiplied
 _FEW = 16
+BACKENDS = ("reference", "triton")
 
 
-def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
     """``x W^T + bias`` with a quantized ``W``.
 
     Args:
         x: ``[..., in]``, fp32, bf16 or fp16.
         weight: quantized ``[out, in]``.
         bias: ``[out]`` or None; trains if it requires grad.
+        backend: "reference" (PyTorch), "triton" (the kernels), or None: the kernels where they can be had.
 
     Returns:
         ``[..., out]`` in ``x``'s dtype. Differentiable once with respect to ``x`` and ``bias``.
 
     Raises:
-        QuantizationError: the weight is not 2-D or ``x`` does not end in its ``in``.
+        QuantizationError: the weight is not 2-D or ``x`` does not end in its ``in``. ConfigError: no such backend.
+        MissingPackageError: "triton" without Triton.
     """
     if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise QuantizationError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}; wanted [..., in]"
         )
     x = x.to(flowing_dtype(x))
-    out: Tensor = _product(x.reshape(-1, x.shape[-1]), *_flatten(weight), transpose=True, bias=bias)
+    out: Tensor = _product(x.reshape(-1, x.shape[-1]), *_flatten(weight), transpose=True, bias=bias, backend=backend)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -93,17 +98,19 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tensor | None = None, B: Tensor | None = None,
-           bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+           bias: Tensor | None = None, out_dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """``x W^T + h B^T + bias`` (``transpose``; ``[M, in]`` to ``[M, out]``), or ``x W + h B`` (``[M, out]`` to ``[M, in]``).
 
     Args:
         x: two dimensions. weight: ``[out, in]``, dense (a transposed view will do) or quantized; any dtype.
         h, B: thin factors, or None: ``[M, r]`` with ``[out, r]`` (``transpose``), or with ``[r, in]``.
         bias: ``[out]`` or None; only with ``transpose``.
-        out_dtype: of the result; default ``x``'s.
+        out_dtype: of the result; default ``x``'s. backend: as ``quant_linear``; a dense weight has one way only.
 
     Not differentiable: callers know the derivative. It writes into buffers that the next call reuses, never returns one.
     """
+    if isinstance(weight, QuantizedTensor) and takes_kernels(x, weight, backend):
+        return cuda.matmul(x, weight, transpose, h, B, bias, out_dtype)
     dtype = product_dtype(x.dtype, x.device)
     h, B, bias = (None if part is None else part.to(dtype) for part in (h, B, bias))
     if transpose:
@@ -112,6 +119,15 @@ def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tens
     if h is not None and B is not None:
         out.addmm_(h.to(out.dtype), B.to(out.dtype))
     return out.to(out_dtype or x.dtype)
+
+
+def takes_kernels(x: Tensor, weight: QuantizedTensor, backend: str | None) -> bool:
+    """Whether the Triton kernels take this product. Raises ``ConfigError`` for a backend that does not exist."""
+    if backend is None:
+        return cuda.available(weight, x)
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}: wanted None or one of {', '.join(map(repr, BACKENDS))}")
+    return backend == "triton"
 
 
 def _times_rows(x: Tensor, weight: Tensor | QuantizedTensor, h: Tensor | None, B: Tensor | None, bias: Tensor | None,
@@ -186,29 +202,31 @@ def _cast_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("minilora::quant_matmul", mutates_args=())
 def _product(x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float],
-             blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None) -> Tensor:  # fmt: skip
+             blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None,
+             backend: str | None = None) -> Tensor:  # fmt: skip
     """``x W^T + bias`` (``transpose``; ``[M, columns]`` to ``[M, rows]``) or ``x W`` (``[M, rows]`` to ``[M, columns]``)."""
     weight = _gather(packed, absmax, nested, offset, levels, blocksize, rows, columns)
     with torch.autocast(x.device.type, enabled=False):
-        return matmul(x, weight, transpose, bias=bias)
+        return matmul(x, weight, transpose, bias=bias, backend=backend)
 
 
 @_product.register_fake
 def _(x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float],
-      blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None) -> Tensor:  # fmt: skip
+      blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None,
+      backend: str | None = None) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], rows if transpose else columns)
 
 
 def _keep_packed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, packed, absmax, nested, offset, *ctx.rest, bias = inputs
+    _, packed, absmax, nested, offset, *ctx.rest, bias, ctx.backend = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(packed, absmax, nested, offset)
 
 
 def _backward(ctx, grad: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     *rest, transpose = ctx.rest
-    dx = _product(grad.contiguous(), *ctx.saved_tensors, *rest, not transpose)
-    return dx, *[None] * 9, None if ctx.bias_dtype is None else bias_gradient(grad, ctx.bias_dtype)
+    dx = _product(grad.contiguous(), *ctx.saved_tensors, *rest, not transpose, backend=ctx.backend)
+    return dx, *[None] * 9, None if ctx.bias_dtype is None else bias_gradient(grad, ctx.bias_dtype), None
 
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
