@@ -90,8 +90,9 @@ def load_adapter(
             ``inject``. The model is then as it was.
     """
     stored = read_adapter(folder, config, expect_sha256)
-    values, report = load_values(model, stored, adapter_name, strict)
-    refuse_other_base(model, stored, allow_other_base)
+    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
+        values, report = load_values(model, stored, adapter_name, strict)
+        refuse_other_base(model, stored, allow_other_base)
     place(model, stored.config, adapter_name, values, stored.variant, activate)
     if not is_trainable:
         for value in values.values():
@@ -127,6 +128,8 @@ def fill_adapter(
     adapters = adapters_of(model)
     values = adapters.named(adapter_name)
     stored = Stored(adapters.configs[adapter_name], dict(tensors), adapters.variants[adapter_name], Path("state dict"))
+    if (bad := not_finite(stored.tensors)) is not None:
+        raise CheckpointError(f"{stored.path}: {bad} holds NaN or infinity; the run that saved it had diverged")
     return _fill(model, values, stored, strict)
 
 
@@ -143,7 +146,7 @@ def load_values(
             f"{stored.path}: its {stored.variant} layers were made with another calibration; load it inside the block that it was made "
             "in (variants.loftq.calibrated), or onto its packed base"
         )
-    report = _fill(model, values, stored, strict)
+    report = _fill(model, values, stored, strict, fresh=True)
     return values, dataclasses.replace(report, ignored_config_keys=stored.ignored)
 
 
@@ -196,8 +199,10 @@ def _exact(stored: Stored) -> LoraConfig:
     )
 
 
-def _fill(model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool) -> LoadReport:
-    """Copy the file's tensors into new adapters after comparing every name and shape."""
+def _fill(
+    model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool, fresh: bool = False
+) -> LoadReport:
+    """Copy the file's tensors into adapters after comparing every name and shape; ``fresh`` ones are in no model yet."""
     own = tensors_of(values)
     tensors = {key: tensor for key, tensor in stored.tensors.items() if not _is_base_weight(model, key, tensor)}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -221,7 +226,7 @@ def _fill(model: nn.Module, values: Mapping[str, Value], stored: Stored, strict:
             raise CheckpointError(f"{stored.path}: {key} is {kind}; wanted float32, float16 or bfloat16")
     fitting = sorted(own.keys() & tensors.keys() - set(wrong))
     _refuse_unequal_twins(own, tensors, fitting, stored.path)
-    with all_or_nothing(own[key] for key in fitting):
+    with nullcontext() if fresh else all_or_nothing(own[key] for key in fitting):
         for key in fitting:
             own[key].copy_(tensors[key])
     return LoadReport(missing, extra, wrong)
@@ -244,8 +249,6 @@ def _refuse_unequal_twins(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], keys: list[str], path: Path
 ) -> None:
     """Two names of one tied tensor must bring the same values (a head sees the embedding's factor turned round)."""
-    if (bad := not_finite({key: tensors[key] for key in keys})) is not None:
-        raise CheckpointError(f"{path}: {bad} holds NaN or infinity; the run that saved it had diverged")
     first: dict[int, str] = {}
     for key in keys:
         twin = first.setdefault(own[key].data_ptr(), key)

@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from minilora.adapter import Adapter
 from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.io import write_files
+from minilora.parse import tensor_bytes
 from minilora.save import base_of, saved_config
 from minilora.slots import adapters_of
 from minilora.variants.embedding import LoRAEmbedding, TiedHead
@@ -150,7 +150,7 @@ def _peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, 
         "layers_pattern": None,
     }
     config = json.dumps(content | plain, indent=2) + "\n"
-    return {WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG_FILE: config.encode()}
+    return {WEIGHTS_FILE: tensor_bytes(tensors, {"format": "pt"}), CONFIG_FILE: config.encode()}
 
 
 def _endings(factors: Factors) -> list[str]:
@@ -166,7 +166,7 @@ def _mlx_files(factors: Factors, r: int) -> dict[str, bytes]:
         keys.add(_inside_layer(path))
     parameters = {"rank": r, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     config = json.dumps({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}, indent=2) + "\n"
-    return {"adapters.safetensors": safetensors.torch.save(tensors), CONFIG_FILE: config.encode()}
+    return {"adapters.safetensors": tensor_bytes(tensors, {}), CONFIG_FILE: config.encode()}
 
 
 def _inside_layer(path: str) -> str:

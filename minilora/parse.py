@@ -1,4 +1,4 @@
-"""Bytes of a file to values, believing nothing: JSON objects and safetensors files (github.com/huggingface/safetensors, "Format").
+"""Bytes of a file to values, believing nothing, and back: JSON and safetensors (github.com/huggingface/safetensors, "Format").
 
 Everything is checked against the bytes that were read before memory is taken: sizes against offsets, offsets against the file's length.
 What is not said exactly once, in the one way that the format has, is refused. Next file: ``config.py``.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError
 
-__all__ = ["Header", "parse_header", "parse_json", "parse_tensors"]
+__all__ = ["Header", "parse_header", "parse_json", "parse_tensors", "tensor_bytes"]
 
 LONGEST_JSON = 10_000_000  # bytes; a header of 100,000 tensors' names and no more
 MOST_TENSORS = 65_536
@@ -34,6 +35,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -173,3 +175,18 @@ def _tensor(raw: bytearray, entry: Entry) -> Tensor:
     if entry.begin % entry.dtype.itemsize:
         raw, entry = raw[entry.begin : entry.begin + count * entry.dtype.itemsize], Entry(entry.dtype, entry.shape, 0)
     return torch.frombuffer(raw, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; equal tensors and metadata give equal bytes. Wide dtypes come first, so that every tensor lies aligned."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    parts, at = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0])):
+        part = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        offsets = [at, at + len(part)]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        parts.append(part)
+        at += len(part)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])

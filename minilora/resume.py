@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from minilora.data import Encoded
 from minilora.errors import CheckpointError, ConfigError
 from minilora.guards import refuse_nonfinite
 from minilora.io import read_files, remove, write_files
-from minilora.parse import parse_json, parse_tensors
+from minilora.parse import parse_json, parse_tensors, tensor_bytes
 from minilora.save import adapter_files, adapter_state_dict, base_of, saved_config
 
 __all__ = [
@@ -198,7 +197,7 @@ def save_checkpoint(
         for key in sorted(optimizer.state.get(parameter, {}))
     }
     refuse_nonfinite(tensors.items(), "a checkpoint")
-    files = {**adapter_files(model, name), OPTIMIZER_FILE: safetensors.torch.save(tensors)}
+    files = {**adapter_files(model, name), OPTIMIZER_FILE: tensor_bytes(tensors, {})}
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in sorted(files.items())}
     state = _state_bytes({"version": 1, "step": step, "meaning": meaning, "files": hashes})
     place = folder / f"checkpoint-{step}"

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
@@ -32,6 +31,7 @@ from minilora.fingerprint import fingerprint
 from minilora.inject import ALL_LINEAR, default_targets
 from minilora.io import write_files
 from minilora.layers import is_conv1d
+from minilora.parse import tensor_bytes
 from minilora.slots import Value, adapters_of
 from minilora.targets import ends_with, exactly
 
@@ -81,22 +81,13 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         raise StateError(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
         )
-    content = saved_config(model, adapter_name)
+    with adapters_of(model).bare():
+        content, base = saved_config(model, adapter_name), base_of(model, adapter_name)
     files = {
-        WEIGHTS_FILE: _tensor_bytes(tensors, _metadata(model, adapter_name)),
+        WEIGHTS_FILE: tensor_bytes(tensors, _metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
     }
-    return seal(files, base_of(model, adapter_name))
-
-
-def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose metadata have a fixed order (safetensors draws it), so that one adapter is the same bytes each time."""
-    raw = safetensors.torch.save(dict(tensors), dict(metadata))
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start]) | {"__metadata__": dict(sorted(metadata.items()))}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + raw[start:]
+    return seal(files, base)
 
 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:

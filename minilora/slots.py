@@ -180,19 +180,21 @@ class Adapters:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """The model without any adapter, merged ones included, while the block runs."""
+        """The model without any adapter, merged ones included, while the block runs; one inside another costs nothing."""
         self.refuse_while_mixing()
         self._bare += 1
         try:
-            self.show()
+            if self._bare == 1:
+                self.show()
             yield
         finally:
             self._bare -= 1
-            try:
-                self.show()
-            except BaseException:  # a Ctrl-C in the middle of it: the slots come first
-                self.show()
-                raise
+            if not self._bare:
+                try:
+                    self.show()
+                except BaseException:  # a Ctrl-C in the middle of it: the slots come first
+                    self.show()
+                    raise
 
 
 def _shifts_bias(value: Value | None) -> bool:
