@@ -96,6 +96,10 @@ def remove(folder: str | os.PathLike[str], names: Collection[str]) -> None:
     with _told(place, 0):
         if disk.kind(place) is None:
             return
+        with _locked(place):
+            _sweep(place, f".removed{_STAGED}")
+        if not names:
+            return
         with _staging(place, f".removed{_STAGED}") as staged:
             for name in names:
                 disk.rename(place / name, staged / name)
