@@ -115,6 +115,8 @@ def remove(folder: str | os.PathLike[str], names: Collection[str]) -> None:
         if disk.kind(place) is None:
             return
         _recover(place)
+        if not names:
+            return
         with _staging(place, _STAGED) as staged:
             for name in names:
                 disk.rename(place / name, staged / name)

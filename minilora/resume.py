@@ -42,7 +42,7 @@ __all__ = [
 LOG_FILE = "log.jsonl"
 STATE_FILE = "training.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_LEFT = (LOG_FILE, "report.html", CONFIG_FILE, WEIGHTS_FILE, SEAL_FILE)  # what a run leaves beside its checkpoints
+_LEFT = (LOG_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)  # what a run leaves beside its checkpoints
 _FOLDER = re.compile(r"checkpoint-(\d{1,18})")
 _PURPOSES = {
     STATE_FILE: "the state of the run",

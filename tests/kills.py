@@ -96,7 +96,7 @@ def save(folder, seed):
 def fit(folder, seed):
     examples = [Encoded([1 + i, 2, 3, 4], [-100, 2, 3, 4]) for i in range(4)]
     config = TrainConfig(steps=2, batch_size=2, lr=0.01, save_every=1, seed=seed)
-    train(adapted(seed), examples, config, folder, pad_id=0)
+    train(adapted(seed), examples, config, folder, pad_id=0, overwrite=True)
 
 
 def alone(folder):
@@ -193,6 +193,8 @@ class Scene:
         self.allowed = {
             place: [print_of(at / "run" / place) for at in (self.template, home / "finished")] for place in self.places
         }
+        if name == "training":  # it was told to remove the earlier run first
+            self.allowed = {place: [*prints, None] for place, prints in self.allowed.items()}
         self.pairs = [plain_pair(at / "run") for at in (self.template, home / "finished")]
 
     def fresh(self):
