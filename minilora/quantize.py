@@ -82,8 +82,10 @@ class QuantizedTensor:
         dtype = out.dtype if out is not None else dtype or self.dtype
         out = torch.empty(self.shape, dtype=dtype, device=self.packed.device) if out is None else out
         flat, scales = out.view(-1), self.scales()
-        for start in range(0, flat.numel(), _CHUNK):
-            stop = min(start + _CHUNK, flat.numel())
+        # Every chunk starts and ends a few parallel loops, which costs more than a cold cache where cores are shared.
+        chunk = _CHUNK if torch.get_num_threads() == 1 else 8 * _CHUNK
+        for start in range(0, flat.numel(), chunk):
+            stop = min(start + chunk, flat.numel())
             if dtype == torch.float32:
                 decode_range(self, scales, start, flat[start:stop])
             else:
