@@ -163,27 +163,53 @@ def test_help(capsys, arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("arguments", "line"),
     [
-        (["tarin"], "invalid choice: 'tarin'"),
-        ([], "required: command"),
-        (["train", "--stepz", "3"], "unrecognized arguments: --stepz"),
-        (["train", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["train", "--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
-        (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-        (["train", "--prompts"], "argument --prompts: expected at least one argument"),
-        (["generate", "hi"], "required: --model"),
-        (["generate", "--model", "m"], "required: prompt"),
-        (["merge", "--model", "m", "--adapter", "a"], "required: --out"),
-        (["export", "--adapter", "a", "--out", "o", "--for", "ollama"], "invalid choice: 'ollama'"),
-        (["export", "--adapter", "a", "--out", "o"], "required: --for"),
+        (["tarin"], "command 'tarin' is unknown; the closest are 'train', all are demo, train"),
+        (["--stepz"], "--stepz: unknown flag; the closest are '--help'; minilora --help shows all"),
+        (["train", "--stepz", "3"], "--stepz: unknown flag; the closest are '--steps'"),
+        (["train", "--step", "3"], "--step: unknown flag; the closest are '--steps'"),
+        (["generate", "--modle", "m", "hi"], "--modle: unknown flag; the closest are '--model'"),
+        (["train", "--steps", "many"], "--steps: 'many' is no whole number; wanted one such as 8"),
+        (["train", "--steps", "1.5"], "--steps: '1.5' is no whole number"),
+        (["train", "--lr", "fast"], "--lr: 'fast' is no number; wanted one such as 0.5 or 1e-3"),
+        (["train", "--lr", "-1e-3"], "--lr: its value is missing; write --lr VALUE, or --lr=VALUE if it begins"),
+        (["train", "--prompts"], "--prompts: its value is missing; write --prompts VALUE"),
+        (["train", "--resume=yes"], "--resume: takes no value, found 'yes'; write --resume alone"),
+        (["train", "chats.jsonl"], "'chats.jsonl' belongs to no flag; quote text with spaces"),
+        (["generate", "hi"], "--model: missing; see minilora generate --help"),
+        (["generate", "--model", "m"], "prompt: missing; see minilora generate --help"),
+        (["merge", "--model", "m", "--adapter", "a"], "--out: missing; see minilora merge --help"),
+        (
+            ["export", "--adapter", "a", "--out", "o", "--for", "ollama"],
+            "--for: 'ollama' is unknown; wanted one of vllm",
+        ),
+        (["export", "--adapter", "a", "--out", "o"], "--for: missing; see minilora export --help"),
     ],
 )
-def test_what_the_parser_refuses(capsys, arguments, word):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert word in capsys.readouterr().err
+def test_what_the_parser_refuses(capsys, arguments, line):
+    assert refused(capsys, *arguments).startswith(line)
+
+
+def test_a_dash_may_begin_a_text_or_a_number(job):
+    asked = job(*BASIC, "--prompts", "--really, why?", "--prompts", "- one -two", "--lora-dropout=0.5")
+    assert asked.prompts == ["- one -two"] and asked.lora.lora_dropout == 0.5
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("usage: minilora") and "fine-tune a model on a JSONL file" in shown
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"], ["plan", "--model", "{}", "--no-measure"]])
+def test_a_reader_that_leaves_is_no_error(arguments, model_folder):
+    words = [sys.executable, "-m", "minilora.cli", *(word.format(model_folder) for word in arguments)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.stderr == "" and done.returncode in (0, 141)  # argparse leaves by 0 where nothing is buffered
 
 
 # ---- exit codes
@@ -201,8 +227,8 @@ def test_train_names_what_is_missing(capsys, missing):
     [
         (ConfigError("r=0: wanted\nmore"), 2, "minilora: r=0: wanted more"),
         (CheckpointError("x: damaged"), 2, "minilora: x: damaged"),
-        (RuntimeError("two\n  lines"), 1, "minilora: RuntimeError: two lines"),
-        (MemoryError(), 1, "minilora: MemoryError:"),
+        (RuntimeError("two\n  lines"), 1, "minilora: RuntimeError: two lines; run again with --debug"),
+        (MemoryError(), 1, "minilora: MemoryError; run again with --debug"),
         (KeyboardInterrupt(), 130, "minilora: interrupted; what was saved before is whole"),
         (Interrupted("Ctrl-C after step 3", signal.SIGINT), 130, "minilora: Ctrl-C after step 3"),
         (Interrupted("SIGTERM after step 3", signal.SIGTERM), 143, "minilora: SIGTERM after step 3"),
@@ -220,12 +246,16 @@ def test_an_error_is_one_line_and_its_code(capsys, monkeypatch, error, code, lin
     assert captured.err.count("\n") == 1 and not captured.out
 
 
-@pytest.mark.parametrize("error", [ConfigError("r=0"), RuntimeError("boom")])
-def test_debug_shows_the_traceback(monkeypatch, error):
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("r=0"), 2), (RuntimeError("boom"), 1)])
+@pytest.mark.parametrize("place", [0, 1])
+def test_debug_shows_the_traceback(capsys, monkeypatch, error, code, place):
     monkeypatch.setattr(cli, "_run_job", mock.Mock(side_effect=error))
-    with pytest.raises(type(error)) as caught:
-        main(["--debug", "train", *BASIC])
-    assert caught.value is error
+    words = ["train", *BASIC]
+    words.insert(place, "--debug")
+    assert main(words) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1].startswith("minilora: ")
+    assert str(error) in lines[-1] and "--debug" not in lines[-1]
 
 
 def test_quiet_libraries_leave_a_users_own_setting(monkeypatch, job):
