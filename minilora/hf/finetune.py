@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from minilora import validate
 from minilora.codebooks import CODEBOOKS
 from minilora.config import LoraConfig, QuantConfig
 from minilora.data import Encoded, encode_all, read_jsonl, split
@@ -74,12 +75,17 @@ class Job:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+        for name in ("model", "data", "out"):
+            validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-                raise ConfigError(f"{name}={value!r}: wanted a whole number >= 2")
-        if not 0 <= self.eval_share < 1:
-            raise ConfigError(f"eval_share={self.eval_share!r}: wanted a number in [0, 1)")
+            validate.whole(name, getattr(self, name), 2)
+        for name in ("double_quant", "resume", "overwrite"):
+            validate.flag(name, getattr(self, name))
+        validate.number("eval_share", self.eval_share, 0, 1)
+        validate.texts("prompts", self.prompts)
+        for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
 
 
 @dataclass(frozen=True)

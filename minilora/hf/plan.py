@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora import validate
 from minilora.config import LoraConfig, QuantConfig
 from minilora.errors import CheckpointError, ConfigError
 from minilora.hf.finetune import DTYPES, QUANT_CHOICES
@@ -58,8 +59,10 @@ class PlanJob:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
         for name, least in (("batch", 1), ("seq", 2), ("threads", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: wanted a whole number >= {least}")
+            validate.whole(name, getattr(self, name), least)
+        for name in ("double_quant", "gradient_checkpointing"):
+            validate.flag(name, getattr(self, name))
+        validate.text("model", self.model)
         self.lora()
 
     def lora(self) -> LoraConfig:
