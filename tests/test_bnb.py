@@ -141,7 +141,7 @@ def test_a_damaged_weight_is_named(fault):
 
 def test_formats_that_bitsandbytes_lacks_are_refused():
     for config in (QuantConfig("sf4"), QuantConfig("nf3"), QuantConfig("nf4", blocksize=32)):
-        with pytest.raises(QuantizationError, match="bitsandbytes stores nf4 and fp4"):
+        with pytest.raises(QuantizationError, match="it stores nf4 and fp4"):
             to_bitsandbytes(quantize(weights(8, 64), config))
 
 

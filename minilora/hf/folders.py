@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from minilora.errors import CheckpointError, WriteError
 from minilora.io import new_folder
 
-__all__ = ["in_new_folder", "refuse_occupied"]
+__all__ = ["in_new_folder", "read_config", "refuse_occupied"]
 
 
 def refuse_occupied(folder: str | os.PathLike[str]) -> Path:
@@ -29,3 +29,20 @@ def in_new_folder(target: Path, write: Callable[[Path], Any]) -> Path:
         return new_folder(target, write)
     except SafetensorError as error:  # its writer wraps what the system says
         raise WriteError(f"{target}: cannot be written ({error}); choose a writable folder with room") from None
+
+
+def read_config(place: str, name: str) -> Any:
+    """The config of the model in ``place``, a folder or hub id, without what it says of quantization; ``name`` is what messages call it.
+
+    Raises:
+        CheckpointError: there is none, or transformers does not know it.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"model {name!r}: {reason} (wanted a hub id, a folder, or 'smollm2')") from None
+    config.__dict__.pop("quantization_config", None)
+    return config

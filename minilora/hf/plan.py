@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from minilora import validate
 from minilora.config import LoraConfig, QuantConfig
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import ConfigError
 from minilora.hf.finetune import DTYPES, QUANT_CHOICES
+from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.inject import inject
@@ -116,14 +117,7 @@ def has_weights(model: str) -> bool:
 
 def load_config(job: PlanJob) -> Any:
     """The model's config, without what it says of quantization."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve(job.model))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"model {job.model!r}: {reason} (wanted a hub id, a folder, or 'smollm2')") from None
-    config.__dict__.pop("quantization_config", None)
+    config = read_config(resolve(job.model), job.model)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and job.seq > limit:
         raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens")

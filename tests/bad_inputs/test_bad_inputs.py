@@ -9,12 +9,12 @@ import re
 import pytest
 
 from minilora.errors import MiniLoraError
-from tests.bad_inputs import models, values
+from tests.bad_inputs import files, models, values
 from tests.bad_inputs.world import World
 
 ROWS = [
     pytest.param(*row[1:], id=f"{place.__name__.rpartition('.')[2]}: {row[0]}"[:90])
-    for place in (values, models)
+    for place in (values, models, files)
     for row in place.ROWS
 ]
 

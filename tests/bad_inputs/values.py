@@ -1,7 +1,5 @@
 """Rows about settings: what no field of a config, no codebook and no registered name may be."""
 
-
-
 import math
 
 import torch
