@@ -237,6 +237,7 @@ def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
     model = packed(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 48), "v_proj": torch.nn.Linear(64, 64)}).eval())
     layer = model.q_proj
     monkeypatch.setattr(finetune, "load_model", lambda *_: model)
+    monkeypatch.setattr(finetune, "skeleton", lambda *_: model)
     monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: None)
     monkeypatch.setattr(finetune, "encode_all", lambda records, *_: [])
     monkeypatch.setattr(

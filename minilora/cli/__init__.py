@@ -15,7 +15,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
-from minilora import __version__
+from minilora import __version__, validate
 from minilora.cli import bench, plan
 from minilora.cli.parser import Parser, one_of
 from minilora.cli.toml import REGEX_FLAGS, read_toml
@@ -288,6 +288,7 @@ def _check_generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--quant={arguments.quant!r}: wanted one of {', '.join(QUANT_CHOICES)}")
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: wanted a whole number >= 1")
+    validate.whole("--seed", arguments.seed, 0, 2**63 - 1)
     if not 0 <= arguments.temperature < float("inf"):
         raise ConfigError(f"--temperature={arguments.temperature}: wanted a number >= 0; 0 is greedy")
 

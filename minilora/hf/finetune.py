@@ -21,7 +21,7 @@ from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
 from minilora.guards import context_length
 from minilora.hf.generate import answers
-from minilora.hf.load import load_model, load_tokenizer
+from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.inject import match
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.io import write_file
@@ -30,6 +30,7 @@ from minilora.peft_model import get_peft_model
 from minilora.quantize_model import quantize_model
 from minilora.report import render
 from minilora.resume import claim
+from minilora.targets import check_form
 from minilora.train import TrainConfig, memory_mb, train
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -86,6 +87,8 @@ class Job:
         for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
+        for name in ("target_modules", "exclude_modules"):
+            check_form(getattr(self.lora, name), name)
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,9 @@ def fine_tune(
     clock, folder = _Clock(), Path(job.out)
     claim(folder, job.resume, job.overwrite)
     records = read_jsonl(job.data)
+    match(skeleton(job.model), job.lora)  # a mistyped target shows now, before any weight is read
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
     tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
-    match(model, job.lora)  # a mistyped target shows now, not after the answers
     examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
     if job.prompts:

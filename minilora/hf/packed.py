@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
+from minilora.bnb import from_bitsandbytes, is_state, storable, to_bitsandbytes
 from minilora.calibrate import calibrate
 from minilora.codebooks import codebook
 from minilora.config import QuantConfig
@@ -110,11 +110,17 @@ def quantize_to_folder(
         calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
 
     Raises:
-        ConfigError: weighted scales without calibration text. CheckpointError: ``out`` holds something already.
+        ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
+            something already.
     """
     from minilora.hf.load import load_model, load_tokenizer
 
     target = refuse_occupied(out)
+    if not storable(config.format, config.blocksize):
+        raise ConfigError(
+            f"format={codebook(config.format).name!r}, blocksize={config.blocksize}: bitsandbytes' files cannot hold that; wanted nf4 or "
+            "fp4, blocksize 64 to 4096"
+        )
     if config.scale == "weighted" and calibration is None:
         raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
     records = read_jsonl(calibration) if calibration else []

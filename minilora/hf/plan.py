@@ -23,6 +23,7 @@ from minilora.inject import inject
 from minilora.layers import is_quantized
 from minilora.plan import Memory, measure, pack_on_paper, predict
 from minilora.quantize_model import quantize_model
+from minilora.targets import check_form
 from minilora.train import checkpoint_activations, token_losses
 from minilora.worker import Worker
 
@@ -64,7 +65,7 @@ class PlanJob:
         for name in ("double_quant", "gradient_checkpointing"):
             validate.flag(name, getattr(self, name))
         validate.text("model", self.model)
-        self.lora()
+        check_form(self.lora().target_modules, "target_modules")
 
     def lora(self) -> LoraConfig:
         """The adapter's config."""
@@ -120,7 +121,7 @@ def load_config(job: PlanJob) -> Any:
     config = read_config(resolve(job.model), job.model)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and job.seq > limit:
-        raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens")
+        raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens; lower --seq")
     return config
 
 
