@@ -26,6 +26,7 @@ from minilora.progress import Progress
 from minilora.train import TrainConfig
 
 transformers = pytest.importorskip("transformers")
+from minilora.hf import finetune  # noqa: E402
 
 LEARNT = {"hi": "yo", "1 < 2?": "true", "who?": "me", "where?": "here"}
 PROMPTS = list(LEARNT)[:2]
@@ -541,12 +542,31 @@ def test_train_says_what_it_does(trained, data_file):
     lines = trained[1].splitlines()
     assert lines[0].startswith(f"4 examples in {data_file}; loading ")
     assert lines[1] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
-    assert lines[2] == "asking 2 prompts before training"
-    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[3])
+    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[2])
+    assert lines[3] == "asking 2 prompts before training"
     assert lines[4].startswith("step 1/50  loss ")
     assert any(line.startswith("step 50/50  loss ") and line.endswith("  0 s left") for line in lines)
     at = lines.index("> hi")
     assert lines[at + 1].startswith("  before: ") and lines[at + 2] == "  after:  yo"
+
+
+def test_before_and_after_are_answers_of_one_packed_model(monkeypatch, model_folder, data_file, tmp_path):
+    asked = []
+
+    def answer(model, tokenizer, prompts, most):
+        packed = {type(layer).__name__ for layer in model.modules() if hasattr(layer, "book")}
+        asked.append((packed, list(model.peft_config), bool(model.model.layers[0].mlp.up_proj.lora_B.any())))
+        return ["said"] * len(prompts)
+
+    monkeypatch.setattr(finetune, "answers", answer)
+    run_train(model_folder, data_file, tmp_path / "run", "--steps", "1", "--prompts", "hi")
+    assert asked == [({"QuantLinear"}, ["default"], False), ({"QuantLinear"}, ["default"], True)]
+
+
+def test_a_mistyped_target_is_told_before_any_weight_is_read(capsys, monkeypatch, model_folder, data_file, tmp_path):
+    monkeypatch.setattr(finetune, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
+    flags = ["--data", data_file, "--out", str(tmp_path / "run"), "--target-modules", "q_porj", "v_proj"]
+    assert "'q_proj'" in refused(capsys, "train", "--model", model_folder, *flags)
 
 
 def test_the_report_has_the_prompts_and_the_answers(trained):

@@ -1,6 +1,6 @@
 """One fine-tuning job from model name to run folder: what ``minilora train`` and ``minilora demo`` do.
 
-Load, ask, quantize, inject, train, ask again, report. Everything a job leaves lies in its folder.
+Load, quantize, inject, ask, train, ask again, report. Everything a job leaves lies in its folder.
 """
 
 from __future__ import annotations
@@ -124,13 +124,13 @@ def fine_tune(
     tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
     examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
-    if job.prompts:
-        say(f"asking {len(job.prompts)} prompts before training")
-    before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
-    clock.lap("answers before")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model = _adapted(job, model, say)
     clock.lap("quantize and inject")
+    if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
+        say(f"asking {len(job.prompts)} prompts before training")
+    before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
+    clock.lap("answers before")
 
     def sample() -> tuple[str, str]:
         return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]

@@ -9,10 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minilora.errors import CheckpointError, WriteError
+from minilora.errors import CheckpointError, MiniLoraError, WriteError
+from minilora.guards import is_out_of_memory
 from minilora.io import new_folder
 
-__all__ = ["in_new_folder", "read_config", "refuse_occupied"]
+__all__ = ["in_new_folder", "read_config", "refuse_occupied", "unreadable"]
 
 
 def refuse_occupied(folder: str | os.PathLike[str]) -> Path:
@@ -31,6 +32,22 @@ def in_new_folder(target: Path, write: Callable[[Path], Any]) -> Path:
         raise WriteError(f"{target}: cannot be written ({error}); choose a writable folder with room") from None
 
 
+def unreadable(name: str, error: Exception) -> Exception:
+    """What to raise for what transformers raised while it read model ``name``: of damaged files anything can come.
+
+    A missing package and a want of memory are not the folder's fault, and are returned as they are.
+    """
+    if isinstance(error, (MiniLoraError, ImportError)) or is_out_of_memory(error):
+        return error
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if "ignore_mismatched_sizes" in reason:  # its report goes to a log that nobody may see
+        reason = "its weights have other shapes than its config.json says"
+    kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+    return CheckpointError(
+        f"model {name!r}: {kind}{reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
+    )
+
+
 def read_config(place: str, name: str) -> Any:
     """The config of the model in ``place``, a folder or hub id, without what it says of quantization; ``name`` is what messages call it.
 
@@ -41,8 +58,7 @@ def read_config(place: str, name: str) -> Any:
 
     try:
         config = transformers.AutoConfig.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"model {name!r}: {reason} (wanted a hub id, a folder, or 'smollm2')") from None
+    except Exception as error:
+        raise unreadable(name, error) from None
     config.__dict__.pop("quantization_config", None)
     return config

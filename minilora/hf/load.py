@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MissingPackageError
-from minilora.hf.folders import in_new_folder, read_config
+from minilora.hf.folders import in_new_folder, read_config, unreadable
 from minilora.hf.packed import is_packed_folder, load_packed
 
 SMOLLM2 = "smollm2"
@@ -69,11 +68,8 @@ def _load(factory: str, name: str, **options: Any) -> Any:
     _refuse_no_folder(name, place)
     try:
         return getattr(transformers, factory).from_pretrained(place, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"model {name!r}: {reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
-        ) from None
+    except Exception as error:
+        raise unreadable(name, error) from None
 
 
 def _refuse_no_folder(name: str, place: str) -> None:

@@ -29,6 +29,8 @@ LINES = [
     *(([*words, "--target-modules", "q_porj", "v_proj"], "'q_porj'", "'q_proj'") for words in (TRAIN, PLAN)),
     *(([*words, "--target-modules", "(q_proj"], "'(q_proj'", "not a regular expression") for words in (TRAIN, PLAN, BENCH)),
     *(([*words, "--r", "0"], "r=0", "set r=8") for words in (TRAIN, PLAN, BENCH)),
+    *(([*words, "--model", place], place, "wanted a hub id") for place in ("{untyped}", "{strange}", "{half}", "{textual}") for words in ([*GEN, "hi"], PLAN, TRAIN, PACK)),
+    *(([*words, "--model", place], place, "wanted a hub id") for place in ("{cut}", "{wordless}", "{wide}") for words in ([*GEN, "hi"], TRAIN, PACK)),
     # demo
     (["demo", "--steps", "0", "--out", "{out}"], "steps=0", "whole number >= 1"),
     (["demo", "--seed", "-1", "--out", "{out}"], "seed=-1", "whole number >= 0"),

@@ -4,8 +4,11 @@ Each row is ``(label, call, type, what the message names, what it offers)``; the
 ``pytest tests/bad_inputs`` counts them.
 """
 
+import json
 import os
 import re
+import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -55,7 +58,23 @@ def places(tmp_path_factory, model_folder, make_mlp, make_llama):
         (base / name).write_text(text)
     save_adapter(inject(make_mlp(), LoraConfig(r=2, target_modules=["first"])), base / "foreign")
     save_adapter(inject(make_llama(), LoraConfig(r=2, target_modules=["q_proj"])), base / "adapter")
-    return {name: base / name for name in (*texts, "empty", "run", "foreign", "adapter")} | {"model": model_folder}
+    broken = {"untyped": ("config.json", "{}"), "strange": ("config.json", '{"model_type": "lamma"}')}
+    broken |= {
+        "cut": ("model.safetensors", "no"),
+        "wordless": ("tokenizer.json", "{}"),
+        "half": ("config.json", '{"model_'),
+    }
+    broken |= {"wide": ("config.json", _wider(model_folder)), "textual": ("config.json", _wider(model_folder, "wide"))}
+    for name, (file, text) in broken.items():
+        shutil.copytree(model_folder, base / name)
+        (base / name / file).write_text(text)
+    folders = ("empty", "run", "foreign", "adapter", *broken)
+    return {name: base / name for name in (*texts, *folders)} | {"model": model_folder}
+
+
+def _wider(model_folder, size=128):
+    """The config of the model with another width than its weights have."""
+    return json.dumps(json.loads(Path(model_folder, "config.json").read_text()) | {"hidden_size": size})
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import nn
 
 from minilora import (
     Adapter,
@@ -147,11 +146,6 @@ _KEYS = [
     ({"lora_dropout": "no"}, "lora_dropout='no'", "0.05"),
     ({"target_modules": [{"q": 1}]}, "target_modules=", "a list of module names"),
 ]
-
-
-@register("bad-inputs-own")
-class Own(nn.Linear):
-    """Takes the name that a row wants to take again."""
 
 
 def _register_twice(w):
