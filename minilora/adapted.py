@@ -39,6 +39,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     Raises:
         StateError: an unknown name, or adapters that cannot be added. Nothing has changed then.
     """
+    if not isinstance(names, (str, Sequence)):
+        raise StateError(f"set_adapter({names!r}): wanted a name, or a list of names")
     chosen = [names] if isinstance(names, str) else list(names)
     if not chosen:
         raise StateError("no adapter is named; name one, or use disable_adapter() for the bare model")
@@ -218,7 +220,7 @@ def unmerge(model: nn.Module) -> None:
     """Put the kept layers back: bit-exact in every dtype. Raises ``StateError`` when nothing is merged."""
     adapters = adapters_of(model)
     if not adapters.merged:
-        raise StateError("no adapter is merged; nothing to unmerge")
+        raise StateError("no adapter is merged, so there is nothing to unmerge; call merge first")
     for slot in adapters.slots.values():
         slot.merged = None
     adapters.merged = ()

@@ -47,7 +47,8 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
     kind = weight.book.name
     if not storable(weight.book, weight.blocksize) or len(weight.shape) != 2:
         raise QuantizationError(
-            f"{kind}, blocksize {weight.blocksize}: bitsandbytes stores nf4 and fp4, 2-D, blocksize 64 to 4096"
+            f"{kind}, {len(weight.shape)}-D, blocksize {weight.blocksize}: bitsandbytes cannot store that; it stores nf4 and fp4, 2-D, "
+            "blocksize 64 to 4096"
         )
     state: dict[str, Any] = {
         "quant_type": kind,
@@ -98,7 +99,9 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTens
     _sized(nested, math.ceil(blocks / NESTED_BLOCKSIZE), name + ".nested_absmax", "scales of scales")
     table = _wanted(tensors, ".nested_quant_map", name)
     if table.numel() != 256 or not torch.equal(table.float().cpu(), dynamic_map()):
-        raise CheckpointError(f"{name}.nested_quant_map: is not bitsandbytes' table of 256 levels")
+        raise CheckpointError(
+            f"{name}.nested_quant_map: is not bitsandbytes' table of 256 levels; it was not written by bitsandbytes"
+        )
     if absmax.dtype != torch.uint8:
         raise CheckpointError(f"{name}.absmax: is {absmax.dtype} although its scales are nested; wanted uint8")
     offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
@@ -115,11 +118,11 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
     raw, where = tensors[found[0]], name + found[0]
     kind = found[0].removeprefix(f".{_STATE}")
     if kind not in _BOOKS or raw.dtype != torch.uint8 or raw.numel() > _LONGEST_STATE:
-        raise CheckpointError(f"{where}: is no quant_state of nf4 or fp4")
+        raise CheckpointError(f"{where}: is no quant_state of nf4 or fp4; wanted JSON as bytes")
     try:
         state = json.loads(bytes(raw.flatten().tolist()))
     except ValueError as error:
-        raise CheckpointError(f"{where}: is not JSON ({error})") from None
+        raise CheckpointError(f"{where}: is not JSON ({error}); the file is damaged, copy it again") from None
     size, shape = (state.get("blocksize"), state.get("shape")) if isinstance(state, dict) else (None, None)
     whole = (
         isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
@@ -128,7 +131,8 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
         whole
         and type(size) is int
         and 32 <= size <= 4096
-        and state.get("dtype") in _DTYPES
+        and isinstance(state.get("dtype"), str)
+        and state["dtype"] in _DTYPES
         and state.get("quant_type") == kind
     )
     if fits and "nested_blocksize" in state:
@@ -138,7 +142,7 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
         )
     if not fits:
         raise CheckpointError(
-            f"{where}: {str(state)[:120]} is not a state that minilora reads (2-D, blocksize 32 to 4096, nested by 256)"
+            f"{where}: {str(state)[:120]} is not a state that minilora reads; wanted 2-D, blocksize 32 to 4096, nested by 256"
         )
     return kind, state
 
@@ -158,5 +162,5 @@ def _sized(tensor: Tensor, count: int, name: str, what: str) -> None:
 
 def _finite(tensor: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{name}: holds NaN or infinity")
+        raise CheckpointError(f"{name}: holds NaN or infinity; quantize the dense model again")
     return tensor

@@ -35,7 +35,7 @@ def calibrate(
         Path to ``[in]`` fp32.
 
     Raises:
-        QuantizationError: no batch, or a layer that never ran.
+        QuantizationError: no batch, one that is no tensor or dict, or a layer that never ran.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -57,6 +57,10 @@ def calibrate(
     model.eval()
     try:
         for batch in batches:
+            if not isinstance(batch, (Tensor, Mapping)):
+                raise QuantizationError(
+                    f"calibrate: a batch is a {type(batch).__name__}; wanted token ids [batch, length], or a dict of arguments"
+                )
             options = dict(batch) if isinstance(batch, Mapping) else {}
             mask = options.get("attention_mask")
             kept[0] = None if mask is None else mask.reshape(-1).bool()

@@ -227,7 +227,7 @@ def codebook(name: str | Codebook) -> Codebook:
     """
     if isinstance(name, Codebook):
         return name
-    if name not in CODEBOOKS:
+    if not isinstance(name, str) or name not in CODEBOOKS:
         raise QuantizationError(
             f"format={name!r} is not known; the closest known ones are {nearest(str(name), CODEBOOKS)}"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora import validate
 from minilora.adapter import Adapter
 from minilora.errors import ConfigError, StateError, nearest
 from minilora.inject import build, place
@@ -111,8 +112,8 @@ def _check(
             f"combination_type={combination!r} is not known; the closest are {nearest(combination, COMBINATIONS)}"
         )
     prunes = combination not in ("cat", "svd", "linear")
-    if prunes and (density is None or not 0 < density <= 1):
-        raise ConfigError(f"density={density!r}: {combination} prunes, and wants the share to keep, in (0, 1]")
+    if prunes and (not isinstance(density, (int, float)) or not 0 < density <= 1):
+        raise ConfigError(f"density={density!r}: {combination} prunes; wanted the share of values to keep, in (0, 1]")
     if majority not in ("total", "frequency"):
         raise ConfigError(f"majority_sign_method={majority!r}: wanted 'total' or 'frequency'")
 
@@ -149,8 +150,8 @@ def _rank(
             f"{started[0]}: PiSSA and OLoRA factors count from their start; {combination} adds factors, use 'cat' or 'svd'"
         )
     if combination.endswith("svd"):
-        if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
-            raise ConfigError(f"svd_rank={svd_rank!r}: wanted a whole number >= 1")
+        if svd_rank is not None:
+            validate.whole("svd_rank", svd_rank, 1)
         return svd_rank or largest
     for path, each in ranks.items():
         if set(each) != {largest}:

@@ -130,8 +130,10 @@ class LoraConfig:
         if self.layer_replication is not None:
             raise ConfigError(f"layer_replication={self.layer_replication!r}: {WHY_NOT['layer_replication']}")
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted True or False")
+            validate.flag(name, getattr(self, name))
+        for name in ("base_model_name_or_path", "revision"):
+            if getattr(self, name) is not None:
+                validate.text(name, getattr(self, name))
         self._check_start()
         validate.tokens(self.trainable_token_indices)
         put("layers_to_transform", validate.layers(self.layers_to_transform))
@@ -269,6 +271,13 @@ def unknown_keys(content: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in content if name not in _OWN and name not in OUT_OF_SCOPE and name not in FILE_FIELDS)
 
 
+def quant_config(config: QuantConfig | None) -> QuantConfig:
+    """The config, or the default for None. Raises ``ConfigError`` for anything else."""
+    if config is not None and not isinstance(config, QuantConfig):
+        raise ConfigError(f"config={config!r}: wanted a QuantConfig, such as QuantConfig('nf4')")
+    return config or QuantConfig()
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How a weight is stored (Dettmers et al. 2023, arXiv 2305.14314): codes of a table, one scale per block.
@@ -299,7 +308,6 @@ class QuantConfig:
         except QuantizationError as error:
             raise ConfigError(str(error)) from None
         for name in ("double_quant", "signed_scale"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted True or False")
+            validate.flag(name, getattr(self, name))
         if self.scale not in SCALE_RULES:
             raise ConfigError(f"scale={self.scale!r}: wanted one of {', '.join(map(repr, SCALE_RULES))}")

@@ -104,7 +104,7 @@ def check_examples(model: nn.Module, examples: Sequence[Encoded], pad_id: int, w
     if not examples:
         raise DataError(f"no example for {what}; give one at least")
     rows, context = _rows(model), context_length(model)
-    if rows is not None and not 0 <= pad_id < rows:
+    if rows is not None and not (isinstance(pad_id, int) and 0 <= pad_id < rows):
         raise DataError(f"pad_id={pad_id}: the embedding has {rows} rows; wanted one of them")
     for number, example in enumerate(examples, 1):
         where = example.where or f"{what} example {number}"

@@ -15,7 +15,7 @@ from torch import nn
 from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, pattern_matches
-from minilora.errors import StateError, TargetError, nearest
+from minilora.errors import ConfigError, StateError, TargetError, nearest
 from minilora.layers import in_front, is_linear, is_quantized
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
@@ -103,7 +103,8 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
             )
         if packed := [name for name, module in modules[path].named_modules() if is_quantized(module)]:
             raise TargetError(
-                f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole"
+                f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole; "
+                "name another, or give the dense model"
             )
     return saved
 
@@ -208,11 +209,13 @@ def build(
         TargetError: as ``match``, or an embedding that cannot take the variant. StateError: the name is taken.
     """
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"the config is a {type(config).__name__}; wanted a LoraConfig of minilora")
+    check_adapter_name(adapter_name)
     if adapter_name in adapters.configs:
         raise StateError(
             f"an adapter is called {adapter_name!r} already; choose another name, or delete_adapter({adapter_name!r}) first"
         )
-    check_adapter_name(adapter_name)
     make = variant(kind or config.variant)
     with adapters.bare():
         found = match(model, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
         ConfigError: a rate or ratio that is not > 0. StateError: nothing trains.
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ConfigError(f"{name}={value!r}: wanted a number > 0; LoRA+ uses ratio=16")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -183,13 +183,6 @@ class PeftModel(nn.Module):
         with batched.batch_adapters(self, adapter_names):
             return super().__call__(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
-        if adapter_names is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        with batched.batch_adapters(self, adapter_names):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter, or the sum of several, the active and trainable one; merged ones are to be unmerged first."""
         if merged := adapters_of(self).merged:
@@ -296,8 +289,17 @@ def _extend(model: nn.Module) -> nn.Module:
     if isinstance(model, PeftModel):  # its adapters were taken out by the plain function
         return model
     old = type(model)
-    model.__class__ = type(old.__name__, (PeftModel, old), {"__module__": old.__module__, "__doc__": old.__doc__})
+    own: dict[str, Any] = {"__module__": old.__module__, "__doc__": old.__doc__}
+    if hasattr(old, "generate"):  # a model without it must not seem to have it
+        own["generate"] = _generate
+    model.__class__ = type(old.__name__, (PeftModel, old), own)
     return model
+
+
+def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
+    with nullcontext() if adapter_names is None else batched.batch_adapters(self, adapter_names):
+        return super(PeftModel, self).generate(*args, **kwargs)
 
 
 def _restore(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minilora.codebooks import Codebook, codebook, constant, dynamic_map
-from minilora.config import QuantConfig
+from minilora.config import QuantConfig, quant_config
 from minilora.errors import QuantizationError
 from minilora.lookup import decode_into, decode_reference, nearest_code, pack, scratch
 from minilora.scales import TINY, absmax_scales, guarded, searched_scales
@@ -150,7 +150,7 @@ def quantize(
     Warns:
         UserWarning: double quantization is left out for this tensor, because one scale would coarsen those around it.
     """
-    config = config or QuantConfig()
+    config = quant_config(config)
     book, size = codebook(config.format), config.blocksize
     check_quantizable(weight, name)
     weighing = _check_importance(importance, weight, name) if config.scale == "weighted" else None
@@ -176,11 +176,11 @@ def quantize(
 def _check_importance(importance: Tensor | None, weight: Tensor, name: str) -> Tensor:
     if importance is None:
         raise QuantizationError(f"{name}: scale='weighted' wants the importance of each input; see minilora.calibrate")
-    if (
-        importance.shape != weight.shape[-1:]
-        or not bool(torch.isfinite(importance).all())
-        or bool((importance < 0).any())
-    ):
+    if importance.shape != weight.shape[-1:]:
+        raise QuantizationError(
+            f"{name}: importance is {list(importance.shape)}; wanted [{weight.shape[-1]}], one number an input"
+        )
+    if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         found = f"{list(importance.shape)}, from {float(importance.min()):g} to {float(importance.max()):g}"
         raise QuantizationError(f"{name}: importance is {found}; wanted [{weight.shape[-1]}], finite and not negative")
     mean = importance.float().mean()
@@ -194,6 +194,8 @@ def _check_importance(importance: Tensor | None, weight: Tensor, name: str) -> T
 
 def check_quantizable(weight: Tensor, name: str) -> None:
     """Raise ``QuantizationError`` as ``quantize`` would, without quantizing."""
+    if not isinstance(weight, Tensor):
+        raise QuantizationError(f"{name} is a {type(weight).__name__}; wanted a tensor")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise QuantizationError(f"{name} is {weight.dtype}; wanted float32, float16 or bfloat16; cast it first")
     if weight.numel() == 0:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from minilora.config import QuantConfig
+from minilora.config import QuantConfig, quant_config
 from minilora.errors import QuantizationError, StateError, TargetError
 from minilora.inject import ALL_LINEAR, linear_paths, refuse_unfit, slot_at
 from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
@@ -41,7 +41,7 @@ def quantize_model(
     """
     if has_adapters(model):
         raise StateError("the model carries adapters; quantize it first and inject then")
-    config = config or QuantConfig()
+    config = quant_config(config)
     paths = quantizable_paths(model, target_modules)
     for path in paths:  # all of them before the first is replaced
         check_quantizable(dense_weight(model.get_submodule(path)), path + ".weight")
@@ -80,5 +80,5 @@ def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     if packed := [path for path in paths if is_quantized(modules[path])]:
         raise TargetError(f"{packed[0]} is quantized already; leave it out of target_modules")
     if not paths:
-        raise TargetError("no dense linear layer is left to quantize")
+        raise TargetError("no dense linear layer is left to quantize; wanted a model that is not packed already")
     return paths

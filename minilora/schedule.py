@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from minilora import validate
 from minilora.errors import ConfigError
 
 __all__ = ["SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
@@ -20,6 +21,8 @@ SCHEDULE = (
     "clip",
     "seed",
 )  # fields that, with the examples a step, make a run
+
+_MOST = 2**63 - 1  # what torch takes as a seed
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,10 @@ class TrainConfig:
         least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0, "eval_every": 0, "save_every": 0}
         least |= {"keep_checkpoints": 1, "max_skipped": 1}
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"{name}={value!r}: wanted a whole number >= {smallest}")
+            validate.whole(name, getattr(self, name), smallest, _MOST)
         for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise ConfigError(f"{name}={value!r}: wanted a number in [{low}, {high})")
+            validate.number(name, getattr(self, name), low, high)
+        validate.flag("gradient_checkpointing", self.gradient_checkpointing)
         if self.lr == 0:
             raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
 

@@ -215,7 +215,11 @@ def own_parameters(value: Value) -> Iterator[nn.Parameter]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether adapters were injected into this model."""
+    """Whether adapters were injected into this model. Raises ``StateError`` for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise StateError(
+            f"the model is a {type(model).__name__}; wanted a torch module, such as hf.load_model(name) returns"
+        )
     return _ATTRIBUTE in model.__dict__
 
 

@@ -33,13 +33,9 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
         ConfigError: the string is not a regular expression, or the list is empty.
     """
     known = list(paths)
+    check_form(wanted, field)
     if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(
-                f"{field}={wanted!r} is not a regular expression ({error}); a list of names needs no escaping"
-            ) from None
+        pattern = re.compile(wanted)
         chosen = [path for path in known if pattern.fullmatch(path)]
         if not chosen and any(ends_with(path, wanted) for path in known):
             raise TargetError(
@@ -48,14 +44,25 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
         if not chosen:
             raise TargetError(f"{field}={wanted!r} matches no full path; paths look like {nearest(wanted, known)}")
         return chosen
-    if not wanted:
-        raise ConfigError(f"{field} is empty, so nothing would be selected; name modules, or leave it None")
     for entry in wanted:
         if not any(ends_with(path, entry) for path in known):
             raise TargetError(
                 f"{field} entry {entry!r} matches nothing; the closest names are {nearest(entry, _names(known))}"
             )
     return [path for path in known if any(ends_with(path, entry) for entry in wanted)]
+
+
+def check_form(wanted: Selection | None, field: str) -> None:
+    """What can be said of a selection without a model. Raises ``ConfigError`` as ``select``."""
+    if isinstance(wanted, str):
+        try:
+            re.compile(wanted)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"{field}={wanted!r} is not a regular expression ({error}); a list of names needs no escaping"
+            ) from None
+    elif wanted is not None and not wanted:
+        raise ConfigError(f"{field} is empty, so nothing would be selected; name modules, or leave it None")
 
 
 def exactly(paths: Sequence[str], known: Iterable[str]) -> Selection:

@@ -37,7 +37,7 @@ def adapt_embedding(
     tied = [other for other in sharers(model, layer.weight) if other != path]
     if tied and not config.ensure_weight_tying:
         raise TargetError(
-            f"{path} shares its weight with {tied[0]}: set ensure_weight_tying=True to adapt both alike, or minilora.untie(model) first"
+            f"{path} shares its weight with {tied[0]}; set ensure_weight_tying=True to adapt both alike, or minilora.untie(model) first"
         )
     adapter = LoRAEmbedding(layer, config, path)
     return {path: adapter, **{other: TiedHead(model.get_submodule(other), adapter) for other in tied}}

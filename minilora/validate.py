@@ -12,9 +12,34 @@ _LARGEST = 1e30  # a larger alpha overflows fp32 with the first weight
 _MOST = 2**31 - 1  # no tensor has a longer side
 
 
-def whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
-        raise ConfigError(f"{name}={value!r}: wanted a whole number >= {least}; set {name}=8, for example")
+def whole(name: str, value: object, least: int, most: int = _MOST) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        high = isinstance(value, int) and value > most
+        bounds = f"from {least} to {most}" if high else f">= {least}"
+        raise ConfigError(f"{name}={value!r}: wanted a whole number {bounds}; set {name}=8, for example")
+
+
+def number(name: str, value: object, low: float, high: float) -> None:
+    """A number in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        raise ConfigError(f"{name}={value!r}: wanted a number in [{low}, {high})")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: wanted True or False")
+
+
+def text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name}={value!r}: wanted text, and at least one letter of it")
+
+
+def texts(name: str, value: object) -> None:
+    if isinstance(value, str):
+        raise ConfigError(f"{name}={value!r}: wanted a list of texts; write [{value!r}]")
+    if not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"{name}={value!r}: wanted a list of texts")
 
 
 def pissa_rounds(init: str) -> int | None:
@@ -28,7 +53,7 @@ def tokens(value: object) -> None:
     lists: list[Any] = list(value.values()) if isinstance(value, Mapping) else [] if value is None else [value]
     for ids in lists:
         whole = isinstance(ids, Sequence) and all(
-            isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= _MOST for i in ids
         )
         if not whole or not ids or len(set(ids)) < len(ids):
             raise ConfigError(

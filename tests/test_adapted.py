@@ -217,7 +217,7 @@ def test_twenty_merges_change_no_bit(make_mlp, randomize, snapshot, x, dtype):
 def test_merging_twice_or_the_unknown_changes_nothing(two, snapshot, x):
     with pytest.raises(StateError, match="no adapter is called 'three'"):
         merge(two, ["two", "three"])
-    with pytest.raises(StateError, match="no adapter is merged; nothing to unmerge"):
+    with pytest.raises(StateError, match="no adapter is merged, so there is nothing to unmerge; call merge first"):
         unmerge(two)
     merge(two)
     before, want = snapshot(two), two(x)

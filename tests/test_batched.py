@@ -211,6 +211,13 @@ def test_forward_takes_adapter_names(make_llama, randomize, ids):
         close(model(rows).logits, alone(model, rows, ["a"] * 4))
 
 
+def test_only_a_model_that_generates_seems_to(make_llama, make_mlp):
+    config = lora(["q_proj"])
+    assert hasattr(get_peft_model(make_llama(), config), "generate")
+    plain = get_peft_model(make_mlp(), lora(["first"]))
+    assert not hasattr(plain, "generate") and not hasattr(plain.unload(), "generate")
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_takes_adapter_names(make_llama, randomize, ids, beams):
     model = randomize(get_peft_model(make_llama(), lora(["q_proj", "v_proj", "down_proj"], r=4), "a"), 1)

@@ -141,7 +141,7 @@ def test_a_damaged_weight_is_named(fault):
 
 def test_formats_that_bitsandbytes_lacks_are_refused():
     for config in (QuantConfig("sf4"), QuantConfig("nf3"), QuantConfig("nf4", blocksize=32)):
-        with pytest.raises(QuantizationError, match="bitsandbytes stores nf4 and fp4"):
+        with pytest.raises(QuantizationError, match="it stores nf4 and fp4"):
             to_bitsandbytes(quantize(weights(8, 64), config))
 
 
@@ -237,6 +237,7 @@ def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
     model = packed(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 48), "v_proj": torch.nn.Linear(64, 64)}).eval())
     layer = model.q_proj
     monkeypatch.setattr(finetune, "load_model", lambda *_: model)
+    monkeypatch.setattr(finetune, "skeleton", lambda *_: model)
     monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: None)
     monkeypatch.setattr(finetune, "encode_all", lambda records, *_: [])
     monkeypatch.setattr(

@@ -219,7 +219,7 @@ MISTAKES = {
     "regex matches nothing": ("gpt2", r".*\.q", {}, TargetError, "matches no full path"),
     "container": ("gpt2", ["mlp"], {}, TargetError, r"transformer\.h\.0\.mlp is a GPT2MLP.*h\.0\.mlp\.c_fc'"),
     "norm": ("gpt2", ["c_attn", "ln_1"], {}, TargetError, r"h\.0\.ln_1 is a LayerNorm, which takes no adapter"),
-    "embedding": ("gpt2", ["wte"], {}, TargetError, r"transformer\.wte shares its weight with lm_head: set ensure.*untie"),
+    "embedding": ("gpt2", ["wte"], {}, TargetError, r"transformer\.wte shares its weight with lm_head; set ensure.*untie"),
     "excluded typo": ("gpt2", ["c_attn"], {"exclude_modules": ["c_atn"]}, TargetError, "exclude_modules entry 'c_atn'"),
     "all excluded": ("gpt2", ["c_attn"], {"exclude_modules": r".*"}, TargetError, "nothing is left.*exclude_modules"),
     "saved typo": ("gpt2", ["c_attn"], {"modules_to_save": ["head"]}, TargetError, "modules_to_save entry 'head'"),

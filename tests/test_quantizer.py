@@ -147,7 +147,7 @@ def test_skip_modules_stay_dense(saved):
 def test_bad_fields_are_refused(saved):
     with pytest.raises(ConfigError, match="blocksize=63"):
         NF4Config(blocksize=63)
-    with pytest.raises(ConfigError, match="wants importance="):
+    with pytest.raises(ConfigError, match="wanted importance="):
         NF4Config(scale="weighted")
     with pytest.raises(ConfigError, match="wanted a list of names"):
         NF4Config(skip_modules="q_proj")

@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import select
 import sys
-import tomllib
+import traceback
 import types
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
-from minilora import __version__
+from minilora import __version__, validate
 from minilora.cli import bench, plan
+from minilora.cli.parser import Parser, one_of
+from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.config import LoraConfig
-from minilora.errors import ConfigError, MiniLoraError, nearest
+from minilora.errors import ConfigError, MiniLoraError
 from minilora.train import TrainConfig
 
 _LORA_FLAGS = (
@@ -31,34 +34,51 @@ _LORA_FLAGS = (
     "modules_to_save",
 )
 
-_REGEX_FLAGS = (
-    "target_modules",
-    "exclude_modules",
-)  # names, or one string that is a regular expression or "all-linear"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        parser = _parser()
+        if not words:
+            parser.print_help(sys.stderr)
+            return 2
+        arguments = parser.parse_args(words)
         _quiet_libraries()
         arguments.run(arguments)
-    except MiniLoraError as error:
-        return _fail(arguments, error, error.exit_code)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("minilora: interrupted; what was saved before is whole", file=sys.stderr)
         return 130
     except Exception as error:
-        return _fail(arguments, error, 1)
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + 13  # as shells count SIGPIPE
+        return _fail(error, "--debug" in words)
     return 0
 
 
-def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
-    if arguments.debug:
-        raise error
-    kind = "" if isinstance(error, MiniLoraError) else f"{type(error).__name__}: "
-    print(f"minilora: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-    return code
+def _fail(error: Exception, debug: bool) -> int:
+    """Say in one line what went wrong; the traceback before it only if asked for."""
+    if debug:
+        traceback.print_exception(error)
+    known = isinstance(error, MiniLoraError)
+    kind, hint = ("", "") if known else (type(error).__name__, "" if debug else "run again with --debug")
+    said = " ".join(str(error).split())[:1200]
+    print("minilora:", "; ".join(filter(None, [": ".join(filter(None, [kind, said])), hint])), file=sys.stderr)
+    return error.exit_code if isinstance(error, MiniLoraError) else 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that its reader has left (``| head``); what is still to be written then goes nowhere."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except OSError:  # a stream without a file
+        return False
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _quiet_libraries() -> None:
@@ -72,8 +92,8 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="minilora", description="LoRA and QLoRA from scratch: fine-tune, ask, merge.")
+def _parser() -> Parser:
+    parser = Parser(prog="minilora", description="LoRA and QLoRA from scratch: fine-tune, ask, merge.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -89,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.set_defaults(run=run)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         flags(command)
+    parser.verbs = tuple(commands.choices)
     return parser
 
 
@@ -176,12 +198,12 @@ def _job(arguments: argparse.Namespace) -> Any:
     from minilora.hf.finetune import Job
 
     known = {name: kind for name, kind, _, _ in _train_options()}
-    settings = _read_toml(arguments.config, known) if arguments.config else {}
+    settings = read_toml(arguments.config, known) if arguments.config else {}
     settings |= {name: value for name in known if (value := getattr(arguments, name)) is not None}
     for name in ("model", "data", "out"):
         if not settings.get(name):
             raise ConfigError(f'--{name} is missing; give it as a flag or as {name} = "..." in the TOML file')
-    for name in _REGEX_FLAGS:
+    for name in REGEX_FLAGS:
         if isinstance(value := settings.get(name), list) and len(value) == 1:
             settings[name] = value[0] if value[0] == "all-linear" or not value[0].replace("_", "").isalnum() else value
     alpha = settings.get("lora_alpha")
@@ -194,34 +216,6 @@ def _job(arguments: argparse.Namespace) -> Any:
         entry.name: settings.pop(entry.name) for entry in dataclasses.fields(TrainConfig) if entry.name in settings
     }
     return Job(**settings, lora=LoraConfig(**lora), training=TrainConfig(**training))
-
-
-def _read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML ({error})") from None
-    for name, value in content.items():
-        if name not in known:
-            raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {nearest(name, known)}")
-        if not (_is_kind(value, known[name]) or (name in _REGEX_FLAGS and isinstance(value, str))):
-            raise ConfigError(f"{path}: {name} = {value!r}; wanted {_KIND_WORDS[known[name]]}")
-    return content
-
-
-_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
-
-
-def _is_kind(value: Any, kind: type) -> bool:
-    """Whether a TOML value is what the flag of this kind takes."""
-    if kind is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _run_job(job: Any) -> Any:
@@ -294,6 +288,7 @@ def _check_generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--quant={arguments.quant!r}: wanted one of {', '.join(QUANT_CHOICES)}")
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: wanted a whole number >= 1")
+    validate.whole("--seed", arguments.seed, 0, 2**63 - 1)
     if not 0 <= arguments.temperature < float("inf"):
         raise ConfigError(f"--temperature={arguments.temperature}: wanted a number >= 0; 0 is greedy")
 
@@ -354,7 +349,9 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--adapter", required=True, help="adapter folder (PEFT's layout)")
     _adapter_flags(parser)
-    parser.add_argument("--for", dest="target", required=True, choices=TARGETS, help="who will read it")
+    parser.add_argument(
+        "--for", dest="target", required=True, type=one_of(TARGETS), help=f"who will read it: {', '.join(TARGETS)}"
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--model", help="its base model; needed for variants other than LoRA and rsLoRA")
 

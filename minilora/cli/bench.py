@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import Any
 
-from minilora.cli.trial import add_job_flags, settings_of, title_of, write_page
+from minilora.cli.trial import add_job_flags, check_page, settings_of, title_of, write_page
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.hf.bench import run as run_job
     from minilora.tables import as_markdown, as_text
 
+    check_page(arguments.html)
     own = {name: getattr(arguments, name) for name in ("steps", "repeats", "lr", "seed", "data")}
     job = BenchJob(**settings_of(arguments), **own)
     sides, missing = run_job(job, lambda line: print(line, file=sys.stderr, flush=True))

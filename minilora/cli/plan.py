@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minilora.cli.trial import add_job_flags, settings_of, title_of, write_page
+from minilora.cli.trial import add_job_flags, check_page, settings_of, title_of, write_page
 from minilora.worker import anonymous_bytes, can_measure
 
 
@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.plan import as_rows
     from minilora.tables import as_text
 
+    check_page(arguments.html)
     job = PlanJob(**settings_of(arguments), lora_dropout=arguments.lora_dropout)
     guess, dense = predicted(job)
     found = None

@@ -40,6 +40,12 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names} | {"target_modules": given[0] if alone else tuple(given)}
 
 
+def check_page(file: str | None) -> None:
+    """Refuse a page that cannot be written before hours of work, not after. Raises ``ConfigError``."""
+    if file and Path(file).is_dir():
+        raise ConfigError(f"--html={file!r} is a folder; wanted a file")
+
+
 def title_of(job: Any) -> str:
     """The job in a line."""
     quant = f"{job.quant}{', double quantization' * job.double_quant}" if job.quant != "none" else "not quantized"
@@ -58,8 +64,6 @@ def write_page(
     from minilora.tables import as_page
 
     place = Path(file)
-    if place.is_dir():
-        raise ConfigError(f"--html={file!r} is a folder; wanted a file")
     place.parent.mkdir(parents=True, exist_ok=True)
     write_file(place, as_page(title, subtitle, tiles, columns, rows, notes, more, settings))
     print(f"\n{place}: open it in a browser")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora import __version__
+from minilora import __version__, validate
 from minilora.bench import Side
 from minilora.checkpoint import save_adapter
 from minilora.config import QuantConfig
@@ -59,14 +59,15 @@ class BenchJob(PlanJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("steps", 1), ("repeats", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: wanted a whole number >= {least}")
+            validate.whole(name, getattr(self, name), least)
+        validate.text("data", self.data)
         if self.lora_dropout:
             raise ConfigError(
                 "lora_dropout: each library draws it in its own way, so losses could not agree; leave it at 0"
             )
-        if not 0 < self.lr < 1:
-            raise ConfigError(f"lr={self.lr}: wanted a number in (0, 1)")
+        validate.number("lr", self.lr, 0, 1)
+        if self.lr == 0:
+            raise ConfigError(f"lr={self.lr!r}: wanted a number in (0, 1), or nothing would change; 1e-3, for example")
 
 
 def run(job: BenchJob, say: Callable[[str], None] = print) -> tuple[list[Side], list[str]]:

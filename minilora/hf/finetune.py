@@ -1,6 +1,6 @@
 """One fine-tuning job from model name to run folder: what ``minilora train`` and ``minilora demo`` do.
 
-Load, ask, quantize, inject, train, ask again, report. Everything a job leaves lies in its folder.
+Load, quantize, inject, ask, train, ask again, report. Everything a job leaves lies in its folder.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from minilora import validate
 from minilora.codebooks import CODEBOOKS
 from minilora.config import LoraConfig, QuantConfig
 from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
 from minilora.guards import context_length
 from minilora.hf.generate import answers
-from minilora.hf.load import load_model, load_tokenizer
+from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.inject import match
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.io import write_file
@@ -29,6 +30,7 @@ from minilora.peft_model import get_peft_model
 from minilora.quantize_model import quantize_model
 from minilora.report import render
 from minilora.resume import claim
+from minilora.targets import check_form
 from minilora.train import TrainConfig, memory_mb, train
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -74,12 +76,19 @@ class Job:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+        for name in ("model", "data", "out"):
+            validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-                raise ConfigError(f"{name}={value!r}: wanted a whole number >= 2")
-        if not 0 <= self.eval_share < 1:
-            raise ConfigError(f"eval_share={self.eval_share!r}: wanted a number in [0, 1)")
+            validate.whole(name, getattr(self, name), 2)
+        for name in ("double_quant", "resume", "overwrite"):
+            validate.flag(name, getattr(self, name))
+        validate.number("eval_share", self.eval_share, 0, 1)
+        validate.texts("prompts", self.prompts)
+        for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
+        for name in ("target_modules", "exclude_modules"):
+            check_form(getattr(self.lora, name), name)
 
 
 @dataclass(frozen=True)
@@ -110,18 +119,18 @@ def fine_tune(
     clock, folder = _Clock(), Path(job.out)
     claim(folder, job.resume, job.overwrite)
     records = read_jsonl(job.data)
+    match(skeleton(job.model), job.lora)  # a mistyped target shows now, before any weight is read
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
     tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
-    match(model, job.lora)  # a mistyped target shows now, not after the answers
     examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
-    if job.prompts:
-        say(f"asking {len(job.prompts)} prompts before training")
-    before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
-    clock.lap("answers before")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model = _adapted(job, model, say)
     clock.lap("quantize and inject")
+    if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
+        say(f"asking {len(job.prompts)} prompts before training")
+    before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
+    clock.lap("answers before")
 
     def sample() -> tuple[str, str]:
         return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]

@@ -9,10 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minilora.errors import CheckpointError, WriteError
+from minilora.errors import CheckpointError, MiniLoraError, WriteError
+from minilora.guards import is_out_of_memory
 from minilora.io import new_folder
 
-__all__ = ["in_new_folder", "refuse_occupied"]
+__all__ = ["in_new_folder", "read_config", "refuse_occupied", "unreadable"]
 
 
 def refuse_occupied(folder: str | os.PathLike[str]) -> Path:
@@ -29,3 +30,35 @@ def in_new_folder(target: Path, write: Callable[[Path], Any]) -> Path:
         return new_folder(target, write)
     except SafetensorError as error:  # its writer wraps what the system says
         raise WriteError(f"{target}: cannot be written ({error}); choose a writable folder with room") from None
+
+
+def unreadable(name: str, error: Exception) -> Exception:
+    """What to raise for what transformers raised while it read model ``name``: of damaged files anything can come.
+
+    A missing package and a want of memory are not the folder's fault, and are returned as they are.
+    """
+    if isinstance(error, (MiniLoraError, ImportError)) or is_out_of_memory(error):
+        return error
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if "ignore_mismatched_sizes" in reason:  # its report goes to a log that nobody may see
+        reason = "its weights have other shapes than its config.json says"
+    kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+    return CheckpointError(
+        f"model {name!r}: {kind}{reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
+    )
+
+
+def read_config(place: str, name: str) -> Any:
+    """The config of the model in ``place``, a folder or hub id, without what it says of quantization; ``name`` is what messages call it.
+
+    Raises:
+        CheckpointError: there is none, or transformers does not know it.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(place)
+    except Exception as error:
+        raise unreadable(name, error) from None
+    config.__dict__.pop("quantization_config", None)
+    return config

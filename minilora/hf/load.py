@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MissingPackageError
-from minilora.hf.folders import in_new_folder
+from minilora.hf.folders import in_new_folder, read_config, unreadable
 from minilora.hf.packed import is_packed_folder, load_packed
 
 SMOLLM2 = "smollm2"
@@ -46,6 +45,14 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
+def skeleton(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as its config says, dense and without memory (on the meta device). Raises ``CheckpointError`` for no such config."""
+    transformers, place = _transformers(), resolve(name)
+    _refuse_no_folder(name, place)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(read_config(place, name), dtype=dtype).eval()
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of ``name``; padding on the right, with the end token where it has no padding token. Raises as ``load_model``."""
     tokenizer = _load("AutoTokenizer", name)
@@ -58,17 +65,18 @@ def load_tokenizer(name: str) -> Any:
 def _load(factory: str, name: str, **options: Any) -> Any:
     transformers = _transformers()
     place = resolve(name)
+    _refuse_no_folder(name, place)
+    try:
+        return getattr(transformers, factory).from_pretrained(place, **options)
+    except Exception as error:
+        raise unreadable(name, error) from None
+
+
+def _refuse_no_folder(name: str, place: str) -> None:
     if name.startswith((".", "/", "~")) and not Path(place).is_dir():
         raise CheckpointError(
             f"model {name!r}: no such folder; wanted a hub id, a folder saved by transformers, or 'smollm2'"
         )
-    try:
-        return getattr(transformers, factory).from_pretrained(place, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"model {name!r}: {reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
-        ) from None
 
 
 def resolve(name: str) -> str:

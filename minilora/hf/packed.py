@@ -14,14 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
+from minilora.bnb import from_bitsandbytes, is_state, storable, to_bitsandbytes
 from minilora.calibrate import calibrate
 from minilora.codebooks import codebook
 from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.guards import refuse_nonfinite
-from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
 from minilora.io import read_bytes
 from minilora.kbit import dtype_on_disk
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
@@ -110,11 +110,17 @@ def quantize_to_folder(
         calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
 
     Raises:
-        ConfigError: weighted scales without calibration text. CheckpointError: ``out`` holds something already.
+        ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
+            something already.
     """
     from minilora.hf.load import load_model, load_tokenizer
 
     target = refuse_occupied(out)
+    if not storable(config.format, config.blocksize):
+        raise ConfigError(
+            f"format={codebook(config.format).name!r}, blocksize={config.blocksize}: bitsandbytes' files cannot hold that; wanted nf4 or "
+            "fp4, blocksize 64 to 4096"
+        )
     if config.scale == "weighted" and calibration is None:
         raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
     records = read_jsonl(calibration) if calibration else []
@@ -151,8 +157,7 @@ def load_packed(folder: str, dtype: torch.dtype) -> Any:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
-    config.__dict__.pop("quantization_config", None)
+    config = read_config(folder, folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     tensors = _all_tensors(Path(folder))
@@ -197,6 +202,10 @@ def _put_packed(model: nn.Module, path: str, weight: Any, tensors: dict[str, Ten
 def _put_dense(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, folder: str) -> None:
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     packed = {path for path, module in model.named_modules() if is_quantized(module)}
+    for name, own in model.state_dict().items():
+        if name in cast and cast[name].shape != own.shape:
+            shapes = f"is {list(cast[name].shape)}, the model wants {list(own.shape)}"
+            raise CheckpointError(f"{folder}: {name} {shapes}; the weights do not fit config.json")
     result = model.load_state_dict(cast, strict=False, assign=True)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [name for name in result.missing_keys if name.rpartition(".")[0] not in packed and name not in tied]

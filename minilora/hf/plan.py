@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora import validate
 from minilora.config import LoraConfig, QuantConfig
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import ConfigError
 from minilora.hf.finetune import DTYPES, QUANT_CHOICES
+from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.inject import inject
 from minilora.layers import is_quantized
 from minilora.plan import Memory, measure, pack_on_paper, predict
 from minilora.quantize_model import quantize_model
+from minilora.targets import check_form
 from minilora.train import checkpoint_activations, token_losses
 from minilora.worker import Worker
 
@@ -58,9 +61,11 @@ class PlanJob:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
         for name, least in (("batch", 1), ("seq", 2), ("threads", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: wanted a whole number >= {least}")
-        self.lora()
+            validate.whole(name, getattr(self, name), least)
+        for name in ("double_quant", "gradient_checkpointing"):
+            validate.flag(name, getattr(self, name))
+        validate.text("model", self.model)
+        check_form(self.lora().target_modules, "target_modules")
 
     def lora(self) -> LoraConfig:
         """The adapter's config."""
@@ -113,17 +118,10 @@ def has_weights(model: str) -> bool:
 
 def load_config(job: PlanJob) -> Any:
     """The model's config, without what it says of quantization."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve(job.model))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"model {job.model!r}: {reason} (wanted a hub id, a folder, or 'smollm2')") from None
-    config.__dict__.pop("quantization_config", None)
+    config = read_config(resolve(job.model), job.model)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and job.seq > limit:
-        raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens")
+        raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens; lower --seq")
     return config
 
 

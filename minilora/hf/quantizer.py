@@ -66,7 +66,7 @@ class NF4Config(QuantizationConfigMixin):
             raise ConfigError(f"skip_modules={skip_modules!r}: wanted a list of names; write [{skip_modules!r}]")
         chosen = validate.names("skip_modules", skip_modules)
         if scale == "weighted" and not importance:
-            raise ConfigError("scale='weighted' wants importance=minilora.calibrate(model, batches)")
+            raise ConfigError("scale='weighted': wanted importance=minilora.calibrate(model, batches)")
         self.quant_method = _METHOD
         self.skip_modules = None if chosen is None else list(chosen)
         self.importance = importance

@@ -37,7 +37,7 @@ class TokenRows(Adapter):
         self.out_features, self.in_features = table.shape
         if max(indices) >= len(table):
             raise TargetError(
-                f"trainable_token_indices: token {max(indices)} is not in {path}, which has {len(table)} rows"
+                f"trainable_token_indices: token {max(indices)} is not in {path}, which has {len(table)} rows; wanted less"
             )
         self.register_buffer("token_indices", torch.tensor(list(indices), device=table.device), persistent=False)
         self.trainable_tokens_delta = nn.Parameter(table[self.token_indices].clone())

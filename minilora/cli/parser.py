@@ -1,0 +1,102 @@
+"""``argparse`` with errors as everywhere in minilora: one line with the flag, the value, and the known flag or the form that was wanted."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any, NoReturn
+
+from minilora.errors import ConfigError, nearest
+
+__all__ = ["Parser", "one_of"]
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviations (a flag that is added later would change what an old script means), and ``ConfigError`` for every mistake."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self.verbs: Sequence[str] = ()  # set on the parser that has commands
+        self.register("type", int, _whole)
+        self.register("type", float, _number)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A flag or command that does not exist is told before anything else: it may be why another one seems to be missing."""
+        words = list(sys.argv[1:] if args is None else args)
+        flags = list(takewhile(lambda word: word.startswith("-"), words)) if self.verbs else words
+        for word in takewhile(lambda word: word != "--", flags):
+            self._check_flag(word)
+        if self.verbs and (verb := next(iter(words[len(flags) :]), None)) and verb not in self.verbs:
+            known = ", ".join(self.verbs)
+            raise ConfigError(
+                f"command {verb!r} is unknown; the closest are {nearest(verb, self.verbs)}, all are {known}"
+            )
+        found, extra = super().parse_known_args(words, namespace)
+        if extra:
+            raise ConfigError(f"{extra[0]!r} belongs to no flag; quote text with spaces, or see {self.prog} --help")
+        return found, extra
+
+    def _check_flag(self, word: str) -> None:
+        flag, equals, value = word.partition("=")
+        if not word.startswith("-") or " " in flag or len(word) == 1 or _is_number(word):
+            return
+        action = self._option_string_actions.get(flag)
+        if action is None:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            raise ConfigError(
+                f"{flag}: unknown flag; the closest are {nearest(flag, known)}; {self.prog} --help shows all of them"
+            )
+        if equals and action.nargs == 0:
+            raise ConfigError(f"{flag}: takes no value, found {value!r}; write {flag} alone")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After ``--help`` and ``--version``; what is shown goes out now, where a reader that has left is noticed."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
+    def error(self, message: str) -> NoReturn:
+        """Every complaint of argparse's own."""
+        if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+            raise ConfigError(f"{missing[1]}: missing; see {self.prog} --help")
+        flag, _, rest = message.removeprefix("argument ").partition(": ")
+        if rest.startswith("expected"):
+            raise ConfigError(
+                f"{flag}: its value is missing; write {flag} VALUE, or {flag}=VALUE if it begins with '-'"
+            )
+        raise ConfigError(f"{flag}: {rest}" if rest else f"{message}; see {self.prog} --help")
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """A ``type`` for ``add_argument``: one of these words, with the closest of them in the error."""
+
+    def check(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; wanted one of {', '.join(choices)}")
+        return text
+
+    return check
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is no whole number; wanted one such as 8") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is no number; wanted one such as 0.5 or 1e-3") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

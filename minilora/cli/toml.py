@@ -1,0 +1,44 @@
+"""Settings of a job in a TOML file: the keys are the names of the flags, the values are of their kind."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from minilora.errors import ConfigError, nearest
+
+__all__ = ["REGEX_FLAGS", "read_toml"]
+
+REGEX_FLAGS = (
+    "target_modules",
+    "exclude_modules",
+)  # names, or one string that is a regular expression or "all-linear"
+
+
+def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
+    """The file's values by key. Raises ``ConfigError`` for a file that cannot be read, and for a key or value that no flag has."""
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error}); wanted lines such as steps = 60") from None
+    for name, value in content.items():
+        if name not in known:
+            raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {nearest(name, known)}")
+        if not (_is_kind(value, known[name]) or (name in REGEX_FLAGS and isinstance(value, str))):
+            raise ConfigError(f"{path}: {name} = {value!r}; wanted {_KIND_WORDS[known[name]]}")
+    return content
+
+
+_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    """Whether a TOML value is what the flag of this kind takes."""
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
