@@ -24,7 +24,7 @@ from minilora.adapter import Adapter
 from minilora.errors import MiniLoraError, StateError
 from minilora.layers import dense_weight
 from minilora.lora import LoRALinear
-from minilora.slots import has_adapters, own_parameters
+from minilora.slots import Adapters, has_adapters, own_parameters
 
 
 def lora(targets=("first", "mid", "last"), **fields):
@@ -460,7 +460,7 @@ def test_a_base_that_is_not_finite_is_named(make_mlp, randomize, snapshot):
     model = randomize(inject(make_mlp(), lora()))
     model.mid.base_layer.weight.data[3, 2] = float("nan")
     before = snapshot(model)
-    with pytest.raises(StateError, match="mid: its base weight holds NaN or infinity.*load it again"):
+    with pytest.raises(StateError, match=r"mid: its base weight holds NaN or infinity.*load it again"):
         merge(model)
     assert snapshot(model) == before
 
@@ -504,7 +504,9 @@ def test_the_report_is_the_share_of_the_update_that_survives(make_mlp, randomize
     errors = {path: dense_weight(model.get_submodule(path)).double() - bases[path] - updates[path] for path in bases}
     want = {path: 1 - float(errors[path].norm() / updates[path].norm()) for path in ("first", "mid")}
     assert report.layers == pytest.approx(want | {"last": 1.0}, abs=1e-5) and 0.9 < want["first"] < 0.9999
-    total = sum(float(e.square().sum()) for e in errors.values()) / sum(float(u.square().sum()) for u in updates.values())
+    total = sum(float(e.square().sum()) for e in errors.values()) / sum(
+        float(u.square().sum()) for u in updates.values()
+    )
     assert report.survived == pytest.approx(1 - total**0.5, abs=1e-5) and report.into == "bfloat16"
     worst = min(report.layers, key=report.layers.get)
     assert str(report) == (
@@ -564,7 +566,9 @@ def test_a_weight_that_another_layer_shares_is_not_merged(randomize, snapshot):
     model["twin"].weight = model["fc"].weight
     randomize(inject(model, lora(["fc"])))
     before = snapshot(model)
-    with pytest.raises(StateError, match=r"fc shares its weight with twin, which would not change; call minilora\.untie"):
+    with pytest.raises(
+        StateError, match=r"fc shares its weight with twin, which would not change; call minilora\.untie"
+    ):
         merge(model)
     assert snapshot(model) == before
 
@@ -621,3 +625,50 @@ def test_unloading_takes_out_or_keeps_what_is_merged(two, make_mlp, x, kept):
     want = two(x) if kept else make_mlp()(x)
     assert unload(two, keep_merged=kept) is two
     assert torch.equal(two(x), want) and not adapters(two) and not has_adapters(two)
+
+
+def test_each_update_is_asked_for_on_the_bare_layer(two, monkeypatch):
+    """Not on another adapter, or on a layer that was merged before: a variant may read the base weight."""
+    set_adapter(two, ["one", "two"])
+    plain, asked = LoRALinear.delta_weight, []
+
+    def watched(adapter):
+        asked.append(adapter.base_layer)
+        return plain(adapter)
+
+    monkeypatch.setattr(LoRALinear, "delta_weight", watched)
+    merge(two)
+    bases = [slot.base for slot in two._minilora_adapters.slots.values()]
+    assert len(asked) == 5 and all(any(layer is base for base in bases) for layer in asked)
+
+
+def test_a_merge_that_cannot_be_shown_leaves_nothing_merged(two, snapshot, x, monkeypatch):
+    before, want, plain, failed = snapshot(two), two(x), Adapters.show, []
+
+    def show(self):
+        if self.merged and not failed:
+            failed.append(True)
+            raise KeyboardInterrupt
+        plain(self)
+
+    monkeypatch.setattr(Adapters, "show", show)
+    with pytest.raises(KeyboardInterrupt):
+        merge(two)
+    assert snapshot(two) == before and torch.equal(two(x), want)
+    record = two._minilora_adapters
+    assert failed and record.merged == () and all(slot.merged is None for slot in record.slots.values())
+    merge(two)
+    close(two(x), want)
+
+
+@pytest.mark.parametrize(
+    "call", [unload, lambda model: delete_adapter(model, "two"), merge], ids=["unload", "delete", "merge"]
+)
+def test_nothing_is_taken_out_under_a_batch_that_mixes(two, snapshot, call):
+    record, before = two._minilora_adapters, snapshot(two)
+    record.mixing = 1
+    with pytest.raises(StateError, match="a batch that mixes adapters is running"):
+        call(two)
+    record.mixing = 0
+    assert snapshot(two) == before and record.active == ("two",) and record.merged == ()
+    assert list(record.configs) == ["one", "two"]

@@ -454,9 +454,9 @@ def test_the_config_of_a_folder_can_be_read_alone(folder):
 
 def test_a_warning_of_unknown_keys_stays_short(folder):
     edit_config(**{f"{at}{'x' * 100}": 1 for at in range(12)})(folder)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="minilora does not know '0xx") as caught:
         read_config(folder)
-    assert str(caught[0].message).count("xx") and len(str(caught[0].message)) < len(str(folder)) + 8 * 64 + 100
+    assert len(str(caught[0].message)) < len(str(folder)) + 8 * 64 + 100
 
 
 def test_without_strict_what_fits_is_loaded_and_the_rest_listed(folder, make_gpt2):
@@ -481,7 +481,9 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_listed(folder, make_gpt
 
 def test_messages_name_three_tensors_and_count_the_others(folder, make_gpt2):
     edit_config(target_modules=["c_attn", "c_fc"])(folder)
-    with pytest.raises(CheckpointError, match=r"(\S+c_fc\.lora_\w\.weight, ){2}\S+c_fc\.lora_\w\.weight and 1 more are missing"):
+    with pytest.raises(
+        CheckpointError, match=r"(\S+c_fc\.lora_\w\.weight, ){2}\S+c_fc\.lora_\w\.weight and 1 more are missing"
+    ):
         load_adapter(make_gpt2(), folder)
     edit_config(target_modules=["h.0.attn.c_attn"])(folder)
     with pytest.raises(CheckpointError, match=r": \S+lora_A\.weight, \S+lora_B\.weight are unexpected"):
@@ -514,7 +516,11 @@ def test_restoring_brings_the_values_back_and_changes_nothing_else(make_gpt2, ra
 @pytest.mark.parametrize(
     ("fields", "kind", "words"),
     [
-        ({"lora_alpha": 13}, None, r"c_attn has \(r, lora_alpha, rslora\) = \(3, 12, False\) as lora, the adapter \(3, 13, False\)"),
+        (
+            {"lora_alpha": 13},
+            None,
+            r"c_attn has \(r, lora_alpha, rslora\) = \(3, 12, False\) as lora, the adapter \(3, 13, False\)",
+        ),
         ({"use_rslora": True}, None, r"= \(3, 12, False\) as lora, the adapter \(3, 12, True\) as lora"),
         ({"alpha_pattern": {"c_attn": 6}}, None, r"the adapter \(3, 6, False\)"),
         ({"r": 4}, None, r"the adapter \(4, 12, False\)"),
@@ -547,7 +553,11 @@ def test_a_rank_beyond_the_file_is_refused_before_it_is_allocated(folder, make_g
     monkeypatch.setattr(checkpoint, "_MODEST", 0)
     load_adapter(make_gpt2(), folder)
     edit_config(r=r)(folder)
-    words = r"lora_A\.weight is \[3, 16\], config and model want \[16, 16\]" if r == 16 else f"the config says r={r} for .*c_attn, and"
+    words = (
+        r"lora_A\.weight is \[3, 16\], config and model want \[16, 16\]"
+        if r == 16
+        else f"the config says r={r} for .*c_attn, and"
+    )
     with pytest.raises(CheckpointError, match=words):
         load_adapter(make_gpt2(), folder)
 
@@ -650,3 +660,17 @@ def test_a_default_that_is_a_regex_stays_one(make_llama):
     model.config.model_type = "gemma4"
     model._modules["language_model"] = model._modules.pop("model")
     assert saved_config(inject(model, lora(None)))["target_modules"] == DEFAULT_TARGETS["gemma4"]
+
+
+def test_what_is_loaded_without_a_word_is_active_and_frozen(folder, make_gpt2):
+    model = make_gpt2()
+    load_adapter(model, folder)
+    assert model._minilora_adapters.active == ("default",)
+    assert not any(
+        p.requires_grad
+        for value in model._minilora_adapters.slots.values()
+        for p in own_parameters(value.kept["default"])
+    )
+    remove(WEIGHTS_FILE)(folder)
+    with pytest.raises(CheckpointError):
+        load_adapter(model, folder, "second")

@@ -542,7 +542,9 @@ def test_a_commit_that_stopped_beside_its_spare_name_is_finished(old, name):
     (commit / f"{io._SPARE}{name}").write_bytes(b"half")
     assert io.read_bytes(old / name, "it") == b"committed"
     io.write_file(old / "c", b"3")
-    assert contents(old) == OLD | MINE | {name: b"committed", "b": b"committed", "c": b"3"} and not list(old.rglob(".*"))
+    assert contents(old) == OLD | MINE | {name: b"committed", "b": b"committed", "c": b"3"} and not list(
+        old.rglob(".*")
+    )
 
 
 def test_where_folders_cannot_be_locked_everything_is_written_and_nothing_swept(old, monkeypatch):
@@ -622,7 +624,9 @@ def test_a_writer_waits_for_another_one(old):
 def test_optional_files_may_be_missing_and_others_not(old):
     wanted = {"a": "the weights", "seal": "the seal"}
     assert io.read_files(old, wanted, {"seal"}) == {"a": b"old a"}
-    with pytest.raises(CheckpointError, match=r"place/seal: the seal cannot be read \(No such file or directory\); check the path"):
+    with pytest.raises(
+        CheckpointError, match=r"place/seal: the seal cannot be read \(No such file or directory\); check the path"
+    ):
         io.read_files(old, wanted)
     with pytest.raises(CheckpointError, match="the weights cannot be read"):
         io.read_files(old / "README", {"a": "the weights"})

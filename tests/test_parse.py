@@ -46,9 +46,9 @@ def test_twenty_levels_are_read_and_no_more():
 
 
 def test_what_comes_twice_is_named_and_cut():
-    with pytest.raises(ValueError, match="^key 'b' comes twice$"):
+    with pytest.raises(ValueError, match=r"^key 'b' comes twice$"):
         parse_json(b'{"a": 1, "b": 2, "c": 3, "b": 2}')
-    with pytest.raises(ValueError, match="^key 'x{100}' comes twice$"):
+    with pytest.raises(ValueError, match=r"^key 'x{100}' comes twice$"):
         parse_json(b'{"%s": 1, "%s": 1}' % ((b"x" * 300,) * 2))
 
 
@@ -66,6 +66,8 @@ def test_a_header_ends_where_it_says():
     assert parse_header(file(b"{}"), "x").entries == {}
     with pytest.raises(CheckpointError, match="header of 3 bytes goes past the end"):
         parse_header(struct.pack("<Q", 3) + b"{}", "x")
+    with pytest.raises(CheckpointError, match="header of 72,057,594,037,927,938 bytes; at most"):
+        parse_header(struct.pack("<Q", 2 | 1 << 56) + b"{}", "x")
 
 
 @pytest.mark.parametrize("metadata", [{"a": 1}, {"a": "b", "c": None}, [], "text", None])
@@ -137,7 +139,9 @@ def test_the_largest_side_is_below_two_to_the_48():
 
 def test_tensors_follow_one_another_in_any_order_of_names():
     body = struct.pack("<2f", 1.5, 2.5) + b"\x07"
-    found, _ = parse_tensors(file({"b": entry([1], 8, 9, "U8"), "a": entry([2], 0, 8), "none": entry([0, 3], 0, 0)}, body), "x")
+    found, _ = parse_tensors(
+        file({"b": entry([1], 8, 9, "U8"), "a": entry([2], 0, 8), "none": entry([0, 3], 0, 0)}, body), "x"
+    )
     assert found["a"].tolist() == [1.5, 2.5] and found["b"].tolist() == [7] and found["none"].shape == (0, 3)
 
 
@@ -177,3 +181,9 @@ def test_tensors_lie_in_the_bytes_that_were_read():
     found, _ = parse_tensors(raw, "x")
     raw[-8:] = struct.pack("<2f", 3.0, 4.0)
     assert found["a"].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(("raw", "kind"), [(b"[1]", "list"), (b"1", "int"), (b"null", "NoneType"), (b'"a"', "str")])
+def test_json_that_is_no_object(raw, kind):
+    with pytest.raises(ValueError, match=f"holds a {kind}; wanted an object"):
+        parse_json(raw)

@@ -30,7 +30,14 @@ def test_the_least_number_is_the_callers():
 
 @pytest.mark.parametrize(
     ("word", "rounds"),
-    [("pissa_niter_0", 0), ("pissa_niter_16", 16), ("pissa", None), ("pissa_niter_", None), ("pissa_niter_4x", None), ("", None)],
+    [
+        ("pissa_niter_0", 0),
+        ("pissa_niter_16", 16),
+        ("pissa", None),
+        ("pissa_niter_", None),
+        ("pissa_niter_4x", None),
+        ("", None),
+    ],
 )
 def test_rounds_of_pissa(word, rounds):
     assert validate.pissa_rounds(word) == rounds
@@ -89,7 +96,15 @@ def test_loftq_settings_that_cannot_be_meant(value, words):
 
 @pytest.mark.parametrize(
     ("value", "kept"),
-    [(None, None), ("", ""), ("q.*", "q.*"), (["b", "a", "b"], ("a", "b")), ({"b", "a"}, ("a", "b")), (frozenset("a"), ("a",)), ([], ())],
+    [
+        (None, None),
+        ("", ""),
+        ("q.*", "q.*"),
+        (["b", "a", "b"], ("a", "b")),
+        ({"b", "a"}, ("a", "b")),
+        (frozenset("a"), ("a",)),
+        ([], ()),
+    ],
 )
 def test_names_in_their_one_form(value, kept):
     assert validate.names("target_modules", value) == kept
