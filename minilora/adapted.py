@@ -112,8 +112,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
         raise StateError(f"adapters {list(adapters.merged)} are merged already; call unmerge first")
     if not chosen:
         raise StateError("no adapter is active, so there is nothing to merge; name one, or set_adapter first")
-    rest = [name for name in adapters.active if name not in chosen]
-    adapters.check_stack([*rest, *chosen], chosen)
+    adapters.check_stack([*adapters.active, *chosen], chosen)
     folded = {path: held for path, slot in adapters.slots.items() if (held := _adapters_at(slot, chosen))}
     _refuse_nonfinite(adapters, chosen)
     layers: dict[str, nn.Module] = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows: no locks, so nothing is swept either
+except ImportError:  # pragma: no cover: Windows; no locks, so nothing is swept either
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Disk", "Opened"]
@@ -118,7 +118,7 @@ class Disk:
 
     def flush(self, path: Path) -> None:
         """Bring a file's content, or a folder's names, to the disk."""
-        if os.name == "nt" and os.path.isdir(path):  # Windows has no handle for this
+        if os.name == "nt" and os.path.isdir(path):  # pragma: no cover: Windows has no handle for this
             return
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -186,7 +186,7 @@ class Disk:
 
 
 def _flush(handle: int) -> None:
-    if sys.platform == "darwin" and fcntl is not None:  # fsync there stops at the drive's own memory
+    if sys.platform == "darwin" and fcntl is not None:  # pragma: no cover: fsync there stops at the drive's own memory
         fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
     else:
         os.fsync(handle)

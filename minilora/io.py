@@ -210,13 +210,11 @@ def _finish(place: Path) -> None:
     commit = place / COMMIT
     if disk.kind(commit) != "folder":
         return
-    for name in disk.names(commit):
+    for name in sorted(disk.names(commit), key=lambda name: not name.startswith(_SPARE)):  # spare ones first
         if name.startswith(_SPARE):
             disk.unlink(commit / name)
         elif disk.identity(place / name) != disk.identity(commit / name):
             spare = commit / (_SPARE + name)
-            if disk.kind(spare):
-                disk.unlink(spare)
             _copy(commit / name, spare)
             disk.rename(spare, place / name)
     disk.flush(place)

@@ -19,12 +19,12 @@ from minilora import (
     set_adapter,
     unmerge,
 )
-from minilora.adapted import count_parameters, disabled, unload
+from minilora.adapted import count_parameters, delete_adapter, disabled, unload
 from minilora.adapter import Adapter
 from minilora.errors import MiniLoraError, StateError
 from minilora.layers import dense_weight
 from minilora.lora import LoRALinear
-from minilora.slots import has_adapters, own_parameters
+from minilora.slots import Adapters, has_adapters, own_parameters
 
 
 def lora(targets=("first", "mid", "last"), **fields):
@@ -422,3 +422,253 @@ def test_the_stacked_layer_obeys_the_law(two, x):
     outer = two.first
     weight = dense_weight(outer.innermost) + outer.delta_weight() + outer.base_layer.delta_weight()
     close(outer(x), F.linear(x, weight, outer.bias))
+
+
+# ---- merging, what it says and what it refuses
+
+
+def test_no_name_at_all_is_refused(two, snapshot):
+    before = snapshot(two)
+    with pytest.raises(StateError, match="no adapter is named; name one"):
+        set_adapter(two, [])
+    with pytest.raises(StateError, match="no adapter is active, so there is nothing to merge"):
+        merge(two, [])
+    assert snapshot(two) == before
+
+
+def test_a_single_name_is_taken_as_it_is(two, make_mlp, x):
+    merge(two, "one")
+    assert two._minilora_adapters.merged == ("one",)
+    unmerge(two)
+    close(two(x), dense_model(make_mlp, two, ["two"])(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_an_adapter_that_is_not_finite_is_not_merged(two, snapshot, name, value):
+    set_adapter(two, ["one", "two"])
+    with torch.no_grad():
+        two._minilora_adapters.slots["mid"].kept[name].lora_A[-1, -1] = value
+    before = snapshot(two)
+    with pytest.raises(StateError, match=f"mid: adapter '{name}' holds NaN or infinity, so it is not merged"):
+        merge(two)
+    assert snapshot(two) == before
+    merge(two, ["one" if name == "two" else "two"])
+
+
+def test_a_base_that_is_not_finite_is_named(make_mlp, randomize, snapshot):
+    model = randomize(inject(make_mlp(), lora()))
+    model.mid.base_layer.weight.data[3, 2] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(StateError, match=r"mid: its base weight holds NaN or infinity.*load it again"):
+        merge(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_trained_bias_of_b_goes_into_the_bias_or_becomes_one(randomize, bias):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"fc": nn.Linear(12, 20, bias=bias)}).eval()
+    for seed, name in enumerate(("one", "two")):
+        randomize(inject(model, lora(["fc"], lora_bias=True), name), seed)
+    set_adapter(model, ["one", "two"])
+    x = torch.randn(3, 12)
+    want = model["fc"](x)
+    merge(model)
+    close(model["fc"](x), want)
+    assert type(model["fc"]) is nn.Linear
+    unmerge(model)
+    assert torch.equal(model["fc"](x), want)
+
+
+@pytest.mark.parametrize("spoiled", ["weight", "bias"])
+def test_what_overflows_is_refused_be_it_weight_or_bias(randomize, snapshot, spoiled):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"fc": nn.Linear(12, 20)}).half().eval()
+    randomize(inject(model, lora(["fc"], lora_bias=True)))
+    with torch.no_grad():
+        (model["fc"].lora_bias if spoiled == "bias" else model["fc"].lora_B).mul_(1e6)
+    before = snapshot(model)
+    with pytest.raises(StateError, match=r"fc: the merged weight overflows torch\.float16; load the model in bfloat16"):
+        merge(model)
+    assert snapshot(model) == before
+
+
+def test_the_report_is_the_share_of_the_update_that_survives(make_mlp, randomize):
+    model = make_mlp().bfloat16()
+    randomize(inject(model, lora()))
+    model.last.lora_B.data.zero_()
+    bases = {path: dense_weight(slot.base).double() for path, slot in model._minilora_adapters.slots.items()}
+    updates = {path: model.get_submodule(path).delta_weight().detach().double() for path in bases}
+    report = merge(model)
+    errors = {path: dense_weight(model.get_submodule(path)).double() - bases[path] - updates[path] for path in bases}
+    want = {path: 1 - float(errors[path].norm() / updates[path].norm()) for path in ("first", "mid")}
+    assert report.layers == pytest.approx(want | {"last": 1.0}, abs=1e-5) and 0.9 < want["first"] < 0.9999
+    total = sum(float(e.square().sum()) for e in errors.values()) / sum(
+        float(u.square().sum()) for u in updates.values()
+    )
+    assert report.survived == pytest.approx(1 - total**0.5, abs=1e-5) and report.into == "bfloat16"
+    worst = min(report.layers, key=report.layers.get)
+    assert str(report) == (
+        f"merged into 3 layers as bfloat16: {report.survived:.1%} of the update survives rounding; "
+        f"least in {worst}: {report.layers[worst]:.1%}"
+    )
+
+
+def test_an_update_that_rounding_swallows_survives_not_at_all(make_mlp, randomize):
+    model = make_mlp().bfloat16()
+    randomize(inject(model, lora(["first"])))
+    model.first.lora_B.data.mul_(1e-9)
+    report = merge(model)
+    assert report.survived == report.layers["first"] == 0.0
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+def test_requantizing_keeps_the_format_and_says_what_it_cost(make_mlp, randomize, snapshot, x, double):
+    how = QuantConfig("nf3", blocksize=32, double_quant=double)
+    model = quantize_model(make_mlp(), how)
+    randomize(inject(model, lora()))
+    before = snapshot(model)
+    report = merge(model, requantize=True)
+    for path in ("first", "mid", "last"):
+        layer = model.get_submodule(path)
+        assert isinstance(layer, QuantLinear) and not layer.training
+        assert (layer.format, layer.blocksize, layer.double_quant) == ("nf3", 32, double)
+    assert report.into == "nf3" and 0.2 < report.survived < 0.95
+    unmerge(model)
+    assert snapshot(model) == before
+    assert merge(model).into == "float32"
+
+
+def test_a_dense_layer_is_not_packed_by_requantize(two):
+    assert merge(two, requantize=True).into == "float32"
+    assert isinstance(two.first, nn.Linear)
+
+
+def test_layers_that_share_a_weight_share_the_merged_one(make_gpt2, randomize, ids):
+    model = randomize(inject(make_gpt2(), lora(["wte"], ensure_weight_tying=True)))
+    want = model(ids).logits
+    merge(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    close(model(ids).logits, want)
+    unmerge(model)
+    assert torch.equal(model(ids).logits, want)
+
+
+def test_layers_that_share_nothing_stay_apart(two):
+    merge(two, ["one"])
+    assert len({id(layer.weight) for layer in (two.first, two.mid, two.last)}) == 3
+
+
+def test_a_weight_that_another_layer_shares_is_not_merged(randomize, snapshot):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"fc": nn.Linear(12, 20), "twin": nn.Linear(12, 20)})
+    model["twin"].weight = model["fc"].weight
+    randomize(inject(model, lora(["fc"])))
+    before = snapshot(model)
+    with pytest.raises(
+        StateError, match=r"fc shares its weight with twin, which would not change; call minilora\.untie"
+    ):
+        merge(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_merged_layer_is_in_the_mode_of_its_model(two, training):
+    two.train(training)
+    merge(two)
+    assert all(module.training is training for module in two.modules())
+
+
+def test_deleting_leaves_the_others(two, make_mlp, snapshot, x):
+    before = snapshot(two)
+    with pytest.raises(StateError, match="no adapter is called 'three'"):
+        delete_adapter(two, "three")
+    assert snapshot(two) == before
+    delete_adapter(two, "two")
+    assert two._minilora_adapters.active == ("one",) and trained(two) == {
+        f"{path}.{name}" for path in ("first", "mid", "last") for name in ("lora_A", "lora_B")
+    }
+    close(two(x), dense_model(make_mlp, two, ["one"])(x))
+    with pytest.raises(StateError, match=r"adapter 'one' is the only one; unload\(\) gives back the plain model"):
+        delete_adapter(two, "one")
+
+
+def test_deleting_one_of_several_active_ones_keeps_the_rest(two, make_mlp, randomize, x):
+    inject(two, lora(["last"]), "a-third", activate=False)
+    set_adapter(two, ["two", "one"])
+    delete_adapter(two, "two")
+    assert two._minilora_adapters.active == ("one",)
+    delete_adapter(two, "one")
+    assert two._minilora_adapters.active == ("a-third",)
+
+
+def test_deleting_what_is_merged_is_refused(two, snapshot):
+    merge(two)
+    before = snapshot(two)
+    with pytest.raises(StateError, match="adapter 'two' is merged; unmerge first"):
+        delete_adapter(two, "two")
+    assert snapshot(two) == before
+    delete_adapter(two, "one")
+    assert two._minilora_adapters.merged == ("two",)
+
+
+def test_the_first_by_name_of_the_others_becomes_active(two):
+    inject(two, lora(["last"]), "a-third", activate=False)
+    delete_adapter(two, "two")
+    assert two._minilora_adapters.active == ("a-third",)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_unloading_takes_out_or_keeps_what_is_merged(two, make_mlp, x, kept):
+    merge(two, ["one", "two"])
+    want = two(x) if kept else make_mlp()(x)
+    assert unload(two, keep_merged=kept) is two
+    assert torch.equal(two(x), want) and not adapters(two) and not has_adapters(two)
+
+
+def test_each_update_is_asked_for_on_the_bare_layer(two, monkeypatch):
+    """Not on another adapter, or on a layer that was merged before: a variant may read the base weight."""
+    set_adapter(two, ["one", "two"])
+    plain, asked = LoRALinear.delta_weight, []
+
+    def watched(adapter):
+        asked.append(adapter.base_layer)
+        return plain(adapter)
+
+    monkeypatch.setattr(LoRALinear, "delta_weight", watched)
+    merge(two)
+    bases = [slot.base for slot in two._minilora_adapters.slots.values()]
+    assert len(asked) == 5 and all(any(layer is base for base in bases) for layer in asked)
+
+
+def test_a_merge_that_cannot_be_shown_leaves_nothing_merged(two, snapshot, x, monkeypatch):
+    before, want, plain, failed = snapshot(two), two(x), Adapters.show, []
+
+    def show(self):
+        if self.merged and not failed:
+            failed.append(True)
+            raise KeyboardInterrupt
+        plain(self)
+
+    monkeypatch.setattr(Adapters, "show", show)
+    with pytest.raises(KeyboardInterrupt):
+        merge(two)
+    assert snapshot(two) == before and torch.equal(two(x), want)
+    record = two._minilora_adapters
+    assert failed and record.merged == () and all(slot.merged is None for slot in record.slots.values())
+    merge(two)
+    close(two(x), want)
+
+
+@pytest.mark.parametrize(
+    "call", [unload, lambda model: delete_adapter(model, "two"), merge], ids=["unload", "delete", "merge"]
+)
+def test_nothing_is_taken_out_under_a_batch_that_mixes(two, snapshot, call):
+    record, before = two._minilora_adapters, snapshot(two)
+    record.mixing = 1
+    with pytest.raises(StateError, match="a batch that mixes adapters is running"):
+        call(two)
+    record.mixing = 0
+    assert snapshot(two) == before and record.active == ("two",) and record.merged == ()
+    assert list(record.configs) == ["one", "two"]

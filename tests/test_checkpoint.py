@@ -10,10 +10,31 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, quantize_model
-from minilora.adapter_files import SEAL_FILE
-from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, adapter_state_dict, load_adapter, save_adapter, saved_config
+from minilora import (
+    LoraConfig,
+    MiniLoraError,
+    PeftModel,
+    QuantConfig,
+    checkpoint,
+    get_peft_model,
+    inject,
+    quantize_model,
+)
+from minilora.adapter_files import SEAL_FILE, not_finite, read_config
+from minilora.architectures import DEFAULT_TARGETS
+from minilora.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    LoadReport,
+    adapter_state_dict,
+    fill_adapter,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+    saved_config,
+)
 from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.slots import own_parameters
 
 A0 = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 C0 = A0.replace("lora_A", "lora_C")
@@ -417,3 +438,239 @@ def test_a_pattern_in_a_file_cannot_hang_the_load(folder, make_gpt2, changes):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+# ---- what goes into a model, and what is left out
+
+
+def test_the_config_of_a_folder_can_be_read_alone(folder):
+    edit_config(lora_alpha=14, a_key_of_tomorrow=1)(folder)
+    with pytest.warns(UserWarning, match=rf"{CONFIG}: minilora does not know 'a_key_of_tomorrow'"):
+        assert read_config(folder).lora_alpha == 14
+    remove(CONFIG_FILE)(folder)
+    with pytest.raises(CheckpointError, match=rf"{CONFIG}: the adapter's config cannot be read"):
+        read_config(folder)
+
+
+def test_a_warning_of_unknown_keys_stays_short(folder):
+    edit_config(**{f"{at}{'x' * 100}": 1 for at in range(12)})(folder)
+    with pytest.warns(UserWarning, match="minilora does not know '0xx") as caught:
+        read_config(folder)
+    assert len(str(caught[0].message)) < len(str(folder)) + 8 * 64 + 100
+
+
+def test_without_strict_what_fits_is_loaded_and_the_rest_listed(folder, make_gpt2):
+    """One key missing, one too many, one of another shape; four tensors in all."""
+
+    def change(tensors):
+        del tensors[A0]
+        tensors[C0] = torch.ones(2)
+        tensors[B1] = torch.ones(48, 2)
+
+    edit_tensors(change)(folder)
+    model = make_gpt2()
+    report = load_adapter(model, folder, strict=False)
+    assert (report.missing_keys, report.unexpected_keys, report.mismatched_keys) == ([A0], [C0], [B1])
+    loaded, file = adapter_state_dict(model), tensors_of(folder)
+    assert {key for key in file.keys() & loaded.keys() if torch.equal(loaded[key], file[key])} == {
+        A0.replace("h.0", "h.1"),
+        B1.replace("h.1", "h.0"),
+    }
+    assert not loaded[B1].any()
+
+
+def test_messages_name_three_tensors_and_count_the_others(folder, make_gpt2):
+    edit_config(target_modules=["c_attn", "c_fc"])(folder)
+    with pytest.raises(
+        CheckpointError, match=r"(\S+c_fc\.lora_\w\.weight, ){2}\S+c_fc\.lora_\w\.weight and 1 more are missing"
+    ):
+        load_adapter(make_gpt2(), folder)
+    edit_config(target_modules=["h.0.attn.c_attn"])(folder)
+    with pytest.raises(CheckpointError, match=r": \S+lora_A\.weight, \S+lora_B\.weight are unexpected"):
+        load_adapter(make_gpt2(), folder)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("activate", [False, True])
+def test_what_is_loaded_trains_and_is_active_as_told(folder, make_gpt2, trainable, activate):
+    model = inject(make_gpt2(), lora(["c_fc"]), "first")
+    load_adapter(model, folder, "second", is_trainable=trainable, activate=activate)
+    record = model._minilora_adapters
+    assert record.active == (("second",) if activate else ("first",))
+    trains = [p.requires_grad for value in record.named("second").values() for p in own_parameters(value)]
+    assert len(trains) == 4 and set(trains) == {trainable and activate}
+
+
+def test_restoring_brings_the_values_back_and_changes_nothing_else(make_gpt2, randomize, tmp_path):
+    model = randomize(inject(make_gpt2(), lora(bias="lora_only", modules_to_save=["ln_f"])), 1)
+    save_adapter(model, tmp_path)
+    want = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
+    objects = [(path, id(value), value.requires_grad) for path, value in model.named_parameters()]
+    randomize(model, 2)
+    assert not same(adapter_state_dict(model), want)
+    restore_adapter(model, tmp_path)
+    assert same(adapter_state_dict(model), want)
+    assert [(path, id(value), value.requires_grad) for path, value in model.named_parameters()] == objects
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "words"),
+    [
+        (
+            {"lora_alpha": 13},
+            None,
+            r"c_attn has \(r, lora_alpha, rslora\) = \(3, 12, False\) as lora, the adapter \(3, 13, False\)",
+        ),
+        ({"use_rslora": True}, None, r"= \(3, 12, False\) as lora, the adapter \(3, 12, True\) as lora"),
+        ({"alpha_pattern": {"c_attn": 6}}, None, r"the adapter \(3, 6, False\)"),
+        ({"r": 4}, None, r"the adapter \(4, 12, False\)"),
+        ({}, "rotated", r"= \(3, 12, False\) as lora, the adapter \(3, 12, False\) as rotated"),
+    ],
+    ids=str,
+)
+def test_restoring_into_an_adapter_of_another_scale_is_refused(folder, make_gpt2, snapshot, fields, kind, words):
+    model = inject(make_gpt2(), lora(["c_attn"], **fields))
+    if kind:
+        model._minilora_adapters.variants["default"] = kind
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=f"{words}.*resume with the config that it was saved with"):
+        restore_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_filling_takes_tensors_by_their_file_names(folder, make_gpt2):
+    model, tensors = inject(make_gpt2(), lora(["c_attn"])), tensors_of(folder)
+    report = fill_adapter(model, tensors)
+    assert same(adapter_state_dict(model), tensors) and report == LoadReport([], [], [])
+    with pytest.raises(CheckpointError, match=rf"^state dict: {B1} is missing"):
+        fill_adapter(model, {key: tensor for key, tensor in tensors.items() if key != B1})
+    assert fill_adapter(model, {A0: tensors[A0]}, strict=False).missing_keys == sorted(tensors.keys() - {A0})
+
+
+@pytest.mark.parametrize("r", [16, 100])
+def test_a_rank_beyond_the_file_is_refused_before_it_is_allocated(folder, make_gpt2, monkeypatch, r):
+    """16 is a side of some tensor in the file, so the shapes have to say it; 100 is none."""
+    monkeypatch.setattr(checkpoint, "_MODEST", 0)
+    load_adapter(make_gpt2(), folder)
+    edit_config(r=r)(folder)
+    words = (
+        r"lora_A\.weight is \[3, 16\], config and model want \[16, 16\]"
+        if r == 16
+        else f"the config says r={r} for .*c_attn, and"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        load_adapter(make_gpt2(), folder)
+
+
+def test_a_modest_rank_is_left_to_the_shapes(folder, make_gpt2, monkeypatch):
+    edit_config(r=100)(folder)
+    numbers = sum(tensor.numel() for tensor in tensors_of(folder).values())
+    wanted = 100 * (16 + 48) * 2
+    monkeypatch.setattr(checkpoint, "_MODEST", wanted - 2 * numbers)
+    with pytest.raises(CheckpointError, match="config and model want"):
+        load_adapter(make_gpt2(), folder)
+    monkeypatch.setattr(checkpoint, "_MODEST", wanted - 2 * numbers - 1)
+    with pytest.raises(CheckpointError, match="no tensor of the file has that rank"):
+        load_adapter(make_gpt2(), folder)
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.base_layer.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_embedding_that_peft_saves_along_must_be_the_models_own(make_llama, randomize, tmp_path, dtype):
+    def base():
+        return make_llama().to(dtype)
+
+    config = lora(["embed_tokens", "q_proj"])
+    model = randomize(inject(base(), config))
+    save_adapter(model, tmp_path)
+    (tmp_path / SEAL_FILE).unlink()
+    plain = tensors_of(tmp_path)
+    own = base().model.embed_tokens.weight.detach()
+    for target in (base(), inject(base(), lora(["v_proj"]))):
+        safetensors.torch.save_file(plain | {EMBEDDING: own.float()}, tmp_path / WEIGHTS_FILE)
+        report = load_adapter(target, tmp_path, "second")
+        assert report.unexpected_keys == [] and same(adapter_state_dict(target, "second"), plain)
+    other = own.clone()
+    other[5, 3] += 1
+    for wrong in (other, own[:-1].clone()):
+        safetensors.torch.save_file(plain | {EMBEDDING: wrong}, tmp_path / WEIGHTS_FILE)
+        with pytest.raises(CheckpointError, match=f"{EMBEDDING}: the file brings another base weight"):
+            load_adapter(base(), tmp_path)
+    nowhere = EMBEDDING.replace("embed_tokens", "nowhere")
+    safetensors.torch.save_file(plain | {nowhere: own}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=f"{nowhere}: the file brings another base weight"):
+        load_adapter(base(), tmp_path)
+
+
+def test_only_a_base_weight_may_come_along(make_llama, randomize, tmp_path):
+    save_adapter(randomize(inject(make_llama(), lora(["embed_tokens"]))), tmp_path)
+    (tmp_path / SEAL_FILE).unlink()
+    key = EMBEDDING.replace("weight", "bias")
+    safetensors.torch.save_file(tensors_of(tmp_path) | {key: torch.ones(64)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=f"{key} is unexpected"):
+        load_adapter(make_llama(), tmp_path)
+
+
+def test_two_names_of_one_tied_factor_must_agree(make_gpt2, randomize, tmp_path, ids):
+    """A head that is tied to the embedding sees its factors turned round; both are in the file."""
+    model = randomize(inject(make_gpt2(), lora(["wte"], ensure_weight_tying=True)))
+    tensors = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
+    head = next(key for key in sorted(tensors) if "lm_head" in key)
+    again = inject(make_gpt2(), lora(["wte"], ensure_weight_tying=True))
+    fill_adapter(again, tensors)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    tensors[head] = tensors[head] + 1
+    with pytest.raises(CheckpointError, match=r"differs from the embedding that this head is tied to; untie"):
+        fill_adapter(again, tensors)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_plain_load_finds_what_is_not_finite_in_any_tensor(make_gpt2):
+    model = inject(make_gpt2(), lora(["c_attn"]))
+    good = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
+    for key in good:
+        bad = good | {key: torch.full_like(good[key], float("inf"))}
+        with pytest.raises(CheckpointError, match=f"state dict: {key} holds NaN or infinity"):
+            fill_adapter(model, bad)
+
+
+@pytest.mark.parametrize("count", [2**16 - 1, 2**16, 2**16 + 1])
+def test_not_finite_names_the_first_of_any_size(count):
+    fine, bad = torch.ones(count), torch.ones(count)
+    bad[-1] = float("nan")
+    small = torch.ones(3)
+    assert not_finite({}) is None and not_finite({"a": fine, "b": small}) is None and not_finite({"a": fine}) is None
+    assert not_finite({"a": fine, "b": bad, "c": bad}) == "b" == not_finite({"a": small, "b": bad})
+    assert not_finite({"a": fine, "b": small / 0}) == "b"
+
+
+def test_files_of_a_task_or_of_patterns_say_what_they_came_to(make_gpt2, make_llama):
+    assert saved_config(inject(make_gpt2(), lora(task_type="CAUSAL_LM")))["auto_mapping"] is None
+    mapping = saved_config(inject(make_gpt2(), lora()))["auto_mapping"]
+    assert mapping["base_model_class"] == "GPT2LMHeadModel" and mapping["parent_library"].startswith("transformers")
+    content = saved_config(inject(make_gpt2(), lora(rank_pattern={r"0\.attn.*": 2}, alpha_pattern={"mlp.c_proj": 5})))
+    assert content["rank_pattern"] == {"transformer.h.0.attn.c_attn": 2}
+    assert content["alpha_pattern"] == {"mlp.c_proj": 5}
+
+
+def test_a_default_that_is_a_regex_stays_one(make_llama):
+    model = make_llama()
+    model.config.model_type = "gemma4"
+    model._modules["language_model"] = model._modules.pop("model")
+    assert saved_config(inject(model, lora(None)))["target_modules"] == DEFAULT_TARGETS["gemma4"]
+
+
+def test_what_is_loaded_without_a_word_is_active_and_frozen(folder, make_gpt2):
+    model = make_gpt2()
+    load_adapter(model, folder)
+    assert model._minilora_adapters.active == ("default",)
+    assert not any(
+        p.requires_grad
+        for value in model._minilora_adapters.slots.values()
+        for p in own_parameters(value.kept["default"])
+    )
+    remove(WEIGHTS_FILE)(folder)
+    with pytest.raises(CheckpointError):
+        load_adapter(model, folder, "second")

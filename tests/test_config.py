@@ -247,3 +247,49 @@ def test_what_is_huge_is_refused_in_a_short_line(fields):
     with pytest.raises(ConfigError) as caught:
         LoraConfig.from_dict(fields, "file")
     assert len(str(caught.value)) < 1_300 and "\n" not in str(caught.value) and str(caught.value).startswith("file: ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"lora_bias": True, "use_dora": True}, "lora_bias goes with plain LoRA, not with dora"),
+        ({"lora_bias": True, "init_lora_weights": "olora"}, "lora_bias goes with plain LoRA, not with olora"),
+        (
+            {"use_dora": True, "init_lora_weights": "pissa"},
+            "use_dora goes with init_lora_weights True, False or 'gaussian', not 'pissa'",
+        ),
+        ({"r": 3, "init_lora_weights": "orthogonal"}, "r=3: init_lora_weights='orthogonal' wants an even r; set r=4"),
+        ({"layers_to_transform": 0, "target_modules": ".*q"}, "layers_to_transform goes with a list of target_modules"),
+        ({"layers_pattern": "h"}, "layers_pattern='h' does nothing without layers_to_transform"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]]: replicated layers share weights"),
+        ({"use_rslora": 1}, "use_rslora=1: wanted True or False"),
+    ],
+    ids=str,
+)
+def test_fields_that_do_not_go_together(fields, words):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**fields)
+    assert words in str(caught.value)
+
+
+def test_fields_that_do():
+    for fields in (
+        {"use_dora": True, "init_lora_weights": "gaussian"},
+        {"r": 4, "init_lora_weights": "orthogonal"},
+        {"layers_to_transform": 0, "target_modules": "all-linear", "layers_pattern": ["h"]},
+    ):
+        LoraConfig(**fields)
+
+
+def test_a_config_is_saved_and_read_alone(tmp_path):
+    FULL.save_pretrained(tmp_path / "new")
+    assert LoraConfig.from_pretrained(tmp_path / "new") == dataclasses.replace(FULL, inference_mode=True)
+    (tmp_path / "new" / "adapter_config.json").write_text('{"r": 0}')
+    with pytest.raises(ConfigError, match=r"new/adapter_config\.json: r=0"):
+        LoraConfig.from_pretrained(tmp_path / "new")
+
+
+@pytest.mark.parametrize("value", ["max", None, True])
+def test_the_scale_rule_is_one_of_three(value):
+    with pytest.raises(ConfigError, match=r"scale=.*wanted one of 'absmax', 'mse', 'weighted'"):
+        QuantConfig(scale=value)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from minilora import disk as disk_module
 from minilora import io
 from minilora.disk import Disk
 from minilora.errors import CheckpointError, WriteError
@@ -458,6 +459,239 @@ def test_append_line_adds_at_the_end(tmp_path):
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(WriteError, match="log: cannot be written"):
         io.append_line(tmp_path / "nowhere" / "log", "one")
+
+
+# ---- taking out, and file systems that can less
+
+
+def test_removing_takes_files_and_whole_folders(old):
+    beside_a_folder(old)
+    (old / "checkpoint-1" / "deep").mkdir()
+    (old / "checkpoint-1" / "deep" / "x").write_bytes(b"1")
+    io.remove(old, ["checkpoint-1", "a"])
+    assert contents(old.parent) == {"place/b": b"old b", "place/README": b"mine"}
+    assert not list(old.parent.rglob(".*"))
+
+
+def test_removing_from_a_folder_that_is_not_there_makes_none(tmp_path):
+    io.remove(tmp_path / "nothing", ["a"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_removing_what_is_not_there_says_so_and_takes_nothing_else(old):
+    with pytest.raises(WriteError, match=r"place/missing: cannot be written \(No such file or directory\)"):
+        io.remove(old, ["missing", "a"])
+    assert contents(old.parent) == {f"place/{name}": content for name, content in (OLD | MINE).items()}
+
+
+def test_what_a_killed_removal_left_goes_with_the_next(old):
+    (old / f"{io._STAGED}12345678").mkdir()
+    (old / f"{io._STAGED}12345678" / "x").write_bytes(b"1")
+    io.remove(old, ["b"])
+    assert contents(old) == {"a": b"old a"} | MINE and not list(old.rglob(".*"))
+
+
+class NoLinks(Disk):
+    """As exFAT is, and most network file systems."""
+
+    def link(self, source, target):
+        raise OSError(errno.EPERM, "Operation not permitted", str(source))
+
+
+@pytest.mark.parametrize("layout", [in_folder, beside_a_folder])
+@pytest.mark.parametrize("files", [NEW, {"a": b"new a"}], ids=["two", "one"])
+def test_without_hard_links_files_are_copied(old, monkeypatch, layout, files):
+    monkeypatch.setattr(io, "disk", NoLinks())
+    before = contents(layout(old))
+    io.write_files(old, files)
+    assert contents(old) == before | files and not list(old.parent.rglob(".*"))
+
+
+def test_a_link_that_fails_for_another_reason_is_an_error(old, monkeypatch):
+    class Broken(Disk):
+        def link(self, source, target):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+
+    monkeypatch.setattr(io, "disk", Broken())
+    with pytest.raises(WriteError, match="Input/output error"):
+        io.write_file(old / "a", b"new a")
+    assert contents(old.parent) == {f"place/{name}": content for name, content in (OLD | MINE).items()}
+
+
+@pytest.mark.parametrize("number", sorted(io._CANNOT))
+@pytest.mark.parametrize("call", ["exchange", "make_folder"])
+def test_what_a_system_cannot_is_done_in_place(old, monkeypatch, number, call):
+    def cannot(self, first, *rest):
+        if call == "exchange" or str(first).startswith(f"{old.parent}/."):
+            raise OSError(number, os.strerror(number), str(first))
+        return getattr(Disk(), call)(first, *rest)
+
+    monkeypatch.setattr(io, "disk", type("Less", (Disk,), {call: cannot})())
+    inode = old.stat().st_ino
+    io.write_files(old, NEW)
+    assert contents(old) == NEW | MINE and old.stat().st_ino == inode and not list(old.parent.rglob(".*"))
+
+
+@pytest.mark.parametrize("name", ["-x", "a", "z", " "])
+def test_a_commit_that_stopped_beside_its_spare_name_is_finished(old, name):
+    """A writer died between the second name of a file and its move; no name of a file comes before the spare ones."""
+    commit = old / io.COMMIT
+    commit.mkdir()
+    for file in (name, "b"):
+        (commit / file).write_bytes(b"committed")
+    (commit / f"{io._SPARE}{name}").write_bytes(b"half")
+    assert io.read_bytes(old / name, "it") == b"committed"
+    io.write_file(old / "c", b"3")
+    assert contents(old) == OLD | MINE | {name: b"committed", "b": b"committed", "c": b"3"} and not list(
+        old.rglob(".*")
+    )
+
+
+def test_where_folders_cannot_be_locked_everything_is_written_and_nothing_swept(old, monkeypatch):
+    class NoLocks(Disk):
+        def lock(self, folder):
+            return -1
+
+    left = old.parent / f".place{io._STAGED}12345678"
+    left.mkdir()
+    monkeypatch.setattr(io, "disk", NoLocks())
+    io.write_files(old, NEW)
+    assert contents(old) == NEW | MINE and left.is_dir()
+
+
+def test_a_staging_folder_that_another_process_looks_at_is_used_all_the_same(old, monkeypatch):
+    class Watched(Disk):
+        def lock(self, folder):
+            return None if io._STAGED in str(folder) else super().lock(folder)
+
+    monkeypatch.setattr(io, "disk", Watched())
+    io.write_files(old, NEW)
+    assert contents(old) == NEW | MINE and not list(old.parent.rglob(".*"))
+
+
+def test_links_in_a_new_folder_stay_and_their_targets_keep_their_mode(tmp_path):
+    (tmp_path / "outside").write_bytes(b"1")
+    (tmp_path / "outside").chmod(0o600)
+
+    def fill(folder):
+        (folder / "link").symlink_to(tmp_path / "outside")
+        (folder / "a").write_bytes(b"1")
+
+    assert io.new_folder(tmp_path / "model", fill) == tmp_path / "model"
+    assert (tmp_path / "model" / "link").is_symlink() and stat.S_IMODE((tmp_path / "outside").stat().st_mode) == 0o600
+
+
+def test_errors_that_are_not_the_systems_pass_as_they_are(tmp_path):
+    for error in (OSError("no number"), ValueError("the caller's")):
+
+        def fail(folder, error=error):
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            io.new_folder(tmp_path / "model", fail)
+        assert caught.value is error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "room"), [(errno.ENOSPC, True), (errno.EIO, False)])
+def test_a_full_disk_says_how_much_is_needed(old, monkeypatch, number, room):
+    class Full(Disk):
+        def write(self, path, content):
+            raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(io, "disk", Full())
+    with pytest.raises(WriteError) as caught:
+        io.write_files(old, {"a": bytes(1500), "b": bytes(2)})
+    assert ("(1,502 bytes)" in str(caught.value)) is room
+
+
+def test_a_writer_waits_for_another_one(old):
+    def hold():
+        with io._locked(old.parent):
+            ready.set()
+            time.sleep(0.2)
+            order.append("first")
+
+    ready, order = threading.Event(), []
+    other = threading.Thread(target=hold)
+    other.start()
+    ready.wait()
+    io.write_files(old, NEW)
+    order.append("second")
+    other.join()
+    assert order == ["first", "second"]
+
+
+def test_optional_files_may_be_missing_and_others_not(old):
+    wanted = {"a": "the weights", "seal": "the seal"}
+    assert io.read_files(old, wanted, {"seal"}) == {"a": b"old a"}
+    with pytest.raises(
+        CheckpointError, match=r"place/seal: the seal cannot be read \(No such file or directory\); check the path"
+    ):
+        io.read_files(old, wanted)
+    with pytest.raises(CheckpointError, match="the weights cannot be read"):
+        io.read_files(old / "README", {"a": "the weights"})
+
+
+def test_a_file_that_grows_or_shrinks_is_read_as_it_was_opened(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345678")
+    opened = io.disk.open(tmp_path / "a")
+    os.truncate(tmp_path / "a", 3)
+    assert opened.read() == b"123"
+    opened.close()
+
+
+def test_what_a_disk_refuses_names_the_path(tmp_path, monkeypatch):
+    disk = Disk()
+
+    def full(handle, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for call in (lambda: disk.write(tmp_path / "a", b"1"), lambda: disk.append(tmp_path / "a", b"1")):
+        with pytest.raises(OSError, match="No space left") as caught:
+            call()
+        assert caught.value.filename == str(tmp_path / "a")
+    monkeypatch.undo()
+    for number, told in ((errno.EIO, True), (errno.EINVAL, False)):  # some file systems have no flush for folders
+
+        def fail(handle, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("minilora.disk._flush", fail)
+        if told:
+            with pytest.raises(OSError, match="Input/output") as caught:
+                disk.flush(tmp_path)
+            assert caught.value.filename == str(tmp_path)
+        else:
+            disk.flush(tmp_path)
+
+
+def test_a_lock_is_held_once_and_never_where_there_is_no_folder(tmp_path, monkeypatch):
+    disk = Disk()
+    handle = disk.lock(tmp_path)
+    assert handle >= 0 and disk.lock(tmp_path) is None
+    disk.unlock(handle)
+    again = disk.lock(tmp_path)
+    disk.unlock(again)
+    disk.unlock(-1)
+    (tmp_path / "file").write_bytes(b"1")
+    assert again >= 0 and disk.lock(tmp_path / "file") == -1
+
+    def no_locks(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("minilora.disk.fcntl.flock", no_locks)
+    assert disk.lock(tmp_path) == -1
+    monkeypatch.setattr("minilora.disk.fcntl", None)  # Windows
+    assert disk.lock(tmp_path) == -1
+
+
+def test_exchange_says_when_the_system_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.disk._renameat2", None)
+    with pytest.raises(OSError, match="Function not implemented"):
+        Disk().exchange(tmp_path, tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert disk_module._find_renameat2() is None
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, merge, quantize_model
-from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, adapter_sha256, read_adapter
+from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, _seal_bytes, adapter_sha256, read_adapter
 from minilora.checkpoint import adapter_state_dict, load_adapter, restore_adapter, save_adapter
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError
 from minilora.export import export_adapter, export_folder
+from minilora.fingerprint import differs, fingerprint, is_fingerprint
 from minilora.hotswap import hotswap_adapter
 from minilora.parse import parse_header, parse_json
 
@@ -523,3 +524,87 @@ def test_json_and_headers_take_any_bytes_like():
     assert parse_json(bytearray(b'{"a": 1}')) == {"a": 1}
     assert parse_header(struct.pack("<Q", 2) + b"{}", "x").entries == {}
     assert adapter_sha256({}) == adapter_sha256({})
+
+
+# ---- fingerprints
+
+
+def test_a_layer_whose_weight_is_not_at_hand_is_left_out(make_gpt2):
+    paths = [f"transformer.h.{at}.attn.c_attn" for at in range(2)]
+    want = fingerprint(make_gpt2(), paths)
+    assert set(want["samples"]) == set(paths) and is_fingerprint(want)
+    model = make_gpt2()
+    model.transformer.h[0].attn.c_attn.to("meta")
+    found = fingerprint(model, paths)
+    assert found["parameters"] == want["parameters"] and set(found["samples"]) == {paths[1]}
+    assert differs(want, found) is None and differs(found, want) is None
+    model.transformer.h[1].attn.c_attn.weight.data += 1
+    assert "h.1.attn.c_attn.weight holds" in differs(want, fingerprint(model, paths))
+
+
+def test_of_many_layers_eight_are_sampled_from_first_to_last(make_gpt2):
+    model = make_gpt2(n_layer=11)
+    paths = [f"transformer.h.{at:d}.mlp.c_fc" for at in range(11)]
+    for count, sampled in ((8, 8), (9, 8), (11, 8), (3, 3)):
+        samples = fingerprint(model, paths[::-1][:count])["samples"]
+        assert len(samples) == sampled and min(samples) == min(paths[::-1][:count])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, [], {"parameters": ""}, {"parameters": "", "samples": {}, "more": 1}, {"parameters": "", "samples": []},
+        {"parameters": "", "samples": {"a": None}}, {"parameters": "", "samples": {"a": ["float32"]}},
+        {"parameters": "", "samples": {"a": ["int8", "0" * 128]}}, {"parameters": "", "samples": {"a": ["float32", "0" * 127]}},
+        {"parameters": "", "samples": {"a": ["float32", 0]}}, {"parameters": "", "samples": {"a": ["packed", "G" * 128]}},
+    ],
+)  # fmt: skip
+def test_what_is_no_fingerprint(value):
+    assert not is_fingerprint(value)
+    assert is_fingerprint({"parameters": "", "samples": {"a": ["packed", "0" * 128]}})
+
+
+def test_two_adapters_of_a_folder_have_two_digests(folder):
+    files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    digest = adapter_sha256(files)
+    assert digest == adapter_sha256(dict(reversed(files.items()))) == adapter_sha256(files | {"README.md": b"mine"})
+    for name in files:
+        assert adapter_sha256(files | {name: files[name] + b" "}) != digest
+        assert adapter_sha256({key: files[key] for key in files if key != name}) != digest
+
+
+def reseal(folder, **changes):
+    """A seal whose own hash is right, with other content."""
+    content = json.loads((folder / SEAL_FILE).read_text()) | changes
+    (folder / SEAL_FILE).write_bytes(_seal_bytes(content))
+
+
+def test_a_seal_of_another_version_or_of_no_file_is_refused(folder):
+    reseal(folder)
+    read_adapter(folder)
+    for changes, words in (
+        ({"version": 2}, f"{SEAL_FILE}: damaged, or of a newer minilora"),
+        ({"files": {}}, f"{CONFIG_FILE}: is not the file that was saved here"),
+        ({"files": []}, f"{CONFIG_FILE}: is not the file that was saved here"),
+        ({"files": 3}, f"{SEAL_FILE}: damaged, or of a newer minilora"),
+    ):
+        before = (folder / SEAL_FILE).read_bytes()
+        reseal(folder, **changes)
+        with pytest.raises(CheckpointError, match=words):
+            read_adapter(folder)
+        (folder / SEAL_FILE).write_bytes(before)
+    reseal(folder, base=None)
+    assert read_adapter(folder).base is None
+
+
+def test_a_pickle_beside_good_weights_is_left_alone(folder):
+    (folder / "adapter_model.bin").write_bytes(b"never read")
+    read_adapter(folder)
+
+
+def test_what_is_read_says_where_it_comes_from(folder):
+    stored = read_adapter(folder)
+    assert stored.from_file and stored.variant == "lora" and stored.ignored == [] and stored.made_with == ""
+    assert stored.path == folder / WEIGHTS_FILE and stored.config.r == 3
+    given = read_adapter(folder, lora(r=5))
+    assert not given.from_file and given.config.r == 5 and given.base == stored.base and stored.base
