@@ -701,7 +701,7 @@ def test_a_full_disk_without_a_known_size_names_no_bytes(old, monkeypatch):
 
     monkeypatch.setattr(io, "disk", Full())
     for call in (lambda: io.new_folder(old.parent / "model", fill), lambda: io.remove(old, ["a"])):
-        with pytest.raises(WriteError, match="choose a writable folder with room$"):
+        with pytest.raises(WriteError, match=r"choose a writable folder with room$"):
             call()
 
 
