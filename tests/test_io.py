@@ -72,8 +72,8 @@ def test_write_files_replaces_what_it_names_and_no_more(layout):
 
 def test_folders_are_made(tmp_path):
     io.write_files(tmp_path / "new" / "deep", {"a": b"1", "b": b"2"})
-    io.write_file(tmp_path / "other" / "c", "text")
-    assert contents(tmp_path) == {"new/deep/a": b"1", "new/deep/b": b"2", "other/c": b"text"}
+    io.write_file(tmp_path / "other" / "than" / "this" / "c", "text")
+    assert contents(tmp_path) == {"new/deep/a": b"1", "new/deep/b": b"2", "other/than/this/c": b"text"}
 
 
 def test_a_link_to_a_folder_stays_a_link(old, tmp_path):
@@ -692,6 +692,27 @@ def test_exchange_says_when_the_system_has_none(tmp_path, monkeypatch):
         Disk().exchange(tmp_path, tmp_path)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert disk_module._find_renameat2() is None
+
+
+def test_a_full_disk_without_a_known_size_names_no_bytes(old, monkeypatch):
+    class Full(Disk):
+        def make_folder(self, path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(io, "disk", Full())
+    for call in (lambda: io.new_folder(old.parent / "model", fill), lambda: io.remove(old, ["a"])):
+        with pytest.raises(WriteError, match=r"choose a writable folder with room$"):
+            call()
+
+
+def test_a_new_folder_sweeps_what_a_killed_one_left(tmp_path):
+    left = tmp_path / f".model{io._STAGED}12345678"
+    left.mkdir()
+    (left / "half").write_bytes(b"1")
+    other = tmp_path / f".other{io._STAGED}12345678"
+    other.mkdir()
+    io.new_folder(tmp_path / "model", fill)
+    assert not left.exists() and other.is_dir()
 
 
 if __name__ == "__main__":

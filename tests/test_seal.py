@@ -1,5 +1,6 @@
 """Files are data: what is damaged, foreign, oversized or of another base is refused by name, and loading does nothing but read."""
 
+import hashlib
 import json
 import random
 import resource
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, merge, quantize_model
-from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, _seal_bytes, adapter_sha256, read_adapter
+from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, _seal_bytes, adapter_sha256, read_adapter, seal
 from minilora.checkpoint import adapter_state_dict, load_adapter, restore_adapter, save_adapter
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError
@@ -128,8 +129,6 @@ def test_a_broken_seal_is_named(folder, case):
     "base", [1, {}, {"parameters": 1, "samples": {}}, {"parameters": "", "samples": {"a": ["f", "00"]}}]
 )
 def test_a_well_sealed_lie_about_the_base_is_damage(folder, base):
-    from minilora.adapter_files import seal
-
     files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     (folder / SEAL_FILE).write_bytes(seal(files, base)[SEAL_FILE])
     with pytest.raises(CheckpointError, match=rf"{SEAL_FILE}: damaged"):
@@ -608,3 +607,43 @@ def test_what_is_read_says_where_it_comes_from(folder):
     assert stored.path == folder / WEIGHTS_FILE and stored.config.r == 3
     given = read_adapter(folder, lora(r=5))
     assert not given.from_file and given.config.r == 5 and given.base == stored.base and stored.base
+
+
+GOLDEN = """{
+ "base": null,
+ "files": {
+  "adapter_config.json": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+  "adapter_model.safetensors": "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+ },
+ "sha256": "SUM",
+ "version": 1
+}
+"""
+
+
+def test_a_seal_keeps_its_form():
+    """One of today is read by every later version: its own hash is that of the other fields in order, as json.dumps writes them."""
+    written = seal({WEIGHTS_FILE: b"1", CONFIG_FILE: b"{}"}, None)[SEAL_FILE].decode()
+    body = json.loads(GOLDEN)
+    del body["sha256"]
+    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    assert written == GOLDEN.replace("SUM", own)
+    swapped = json.dumps({"samples": {}, "parameters": "x"})
+    other = seal({WEIGHTS_FILE: b"1", CONFIG_FILE: b"{}"}, json.loads(swapped))[SEAL_FILE]
+    assert other == seal({CONFIG_FILE: b"{}", WEIGHTS_FILE: b"1"}, {"parameters": "x", "samples": {}})[SEAL_FILE]
+
+
+def test_what_is_not_finite_is_found_without_a_model(make_gpt2, folder):
+    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    last = sorted(tensors)[-1]
+    tensors[last][-1, -1] = float("inf")
+    safetensors.torch.save_file(tensors, unsealed(folder) / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS_FILE}: {last} holds NaN or infinity"):
+        read_adapter(folder)
+
+
+def test_the_warning_of_unknown_keys_points_at_the_caller_and_cuts_them(make_gpt2, folder):
+    edit(unsealed(folder), **{"x" * 70: 1})
+    with pytest.warns(UserWarning, match=f"does not know '{'x' * 60}' and") as caught:
+        load_adapter(make_gpt2(), folder)
+    assert caught[0].filename == __file__
