@@ -20,7 +20,7 @@ from minilora import (
     inject,
     quantize_model,
 )
-from minilora.adapter_files import SEAL_FILE, not_finite, read_config
+from minilora.adapter_files import SEAL_FILE, not_finite, read_adapter, read_config
 from minilora.architectures import DEFAULT_TARGETS
 from minilora.checkpoint import (
     CONFIG_FILE,
@@ -674,3 +674,9 @@ def test_what_is_loaded_without_a_word_is_active_and_frozen(folder, make_gpt2):
     remove(WEIGHTS_FILE)(folder)
     with pytest.raises(CheckpointError):
         load_adapter(model, folder, "second")
+
+
+def test_values_of_a_folder_are_strict_unless_told(folder, make_gpt2):
+    edit_tensors(lambda tensors: tensors.pop(B1))(folder)
+    with pytest.raises(CheckpointError, match=f"{B1} is missing"):
+        checkpoint.load_values(make_gpt2(), read_adapter(folder), "default")

@@ -715,6 +715,20 @@ def test_a_new_folder_sweeps_what_a_killed_one_left(tmp_path):
     assert not left.exists() and other.is_dir()
 
 
+@pytest.mark.parametrize("name", ["a", "new"])
+def test_one_file_that_cannot_be_flushed_is_taken_back(old, monkeypatch, name):
+    class Broken(Disk):
+        def flush(self, path):
+            if path == old:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            super().flush(path)
+
+    monkeypatch.setattr(io, "disk", Broken())
+    with pytest.raises(WriteError, match="Input/output error"):
+        io.write_file(old / name, b"1")
+    assert contents(old.parent) == {f"place/{key}": content for key, content in (OLD | MINE).items()}
+
+
 if __name__ == "__main__":
     for way, layout in (("exchange", in_folder), ("in place", beside_a_folder)):
         with tempfile.TemporaryDirectory() as home:
