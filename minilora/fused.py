@@ -55,14 +55,18 @@ def lora_linear(
         ``[..., out]`` in ``x``'s dtype. Differentiable once with respect to ``x``, ``bias``, ``A`` and ``B``; the weight gets no gradient.
     """
     grad = torch.is_grad_enabled()
-    if not grad and not p and A is not None and B is not None and _all_alike(x, weight, A):
+    if not grad and not p and A is not None and B is not None and _all_alike(x, weight, bias, A, B):
         out = F.linear(x, weight, bias)  # type: ignore[arg-type]  # the same with little around it: one token, one layer after the other
         out.view(-1, out.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.t(), alpha=scaling)
         return out
     x, drop = x.to(flowing_dtype(x)), min(round(p * _STEPS), _STEPS - 1)
+    kept = scaling * _STEPS / (_STEPS - drop)
     if grad:
-        return _LoRALinear.apply(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop, backend)
-    return _forward(x, bias, A, B, weight, scaling * _STEPS / (_STEPS - drop), drop, _new_seed(drop), backend)[0]
+        flat = _LoRALinear.apply(x, bias, A, B, weight, kept, drop, backend)
+    else:
+        flat = _forward(x, bias, A, B, weight, kept, drop, _new_seed(drop), backend)[0]
+    # Shaped out here: what a Function returns as a view of its own must not be written to, and models do (ReLU(inplace=True)).
+    return flat.view(*x.shape[:-1], flat.shape[1])
 
 
 def lora_linear_reference(
@@ -141,21 +145,21 @@ class _LoRALinear(torch.autograd.Function):
 
 def _forward(x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight, scaling: float, drop: int,
              seed: int, backend: str | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The output, and ``h = scaling * A dropout(x)`` as ``[r, M]``; ``scaling`` makes up for what is dropped."""
+    """The output ``[M, out]``, and ``h = scaling * A dropout(x)`` as ``[r, M]``; ``scaling`` makes up for what is dropped."""
     dtype, h = product_dtype(x.dtype, x.device), None
     with _as_written(x):
         values = x.reshape(-1, x.shape[-1]).to(dtype)
         if A is not None:
             h = (_thin(values, A.to(dtype), drop, seed) if drop else torch.mm(A.to(dtype), values.t())).mul_(scaling)
         out = matmul(values, weight, True, None if h is None else h.t(), B, bias, x.dtype, backend)
-    return out.view(*x.shape[:-1], out.shape[1]), h
+    return out, h
 
 
-def _all_alike(x: Tensor, weight: Weight, A: Tensor) -> bool:
+def _all_alike(x: Tensor, weight: Weight, *parts: Tensor | None) -> bool:
     """Whether no part of the product needs a cast or a decoding, and no small thing is special."""
     if not isinstance(weight, Tensor) or x.dtype is not torch.float32 or torch.is_autocast_enabled(x.device.type):
         return False
-    return weight.dtype is torch.float32 and A.dtype is torch.float32
+    return all(part is None or part.dtype is torch.float32 for part in (weight, *parts))
 
 
 def _new_seed(drop: int) -> int:

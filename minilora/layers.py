@@ -76,7 +76,7 @@ def _is_slow(layer: nn.Module) -> bool:
 def take_back(model: nn.Module) -> None:
     """Undo ``in_front``."""
     for layer in model.modules():
-        if isinstance(layer, Frozen):
+        if type(layer).__mro__[1] is Frozen:  # and nobody has extended the class since
             layer.__class__ = type(layer).__mro__[2]  # (extended, Frozen, the class it was, ...)
 
 
@@ -195,10 +195,12 @@ def carries(layer: nn.Module, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not calls_only_forward(layer):
         return False
+    if torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
+        return False
     if not x.is_floating_point() or x.device.type == "meta":
         return False
     if isinstance(layer, QuantLinear):
-        return True
+        return type(layer).forward is QuantLinear.forward
     known = type(layer).forward in _PRODUCTS or is_conv1d(layer)
     return known and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
 

@@ -86,9 +86,10 @@ def cpu_has_bf16() -> bool:
 
 
 def flowing_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to which ``F.linear`` would cast ``x`` here: that of a ``torch.autocast`` block, or ``x``'s own."""
+    """The dtype to which ``F.linear`` would cast ``x`` here: that of a ``torch.autocast`` block (which leaves fp64), or ``x``'s own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

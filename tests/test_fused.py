@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import minilora
-from minilora import fused, layers, ops
+from minilora import fused, inject, layers, ops
+from minilora.adapted import unload
 from minilora.config import LoraConfig, QuantConfig
 from minilora.fused import keep_masks, lora_linear, lora_linear_reference
 from minilora.layers import Frozen, QuantLinear
@@ -540,3 +541,74 @@ def test_copies_are_such_layers_too(again, slow_cpu):
     x = draw(5, 33, dtype=torch.bfloat16)
     assert type(twin[0]) is type(model[0]) and torch.equal(twin(x), model(x))
     assert twin[0].weight.data_ptr() != model[0].weight.data_ptr()
+
+
+# ---- what models and users do with a layer
+
+
+def adapted(layer, **fields):
+    model = nn.Sequential(layer)
+    inject(model, LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False, **fields))
+    return model.train()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 5, 24)], ids=str)
+def test_the_output_may_be_written_to(shape, dtype, packed):
+    """As models do with ReLU(inplace=True), and with residuals."""
+    grads = []
+    for inplace in (False, True):
+        torch.manual_seed(2)
+        base = nn.Linear(24, 10).to(dtype)
+        model = adapted(QuantLinear.from_linear(base, QuantConfig()) if packed else base)
+        x = torch.randn(shape).to(dtype)
+        out = torch.relu(model(x) + 1) if not inplace else model(x).add_(1).relu_()
+        out.float().sum().backward()
+        grads.append((out.detach(), model[0].lora_A.grad, model[0].lora_B.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+
+
+def test_autocast_leaves_fp64():
+    model, x = adapted(nn.Linear(24, 10)).double(), torch.randn(3, 24, dtype=torch.float64)
+    wanted = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on the first use of forward mode
+def test_forward_mode_and_tracing_take_the_plain_way():
+    model, x = adapted(nn.Linear(24, 10)).eval(), torch.randn(3, 24)
+    with torch.autograd.forward_ad.dual_level():
+        dual = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, model(x + 1) - model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_other_dtypes_are_cast_without_grad_too():
+    model, x = adapted(nn.Linear(24, 10)), torch.randn(3, 24)
+    model[0].lora_B.data = model[0].lora_B.data.bfloat16()
+    wanted = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_of_a_subclass_of_the_packed_layer_is_called():
+    class Zero(QuantLinear):
+        def forward(self, x):
+            return super().forward(x) * 0
+
+    base = QuantLinear.from_linear(nn.Linear(24, 10), QuantConfig())
+    base.__class__ = Zero
+    model, x = adapted(base), torch.randn(3, 24)
+    torch.testing.assert_close(model(x), model[0].update(x))
+
+
+def test_a_class_that_was_extended_after_injection_is_left_alone():
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 10)).half()
+    inject(model, LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    torch.nn.utils.parametrizations.weight_norm(model[1])
+    x = torch.randn(3, 24).half()
+    wanted = model(x)
+    unload(model)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-2, atol=1e-2)

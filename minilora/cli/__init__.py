@@ -358,7 +358,9 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from minilora.export import export_adapter, export_folder
+    from minilora.hf.folders import refuse_occupied
 
+    refuse_occupied(arguments.out)
     if arguments.model:
         from minilora import PeftModel
         from minilora.hf import load_model

@@ -181,6 +181,8 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
         say(f"{job.model} is packed already ({found}), and stays as it is")
     elif job.quant != "none":
         quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
+        nested = ", double quantization" if job.double_quant else ""
+        say(f"linear layers packed to {job.quant}{nested}; quant=none keeps them as they are")
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
     model = get_peft_model(model, job.lora)
