@@ -187,5 +187,5 @@ def test_the_command_runs_both_and_compares(capsys, tmp_path, model_folder, flag
     captured = capsys.readouterr()
     assert "Losses agree: 2 steps, 4 runs" in captured.out and "PEFT / minilora" in captured.out
     assert captured.err.count("step 2/2") == 2  # progress, at every step of every run
-    assert captured.out.count("\n| ") == (11 if flags else 0)
+    assert captured.out.count("\n| ") == (12 if flags else 0)
     assert "The same losses" in page.read_text(encoding="utf-8")

@@ -54,6 +54,6 @@ def test_the_cpu_benchmark_runs(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "cpu.py"), "--quick", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 17 and all(float(row["ours cpu median"]) > 0 and row["commit"] for row in rows)
     assert all(row["what"] in done.stdout for row in rows)

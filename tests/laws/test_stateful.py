@@ -319,7 +319,11 @@ class Machine(RuleBasedStateMachine):
         report = minilora.merge(self.model, names)
         self.merged = list(chosen)
         assert set(report.layers) == {path for name in chosen for path in self.known[name].deltas}
-        assert report.survived > 0.99
+        deltas = [delta for name in chosen for delta in self.known[name].deltas.values()]
+        if any(
+            delta.norm() > 1e-3 for delta in deltas
+        ):  # of an update that is rounding itself, rounding may leave anything
+            assert report.survived > 0.99
 
     @rule()
     def unmerge(self):

@@ -29,7 +29,6 @@ KINDS = {
     "olora": {"init_lora_weights": "olora"},
     "dora": {"use_dora": True},
     "dropout": {"lora_dropout": 0.1},
-    "quantized dropout": {"lora_dropout": 0.1},
     "bias and copies": {"bias": "all", "modules_to_save": ["lm_head"]},
     "tokens": {"trainable_token_indices": [3, 5, 60]},
 }
@@ -392,9 +391,7 @@ COMPILED = {
     "lora": ("lora", {}),
     "dora": ("dora", {}),
     "pissa": ("pissa", {}),
-    "dropout": ("dropout", {}),
     "nf4": ("quantized", {}),
-    "nf4 dropout": ("quantized dropout", {}),
     "nf4 dora": ("quantized", {"use_dora": True}),
     "tokens": ("tokens", {}),
 }
