@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError
+from minilora.layers import extended, revive
 from minilora.slots import has_adapters
 
-__all__ = ["prepare_model_for_kbit_training"]
+__all__ = ["checkpoint_activations", "dtype_on_disk", "prepare_model_for_kbit_training"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -31,13 +32,7 @@ class _InFloat32(nn.Module):
         return out.to(x.dtype)
 
     def __reduce__(self) -> tuple:
-        """Copies and pickles find the class that was extended by its name."""
-        return _extended, (type(self).__mro__[2],), self.__dict__
-
-
-def _extended(old: type[nn.Module]) -> Any:
-    new = type(old.__name__, (_InFloat32, old), {"__module__": old.__module__, "__doc__": old.__doc__})
-    return new.__new__(new)  # type: ignore[call-overload]
+        return revive, (_InFloat32, type(self).__mro__[2]), self.__dict__
 
 
 def dtype_on_disk(module: nn.Module) -> torch.dtype | None:
@@ -74,18 +69,25 @@ def prepare_model_for_kbit_training(
     for parameter in _halves(model) if upcast == "all" else ():
         parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
-        _checkpoint(model, {"use_reentrant": False} | (gradient_checkpointing_kwargs or {}))
+        checkpoint_activations(model, gradient_checkpointing_kwargs)
     return model
 
 
-def _checkpoint(model: Any, options: dict[str, Any]) -> None:
-    """Turn it on by the newer of the two names that transformers has had for it."""
+def checkpoint_activations(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Recompute activations in the backward pass, by the newer of the two names that transformers has for it.
+
+    Raises:
+        StateError: the model has no such switch (transformers' models do).
+    """
+    options = {"use_reentrant": False} | (options or {})
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     elif hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     else:
-        raise StateError(f"{type(model).__name__} cannot checkpoint activations; pass use_gradient_checkpointing=False")
+        raise StateError(
+            f"{type(model).__name__} cannot checkpoint its activations; leave gradient_checkpointing out (use_gradient_checkpointing=False)"
+        )
     if options["use_reentrant"]:  # it passes gradients on only where an input wants one
         model.enable_input_require_grads()
 
@@ -98,5 +100,5 @@ def _raise(norm: Any) -> None:
     kind = norm.weight.dtype
     norm.float()
     if not isinstance(norm, _InFloat32):
-        norm.__class__ = type(_extended(type(norm)))
+        norm.__class__ = extended(_InFloat32, type(norm))  # type: ignore[arg-type]
         norm.given_dtype = kind

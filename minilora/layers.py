@@ -47,17 +47,18 @@ class Frozen(nn.Module):
         return lora_linear(x, frozen_weight(self), self.bias)  # type: ignore[arg-type]
 
     def __reduce__(self) -> tuple:
-        return _revive, (type(self).__mro__[2],), self.__dict__
+        return revive, (Frozen, type(self).__mro__[2]), self.__dict__
 
 
 @functools.cache
-def _frozen_class(old: Any) -> Any:
-    """``old`` with ``Frozen`` in front, under the old name: layers are looked up by it."""
-    return type(old.__name__, (Frozen, old), {"__module__": old.__module__, "__doc__": old.__doc__})
+def extended(front: Any, old: Any) -> Any:
+    """``old`` with ``front`` before it, under the old name, by which modules are looked up; the same class each time."""
+    return type(old.__name__, (front, old), {"__module__": old.__module__, "__doc__": old.__doc__})
 
 
-def _revive(old: type[nn.Module]) -> nn.Module:
-    new = _frozen_class(old)  # type: ignore[arg-type]
+def revive(front: Any, old: Any) -> Any:
+    """An empty object of the extended class: copies and pickles find the class that was extended by its name, and start from here."""
+    new = extended(front, old)
     return new.__new__(new)
 
 
@@ -65,7 +66,7 @@ def in_front(model: nn.Module) -> None:
     """Give dense frozen layers the class ``Frozen`` where that can help: on a CPU without bf16 products, or with an fp16 weight."""
     for layer in model.modules():
         if (type(layer) is nn.Linear or (is_conv1d(layer) and not isinstance(layer, Frozen))) and _is_slow(layer):
-            layer.__class__ = _frozen_class(type(layer))  # type: ignore[arg-type]
+            layer.__class__ = extended(Frozen, type(layer))  # type: ignore[arg-type]
 
 
 def _is_slow(layer: nn.Module) -> bool:

@@ -32,13 +32,14 @@ from minilora.guards import (
     is_out_of_memory,
 )
 from minilora.io import append_line, remove, write_file
+from minilora.kbit import checkpoint_activations
 from minilora.losses import evaluate, token_losses
 from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
 from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.signals import Wish, caught
 from minilora.slots import adapters_of
 
-__all__ = ["TrainConfig", "checkpoint_activations", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
+__all__ = ["TrainConfig", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
 
 
 def train(
@@ -306,19 +307,6 @@ def _refusal(problem: str | None) -> str:
     if problem:
         return f"the first step has no finite gradient: {problem}; look at the base model's weights, its dtype and the first examples"
     return "the first gradient is zero everywhere, so nothing would train; does the loss depend on an adapted layer?"
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute activations in the backward pass. Raises ``StateError`` if the model has no such switch (transformers' models do)."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.24 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
-    elif hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-    else:
-        raise StateError(
-            f"{type(model).__name__} cannot checkpoint its activations; train without gradient_checkpointing"
-        )
 
 
 def memory_mb(peak: bool = False) -> float:

@@ -30,11 +30,11 @@ from minilora.hf.finetune import DTYPES
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.hf.plan import PlanJob, load_config, model_on_meta
 from minilora.inject import inject
+from minilora.kbit import checkpoint_activations
 from minilora.layers import is_quantized
 from minilora.peft_model import PeftModel
 from minilora.plan import own_memory, training_step
 from minilora.quantize_model import quantize_model
-from minilora.train import checkpoint_activations
 from minilora.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
 
 __all__ = ["BenchJob", "contestant", "run"]

@@ -20,11 +20,12 @@ from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.inject import inject
+from minilora.kbit import checkpoint_activations
 from minilora.layers import is_quantized
+from minilora.losses import token_losses
 from minilora.plan import Memory, measure, pack_on_paper, predict
 from minilora.quantize_model import quantize_model
 from minilora.targets import check_form
-from minilora.train import checkpoint_activations, token_losses
 from minilora.worker import Worker
 
 __all__ = ["PlanJob", "has_weights", "load_config", "measured_in_worker", "model_on_meta", "predicted"]
