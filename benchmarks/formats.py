@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from record import RESULTS, into_readme, stamp, write_csv
 
 import minilora
-from minilora.config import QuantConfig
+from minilora.quant.config import QuantConfig
 from minilora.quantize import quantize
 from minilora.quantize_model import quantizable_paths
 

@@ -1,6 +1,6 @@
 """Draw ``docs/design.svg``: the path of a weight through a layer, and the house of modules with its one direction.
 
-The rows are read from ORDER, which the layering test enforces on the imports; run this file after changing it.
+The rooms are read from ROOMS, which the layering test enforces on the imports; run this file after changing it.
 """
 
 from __future__ import annotations
@@ -8,22 +8,33 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-# A module may import from its own row and the rows above it, never below: (what the row is about, modules).
-ORDER: list[tuple[str, list[str]]] = [
-    ("what is said", ["errors", "validate", "codebooks", "config", "disk", "io", "parse", "architectures"]),
-    ("weights in few bits", ["lookup", "scales", "quantize"]),
-    ("the door to speed", ["cuda", "ops", "fused"]),
-    ("base layers", ["layers"]),
-    ("the law and the lesson", ["adapter", "lora", "variants"]),
-    ("where they go", ["targets", "slots", "tying", "inject", "quantize_model"]),
-    ("many adapters", ["adapted", "batched", "combine", "calibrate"]),
-    ("files", ["fingerprint", "adapter_files", "save", "checkpoint", "hotswap", "export", "bnb"]),
-    ("what users see", ["peft_model", "compat", "kbit"]),
-    ("a run", ["data", "losses", "schedule", "guards", "signals", "resume", "train"]),
-    ("pictures and figures", ["pictures", "report", "tables", "progress", "inspect", "optim"]),
-    ("the job", ["worker", "ledger", "plan", "bench"]),
-    ("transformers", ["hf", "demo", "peers"]),
-    ("the edge", ["cli"]),
+# The rooms of the house, from the ground up: (room, what lives there, its files in reading order). A room imports from the rooms
+# above its own line, never from below; inside a room there is no circle. A room without files is one module of that name.
+ROOMS: list[tuple[str, str, list[str]]] = [
+    ("errors", "what minilora raises", []),
+    ("files", "bytes to and from a disk, and what values may be", ["validate", "parse", "disk", "io"]),
+    ("quant", "weights in few bits", ["codebooks", "config", "blockwise", "scales", "lookup", "bnb"]),
+    ("linear", "a product with a frozen weight", ["layers", "ops", "fused", "cuda"]),
+    (
+        "lora",
+        "the adapters and where they go",
+        ["layer", "adapter", "config", "slots", "inject", "targets", "architectures", "tying", "variants"],
+    ),
+    ("qlora", "a whole model packed", ["quantize_model", "calibrate", "kbit"]),
+    ("store", "adapters as folders", ["save", "load", "adapter_files", "fingerprint", "export"]),
+    ("many", "several adapters in one model", ["adapted", "batched", "combine", "hotswap"]),
+    ("report", "what people look at", ["page", "pictures", "tables", "inspect"]),
+    (
+        "training",
+        "a run",
+        ["loop", "data", "losses", "schedule", "optim", "guards", "signals", "resume", "progress"],
+    ),
+    ("measure", "memory and time", ["plan", "ledger", "bench", "worker"]),
+    ("peft_model", "the face that PEFT's users know", []),
+    ("compat", "PEFT's other names", []),
+    ("demo", "the keeper's conversations", []),
+    ("hf", "all that knows transformers", []),
+    ("cli", "the command line", []),
 ]
 INK, SOFT, FROZEN, TRAINED, BOX = "#1b1e22", "#5b636d", "#0072b2", "#c25400", "#f3f4f3"
 WIDTH, ROW, TOP = 940, 34, 250
@@ -88,26 +99,16 @@ def layer() -> str:
     )
 
 
-def house(present: set[str]) -> tuple[str, int]:
-    """The rows of modules; only those that exist are drawn."""
-    parts = [
-        text(
-            24,
-            TOP + 14,
-            "The house: a module imports from its row and from above, never from below",
-            15,
-            INK,
-            weight=600,
-        )
-    ]
+def house() -> tuple[str, int]:
+    """The rooms, one row each, with their files in reading order."""
+    says = "The house: a room imports from the rooms above it, never from below"
+    parts = [text(24, TOP + 14, says, 15, INK, weight=600)]
     y = TOP + 32
-    for about, modules in ORDER:
-        names = [name for name in modules if name in present]
-        if not names:
-            continue
+    for name, about, files in ROOMS:
         parts.append(f'<rect x="24" y="{y}" width="{WIDTH - 100}" height="{ROW - 6}" rx="5" fill="{BOX}"/>')
-        parts.append(text(36, y + 19, about, 12, SOFT))
-        parts.append(text(210, y + 19, "\u2002·\u2002".join(names), 14, INK, weight=600))
+        parts.append(text(36, y + 19, name, 14, INK, weight=600))
+        parts.append(text(120, y + 19, about, 12, SOFT))
+        parts.append(text(410, y + 19, " · ".join(files), 12, INK))
         y += ROW
     parts.append(arrow((WIDTH - 50, y - 12), (WIDTH - 50, TOP + 36)))
     parts.append(
@@ -116,10 +117,9 @@ def house(present: set[str]) -> tuple[str, int]:
     return "".join(parts), y
 
 
-def draw(package: Path) -> str:
-    present = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    rows, bottom = house(present)
-    says = "An adapted layer, and the modules of minilora in the order of their imports"
+def draw() -> str:
+    rows, bottom = house()
+    says = "An adapted layer, and the rooms of minilora in the order of their imports"
     tip = f'<path d="M0,0 L8,4 L0,8 z" fill="{SOFT}"/>'
     tip = f'<marker id="tip" markerWidth="9" markerHeight="9" refX="7" refY="4" orient="auto">{tip}</marker>'
     return (
@@ -131,4 +131,4 @@ def draw(package: Path) -> str:
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
-    (here / "design.svg").write_text(draw(here.parent / "minilora"), encoding="utf-8")
+    (here / "design.svg").write_text(draw(), encoding="utf-8")

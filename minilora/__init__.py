@@ -18,7 +18,7 @@ from minilora.compat import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig
 from minilora.errors import MiniLoraError
 from minilora.export import export_adapter
 from minilora.hotswap import hotswap_adapter
@@ -28,6 +28,7 @@ from minilora.layers import QuantLinear
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model
+from minilora.quant.config import QuantConfig
 from minilora.quantize import QuantizedTensor, quantize
 from minilora.quantize_model import quantize_model
 from minilora.tying import untie

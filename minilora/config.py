@@ -1,7 +1,7 @@
-"""The two configs: what an adapter is (``LoraConfig``) and how a weight is stored (``QuantConfig``).
+"""What an adapter is: ``LoraConfig``.
 
-Both are frozen dataclasses that validate themselves when built, so no later code asks again. ``LoraConfig`` keeps the names and
-defaults of PEFT 0.21.2 and reads and writes PEFT's ``adapter_config.json``; fields of PEFT that minilora does not offer are
+It is a frozen dataclass that validates itself when built, so no later code asks again. It keeps the names and defaults of
+PEFT 0.21.2 and reads and writes PEFT's ``adapter_config.json``; fields of PEFT that minilora does not offer are
 accepted at their default, kept in the file, and refused by name otherwise. Next file to read: ``lora.py``.
 """
 
@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora import validate
-from minilora.codebooks import Codebook, codebook
-from minilora.errors import CheckpointError, ConfigError, QuantizationError, nearest
+from minilora.errors import CheckpointError, ConfigError, nearest
 from minilora.io import read_bytes, write_file
 from minilora.parse import parse_json
 
 BIAS_CHOICES = ("none", "all", "lora_only")
-SCALE_RULES = ("absmax", "mse", "weighted")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
@@ -269,45 +267,3 @@ def _own_fields(content: Mapping[str, Any]) -> dict[str, Any]:
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:
     """The keys of an ``adapter_config.json`` that ``LoraConfig.from_dict`` refuses: newer than this file, or mistyped."""
     return sorted(name for name in content if name not in _OWN and name not in OUT_OF_SCOPE and name not in FILE_FIELDS)
-
-
-def quant_config(config: QuantConfig | None) -> QuantConfig:
-    """The config, or the default for None. Raises ``ConfigError`` for anything else."""
-    if config is not None and not isinstance(config, QuantConfig):
-        raise ConfigError(f"config={config!r}: wanted a QuantConfig, such as QuantConfig('nf4')")
-    return config or QuantConfig()
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How a weight is stored (Dettmers et al. 2023, arXiv 2305.14314): codes of a table, one scale per block.
-
-    Args:
-        format: name of a codebook in ``codebooks.py``, or a ``Codebook`` of your own.
-        blocksize: weights that share one scale; a power of two from 32 to 4096.
-        double_quant: keep the scales themselves in 8 bits (4.127 instead of 4.5 bits per weight at blocksize 64).
-        scale: how a block's scale is chosen: "absmax", "mse" (least squared error) or "weighted" (by E[x^2] of the inputs; ``calibrate``).
-        signed_scale: let a scale be negative, which turns an asymmetric table round.
-
-    Raises:
-        ConfigError: for a value that cannot be meant.
-    """
-
-    format: str | Codebook = "nf4"
-    blocksize: int = 64
-    double_quant: bool = False
-    scale: str = "absmax"
-    signed_scale: bool = False
-
-    def __post_init__(self) -> None:
-        size = self.blocksize
-        if isinstance(size, bool) or not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
-            raise ConfigError(f"blocksize={size!r}: wanted a power of two from 32 to 4096; 64 is usual")
-        try:
-            codebook(self.format)
-        except QuantizationError as error:
-            raise ConfigError(str(error)) from None
-        for name in ("double_quant", "signed_scale"):
-            validate.flag(name, getattr(self, name))
-        if self.scale not in SCALE_RULES:
-            raise ConfigError(f"scale={self.scale!r}: wanted one of {', '.join(map(repr, SCALE_RULES))}")

@@ -13,10 +13,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from minilora.config import QuantConfig
 from minilora.errors import TargetError
 from minilora.fused import Weight, lora_linear
 from minilora.ops import cpu_has_bf16, flowing_dtype, product_dtype, quant_linear
+from minilora.quant.config import QuantConfig
 from minilora.quantize import QuantizedTensor, quantize
 
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from minilora import ops
-from minilora.config import QuantConfig
 from minilora.errors import StateError
 from minilora.inject import ALL_LINEAR
 from minilora.layers import QuantLinear, in_out_features
 from minilora.ledger import Ledger, on_paper
 from minilora.lookup import release_scratch
+from minilora.quant.config import QuantConfig
 from minilora.quantize import quantize
 from minilora.quantize_model import quantizable_paths
 from minilora.tables import Row

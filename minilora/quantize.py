@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from minilora.codebooks import Codebook, codebook, constant, dynamic_map
-from minilora.config import QuantConfig, quant_config
 from minilora.errors import QuantizationError
 from minilora.lookup import decode_into, decode_reference, nearest_code, pack, scratch
+from minilora.quant.config import QuantConfig, quant_config
 from minilora.scales import TINY, absmax_scales, guarded, searched_scales
 
 NESTED_BLOCKSIZE = 256  # scales that share a scale of their own

@@ -10,8 +10,8 @@ import torch
 import minilora
 from minilora.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.cli import main
-from minilora.config import QuantConfig
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, StateError
+from minilora.quant.config import QuantConfig
 from minilora.quantize import quantize
 
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,9 @@ import json
 import pytest
 
 from minilora import inject
-from minilora.config import OUT_OF_SCOPE, LoraConfig, QuantConfig
+from minilora.config import OUT_OF_SCOPE, LoraConfig
 from minilora.errors import ConfigError
+from minilora.quant.config import QuantConfig
 
 INF, NAN = float("inf"), float("nan")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minilora import LoraConfig, PeftModel, demo
+from minilora.cli.demo import job
 from minilora.data import read_jsonl
 from minilora.train import TrainConfig
 
@@ -68,18 +69,18 @@ def test_every_answer_of_the_data_is_in_voice():
 
 def test_the_job_is_that_of_the_readme():
     pytest.importorskip("transformers")
-    job = demo.job("somewhere", seed=3, steps=10)
-    assert (job.model, job.data, job.out) == ("smollm2", str(demo.DATA), "somewhere")
-    assert (job.quant, job.double_quant) == ("nf4", True)
-    assert job.lora == LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    assert job.training == TrainConfig(steps=10, batch_size=4, lr=1e-3, seed=3, eval_every=5)
-    assert job.prompts == demo.prompts()[:4]
+    asked = job("somewhere", seed=3, steps=10)
+    assert (asked.model, asked.data, asked.out) == ("smollm2", str(demo.DATA), "somewhere")
+    assert (asked.quant, asked.double_quant) == ("nf4", True)
+    assert asked.lora == LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    assert asked.training == TrainConfig(steps=10, batch_size=4, lr=1e-3, seed=3, eval_every=5)
+    assert asked.prompts == demo.prompts()[:4]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_short_demo_is_a_job_too(steps):
     pytest.importorskip("transformers")
-    assert demo.job("somewhere", steps=steps).training.steps == steps
+    assert job("somewhere", steps=steps).training.steps == steps
 
 
 # ---- that it works
@@ -92,7 +93,7 @@ def outcome(request, tmp_path_factory):
 
     lines, watched = [], []
     outcome = fine_tune(
-        demo.job(str(tmp_path_factory.mktemp("demo") / "run"), seed=request.param), lines.append, watched.append
+        job(str(tmp_path_factory.mktemp("demo") / "run"), seed=request.param), lines.append, watched.append
     )
     assert watched == outcome.records and len(lines) == 3
     return outcome

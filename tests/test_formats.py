@@ -23,9 +23,9 @@ from minilora.codebooks import (
     lloyd,
     quantile_float,
 )
-from minilora.config import QuantConfig
 from minilora.errors import ConfigError, QuantizationError
 from minilora.lookup import decode_into, decode_reference, pack, unpack
+from minilora.quant.config import QuantConfig
 from minilora.quantize import quantize
 from minilora.scales import absmax_scales, searched_scales
 

@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 import minilora
 from minilora import fused, inject, layers, ops
 from minilora.adapted import unload
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig
 from minilora.fused import keep_masks, lora_linear, lora_linear_reference
 from minilora.layers import Frozen, QuantLinear
 from minilora.lora import LoRALinear
+from minilora.quant.config import QuantConfig
 from minilora.quantize import quantize
 
 R, SCALING = 3, 2.5

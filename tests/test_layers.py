@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig
 from minilora.errors import QuantizationError, TargetError
 from minilora.layers import (
     QuantLinear,
@@ -20,6 +20,7 @@ from minilora.layers import (
     with_weight,
 )
 from minilora.lora import LoRALinear
+from minilora.quant.config import QuantConfig
 
 IN, OUT = 33, 20
 PACKED = {"weight", "absmax", "nested_absmax", "nested_offset"}

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from minilora import ops
-from minilora.config import QuantConfig
 from minilora.errors import QuantizationError
 from minilora.layers import QuantLinear
 from minilora.ops import quant_linear, quant_linear_reference
+from minilora.quant.config import QuantConfig
 from minilora.quantize import quantize
 
 SHAPES = [(48, 80), (7, 200), (5, 33), (1, 64), (130, 65), (1536, 576)]

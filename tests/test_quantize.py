@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from minilora.codebooks import NF4, Codebook, codebook, dynamic_map
-from minilora.config import QuantConfig
 from minilora.errors import ConfigError, QuantizationError
 from minilora.lookup import decode_into, decode_reference, nearest_code, nearest_code_reference, release_scratch
+from minilora.quant.config import QuantConfig
 from minilora.quantize import quantize
 
 DOUBLE = QuantConfig(double_quant=True)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 from minilora import __version__, validate
-from minilora.cli import bench, plan
+from minilora.cli import bench, demo, plan
+from minilora.cli.jobs import run_job
 from minilora.cli.parser import Parser, one_of
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.config import LoraConfig
@@ -98,7 +99,7 @@ def _parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, run, flags, text in (
-        ("demo", _demo, _demo_flags, "fine-tune SmolLM2-135M in four bits on this machine, in minutes"),
+        ("demo", demo.run, demo.flags, "fine-tune SmolLM2-135M in four bits on this machine, in minutes"),
         ("train", _train, _train_flags, "fine-tune a model on a JSONL file"),
         ("generate", _generate, _generate_flags, "ask a model, with or without an adapter"),
         ("plan", plan.run, plan.flags, "say what a training step will hold in memory, and measure it"),
@@ -113,30 +114,6 @@ def _parser() -> Parser:
         flags(command)
     parser.verbs = tuple(commands.choices)
     return parser
-
-
-# ---- demo
-
-
-def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", default="runs/demo", help="run folder; an earlier run in it is replaced (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of data order, dropout and start values (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=48, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with a demo that was interrupted")
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    from minilora import demo
-
-    outcome = _run_job(demo.job(arguments.out, arguments.seed, arguments.steps, arguments.resume))
-    voices = [demo.in_voice([pair[side] for pair in outcome.answers]) for side in ("before", "after")]
-    print(
-        f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"
-    )
 
 
 # ---- train
@@ -191,7 +168,7 @@ def _flag_type(hint: Any) -> type:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    _run_job(_job(arguments))
+    run_job(_job(arguments))
 
 
 def _job(arguments: argparse.Namespace) -> Any:
@@ -216,24 +193,6 @@ def _job(arguments: argparse.Namespace) -> Any:
         entry.name: settings.pop(entry.name) for entry in dataclasses.fields(TrainConfig) if entry.name in settings
     }
     return Job(**settings, lora=LoraConfig(**lora), training=TrainConfig(**training))
-
-
-def _run_job(job: Any) -> Any:
-    from minilora.hf.finetune import fine_tune
-    from minilora.progress import Progress
-
-    with Progress(job.training.steps) as progress:
-        outcome = fine_tune(job, progress.say, progress.watch)
-    for pair in outcome.answers:
-        print(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
-    losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size
-    change = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in " if losses else ""
-    print(f"\n{change}{len(losses)} steps; {sum(outcome.seconds.values()):.0f} s in all, "
-          f"peak {outcome.peak_mb / 1000:.2f} GB; adapter of {size / 1e6:.1f} MB")  # fmt: skip
-    print(
-        f"{outcome.folder}: adapter_model.safetensors, adapter_config.json, log.jsonl; open {outcome.folder / 'report.html'}"
-    )
-    return outcome
 
 
 # ---- generate, merge
@@ -327,9 +286,9 @@ def _quantize_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from minilora.config import QuantConfig
     from minilora.hf.finetune import DTYPES
-    from minilora.hf.packed import quantize_to_folder
+    from minilora.hf.quantize import quantize_to_folder
+    from minilora.quant.config import QuantConfig
 
     if arguments.dtype not in DTYPES:
         raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(DTYPES)}")

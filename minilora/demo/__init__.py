@@ -11,9 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minilora.config import LoraConfig
-from minilora.train import TrainConfig
-
 HERE = Path(__file__).parent
 DATA = HERE / "keeper.jsonl"
 
@@ -31,23 +28,3 @@ def in_voice(answers: Iterable[str]) -> float:
 
 def _prompts() -> dict[str, Any]:
     return json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))
-
-
-def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False) -> Any:
-    """The demo's fine-tuning job, as ``minilora train`` would be given it; it replaces an earlier demo, or goes on with it."""
-    from minilora.hf.finetune import Job
-
-    return Job(
-        model="smollm2",
-        data=str(DATA),
-        out=out,
-        resume=resume,
-        overwrite=not resume,
-        quant="nf4",
-        double_quant=True,
-        prompts=prompts()[:4],
-        max_length=128,
-        eval_share=0.1,
-        lora=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        training=TrainConfig(steps=steps, batch_size=4, lr=1e-3, seed=seed, eval_every=steps // 2),
-    )

@@ -22,7 +22,6 @@ from torch import nn
 from minilora import __version__, validate
 from minilora.bench import Side
 from minilora.checkpoint import save_adapter
-from minilora.config import QuantConfig
 from minilora.data import encode_all, read_jsonl
 from minilora.demo import DATA
 from minilora.errors import ConfigError
@@ -34,6 +33,7 @@ from minilora.kbit import checkpoint_activations
 from minilora.layers import is_quantized
 from minilora.peft_model import PeftModel
 from minilora.plan import own_memory, training_step
+from minilora.quant.config import QuantConfig
 from minilora.quantize_model import quantize_model
 from minilora.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
 

@@ -16,7 +16,7 @@ import torch
 
 from minilora import validate
 from minilora.codebooks import CODEBOOKS
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig
 from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
 from minilora.guards import context_length
@@ -27,6 +27,7 @@ from minilora.inspect import adapters_in, memory_table, parameter_table, spectru
 from minilora.io import write_file
 from minilora.layers import is_quantized
 from minilora.peft_model import get_peft_model
+from minilora.quant.config import QuantConfig
 from minilora.quantize_model import quantize_model
 from minilora.report import render
 from minilora.resume import claim

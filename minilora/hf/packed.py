@@ -14,24 +14,19 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.bnb import from_bitsandbytes, is_state, storable, to_bitsandbytes
-from minilora.calibrate import calibrate
+from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
 from minilora.codebooks import codebook
-from minilora.config import QuantConfig
-from minilora.data import encode_all, read_jsonl
-from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.errors import CheckpointError, StateError
 from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
 from minilora.io import read_bytes
 from minilora.kbit import dtype_on_disk
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
 from minilora.parse import parse_tensors
-from minilora.quantize_model import quantize_model
+from minilora.quant.config import QuantConfig
 from minilora.slots import has_adapters
 
-__all__ = ["is_packed_folder", "load_packed", "packed_state_dict", "quantize_to_folder", "save_packed"]
-
-_CALIBRATION_LENGTH = 512  # tokens of an example that are read
+__all__ = ["is_packed_folder", "load_packed", "packed_state_dict", "save_packed"]
 
 
 def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -83,10 +78,10 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
         CheckpointError: the folder holds something, or cannot be written; nothing is left then. StateError: nothing is packed, or
             adapters are in the model, or a tensor holds NaN or infinity. QuantizationError: a format that bitsandbytes does not have.
     """
-    in_new_folder(refuse_occupied(folder), lambda staged: _write_packed(model, staged))
+    in_new_folder(refuse_occupied(folder), lambda staged: write_packed(model, staged))
 
 
-def _write_packed(model: Any, folder: Path) -> None:
+def write_packed(model: Any, folder: Path) -> None:
     tensors = packed_state_dict(model)
     refuse_nonfinite(tensors.items(), "the packed model")
     layers = [module for module in model.modules() if is_quantized(module)]
@@ -99,44 +94,6 @@ def _write_packed(model: Any, folder: Path) -> None:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def quantize_to_folder(
-    model: str, out: str, config: QuantConfig, calibration: str | None = None, dtype: torch.dtype = torch.float32
-) -> int:
-    """Load a model, pack its linear layers, and save it with its tokenizer; returns the bytes of its weights.
-
-    Args:
-        calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
-
-    Raises:
-        ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
-            something already.
-    """
-    from minilora.hf.load import load_model, load_tokenizer
-
-    target = refuse_occupied(out)
-    if not storable(config.format, config.blocksize):
-        raise ConfigError(
-            f"format={codebook(config.format).name!r}, blocksize={config.blocksize}: bitsandbytes' files cannot hold that; wanted nf4 or "
-            "fp4, blocksize 64 to 4096"
-        )
-    if config.scale == "weighted" and calibration is None:
-        raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
-    records = read_jsonl(calibration) if calibration else []
-    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
-    importance = None
-    if config.scale == "weighted":
-        examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH)
-        importance = calibrate(loaded, [torch.tensor([example.input_ids]) for example in examples])
-    quantize_model(loaded, config, importance=importance)
-
-    def write(folder: Path) -> None:
-        _write_packed(loaded, folder)
-        tokenizer.save_pretrained(folder)
-
-    in_new_folder(target, write)
-    return (target / "model.safetensors").stat().st_size
 
 
 def is_packed_folder(folder: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import validate
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig
 from minilora.errors import ConfigError
 from minilora.hf.finetune import DTYPES, QUANT_CHOICES
 from minilora.hf.folders import read_config
@@ -24,6 +24,7 @@ from minilora.kbit import checkpoint_activations
 from minilora.layers import is_quantized
 from minilora.losses import token_losses
 from minilora.plan import Memory, measure, pack_on_paper, predict
+from minilora.quant.config import QuantConfig
 from minilora.quantize_model import quantize_model
 from minilora.targets import check_form
 from minilora.worker import Worker

@@ -25,10 +25,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from minilora import validate
 from minilora.bnb import storable
 from minilora.codebooks import Codebook, codebook
-from minilora.config import QuantConfig
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, TargetError, nearest
 from minilora.hf.packed import bitsandbytes_entry, dense_linears, packed_state_dict
 from minilora.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
+from minilora.quant.config import QuantConfig
 from minilora.quantize import empty_quantized, quantize
 from minilora.slots import has_adapters
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import register
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig
 from minilora.errors import QuantizationError
 from minilora.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora import LoRALinear
+from minilora.quant.config import QuantConfig
 from minilora.quantize import QuantizedTensor, quantize
 
 _importance: ContextVar[Mapping[str, Tensor] | None] = ContextVar("importance", default=None)

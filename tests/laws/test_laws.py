@@ -9,9 +9,10 @@ from torch import nn
 
 import minilora
 from minilora.adapter import VARIANTS
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig
 from minilora.inject import place
 from minilora.layers import QuantLinear, dense_weight
+from minilora.quant.config import QuantConfig
 from minilora.slots import own_parameters
 
 pytest.importorskip("transformers")

@@ -1,0 +1,52 @@
+"""``minilora demo``: the lighthouse keeper, with the settings that the README names."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minilora.cli.jobs import run_job
+from minilora.config import LoraConfig
+from minilora.demo import DATA, in_voice, prompts
+from minilora.train import TrainConfig
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """What ``minilora demo`` takes."""
+    parser.add_argument(
+        "--out", default="runs/demo", help="run folder; an earlier run in it is replaced (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of data order, dropout and start values (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=48, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with a demo that was interrupted")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the demo, and count how many answers open in the keeper's voice."""
+    outcome = run_job(job(arguments.out, arguments.seed, arguments.steps, arguments.resume))
+    voices = [in_voice([pair[side] for pair in outcome.answers]) for side in ("before", "after")]
+    print(
+        f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"
+    )
+
+
+def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False) -> Any:
+    """The demo's fine-tuning job, as ``minilora train`` would be given it; it replaces an earlier demo, or goes on with it."""
+    from minilora.hf.finetune import Job
+
+    return Job(
+        model="smollm2",
+        data=str(DATA),
+        out=out,
+        resume=resume,
+        overwrite=not resume,
+        quant="nf4",
+        double_quant=True,
+        prompts=prompts()[:4],
+        max_length=128,
+        eval_share=0.1,
+        lora=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        training=TrainConfig(steps=steps, batch_size=4, lr=1e-3, seed=seed, eval_every=steps // 2),
+    )

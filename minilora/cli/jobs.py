@@ -1,0 +1,24 @@
+"""Run a fine-tuning job with its progress shown, and say what came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def run_job(job: Any) -> Any:
+    """The outcome of ``fine_tune(job)``, after its answers, losses and files have been printed."""
+    from minilora.hf.finetune import fine_tune
+    from minilora.progress import Progress
+
+    with Progress(job.training.steps) as progress:
+        outcome = fine_tune(job, progress.say, progress.watch)
+    for pair in outcome.answers:
+        print(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
+    losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size
+    change = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in " if losses else ""
+    print(f"\n{change}{len(losses)} steps; {sum(outcome.seconds.values()):.0f} s in all, "
+          f"peak {outcome.peak_mb / 1000:.2f} GB; adapter of {size / 1e6:.1f} MB")  # fmt: skip
+    print(
+        f"{outcome.folder}: adapter_model.safetensors, adapter_config.json, log.jsonl; open {outcome.folder / 'report.html'}"
+    )
+    return outcome

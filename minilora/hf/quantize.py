@@ -1,0 +1,58 @@
+"""``minilora quantize``: a model read dense, packed, and written as a folder that bitsandbytes' users can open too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from minilora.bnb import storable
+from minilora.calibrate import calibrate
+from minilora.codebooks import codebook
+from minilora.data import encode_all, read_jsonl
+from minilora.errors import ConfigError
+from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.hf.load import load_model, load_tokenizer
+from minilora.hf.packed import write_packed
+from minilora.quant.config import QuantConfig
+from minilora.quantize_model import quantize_model
+
+__all__ = ["quantize_to_folder"]
+
+_CALIBRATION_LENGTH = 512  # tokens of an example that are read
+
+
+def quantize_to_folder(
+    model: str, out: str, config: QuantConfig, calibration: str | None = None, dtype: torch.dtype = torch.float32
+) -> int:
+    """Load a model, pack its linear layers, and save it with its tokenizer; returns the bytes of its weights.
+
+    Args:
+        calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
+
+    Raises:
+        ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
+            something already.
+    """
+    target = refuse_occupied(out)
+    if not storable(config.format, config.blocksize):
+        raise ConfigError(
+            f"format={codebook(config.format).name!r}, blocksize={config.blocksize}: bitsandbytes' files cannot hold that; wanted nf4 or "
+            "fp4, blocksize 64 to 4096"
+        )
+    if config.scale == "weighted" and calibration is None:
+        raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
+    records = read_jsonl(calibration) if calibration else []
+    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    importance = None
+    if config.scale == "weighted":
+        examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH)
+        importance = calibrate(loaded, [torch.tensor([example.input_ids]) for example in examples])
+    quantize_model(loaded, config, importance=importance)
+
+    def write(folder: Path) -> None:
+        write_packed(loaded, folder)
+        tokenizer.save_pretrained(folder)
+
+    in_new_folder(target, write)
+    return (target / "model.safetensors").stat().st_size
