@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora import validate
 from minilora.adapter import Adapter
 from minilora.errors import ConfigError, StateError, nearest
+from minilora.files import validate
 from minilora.inject import build, place
 from minilora.lora import LoRALinear
 from minilora.slots import Adapters, Value, adapters_of, own_parameters

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora import validate
 from minilora.errors import CheckpointError, ConfigError, nearest
-from minilora.io import read_bytes, write_file
-from minilora.parse import parse_json
+from minilora.files import validate
+from minilora.files.io import read_bytes, write_file
+from minilora.files.parse import parse_json
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from minilora.adapter import Adapter
 from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.io import write_files
-from minilora.parse import tensor_bytes
+from minilora.files.io import write_files
+from minilora.files.parse import tensor_bytes
 from minilora.save import base_of, saved_config
 from minilora.slots import adapters_of
 from minilora.variants.embedding import LoRAEmbedding, TiedHead

@@ -27,11 +27,11 @@ from minilora.adapter_files import (
 )
 from minilora.config import LoraConfig
 from minilora.errors import StateError
+from minilora.files.io import write_files
+from minilora.files.parse import tensor_bytes
 from minilora.fingerprint import fingerprint
 from minilora.inject import ALL_LINEAR, default_targets
-from minilora.io import write_files
 from minilora.layers import is_conv1d
-from minilora.parse import tensor_bytes
 from minilora.slots import Value, adapters_of
 from minilora.targets import ends_with, exactly
 

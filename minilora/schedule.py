@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from minilora import validate
 from minilora.errors import ConfigError
+from minilora.files import validate
 
 __all__ = ["SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
 

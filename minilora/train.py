@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from minilora.checkpoint import save_adapter
 from minilora.data import Encoded, collate, micro_batches
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
+from minilora.files.io import append_line, remove, write_file
 from minilora.guards import (
     check_adapter,
     check_examples,
@@ -31,7 +32,6 @@ from minilora.guards import (
     first_nonfinite_output,
     is_out_of_memory,
 )
-from minilora.io import append_line, remove, write_file
 from minilora.kbit import checkpoint_activations
 from minilora.losses import evaluate, token_losses
 from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from minilora import disk as disk_module
-from minilora import io
-from minilora.disk import Disk
 from minilora.errors import CheckpointError, WriteError
+from minilora.files import disk as disk_module
+from minilora.files import io
+from minilora.files.disk import Disk
 
 
 def contents(folder):
@@ -325,7 +325,7 @@ def test_a_folder_that_appears_in_the_last_moment_is_kept(old, monkeypatch):
 
 
 def test_an_error_while_reading_is_named(old, monkeypatch):
-    monkeypatch.setattr("minilora.disk.Opened.read", lambda self: os.pread(-1, 1, 0))
+    monkeypatch.setattr("minilora.files.disk.Opened.read", lambda self: os.pread(-1, 1, 0))
     with pytest.raises(CheckpointError, match=r"place: a file in it cannot be read \(Bad file descriptor\)"):
         io.read_files(old, dict.fromkeys(OLD, "it"))
 
@@ -657,7 +657,7 @@ def test_what_a_disk_refuses_names_the_path(tmp_path, monkeypatch):
         def fail(handle, number=number):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("minilora.disk._flush", fail)
+        monkeypatch.setattr("minilora.files.disk._flush", fail)
         if told:
             with pytest.raises(OSError, match="Input/output") as caught:
                 disk.flush(tmp_path)
@@ -680,14 +680,14 @@ def test_a_lock_is_held_once_and_never_where_there_is_no_folder(tmp_path, monkey
     def no_locks(handle, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("minilora.disk.fcntl.flock", no_locks)
+    monkeypatch.setattr("minilora.files.disk.fcntl.flock", no_locks)
     assert disk.lock(tmp_path) == -1
-    monkeypatch.setattr("minilora.disk.fcntl", None)  # Windows
+    monkeypatch.setattr("minilora.files.disk.fcntl", None)  # Windows
     assert disk.lock(tmp_path) == -1
 
 
 def test_exchange_says_when_the_system_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.disk._renameat2", None)
+    monkeypatch.setattr("minilora.files.disk._renameat2", None)
     with pytest.raises(OSError, match="Function not implemented"):
         Disk().exchange(tmp_path, tmp_path)
     monkeypatch.setattr(sys, "platform", "darwin")

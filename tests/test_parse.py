@@ -8,9 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from minilora import parse
 from minilora.errors import CheckpointError
-from minilora.parse import parse_header, parse_json, parse_tensors
+from minilora.files import parse
+from minilora.files.parse import parse_header, parse_json, parse_tensors
 
 
 def file(header, body=b""):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora import io
-from minilora.disk import Disk
+from minilora.files import io
+from minilora.files.disk import Disk
 
 PLACE = Path("/simulated/runs/adapter")
 OLD, NEW, NEXT = ({"w": mark * 3_000, "c": mark * 700} for mark in (b"o", b"n", b"x"))

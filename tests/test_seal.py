@@ -21,9 +21,9 @@ from minilora.checkpoint import adapter_state_dict, load_adapter, restore_adapte
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError
 from minilora.export import export_adapter, export_folder
+from minilora.files.parse import parse_header, parse_json
 from minilora.fingerprint import differs, fingerprint, is_fingerprint
 from minilora.hotswap import hotswap_adapter
-from minilora.parse import parse_header, parse_json
 
 
 def lora(**fields):
@@ -334,7 +334,7 @@ def test_our_reader_and_safetensors_agree(tmp_path):
     tensors = {str(kind): (torch.arange(15) % 2).to(kind).view(3, 5) for kind in kinds}
     tensors |= {"empty": torch.zeros(0, 4), "one": torch.tensor(1.5)}
     safetensors.torch.save_file(tensors, tmp_path / "x", {"format": "pt"})
-    from minilora.parse import parse_tensors
+    from minilora.files.parse import parse_tensors
 
     found, metadata = parse_tensors(bytearray((tmp_path / "x").read_bytes()), "x")
     assert metadata == {"format": "pt"} and found.keys() == tensors.keys()
@@ -343,7 +343,7 @@ def test_our_reader_and_safetensors_agree(tmp_path):
 
 
 def test_tensors_that_lie_oddly_are_read(tmp_path):
-    from minilora.parse import parse_tensors
+    from minilora.files.parse import parse_tensors
 
     raw = json.dumps({"a": entry([1], 1, 5), "b": entry([1], 0, 1, "U8")}).encode()
     found, _ = parse_tensors(bytearray(struct.pack("<Q", len(raw)) + raw + b"\7" + struct.pack("<f", 2.5)), "x")
@@ -501,8 +501,8 @@ def test_an_exchange_that_stops_at_any_tensor_changes_nothing(folder, make_gpt2,
 
 
 def test_a_failed_save_leaves_model_and_folder(folder, make_gpt2, randomize, snapshot, monkeypatch):
-    from minilora import io
-    from minilora.disk import Disk
+    from minilora.files import io
+    from minilora.files.disk import Disk
 
     model = randomize(inject(make_gpt2(), lora()), 5)
     before, files = snapshot(model), {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minilora import validate
 from minilora.errors import ConfigError
+from minilora.files import validate
 
 
 def refused(words, check, *arguments):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-import minilora.io
+import minilora.files.io
 from minilora import LoraConfig, inject
 from minilora.data import IGNORED, Encoded
-from minilora.disk import Disk
+from minilora.files.disk import Disk
 from minilora.train import TrainConfig, train
 
 CALLS = ("append", "flush", "make_folder", "copy_mode", "link", "rename", "exchange", "unlink", "remove_folder")
@@ -77,7 +77,7 @@ class Words(torch.nn.Module):
 
 
 def run(folder, disk, resume):
-    minilora.io.disk = disk
+    minilora.files.io.disk = disk
     torch.manual_seed(5)
     model = inject(Words(), LoraConfig(r=2, lora_alpha=3, lora_dropout=0.2, target_modules=["head"]))
     rows = [[(7 * i + 3 * j) % 29 for j in range(4 + i % 3)] for i in range(5)]

@@ -15,13 +15,14 @@ import types
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
-from minilora import __version__, validate
+from minilora import __version__
 from minilora.cli import bench, demo, plan
 from minilora.cli.jobs import run_job
 from minilora.cli.parser import Parser, one_of
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.config import LoraConfig
 from minilora.errors import ConfigError, MiniLoraError
+from minilora.files import validate
 from minilora.train import TrainConfig
 
 _LORA_FLAGS = (

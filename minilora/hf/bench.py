@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora import __version__, validate
+from minilora import __version__
 from minilora.bench import Side
 from minilora.checkpoint import save_adapter
 from minilora.data import encode_all, read_jsonl
 from minilora.demo import DATA
 from minilora.errors import ConfigError
+from minilora.files import validate
 from minilora.hf.finetune import DTYPES
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.hf.plan import PlanJob, load_config, model_on_meta

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from minilora import validate
 from minilora.codebooks import CODEBOOKS
 from minilora.config import LoraConfig
 from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
+from minilora.files import validate
+from minilora.files.io import write_file
 from minilora.guards import context_length
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.inject import match
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
-from minilora.io import write_file
 from minilora.layers import is_quantized
 from minilora.peft_model import get_peft_model
 from minilora.quant.config import QuantConfig

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MiniLoraError, WriteError
+from minilora.files.io import new_folder
 from minilora.guards import is_out_of_memory
-from minilora.io import new_folder
 
 __all__ = ["in_new_folder", "read_config", "refuse_occupied", "unreadable"]
 

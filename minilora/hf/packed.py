@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
 from minilora.codebooks import codebook
 from minilora.errors import CheckpointError, StateError
+from minilora.files.io import read_bytes
+from minilora.files.parse import parse_tensors
 from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
-from minilora.io import read_bytes
 from minilora.kbit import dtype_on_disk
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
-from minilora.parse import parse_tensors
 from minilora.quant.config import QuantConfig
 from minilora.slots import has_adapters
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora import validate
 from minilora.config import LoraConfig
 from minilora.errors import ConfigError
+from minilora.files import validate
 from minilora.hf.finetune import DTYPES, QUANT_CHOICES
 from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve

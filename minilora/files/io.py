@@ -18,8 +18,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minilora.disk import Disk
 from minilora.errors import CheckpointError, WriteError
+from minilora.files.disk import Disk
 
 __all__ = ["append_line", "new_folder", "read_bytes", "read_files", "remove", "write_file", "write_files"]
 
