@@ -32,7 +32,7 @@ from torch import nn
 
 import minilora
 from minilora import QuantConfig, QuantLinear
-from minilora.quantize import quantize
+from minilora.quant.blockwise import quantize
 
 R, BATCH, LENGTH = 16, 4, 128
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from record import RESULTS, into_readme, stamp, write_csv
 
 import minilora
+from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
-from minilora.quantize import quantize
 from minilora.quantize_model import quantizable_paths
 
 ROWS: list[tuple[str, QuantConfig]] = [

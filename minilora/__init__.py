@@ -7,7 +7,6 @@ from minilora.adapter import Adapter, register
 from minilora.batched import batch_adapters
 from minilora.calibrate import calibrate
 from minilora.checkpoint import load_adapter, save_adapter
-from minilora.codebooks import Codebook
 from minilora.combine import add_weighted_adapter
 from minilora.compat import (
     PeftConfig,
@@ -28,8 +27,9 @@ from minilora.layers import QuantLinear
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model
+from minilora.quant.blockwise import QuantizedTensor, quantize
+from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
-from minilora.quantize import QuantizedTensor, quantize
 from minilora.quantize_model import quantize_model
 from minilora.tying import untie
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.codebooks import dynamic_map
 from minilora.errors import MissingPackageError, QuantizationError
-from minilora.quantize import QuantizedTensor
+from minilora.quant.blockwise import QuantizedTensor
+from minilora.quant.codebooks import dynamic_map
 
 
 @functools.lru_cache(maxsize=1)

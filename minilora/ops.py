@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora import cuda
-from minilora.codebooks import Codebook
 from minilora.errors import ConfigError, QuantizationError
-from minilora.lookup import scratch
-from minilora.quantize import QuantizedTensor, decode_range
+from minilora.quant.blockwise import QuantizedTensor, decode_range
+from minilora.quant.codebooks import Codebook
+from minilora.quant.lookup import scratch
 
 _ROWS = 1 << 20  # weights decoded at a time for a product: 4 MB of fp32
 _ROWS_FEW = 1 << 18  # the same where x has few rows: what was decoded is still in the cache when it is multiplied

@@ -26,9 +26,9 @@ from minilora.errors import StateError
 from minilora.inject import ALL_LINEAR
 from minilora.layers import QuantLinear, in_out_features
 from minilora.ledger import Ledger, on_paper
-from minilora.lookup import release_scratch
+from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
-from minilora.quantize import quantize
+from minilora.quant.lookup import release_scratch
 from minilora.quantize_model import quantizable_paths
 from minilora.tables import Row
 from minilora.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak

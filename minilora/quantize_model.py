@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from minilora.errors import QuantizationError, StateError, TargetError
 from minilora.inject import ALL_LINEAR, linear_paths, refuse_unfit, slot_at
 from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
+from minilora.quant.blockwise import check_quantizable
 from minilora.quant.config import QuantConfig, quant_config
-from minilora.quantize import check_quantizable
 from minilora.slots import has_adapters
 from minilora.targets import Selection, select
 

@@ -7,7 +7,7 @@ from minilora import QuantConfig, ops
 from minilora.errors import ConfigError
 from minilora.fused import lora_linear
 from minilora.ops import quant_linear
-from minilora.quantize import quantize
+from minilora.quant.blockwise import quantize
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is there for Linux only: pip install triton")
 

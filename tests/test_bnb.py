@@ -8,11 +8,11 @@ import safetensors.torch
 import torch
 
 import minilora
-from minilora.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, StateError
+from minilora.quant.blockwise import quantize
+from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.quant.config import QuantConfig
-from minilora.quantize import quantize
 
 transformers = pytest.importorskip("transformers")
 from minilora.hf.packed import is_packed_folder, load_packed, packed_state_dict, save_packed  # noqa: E402

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 
 import minilora
-from minilora.codebooks import (
+from minilora.errors import ConfigError, QuantizationError
+from minilora.quant.blockwise import quantize
+from minilora.quant.codebooks import (
     BOF4S,
     CODEBOOKS,
     E2M1,
@@ -23,11 +25,9 @@ from minilora.codebooks import (
     lloyd,
     quantile_float,
 )
-from minilora.errors import ConfigError, QuantizationError
-from minilora.lookup import decode_into, decode_reference, pack, unpack
 from minilora.quant.config import QuantConfig
-from minilora.quantize import quantize
-from minilora.scales import absmax_scales, searched_scales
+from minilora.quant.lookup import decode_into, decode_reference, pack, unpack
+from minilora.quant.scales import absmax_scales, searched_scales
 
 every_format = pytest.mark.parametrize("name", sorted(CODEBOOKS))
 

@@ -15,8 +15,8 @@ from minilora.config import LoraConfig
 from minilora.fused import keep_masks, lora_linear, lora_linear_reference
 from minilora.layers import Frozen, QuantLinear
 from minilora.lora import LoRALinear
+from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
-from minilora.quantize import quantize
 
 R, SCALING = 3, 2.5
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -14,9 +14,9 @@ pytest.importorskip("triton", reason="the kernels need Triton, which is there fo
 
 import minilora_kernels as mk
 from minilora import QuantConfig, cuda
-from minilora.codebooks import CODEBOOKS
 from minilora.errors import MissingPackageError, QuantizationError
-from minilora.quantize import quantize
+from minilora.quant.blockwise import quantize
+from minilora.quant.codebooks import CODEBOOKS
 from minilora_kernels import dequant, launch
 from minilora_kernels.launch import Tile
 from minilora_kernels.partials import total

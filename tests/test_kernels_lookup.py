@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is there for Linux only: pip install triton")
 
-from minilora.codebooks import CODEBOOKS
+from minilora.quant.codebooks import CODEBOOKS
 from minilora_kernels.lookup import OPERANDS, OPERANDS_SCALED, PER_LANE, lookup_asm
 from minilora_kernels.weight import plane_words, prescale, table
 

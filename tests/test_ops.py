@@ -10,8 +10,8 @@ from minilora import ops
 from minilora.errors import QuantizationError
 from minilora.layers import QuantLinear
 from minilora.ops import quant_linear, quant_linear_reference
+from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
-from minilora.quantize import quantize
 
 SHAPES = [(48, 80), (7, 200), (5, 33), (1, 64), (130, 65), (1536, 576)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from minilora.codebooks import NF4, Codebook, codebook, dynamic_map
 from minilora.errors import ConfigError, QuantizationError
-from minilora.lookup import decode_into, decode_reference, nearest_code, nearest_code_reference, release_scratch
+from minilora.quant.blockwise import quantize
+from minilora.quant.codebooks import NF4, Codebook, codebook, dynamic_map
 from minilora.quant.config import QuantConfig
-from minilora.quantize import quantize
+from minilora.quant.lookup import decode_into, decode_reference, nearest_code, nearest_code_reference, release_scratch
 
 DOUBLE = QuantConfig(double_quant=True)
 LEVELS = np.array(NF4.levels, dtype=np.float32)
@@ -244,7 +244,7 @@ def test_an_outlier_costs_the_other_rows_nothing(times):
 
 def test_without_it_an_outlier_would_cost_the_other_rows_all(monkeypatch):
     """What the rule is for: the numbers that bitsandbytes gives."""
-    monkeypatch.setattr(sys.modules["minilora.quantize"], "_OUTLIER", float("inf"))
+    monkeypatch.setattr(sys.modules["minilora.quant.blockwise"], "_OUTLIER", float("inf"))
     assert errors_of_the_rest(with_outlier(1e6), DOUBLE) > 1 > 0.12 > errors_of_the_rest(with_outlier(3), DOUBLE)
 
 

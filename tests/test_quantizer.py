@@ -83,7 +83,7 @@ def test_equals_quantize_model(saved, fields, dtype):
 def test_the_first_quantization_of_a_process_may_happen_under_meta(saved):
     """Tables are made once; made under ``torch.device("meta")`` they would hold nothing for ever."""
     code = (
-        "import torch, minilora; from minilora.quantize import quantize\n"
+        "import torch, minilora; from minilora.quant.blockwise import quantize\n"
         "w = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))\n"
         "torch.set_default_dtype(torch.bfloat16)\n"
         "with torch.device('meta'):\n"

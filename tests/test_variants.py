@@ -23,7 +23,7 @@ from minilora.errors import CheckpointError, ConfigError, StateError, TargetErro
 from minilora.layers import dense_weight
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
-from minilora.quantize import quantize
+from minilora.quant.blockwise import quantize
 from minilora.slots import adapters_of, own_parameters
 from minilora.variants.embedding import LoRAEmbedding, TiedHead
 from minilora.variants.loftq import calibrated, loftq

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from minilora.codebooks import CODEBOOKS
 from minilora.config import LoraConfig
 from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
@@ -27,6 +26,7 @@ from minilora.inject import match
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.layers import is_quantized
 from minilora.peft_model import get_peft_model
+from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig
 from minilora.quantize_model import quantize_model
 from minilora.report import render

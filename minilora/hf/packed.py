@@ -14,8 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.bnb import from_bitsandbytes, is_state, to_bitsandbytes
-from minilora.codebooks import codebook
 from minilora.errors import CheckpointError, StateError
 from minilora.files.io import read_bytes
 from minilora.files.parse import parse_tensors
@@ -23,6 +21,8 @@ from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
 from minilora.kbit import dtype_on_disk
 from minilora.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes
+from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
 from minilora.slots import has_adapters
 

@@ -22,14 +22,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from minilora.bnb import storable
-from minilora.codebooks import Codebook, codebook
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, TargetError, nearest
 from minilora.files import validate
 from minilora.hf.packed import bitsandbytes_entry, dense_linears, packed_state_dict
 from minilora.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
+from minilora.quant.blockwise import empty_quantized, quantize
+from minilora.quant.bnb import storable
+from minilora.quant.codebooks import Codebook, codebook
 from minilora.quant.config import QuantConfig
-from minilora.quantize import empty_quantized, quantize
 from minilora.slots import has_adapters
 
 __all__ = ["NF4Config", "NF4Quantizer"]

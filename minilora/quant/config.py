@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minilora.codebooks import Codebook, codebook
 from minilora.errors import ConfigError, QuantizationError
 from minilora.files import validate
+from minilora.quant.codebooks import Codebook, codebook
 
 SCALE_RULES = ("absmax", "mse", "weighted")
 

@@ -24,8 +24,8 @@ from minilora.config import LoraConfig
 from minilora.errors import QuantizationError
 from minilora.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora import LoRALinear
+from minilora.quant.blockwise import QuantizedTensor, quantize
 from minilora.quant.config import QuantConfig
-from minilora.quantize import QuantizedTensor, quantize
 
 _importance: ContextVar[Mapping[str, Tensor] | None] = ContextVar("importance", default=None)
 

@@ -11,7 +11,6 @@ import torch
 import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, hotswap_adapter, load_adapter, quantize, save_adapter
 from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from minilora.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.compat import set_peft_model_state_dict
 from minilora.data import encode_all, read_jsonl
 from minilora.errors import (
@@ -25,6 +24,7 @@ from minilora.errors import (
 )
 from minilora.export import export_adapter, export_folder
 from minilora.hf.packed import load_packed, save_packed
+from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.resume import claim
 
 NAN = float("nan")

@@ -14,13 +14,13 @@ from minilora import (
     register,
 )
 from minilora.adapter import variant
-from minilora.codebooks import lloyd
 from minilora.data import Encoded
 from minilora.errors import ConfigError, DataError, QuantizationError, StateError
 from minilora.hf import NF4Config
 from minilora.hf.bench import BenchJob
 from minilora.hf.finetune import Job
 from minilora.hf.plan import PlanJob
+from minilora.quant.codebooks import lloyd
 from minilora.train import TrainConfig
 
 NAN, INF = math.nan, math.inf

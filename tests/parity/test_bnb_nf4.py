@@ -20,7 +20,7 @@ from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, qu
 from safetensors.torch import load_file
 
 import minilora
-from minilora.codebooks import NF4, dynamic_map
+from minilora.quant.codebooks import NF4, dynamic_map
 
 # PEFT 0.21.2 asks transformers for the old name of this property.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

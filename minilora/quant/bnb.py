@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
 from minilora.errors import CheckpointError, QuantizationError
-from minilora.quantize import NESTED_BLOCKSIZE, QuantizedTensor
+from minilora.quant.blockwise import NESTED_BLOCKSIZE, QuantizedTensor
+from minilora.quant.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
 
 __all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
 

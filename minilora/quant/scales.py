@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minilora.codebooks import Codebook
-from minilora.lookup import nearest_code
+from minilora.quant.codebooks import Codebook
+from minilora.quant.lookup import nearest_code
 
 TINY = 1e-38  # guards the reciprocal of a zero block, as bitsandbytes does
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minilora.codebooks import Codebook, codebook, constant, dynamic_map
 from minilora.errors import QuantizationError
-from minilora.lookup import decode_into, decode_reference, nearest_code, pack, scratch
+from minilora.quant.codebooks import Codebook, codebook, constant, dynamic_map
 from minilora.quant.config import QuantConfig, quant_config
-from minilora.scales import TINY, absmax_scales, guarded, searched_scales
+from minilora.quant.lookup import decode_into, decode_reference, nearest_code, pack, scratch
+from minilora.quant.scales import TINY, absmax_scales, guarded, searched_scales
 
 NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
 _OUTLIER = 50.0  # times the median scale
