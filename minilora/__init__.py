@@ -23,7 +23,7 @@ from minilora.export import export_adapter
 from minilora.hotswap import hotswap_adapter
 from minilora.inject import inject
 from minilora.kbit import prepare_model_for_kbit_training
-from minilora.layers import QuantLinear
+from minilora.linear.layers import QuantLinear
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter
 from minilora.errors import StateError
-from minilora.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
+from minilora.linear.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
 from minilora.quant.config import QuantConfig
 from minilora.slots import Adapters, Slot, adapters_of, detach, own_parameters
 from minilora.tying import sharers

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minilora.config import LoraConfig
 from minilora.errors import ConfigError, StateError, nearest
-from minilora.layers import in_out_features
+from minilora.linear.layers import in_out_features
 
 __all__ = ["VARIANTS", "Adapter", "register", "variant"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter
 from minilora.errors import StateError
-from minilora.layers import embed_scale
+from minilora.linear.layers import embed_scale
 from minilora.slots import Adapters, Slot, adapters_of
 
 __all__ = ["BASE", "batch_adapters"]

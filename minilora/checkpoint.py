@@ -23,7 +23,7 @@ from minilora.config import LoraConfig
 from minilora.errors import CheckpointError
 from minilora.fingerprint import differs, fingerprint
 from minilora.inject import ALL_LINEAR, build, match, place
-from minilora.layers import in_out_features
+from minilora.linear.layers import in_out_features
 from minilora.save import adapter_state_dict, made_with_of, save_adapter, saved_config, tensors_of
 from minilora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.variants.embedding import LoRAEmbedding

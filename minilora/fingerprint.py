@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.layers import QuantLinear, dense_weight, in_out_features, is_linear
+from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
 from minilora.quant.blockwise import decode_range
 from minilora.slots import adapters_of, has_adapters
 

@@ -16,7 +16,7 @@ from minilora.adapter import Adapter, variant
 from minilora.architectures import DEFAULT_TARGETS
 from minilora.config import LoraConfig, pattern_matches
 from minilora.errors import ConfigError, StateError, TargetError, nearest
-from minilora.layers import in_front, is_linear, is_quantized
+from minilora.linear.layers import in_front, is_linear, is_quantized
 from minilora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
 from minilora.targets import Selection, ends_with, layer_index, select
 from minilora.tying import adapt_embedding, train_rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
-from minilora.layers import dense_weight, is_linear, is_quantized
+from minilora.linear.layers import dense_weight, is_linear, is_quantized
 from minilora.lora import LoRALinear
 from minilora.slots import adapters_of
 

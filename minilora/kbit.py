@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError
-from minilora.layers import extended, revive
+from minilora.linear.layers import extended, revive
 from minilora.slots import has_adapters
 
 __all__ = ["checkpoint_activations", "dtype_on_disk", "prepare_model_for_kbit_training"]

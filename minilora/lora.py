@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from minilora.adapter import Adapter, register
 from minilora.config import LoraConfig
 from minilora.errors import StateError
-from minilora.fused import lora_linear
-from minilora.layers import calls_only_forward, carries, compute_dtype, frozen_weight
+from minilora.linear.fused import lora_linear
+from minilora.linear.layers import calls_only_forward, carries, compute_dtype, frozen_weight
 
 
 @register("lora")

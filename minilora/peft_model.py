@@ -18,7 +18,7 @@ from minilora.adapter import Adapter
 from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.inject import inject
-from minilora.layers import compute_dtype
+from minilora.linear.layers import compute_dtype
 from minilora.slots import adapters_of, has_adapters, own_parameters
 
 __all__ = ["PeftModel", "get_peft_model"]

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from minilora import ops
 from minilora.errors import StateError
 from minilora.inject import ALL_LINEAR
-from minilora.layers import QuantLinear, in_out_features
 from minilora.ledger import Ledger, on_paper
+from minilora.linear import ops
+from minilora.linear.layers import QuantLinear, in_out_features
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora.errors import QuantizationError, StateError, TargetError
 from minilora.inject import ALL_LINEAR, linear_paths, refuse_unfit, slot_at
-from minilora.layers import QuantLinear, dense_weight, is_linear, is_quantized
+from minilora.linear.layers import QuantLinear, dense_weight, is_linear, is_quantized
 from minilora.quant.blockwise import check_quantizable
 from minilora.quant.config import QuantConfig, quant_config
 from minilora.slots import has_adapters

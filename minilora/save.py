@@ -31,7 +31,7 @@ from minilora.files.io import write_files
 from minilora.files.parse import tensor_bytes
 from minilora.fingerprint import fingerprint
 from minilora.inject import ALL_LINEAR, default_targets
-from minilora.layers import is_conv1d
+from minilora.linear.layers import is_conv1d
 from minilora.slots import Value, adapters_of
 from minilora.targets import ends_with, exactly
 

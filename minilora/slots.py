@@ -17,7 +17,7 @@ from torch import nn
 from minilora.adapter import Adapter
 from minilora.config import LoraConfig
 from minilora.errors import StateError, nearest
-from minilora.layers import take_back
+from minilora.linear.layers import take_back
 
 Value = nn.Module | nn.Parameter
 _ATTRIBUTE = "_minilora_adapters"

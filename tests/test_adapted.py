@@ -22,7 +22,7 @@ from minilora import (
 from minilora.adapted import count_parameters, delete_adapter, disabled, unload
 from minilora.adapter import Adapter
 from minilora.errors import MiniLoraError, StateError
-from minilora.layers import dense_weight
+from minilora.linear.layers import dense_weight
 from minilora.lora import LoRALinear
 from minilora.slots import Adapters, has_adapters, own_parameters
 

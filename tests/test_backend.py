@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from minilora import QuantConfig, ops
+from minilora import QuantConfig
 from minilora.errors import ConfigError
-from minilora.fused import lora_linear
-from minilora.ops import quant_linear
+from minilora.linear import ops
+from minilora.linear.fused import lora_linear
+from minilora.linear.ops import quant_linear
 from minilora.quant.blockwise import quantize
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is there for Linux only: pip install triton")

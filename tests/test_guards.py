@@ -15,7 +15,7 @@ from minilora.data import IGNORED, Encoded
 from minilora.errors import DataError, QuantizationError, StateError
 from minilora.export import TARGETS, export_adapter, export_folder
 from minilora.guards import check_adapter, check_examples, context_length, refuse_nonfinite
-from minilora.layers import QuantLinear
+from minilora.linear.layers import QuantLinear
 from minilora.slots import Slot
 from minilora.train import TrainConfig, train
 
@@ -426,7 +426,7 @@ def test_a_failed_merge_leaves_the_model_as_it_was(adapted, make_llama, randomiz
 
 
 def test_a_failed_quantize_model_leaves_the_model_as_it_was(make_llama, snapshot):
-    module = __import__("sys").modules["minilora.layers"]
+    module = __import__("sys").modules["minilora.linear.layers"]
     assert every_failure(lambda: make_llama(0), quantize_model, module, "quantize", snapshot) == 14
     assert every_failure(lambda: make_llama(0), quantize_model, QuantLinear, "train", snapshot) == 14
 

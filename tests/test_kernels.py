@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton, which is there for Linux only: pip install triton")
 
 import minilora_kernels as mk
-from minilora import QuantConfig, cuda
+from minilora import QuantConfig
 from minilora.errors import MissingPackageError, QuantizationError
+from minilora.linear import cuda
 from minilora.quant.blockwise import quantize
 from minilora.quant.codebooks import CODEBOOKS
 from minilora_kernels import dequant, launch

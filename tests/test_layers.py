@@ -9,7 +9,7 @@ from torch import nn
 
 from minilora.config import LoraConfig
 from minilora.errors import QuantizationError, TargetError
-from minilora.layers import (
+from minilora.linear.layers import (
     QuantLinear,
     compute_dtype,
     dense_weight,

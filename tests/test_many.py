@@ -29,7 +29,7 @@ from minilora.checkpoint import adapter_state_dict, load_adapter
 from minilora.combine import COMBINATIONS, add_weighted_adapter
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.hotswap import hotswap_adapter
-from minilora.layers import compute_dtype, dense_weight
+from minilora.linear.layers import compute_dtype, dense_weight
 from minilora.slots import adapters_of, own_parameters
 
 LAYERS = ("first", "mid", "last")

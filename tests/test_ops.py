@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import ops
 from minilora.errors import QuantizationError
-from minilora.layers import QuantLinear
-from minilora.ops import quant_linear, quant_linear_reference
+from minilora.linear import ops
+from minilora.linear.layers import QuantLinear
+from minilora.linear.ops import quant_linear, quant_linear_reference
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 

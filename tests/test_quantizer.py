@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import minilora
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, StateError, TargetError
 from minilora.hf import LoraTrainer, NF4Config, load_model
-from minilora.layers import QuantLinear
+from minilora.linear.layers import QuantLinear
 
 FIRST = {
     "llama": "model.layers.0.self_attn.q_proj",

@@ -20,7 +20,7 @@ from minilora.adapted import disabled, unload
 from minilora.adapter import VARIANTS, Adapter, register
 from minilora.checkpoint import WEIGHTS_FILE, adapter_state_dict
 from minilora.errors import CheckpointError, ConfigError, StateError, TargetError
-from minilora.layers import dense_weight
+from minilora.linear.layers import dense_weight
 from minilora.lora import LoRALinear
 from minilora.optim import lora_plus_groups
 from minilora.quant.blockwise import quantize
@@ -192,7 +192,7 @@ def test_no_dense_update_is_formed_in_a_step(base, variant, randomize):
 
 
 def test_dora_decodes_no_whole_packed_weight_in_a_step(randomize, monkeypatch):
-    monkeypatch.setattr("minilora.ops._ROWS", 1 << 9)  # slices of 12 rows and not the whole layer
+    monkeypatch.setattr("minilora.linear.ops._ROWS", 1 << 9)  # slices of 12 rows and not the whole layer
     model, adapter = make("nf4", "dora")
     randomize(model).train()
     with Shapes(model.parameters()) as shapes:

@@ -227,7 +227,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from minilora import PeftModel, QuantConfig, quantize_model
     from minilora.hf import answers, load_model, load_tokenizer
-    from minilora.layers import is_quantized
+    from minilora.linear.layers import is_quantized
 
     _check_generate(arguments)
     tokenizer, model = load_tokenizer(arguments.model), load_model(arguments.model)

@@ -31,7 +31,7 @@ from minilora.hf.load import load_model, load_tokenizer
 from minilora.hf.plan import PlanJob, load_config, model_on_meta
 from minilora.inject import inject
 from minilora.kbit import checkpoint_activations
-from minilora.layers import is_quantized
+from minilora.linear.layers import is_quantized
 from minilora.peft_model import PeftModel
 from minilora.plan import own_memory, training_step
 from minilora.quant.config import QuantConfig

@@ -24,7 +24,7 @@ from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.inject import match
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
-from minilora.layers import is_quantized
+from minilora.linear.layers import is_quantized
 from minilora.peft_model import get_peft_model
 from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig

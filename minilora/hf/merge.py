@@ -10,7 +10,7 @@ from minilora.errors import CheckpointError
 from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
-from minilora.layers import is_quantized
+from minilora.linear.layers import is_quantized
 from minilora.peft_model import PeftModel
 
 __all__ = ["merge_to_folder"]

@@ -20,7 +20,7 @@ from minilora.files.parse import parse_tensors
 from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
 from minilora.kbit import dtype_on_disk
-from minilora.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.linear.layers import QuantLinear, is_conv1d, is_quantized
 from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes
 from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig

@@ -21,7 +21,7 @@ from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.inject import inject
 from minilora.kbit import checkpoint_activations
-from minilora.layers import is_quantized
+from minilora.linear.layers import is_quantized
 from minilora.losses import token_losses
 from minilora.plan import Memory, measure, pack_on_paper, predict
 from minilora.quant.config import QuantConfig

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, TargetError, nearest
 from minilora.files import validate
 from minilora.hf.packed import bitsandbytes_entry, dense_linears, packed_state_dict
-from minilora.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
+from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
 from minilora.quant.blockwise import empty_quantized, quantize
 from minilora.quant.bnb import storable
 from minilora.quant.codebooks import Codebook, codebook

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minilora.adapter import Adapter, register
 from minilora.config import LoraConfig
 from minilora.errors import StateError
-from minilora.layers import dense_weight, product
+from minilora.linear.layers import dense_weight, product
 from minilora.lora import LoRALinear
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter
 from minilora.config import LoraConfig
-from minilora.layers import compute_dtype, embed_scale
+from minilora.linear.layers import compute_dtype, embed_scale
 
 
 class LoRAEmbedding(Adapter):

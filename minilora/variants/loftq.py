@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minilora.adapter import register
 from minilora.config import LoraConfig
 from minilora.errors import QuantizationError
-from minilora.layers import QuantLinear, dense_weight, is_quantized
+from minilora.linear.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora import LoRALinear
 from minilora.quant.blockwise import QuantizedTensor, quantize
 from minilora.quant.config import QuantConfig

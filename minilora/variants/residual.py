@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.config import LoraConfig
-from minilora.layers import dense_weight
+from minilora.linear.layers import dense_weight
 from minilora.lora import LoRALinear
 
 

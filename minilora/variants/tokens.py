@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter
 from minilora.errors import TargetError
-from minilora.layers import dense_weight, embed_scale
+from minilora.linear.layers import dense_weight, embed_scale
 from minilora.variants.embedding import Tied
 
 

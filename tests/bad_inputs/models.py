@@ -18,7 +18,7 @@ from minilora import (
 )
 from minilora.data import Encoded
 from minilora.errors import ConfigError, DataError, QuantizationError, StateError, TargetError
-from minilora.ops import quant_linear
+from minilora.linear.ops import quant_linear
 from minilora.train import TrainConfig, train
 from tests.bad_inputs.world import lora
 

@@ -11,7 +11,7 @@ import minilora
 from minilora.adapter import VARIANTS
 from minilora.config import LoraConfig
 from minilora.inject import place
-from minilora.layers import QuantLinear, dense_weight
+from minilora.linear.layers import QuantLinear, dense_weight
 from minilora.quant.config import QuantConfig
 from minilora.slots import own_parameters
 

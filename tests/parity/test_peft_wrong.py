@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import minilora
 from minilora.inspect import adapters_in
-from minilora.layers import dense_weight
+from minilora.linear.layers import dense_weight
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"

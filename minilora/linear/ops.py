@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora import cuda
 from minilora.errors import ConfigError, QuantizationError
+from minilora.linear import cuda
 from minilora.quant.blockwise import QuantizedTensor, decode_range
 from minilora.quant.codebooks import Codebook
 from minilora.quant.lookup import scratch

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import TargetError
-from minilora.fused import Weight, lora_linear
-from minilora.ops import cpu_has_bf16, flowing_dtype, product_dtype, quant_linear
+from minilora.linear.fused import Weight, lora_linear
+from minilora.linear.ops import cpu_has_bf16, flowing_dtype, product_dtype, quant_linear
 from minilora.quant.blockwise import QuantizedTensor, quantize
 from minilora.quant.config import QuantConfig
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import bias_gradient, buffer, flowing_dtype, matmul, product_dtype
+from minilora.linear.ops import bias_gradient, buffer, flowing_dtype, matmul, product_dtype
 from minilora.quant.blockwise import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
