@@ -3,7 +3,6 @@
 from typing import Any
 
 from minilora.adapted import MergeReport, delete_adapter, merge, set_adapter, unload, unmerge
-from minilora.adapter import Adapter, register
 from minilora.batched import batch_adapters
 from minilora.calibrate import calibrate
 from minilora.checkpoint import load_adapter, save_adapter
@@ -17,21 +16,22 @@ from minilora.compat import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from minilora.config import LoraConfig
 from minilora.errors import MiniLoraError
 from minilora.export import export_adapter
 from minilora.hotswap import hotswap_adapter
-from minilora.inject import inject
 from minilora.kbit import prepare_model_for_kbit_training
 from minilora.linear.layers import QuantLinear
-from minilora.lora import LoRALinear
+from minilora.lora.adapter import Adapter, register
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import inject
+from minilora.lora.layer import LoRALinear
+from minilora.lora.tying import untie
 from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model
 from minilora.quant.blockwise import QuantizedTensor, quantize
 from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
 from minilora.quantize_model import quantize_model
-from minilora.tying import untie
 
 __version__ = "0.1.0"
 

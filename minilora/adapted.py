@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
 from minilora.errors import StateError
 from minilora.linear.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
+from minilora.lora.adapter import Adapter
+from minilora.lora.slots import Adapters, Slot, adapters_of, detach, own_parameters
+from minilora.lora.tying import sharers
 from minilora.quant.config import QuantConfig
-from minilora.slots import Adapters, Slot, adapters_of, detach, own_parameters
-from minilora.tying import sharers
 
 __all__ = [
     "MergeReport",

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.config import LoraConfig, unknown_keys
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.io import read_files
 from minilora.files.parse import parse_json, parse_tensors
 from minilora.fingerprint import is_fingerprint
+from minilora.lora.config import LoraConfig, unknown_keys
 
 __all__ = ["CONFIG_FILE", "PREFIX", "SEAL_FILE", "WEIGHTS_FILE", "Stored", "read_adapter", "read_config", "seal"]
 

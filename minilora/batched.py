@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
 from minilora.errors import StateError
 from minilora.linear.layers import embed_scale
-from minilora.slots import Adapters, Slot, adapters_of
+from minilora.lora.adapter import Adapter
+from minilora.lora.slots import Adapters, Slot, adapters_of
 
 __all__ = ["BASE", "batch_adapters"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError
-from minilora.inject import ALL_LINEAR
+from minilora.lora.inject import ALL_LINEAR
+from minilora.lora.targets import Selection
 from minilora.quantize_model import quantizable_paths
-from minilora.targets import Selection
 
 __all__ = ["calibrate"]
 

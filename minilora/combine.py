@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
 from minilora.errors import ConfigError, StateError, nearest
 from minilora.files import validate
-from minilora.inject import build, place
-from minilora.lora import LoRALinear
-from minilora.slots import Adapters, Value, adapters_of, own_parameters
-from minilora.targets import exactly
-from minilora.variants.embedding import LoRAEmbedding
-from minilora.variants.residual import ResidualLoRA
+from minilora.lora.adapter import Adapter
+from minilora.lora.inject import build, place
+from minilora.lora.layer import LoRALinear
+from minilora.lora.slots import Adapters, Value, adapters_of, own_parameters
+from minilora.lora.targets import exactly
+from minilora.lora.variants.embedding import LoRAEmbedding
+from minilora.lora.variants.residual import ResidualLoRA
 
 __all__ = ["COMBINATIONS", "add_weighted_adapter"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.checkpoint import LoadReport, adapter_state_dict, fill_adapter
-from minilora.config import LoraConfig
-from minilora.inject import inject
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import inject
 from minilora.peft_model import PeftModel
 
 __all__ = [

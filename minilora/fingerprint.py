@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
+from minilora.lora.slots import adapters_of, has_adapters
 from minilora.quant.blockwise import decode_range
-from minilora.slots import adapters_of, has_adapters
 
 __all__ = ["differs", "fingerprint", "is_fingerprint"]
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from minilora.checkpoint import WEIGHTS_FILE, all_or_nothing, load_values, read_adapter, refuse_other_base
 from minilora.errors import CheckpointError, StateError
-from minilora.lora import LoRALinear
-from minilora.slots import adapters_of
-from minilora.variants.residual import ResidualLoRA
+from minilora.lora.layer import LoRALinear
+from minilora.lora.slots import adapters_of
+from minilora.lora.variants.residual import ResidualLoRA
 
 __all__ = ["hotswap_adapter"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
 from minilora.linear.layers import dense_weight, is_linear, is_quantized
-from minilora.lora import LoRALinear
-from minilora.slots import adapters_of
+from minilora.lora.adapter import Adapter
+from minilora.lora.layer import LoRALinear
+from minilora.lora.slots import adapters_of
 
 __all__ = ["adapters_in", "memory_table", "parameter_table", "spectrum", "update_ratios"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError
 from minilora.linear.layers import extended, revive
-from minilora.slots import has_adapters
+from minilora.lora.slots import has_adapters
 
 __all__ = ["checkpoint_activations", "dtype_on_disk", "prepare_model_for_kbit_training"]
 

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from minilora import adapted, batched, checkpoint, combine, hotswap
-from minilora.adapter import Adapter
-from minilora.config import LoraConfig
 from minilora.errors import StateError
-from minilora.inject import inject
 from minilora.linear.layers import compute_dtype
-from minilora.slots import adapters_of, has_adapters, own_parameters
+from minilora.lora.adapter import Adapter
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import inject
+from minilora.lora.slots import adapters_of, has_adapters, own_parameters
 
 __all__ = ["PeftModel", "get_peft_model"]
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from minilora.errors import StateError
-from minilora.inject import ALL_LINEAR
 from minilora.ledger import Ledger, on_paper
 from minilora.linear import ops
 from minilora.linear.layers import QuantLinear, in_out_features
+from minilora.lora.inject import ALL_LINEAR
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch

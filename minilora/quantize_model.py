@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError, StateError, TargetError
-from minilora.inject import ALL_LINEAR, linear_paths, refuse_unfit, slot_at
 from minilora.linear.layers import QuantLinear, dense_weight, is_linear, is_quantized
+from minilora.lora.inject import ALL_LINEAR, linear_paths, refuse_unfit, slot_at
+from minilora.lora.slots import has_adapters
+from minilora.lora.targets import Selection, select
 from minilora.quant.blockwise import check_quantizable
 from minilora.quant.config import QuantConfig, quant_config
-from minilora.slots import has_adapters
-from minilora.targets import Selection, select
 
 __all__ = ["quantizable_paths", "quantize_model"]
 

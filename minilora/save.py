@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
 from minilora.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
@@ -25,15 +24,16 @@ from minilora.adapter_files import (
     not_finite,
     seal,
 )
-from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.files.io import write_files
 from minilora.files.parse import tensor_bytes
 from minilora.fingerprint import fingerprint
-from minilora.inject import ALL_LINEAR, default_targets
 from minilora.linear.layers import is_conv1d
-from minilora.slots import Value, adapters_of
-from minilora.targets import ends_with, exactly
+from minilora.lora.adapter import Adapter
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import ALL_LINEAR, default_targets
+from minilora.lora.slots import Value, adapters_of
+from minilora.lora.targets import ends_with, exactly
 
 __all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 

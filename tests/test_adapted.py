@@ -20,11 +20,11 @@ from minilora import (
     unmerge,
 )
 from minilora.adapted import count_parameters, delete_adapter, disabled, unload
-from minilora.adapter import Adapter
 from minilora.errors import MiniLoraError, StateError
 from minilora.linear.layers import dense_weight
-from minilora.lora import LoRALinear
-from minilora.slots import Adapters, has_adapters, own_parameters
+from minilora.lora.adapter import Adapter
+from minilora.lora.layer import LoRALinear
+from minilora.lora.slots import Adapters, has_adapters, own_parameters
 
 
 def lora(targets=("first", "mid", "last"), **fields):

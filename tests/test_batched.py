@@ -29,7 +29,7 @@ from minilora.batched import BASE, MixedLayer, batch_adapters
 from minilora.checkpoint import load_adapter
 from minilora.errors import StateError
 from minilora.hotswap import hotswap_adapter
-from minilora.slots import adapters_of, has_adapters, own_parameters
+from minilora.lora.slots import adapters_of, has_adapters, own_parameters
 
 BF16 = torch.bfloat16
 

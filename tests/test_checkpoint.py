@@ -21,7 +21,6 @@ from minilora import (
     quantize_model,
 )
 from minilora.adapter_files import SEAL_FILE, not_finite, read_adapter, read_config
-from minilora.architectures import DEFAULT_TARGETS
 from minilora.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -34,7 +33,8 @@ from minilora.checkpoint import (
     saved_config,
 )
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.slots import own_parameters
+from minilora.lora.architectures import DEFAULT_TARGETS
+from minilora.lora.slots import own_parameters
 
 A0 = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 C0 = A0.replace("lora_A", "lora_C")

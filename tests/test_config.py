@@ -8,8 +8,8 @@ import json
 import pytest
 
 from minilora import inject
-from minilora.config import OUT_OF_SCOPE, LoraConfig
 from minilora.errors import ConfigError
+from minilora.lora.config import OUT_OF_SCOPE, LoraConfig
 from minilora.quant.config import QuantConfig
 
 INF, NAN = float("inf"), float("nan")

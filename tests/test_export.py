@@ -15,7 +15,7 @@ from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.export import TARGETS, export_adapter, export_folder
-from minilora.slots import adapters_of
+from minilora.lora.slots import adapters_of
 
 ALL = ["q_proj", "v_proj", "down_proj"]
 PREFIX = "base_model.model."

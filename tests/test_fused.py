@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 import minilora
 from minilora import inject
 from minilora.adapted import unload
-from minilora.config import LoraConfig
 from minilora.linear import fused, layers, ops
 from minilora.linear.fused import keep_masks, lora_linear, lora_linear_reference
 from minilora.linear.layers import Frozen, QuantLinear
-from minilora.lora import LoRALinear
+from minilora.lora.config import LoraConfig
+from minilora.lora.layer import LoRALinear
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 
@@ -304,7 +304,7 @@ def calls(monkeypatch):
         seen.append(arguments)
         return lora_linear(*arguments)
 
-    monkeypatch.setattr("minilora.lora.lora_linear", counted)
+    monkeypatch.setattr("minilora.lora.layer.lora_linear", counted)
     monkeypatch.setattr("minilora.linear.layers.lora_linear", counted)
     return seen
 

@@ -10,13 +10,13 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, QuantConfig, inject, load_adapter, merge, quantize, quantize_model, save_adapter
-from minilora.config import LoraConfig as Config
 from minilora.data import IGNORED, Encoded
 from minilora.errors import DataError, QuantizationError, StateError
 from minilora.export import TARGETS, export_adapter, export_folder
 from minilora.guards import check_adapter, check_examples, context_length, refuse_nonfinite
 from minilora.linear.layers import QuantLinear
-from minilora.slots import Slot
+from minilora.lora.config import LoraConfig as Config
+from minilora.lora.slots import Slot
 from minilora.train import TrainConfig, train
 
 PAD, LAYERS = 63, ["q_proj", "up_proj"]
@@ -393,7 +393,7 @@ def test_a_failed_inject_leaves_the_model_as_it_was(make_mlp, snapshot, name, se
     if place[0] is Slot:
         assert every_failure(make, work, *place, snapshot) >= 2
     else:
-        assert every_failure(make, work, minilora.slots.Adapters, "activate", snapshot) >= 1
+        assert every_failure(make, work, minilora.lora.slots.Adapters, "activate", snapshot) >= 1
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, get_peft_model, inject, quantize_model
-from minilora.adapter import Adapter
 from minilora.errors import ConfigError, QuantizationError, StateError, TargetError
-from minilora.inject import linear_paths, match
-from minilora.targets import ends_with, select
+from minilora.lora.adapter import Adapter
+from minilora.lora.inject import linear_paths, match
+from minilora.lora.targets import ends_with, select
 
 LLAMA = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip

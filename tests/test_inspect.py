@@ -10,7 +10,7 @@ from minilora import Adapter, LoraConfig, QuantConfig, get_peft_model, inject, q
 from minilora.errors import StateError
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.linear.layers import dense_weight
-from minilora.lora import LoRALinear
+from minilora.lora.layer import LoRALinear
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (3, 40), (40, 3)]
 

@@ -101,7 +101,7 @@ def test_arrows(path):
     ("name", "source", "words"),
     [
         ("quant", "from minilora.linear.ops import quant_linear", "quant imports linear"),
-        ("linear", "import minilora.lora.inject", "linear imports lora"),
+        ("linear", "import minilora.lora.layer.inject", "linear imports lora"),
         ("linear", "def f():\n    from minilora.store import load", "line 2: linear imports store"),
         ("many", "from minilora import merge", "many imports __init__"),
         (

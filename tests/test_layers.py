@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.config import LoraConfig
 from minilora.errors import QuantizationError, TargetError
 from minilora.linear.layers import (
     QuantLinear,
@@ -19,7 +18,8 @@ from minilora.linear.layers import (
     is_quantized,
     with_weight,
 )
-from minilora.lora import LoRALinear
+from minilora.lora.config import LoraConfig
+from minilora.lora.layer import LoRALinear
 from minilora.quant.config import QuantConfig
 
 IN, OUT = 33, 20

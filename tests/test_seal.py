@@ -421,7 +421,7 @@ def test_a_clean_load_only_opens_files(tmp_path):
 
 
 def test_a_load_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, snapshot, monkeypatch):
-    from minilora.lora import LoRALinear
+    from minilora.lora.layer import LoRALinear
 
     plain, model = LoRALinear.__init__, make_gpt2()
     before = snapshot(model)
@@ -445,7 +445,7 @@ def test_a_load_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, snaps
 
 
 def test_a_placement_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, randomize, snapshot, monkeypatch):
-    from minilora.slots import Slot
+    from minilora.lora.slots import Slot
 
     plain = Slot.show
     for first in (False, True):

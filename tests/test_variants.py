@@ -17,18 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, inject, load_adapter, merge, save_adapter
 from minilora.adapted import disabled, unload
-from minilora.adapter import VARIANTS, Adapter, register
 from minilora.checkpoint import WEIGHTS_FILE, adapter_state_dict
 from minilora.errors import CheckpointError, ConfigError, StateError, TargetError
 from minilora.linear.layers import dense_weight
-from minilora.lora import LoRALinear
+from minilora.lora.adapter import VARIANTS, Adapter, register
+from minilora.lora.layer import LoRALinear
+from minilora.lora.slots import adapters_of, own_parameters
+from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
+from minilora.lora.variants.loftq import calibrated, loftq
+from minilora.lora.variants.tokens import TokenRows
+from minilora.lora.variants.vera import shared_factor
 from minilora.optim import lora_plus_groups
 from minilora.quant.blockwise import quantize
-from minilora.slots import adapters_of, own_parameters
-from minilora.variants.embedding import LoRAEmbedding, TiedHead
-from minilora.variants.loftq import calibrated, loftq
-from minilora.variants.tokens import TokenRows
-from minilora.variants.vera import shared_factor
 
 IN, OUT, R, ALPHA = 40, 24, 4, 12
 S = ALPHA / R
@@ -446,7 +446,7 @@ def test_vera_shares_its_factors_by_shape():
 
 
 def test_vera_draws_the_same_factors_in_every_process():
-    code = "from minilora.variants.vera import shared_factor as s; import torch; torch.manual_seed(7); print(s(3, 10).tolist())"
+    code = "from minilora.lora.variants.vera import shared_factor as s; import torch; torch.manual_seed(7); print(s(3, 10).tolist())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     torch.manual_seed(123)
     assert torch.equal(torch.tensor(json.loads(printed)), shared_factor(3, 10))

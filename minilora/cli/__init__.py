@@ -20,9 +20,9 @@ from minilora.cli import bench, demo, plan
 from minilora.cli.jobs import run_job
 from minilora.cli.parser import Parser, one_of
 from minilora.cli.toml import REGEX_FLAGS, read_toml
-from minilora.config import LoraConfig
 from minilora.errors import ConfigError, MiniLoraError
 from minilora.files import validate
+from minilora.lora.config import LoraConfig
 from minilora.train import TrainConfig
 
 _LORA_FLAGS = (

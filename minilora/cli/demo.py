@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from minilora.cli.jobs import run_job
-from minilora.config import LoraConfig
 from minilora.demo import DATA, in_voice, prompts
+from minilora.lora.config import LoraConfig
 from minilora.train import TrainConfig
 
 

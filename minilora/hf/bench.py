@@ -29,9 +29,9 @@ from minilora.files import validate
 from minilora.hf.finetune import DTYPES
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.hf.plan import PlanJob, load_config, model_on_meta
-from minilora.inject import inject
 from minilora.kbit import checkpoint_activations
 from minilora.linear.layers import is_quantized
+from minilora.lora.inject import inject
 from minilora.peft_model import PeftModel
 from minilora.plan import own_memory, training_step
 from minilora.quant.config import QuantConfig

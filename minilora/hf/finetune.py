@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from minilora.config import LoraConfig
 from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
 from minilora.files import validate
@@ -22,16 +21,17 @@ from minilora.files.io import write_file
 from minilora.guards import context_length
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
-from minilora.inject import match
 from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.linear.layers import is_quantized
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import match
+from minilora.lora.targets import check_form
 from minilora.peft_model import get_peft_model
 from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig
 from minilora.quantize_model import quantize_model
 from minilora.report import render
 from minilora.resume import claim
-from minilora.targets import check_form
 from minilora.train import TrainConfig, memory_mb, train
 
 __all__ = ["Job", "Outcome", "fine_tune"]

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from minilora.checkpoint import restore_adapter
-from minilora.slots import adapters_of
+from minilora.lora.slots import adapters_of
 
 __all__ = ["LoraTrainer", "LoraTrainerMixin"]
 

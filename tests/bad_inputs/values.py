@@ -13,13 +13,13 @@ from minilora import (
     prepare_model_for_kbit_training,
     register,
 )
-from minilora.adapter import variant
 from minilora.data import Encoded
 from minilora.errors import ConfigError, DataError, QuantizationError, StateError
 from minilora.hf import NF4Config
 from minilora.hf.bench import BenchJob
 from minilora.hf.finetune import Job
 from minilora.hf.plan import PlanJob
+from minilora.lora.adapter import variant
 from minilora.quant.codebooks import lloyd
 from minilora.train import TrainConfig
 

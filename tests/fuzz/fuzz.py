@@ -28,9 +28,9 @@ from torch import nn
 
 from minilora import LoraConfig, MiniLoraError, inject, load_adapter, save_adapter
 from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, _check_seal
-from minilora.config import unknown_keys
 from minilora.files.parse import parse_header, parse_json
-from minilora.slots import has_adapters
+from minilora.lora.config import unknown_keys
+from minilora.lora.slots import has_adapters
 
 CORPUS = Path(__file__).with_name("corpus")
 LIMIT = 2.0  # seconds of processor time for one input: a busy machine is no hang

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import minilora
-from minilora.adapter import VARIANTS
-from minilora.config import LoraConfig
-from minilora.inject import place
 from minilora.linear.layers import QuantLinear, dense_weight
+from minilora.lora.adapter import VARIANTS
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import place
+from minilora.lora.slots import own_parameters
 from minilora.quant.config import QuantConfig
-from minilora.slots import own_parameters
 
 pytest.importorskip("transformers")
 from transformers.pytorch_utils import Conv1D

@@ -33,7 +33,7 @@ from minilora.adapted import disabled
 from minilora.checkpoint import WEIGHTS_FILE, adapter_state_dict
 from minilora.combine import add_weighted_adapter
 from minilora.hotswap import hotswap_adapter
-from minilora.slots import adapters_of, own_parameters
+from minilora.lora.slots import adapters_of, own_parameters
 
 SHAPES = {
     "first": (12, 20),

@@ -12,7 +12,7 @@ import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from transformers.pytorch_utils import Conv1D
 
-from minilora.architectures import ADDED_ROWS, DEFAULT_TARGETS, PEFT_ROWS
+from minilora.lora.architectures import ADDED_ROWS, DEFAULT_TARGETS, PEFT_ROWS
 
 AUTO_CLASSES = [
     getattr(transformers, name)

@@ -131,7 +131,7 @@ def test_1959_a_typo_among_several_names_is_silent(llama, field, names, typo):
     assert adapted(theirs) and not any(typo.split(".")[-1] in name for name in adapted(theirs) if "up_proj" not in typo)
     with pytest.raises(minilora.MiniLoraError, match=f"(?s){typo}.*closest"):
         wrap(minilora, llama, **{field: names})
-    assert not minilora.slots.has_adapters(llama)
+    assert not minilora.lora.slots.has_adapters(llama)
 
 
 def test_3693_an_index_out_of_range_in_layers_to_transform_is_silent(llama):
@@ -215,7 +215,7 @@ def test_unexpected_tensors_in_a_file_are_silent(llama, folder, token_ids):
     peft.PeftModel.from_pretrained(copy.deepcopy(llama), folder)  # a warning would be an error here
     with pytest.raises(minilora.MiniLoraError, match=r"v_proj.lora_B.weight is unexpected"):
         minilora.PeftModel.from_pretrained(llama, folder)
-    assert not minilora.slots.has_adapters(llama)
+    assert not minilora.lora.slots.has_adapters(llama)
 
 
 def test_a_dora_file_whose_config_says_lora_loads_as_something_else(llama, token_ids, tmp_path):

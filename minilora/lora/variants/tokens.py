@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
 from minilora.errors import TargetError
 from minilora.linear.layers import dense_weight, embed_scale
-from minilora.variants.embedding import Tied
+from minilora.lora.adapter import Adapter
+from minilora.lora.variants.embedding import Tied
 
 
 class TokenRows(Adapter):

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, register
-from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.linear.fused import lora_linear
 from minilora.linear.layers import calls_only_forward, carries, compute_dtype, frozen_weight
+from minilora.lora.adapter import Adapter, register
+from minilora.lora.config import LoraConfig
 
 
 @register("lora")

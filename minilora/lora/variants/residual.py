@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.config import LoraConfig
 from minilora.linear.layers import dense_weight
-from minilora.lora import LoRALinear
+from minilora.lora.config import LoraConfig
+from minilora.lora.layer import LoRALinear
 
 
 class ResidualLoRA(LoRALinear):

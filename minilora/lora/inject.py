@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from minilora.adapter import Adapter, variant
-from minilora.architectures import DEFAULT_TARGETS
-from minilora.config import LoraConfig, pattern_matches
 from minilora.errors import ConfigError, StateError, TargetError, nearest
 from minilora.linear.layers import in_front, is_linear, is_quantized
-from minilora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
-from minilora.targets import Selection, ends_with, layer_index, select
-from minilora.tying import adapt_embedding, train_rows
+from minilora.lora.adapter import Adapter, variant
+from minilora.lora.architectures import DEFAULT_TARGETS
+from minilora.lora.config import LoraConfig, pattern_matches
+from minilora.lora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
+from minilora.lora.targets import Selection, ends_with, layer_index, select
+from minilora.lora.tying import adapt_embedding, train_rows
 
 ALL_LINEAR = "all-linear"
 # A new task head is trained whole: PEFT's rule by task type.

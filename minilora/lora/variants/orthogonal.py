@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minilora.adapter import register
-from minilora.config import LoraConfig
 from minilora.errors import ConfigError
-from minilora.lora import LoRALinear
+from minilora.lora.adapter import register
+from minilora.lora.config import LoraConfig
+from minilora.lora.layer import LoRALinear
 
 
 @register("orthogonal")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minilora.adapter import register
-from minilora.config import LoraConfig
-from minilora.variants.residual import ResidualLoRA
+from minilora.lora.adapter import register
+from minilora.lora.config import LoraConfig
+from minilora.lora.variants.residual import ResidualLoRA
 
 
 @register("olora")

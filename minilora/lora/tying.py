@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from minilora.adapter import Adapter
-from minilora.config import LoraConfig
 from minilora.errors import TargetError
-from minilora.slots import Value
-from minilora.variants.embedding import LoRAEmbedding, TiedHead
-from minilora.variants.tokens import TiedRows, TokenRows
+from minilora.lora.adapter import Adapter
+from minilora.lora.config import LoraConfig
+from minilora.lora.slots import Value
+from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
+from minilora.lora.variants.tokens import TiedRows, TokenRows
 
 __all__ = ["adapt_embedding", "sharers", "train_rows", "untie"]
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter
-from minilora.config import LoraConfig
 from minilora.linear.layers import compute_dtype, embed_scale
+from minilora.lora.adapter import Adapter
+from minilora.lora.config import LoraConfig
 
 
 class LoRAEmbedding(Adapter):

@@ -17,9 +17,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from minilora.config import LoraConfig
 from minilora.errors import ConfigError, StateError, nearest
 from minilora.linear.layers import in_out_features
+from minilora.lora.config import LoraConfig
 
 __all__ = ["VARIANTS", "Adapter", "register", "variant"]
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from minilora.adapter import Adapter
-from minilora.config import LoraConfig
 from minilora.errors import StateError, nearest
 from minilora.linear.layers import take_back
+from minilora.lora.adapter import Adapter
+from minilora.lora.config import LoraConfig
 
 Value = nn.Module | nn.Parameter
 _ATTRIBUTE = "_minilora_adapters"

@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, register
-from minilora.config import LoraConfig
 from minilora.errors import StateError
 from minilora.linear.layers import dense_weight, product
-from minilora.lora import LoRALinear
+from minilora.lora.adapter import Adapter, register
+from minilora.lora.config import LoraConfig
+from minilora.lora.layer import LoRALinear
 
 
 @register("dora")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from minilora.adapter import register
-from minilora.lora import LoRALinear
+from minilora.lora.adapter import register
+from minilora.lora.layer import LoRALinear
 
 
 @register("lora_fa")

@@ -1,5 +1,5 @@
 """The variants of LoRA, one file each; importing this package registers them all."""
 
-from minilora.variants import dora, embedding, loftq, lora_fa, olora, orthogonal, pissa, tokens, vera
+from minilora.lora.variants import dora, embedding, loftq, lora_fa, olora, orthogonal, pissa, tokens, vera
 
 __all__ = ["dora", "embedding", "loftq", "lora_fa", "olora", "orthogonal", "pissa", "tokens", "vera"]

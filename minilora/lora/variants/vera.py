@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, register
-from minilora.config import LoraConfig
+from minilora.lora.adapter import Adapter, register
+from minilora.lora.config import LoraConfig
 
 _SEED = 0
 

@@ -19,11 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import register
-from minilora.config import LoraConfig
 from minilora.errors import QuantizationError
 from minilora.linear.layers import QuantLinear, dense_weight, is_quantized
-from minilora.lora import LoRALinear
+from minilora.lora.adapter import register
+from minilora.lora.config import LoraConfig
+from minilora.lora.layer import LoRALinear
 from minilora.quant.blockwise import QuantizedTensor, quantize
 from minilora.quant.config import QuantConfig
 
