@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from record import RESULTS, into_readme, stamp, write_csv
 
 import minilora
+from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
-from minilora.quantize_model import quantizable_paths
 
 ROWS: list[tuple[str, QuantConfig]] = [
     ("NF4 (bitsandbytes' codes)", QuantConfig("nf4")),

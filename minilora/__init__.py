@@ -4,7 +4,6 @@ from typing import Any
 
 from minilora.adapted import MergeReport, delete_adapter, merge, set_adapter, unload, unmerge
 from minilora.batched import batch_adapters
-from minilora.calibrate import calibrate
 from minilora.checkpoint import load_adapter, save_adapter
 from minilora.combine import add_weighted_adapter
 from minilora.compat import (
@@ -19,7 +18,6 @@ from minilora.compat import (
 from minilora.errors import MiniLoraError
 from minilora.export import export_adapter
 from minilora.hotswap import hotswap_adapter
-from minilora.kbit import prepare_model_for_kbit_training
 from minilora.linear.layers import QuantLinear
 from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
@@ -28,10 +26,12 @@ from minilora.lora.layer import LoRALinear
 from minilora.lora.tying import untie
 from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model
+from minilora.qlora.calibrate import calibrate
+from minilora.qlora.kbit import prepare_model_for_kbit_training
+from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.blockwise import QuantizedTensor, quantize
 from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
-from minilora.quantize_model import quantize_model
 
 __version__ = "0.1.0"
 

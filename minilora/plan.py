@@ -26,10 +26,10 @@ from minilora.ledger import Ledger, on_paper
 from minilora.linear import ops
 from minilora.linear.layers import QuantLinear, in_out_features
 from minilora.lora.inject import ALL_LINEAR
+from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch
-from minilora.quantize_model import quantizable_paths
 from minilora.tables import Row
 from minilora.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
 

@@ -32,9 +32,9 @@ from minilora.guards import (
     first_nonfinite_output,
     is_out_of_memory,
 )
-from minilora.kbit import checkpoint_activations
 from minilora.lora.slots import adapters_of
 from minilora.losses import evaluate, token_losses
+from minilora.qlora.kbit import checkpoint_activations
 from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
 from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.signals import Wish, caught

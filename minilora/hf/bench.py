@@ -29,13 +29,13 @@ from minilora.files import validate
 from minilora.hf.finetune import DTYPES
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.hf.plan import PlanJob, load_config, model_on_meta
-from minilora.kbit import checkpoint_activations
 from minilora.linear.layers import is_quantized
 from minilora.lora.inject import inject
 from minilora.peft_model import PeftModel
 from minilora.plan import own_memory, training_step
+from minilora.qlora.kbit import checkpoint_activations
+from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
-from minilora.quantize_model import quantize_model
 from minilora.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
 
 __all__ = ["BenchJob", "contestant", "run"]

@@ -27,9 +27,9 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.inject import match
 from minilora.lora.targets import check_form
 from minilora.peft_model import get_peft_model
+from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig
-from minilora.quantize_model import quantize_model
 from minilora.report import render
 from minilora.resume import claim
 from minilora.train import TrainConfig, memory_mb, train

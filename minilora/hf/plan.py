@@ -18,15 +18,15 @@ from minilora.hf.finetune import DTYPES, QUANT_CHOICES
 from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
-from minilora.kbit import checkpoint_activations
 from minilora.linear.layers import is_quantized
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.lora.targets import check_form
 from minilora.losses import token_losses
 from minilora.plan import Memory, measure, pack_on_paper, predict
+from minilora.qlora.kbit import checkpoint_activations
+from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
-from minilora.quantize_model import quantize_model
 from minilora.worker import Worker
 
 __all__ = ["PlanJob", "has_weights", "load_config", "measured_in_worker", "model_on_meta", "predicted"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minilora.errors import QuantizationError
 from minilora.lora.inject import ALL_LINEAR
 from minilora.lora.targets import Selection
-from minilora.quantize_model import quantizable_paths
+from minilora.qlora.quantize_model import quantizable_paths
 
 __all__ = ["calibrate"]
 
