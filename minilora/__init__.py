@@ -4,7 +4,6 @@ from typing import Any
 
 from minilora.adapted import MergeReport, delete_adapter, merge, set_adapter, unload, unmerge
 from minilora.batched import batch_adapters
-from minilora.checkpoint import load_adapter, save_adapter
 from minilora.combine import add_weighted_adapter
 from minilora.compat import (
     PeftConfig,
@@ -16,7 +15,6 @@ from minilora.compat import (
     set_peft_model_state_dict,
 )
 from minilora.errors import MiniLoraError
-from minilora.export import export_adapter
 from minilora.hotswap import hotswap_adapter
 from minilora.linear.layers import QuantLinear
 from minilora.lora.adapter import Adapter, register
@@ -32,6 +30,8 @@ from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.blockwise import QuantizedTensor, quantize
 from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
+from minilora.store.export import export_adapter
+from minilora.store.load import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.checkpoint import LoadReport, adapter_state_dict, fill_adapter
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.peft_model import PeftModel
+from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
 
 __all__ = [
     "PeftConfig",

@@ -10,11 +10,11 @@ import os
 import torch
 from torch import nn
 
-from minilora.checkpoint import WEIGHTS_FILE, all_or_nothing, load_values, read_adapter, refuse_other_base
 from minilora.errors import CheckpointError, StateError
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
+from minilora.store.load import WEIGHTS_FILE, all_or_nothing, load_values, read_adapter, refuse_other_base
 
 __all__ = ["hotswap_adapter"]
 

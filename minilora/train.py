@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from minilora.checkpoint import save_adapter
 from minilora.data import Encoded, collate, micro_batches
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.io import append_line, remove, write_file
@@ -38,6 +37,7 @@ from minilora.qlora.kbit import checkpoint_activations
 from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
 from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.signals import Wish, caught
+from minilora.store.load import save_adapter
 
 __all__ = ["TrainConfig", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
 

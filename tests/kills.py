@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig, inject, load_adapter, save_adapter
-from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from minilora.checkpoint import adapter_state_dict
 from minilora.data import Encoded
 from minilora.files import disk as disk_module
+from minilora.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.store.load import adapter_state_dict
 from minilora.train import TrainConfig, train
 
 torch.set_num_threads(1)

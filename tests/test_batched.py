@@ -26,10 +26,10 @@ from minilora import (
 )
 from minilora.adapted import disabled, unload
 from minilora.batched import BASE, MixedLayer, batch_adapters
-from minilora.checkpoint import load_adapter
 from minilora.errors import StateError
 from minilora.hotswap import hotswap_adapter
 from minilora.lora.slots import adapters_of, has_adapters, own_parameters
+from minilora.store.load import load_adapter
 
 BF16 = torch.bfloat16
 

@@ -10,18 +10,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minilora import (
-    LoraConfig,
-    MiniLoraError,
-    PeftModel,
-    QuantConfig,
-    checkpoint,
-    get_peft_model,
-    inject,
-    quantize_model,
-)
-from minilora.adapter_files import SEAL_FILE, not_finite, read_adapter, read_config
-from minilora.checkpoint import (
+from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, quantize_model
+from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.lora.architectures import DEFAULT_TARGETS
+from minilora.lora.slots import own_parameters
+from minilora.store import load as checkpoint
+from minilora.store.adapter_files import SEAL_FILE, not_finite, read_adapter, read_config
+from minilora.store.load import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     LoadReport,
@@ -32,9 +27,6 @@ from minilora.checkpoint import (
     save_adapter,
     saved_config,
 )
-from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.lora.architectures import DEFAULT_TARGETS
-from minilora.lora.slots import own_parameters
 
 A0 = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 C0 = A0.replace("lora_A", "lora_C")

@@ -10,12 +10,12 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, inject, quantize_model, save_adapter
-from minilora.adapter_files import SEAL_FILE
-from minilora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.export import TARGETS, export_adapter, export_folder
 from minilora.lora.slots import adapters_of
+from minilora.store.adapter_files import SEAL_FILE
+from minilora.store.export import TARGETS, export_adapter, export_folder
+from minilora.store.load import CONFIG_FILE, WEIGHTS_FILE
 
 ALL = ["q_proj", "v_proj", "down_proj"]
 PREFIX = "base_model.model."

@@ -12,11 +12,11 @@ import minilora
 from minilora import LoraConfig, QuantConfig, inject, load_adapter, merge, quantize, quantize_model, save_adapter
 from minilora.data import IGNORED, Encoded
 from minilora.errors import DataError, QuantizationError, StateError
-from minilora.export import TARGETS, export_adapter, export_folder
 from minilora.guards import check_adapter, check_examples, context_length, refuse_nonfinite
 from minilora.linear.layers import QuantLinear
 from minilora.lora.config import LoraConfig as Config
 from minilora.lora.slots import Slot
+from minilora.store.export import TARGETS, export_adapter, export_folder
 from minilora.train import TrainConfig, train
 
 PAD, LAYERS = 63, ["q_proj", "up_proj"]

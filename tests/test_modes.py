@@ -5,8 +5,8 @@ import torch
 
 import minilora
 from minilora import LoraConfig, get_peft_model
-from minilora.checkpoint import restore_adapter
 from minilora.errors import CheckpointError, StateError
+from minilora.store.load import restore_adapter
 
 
 def config(**fields):

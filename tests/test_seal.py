@@ -16,14 +16,22 @@ import safetensors.torch
 import torch
 
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, merge, quantize_model
-from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, _seal_bytes, adapter_sha256, read_adapter, seal
-from minilora.checkpoint import adapter_state_dict, load_adapter, restore_adapter, save_adapter
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError
-from minilora.export import export_adapter, export_folder
 from minilora.files.parse import parse_header, parse_json
-from minilora.fingerprint import differs, fingerprint, is_fingerprint
 from minilora.hotswap import hotswap_adapter
+from minilora.store.adapter_files import (
+    CONFIG_FILE,
+    SEAL_FILE,
+    WEIGHTS_FILE,
+    _seal_bytes,
+    adapter_sha256,
+    read_adapter,
+    seal,
+)
+from minilora.store.export import export_adapter, export_folder
+from minilora.store.fingerprint import differs, fingerprint, is_fingerprint
+from minilora.store.load import adapter_state_dict, load_adapter, restore_adapter, save_adapter
 
 
 def lora(**fields):

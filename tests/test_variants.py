@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, inject, load_adapter, merge, save_adapter
 from minilora.adapted import disabled, unload
-from minilora.checkpoint import WEIGHTS_FILE, adapter_state_dict
 from minilora.errors import CheckpointError, ConfigError, StateError, TargetError
 from minilora.linear.layers import dense_weight
 from minilora.lora.adapter import VARIANTS, Adapter, register
@@ -29,6 +28,7 @@ from minilora.lora.variants.tokens import TokenRows
 from minilora.lora.variants.vera import shared_factor
 from minilora.optim import lora_plus_groups
 from minilora.quant.blockwise import quantize
+from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
 
 IN, OUT, R, ALPHA = 40, 24, 4, 12
 S = ALPHA / R

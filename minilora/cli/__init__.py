@@ -305,7 +305,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
-    from minilora.export import TARGETS
+    from minilora.store.export import TARGETS
 
     parser.add_argument("--adapter", required=True, help="adapter folder (PEFT's layout)")
     _adapter_flags(parser)
@@ -317,8 +317,8 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from minilora.export import export_adapter, export_folder
     from minilora.hf.folders import refuse_occupied
+    from minilora.store.export import export_adapter, export_folder
 
     refuse_occupied(arguments.out)
     if arguments.model:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from minilora.adapter_files import read_config
 from minilora.errors import ConfigError
 from minilora.hf.load import load_model
 from minilora.peft_model import PeftModel
+from minilora.store.adapter_files import read_config
 
 __all__ = ["AutoPeftModelForCausalLM"]
 

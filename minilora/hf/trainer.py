@@ -13,8 +13,8 @@ from typing import Any
 import transformers
 from torch import nn
 
-from minilora.checkpoint import restore_adapter
 from minilora.lora.slots import adapters_of
+from minilora.store.load import restore_adapter
 
 __all__ = ["LoraTrainer", "LoraTrainerMixin"]
 

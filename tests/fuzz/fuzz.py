@@ -27,10 +27,10 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig, MiniLoraError, inject, load_adapter, save_adapter
-from minilora.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, _check_seal
 from minilora.files.parse import parse_header, parse_json
 from minilora.lora.config import unknown_keys
 from minilora.lora.slots import has_adapters
+from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, _check_seal
 
 CORPUS = Path(__file__).with_name("corpus")
 LIMIT = 2.0  # seconds of processor time for one input: a busy machine is no hang
@@ -222,7 +222,7 @@ class Folders:
         return hashlib.sha1(tensors).digest(), flags, has_adapters(self.model), [type(m) for m in self.model.modules()]
 
     def target(self, draw, seed):
-        from minilora.adapter_files import seal as sealed
+        from minilora.store.adapter_files import seal as sealed
 
         files = dict(seed)
         for name in draw.sample([CONFIG_FILE, WEIGHTS_FILE], 1 + (draw.random() < 0.2)):

@@ -30,10 +30,10 @@ from torch import nn
 import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear
 from minilora.adapted import disabled
-from minilora.checkpoint import WEIGHTS_FILE, adapter_state_dict
 from minilora.combine import add_weighted_adapter
 from minilora.hotswap import hotswap_adapter
 from minilora.lora.slots import adapters_of, own_parameters
+from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
 
 SHAPES = {
     "first": (12, 20),

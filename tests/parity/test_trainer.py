@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file
 
 import minilora
-from minilora.checkpoint import adapter_state_dict
 from minilora.hf import LoraTrainer, LoraTrainerMixin
+from minilora.store.load import adapter_state_dict
 
 # torch's data loader asks for pinned memory, which a machine without a GPU does not have.
 PINNED = "ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning"

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.files.io import write_files
 from minilora.files.parse import tensor_bytes
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
-from minilora.save import base_of, saved_config
+from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
+from minilora.store.save import base_of, saved_config
 
 __all__ = ["TARGETS", "export_adapter", "export_folder"]
 

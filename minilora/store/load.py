@@ -17,16 +17,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, not_finite, read_adapter, refuse_regexes
 from minilora.errors import CheckpointError
-from minilora.fingerprint import differs, fingerprint
 from minilora.linear.layers import in_out_features
 from minilora.lora.adapter import Adapter, variant
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import ALL_LINEAR, build, match, place
 from minilora.lora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.lora.variants.embedding import LoRAEmbedding
-from minilora.save import adapter_state_dict, made_with_of, save_adapter, saved_config, tensors_of
+from minilora.store.adapter_files import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    Stored,
+    not_finite,
+    read_adapter,
+    refuse_regexes,
+)
+from minilora.store.fingerprint import differs, fingerprint
+from minilora.store.save import adapter_state_dict, made_with_of, save_adapter, saved_config, tensors_of
 
 __all__ = [
     "CONFIG_FILE",

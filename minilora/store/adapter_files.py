@@ -24,8 +24,8 @@ from torch import Tensor
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.io import read_files
 from minilora.files.parse import parse_json, parse_tensors
-from minilora.fingerprint import is_fingerprint
 from minilora.lora.config import LoraConfig, unknown_keys
+from minilora.store.fingerprint import is_fingerprint
 
 __all__ = ["CONFIG_FILE", "PREFIX", "SEAL_FILE", "WEIGHTS_FILE", "Stored", "read_adapter", "read_config", "seal"]
 

@@ -13,7 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.adapter_files import (
+from minilora.errors import StateError
+from minilora.files.io import write_files
+from minilora.files.parse import tensor_bytes
+from minilora.linear.layers import is_conv1d
+from minilora.lora.adapter import Adapter
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import ALL_LINEAR, default_targets
+from minilora.lora.slots import Value, adapters_of
+from minilora.lora.targets import ends_with, exactly
+from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
     PLAIN,
@@ -24,16 +33,7 @@ from minilora.adapter_files import (
     not_finite,
     seal,
 )
-from minilora.errors import StateError
-from minilora.files.io import write_files
-from minilora.files.parse import tensor_bytes
-from minilora.fingerprint import fingerprint
-from minilora.linear.layers import is_conv1d
-from minilora.lora.adapter import Adapter
-from minilora.lora.config import LoraConfig
-from minilora.lora.inject import ALL_LINEAR, default_targets
-from minilora.lora.slots import Value, adapters_of
-from minilora.lora.targets import ends_with, exactly
+from minilora.store.fingerprint import fingerprint
 
 __all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 
