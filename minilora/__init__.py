@@ -2,9 +2,6 @@
 
 from typing import Any
 
-from minilora.adapted import MergeReport, delete_adapter, merge, set_adapter, unload, unmerge
-from minilora.batched import batch_adapters
-from minilora.combine import add_weighted_adapter
 from minilora.compat import (
     PeftConfig,
     PeftModelForCausalLM,
@@ -15,13 +12,16 @@ from minilora.compat import (
     set_peft_model_state_dict,
 )
 from minilora.errors import MiniLoraError
-from minilora.hotswap import hotswap_adapter
 from minilora.linear.layers import QuantLinear
 from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALinear
 from minilora.lora.tying import untie
+from minilora.many.adapted import MergeReport, delete_adapter, merge, set_adapter, unload, unmerge
+from minilora.many.batched import batch_adapters
+from minilora.many.combine import add_weighted_adapter
+from minilora.many.hotswap import hotswap_adapter
 from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model
 from minilora.qlora.calibrate import calibrate

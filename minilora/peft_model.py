@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from minilora import adapted, batched, combine, hotswap
 from minilora.errors import StateError
 from minilora.linear.layers import compute_dtype
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.lora.slots import adapters_of, has_adapters, own_parameters
+from minilora.many import adapted, batched, combine, hotswap
 from minilora.store import load as checkpoint
 
 __all__ = ["PeftModel", "get_peft_model"]

@@ -19,12 +19,12 @@ from minilora import (
     set_adapter,
     unmerge,
 )
-from minilora.adapted import count_parameters, delete_adapter, disabled, unload
 from minilora.errors import MiniLoraError, StateError
 from minilora.linear.layers import dense_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import Adapters, has_adapters, own_parameters
+from minilora.many.adapted import count_parameters, delete_adapter, disabled, unload
 
 
 def lora(targets=("first", "mid", "last"), **fields):

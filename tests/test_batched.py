@@ -24,11 +24,11 @@ from minilora import (
     set_adapter,
     unmerge,
 )
-from minilora.adapted import disabled, unload
-from minilora.batched import BASE, MixedLayer, batch_adapters
 from minilora.errors import StateError
-from minilora.hotswap import hotswap_adapter
 from minilora.lora.slots import adapters_of, has_adapters, own_parameters
+from minilora.many.adapted import disabled, unload
+from minilora.many.batched import BASE, MixedLayer, batch_adapters
+from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import load_adapter
 
 BF16 = torch.bfloat16

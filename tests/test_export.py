@@ -362,7 +362,7 @@ def test_whatever_shows_the_export_is_the_same(adapted, tmp_path, target, state)
     elif state == "aside":
         inject(model, lora(["q_proj"]), "other")
     if state == "disabled":
-        with minilora.adapted.disabled(model):
+        with minilora.many.adapted.disabled(model):
             export_adapter(model, tmp_path / "right", target)
             assert not any(isinstance(module, minilora.Adapter) for module in model.modules())
     else:

@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 import minilora
 from minilora import inject
-from minilora.adapted import unload
 from minilora.linear import fused, layers, ops
 from minilora.linear.fused import keep_masks, lora_linear, lora_linear_reference
 from minilora.linear.layers import Frozen, QuantLinear
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
+from minilora.many.adapted import unload
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 

@@ -23,13 +23,13 @@ from minilora import (
     set_adapter,
     unmerge,
 )
-from minilora.adapted import disabled
-from minilora.combine import COMBINATIONS, add_weighted_adapter
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.hotswap import hotswap_adapter
 from minilora.linear.layers import compute_dtype, dense_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import adapters_of, own_parameters
+from minilora.many.adapted import disabled
+from minilora.many.combine import COMBINATIONS, add_weighted_adapter
+from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import adapter_state_dict, load_adapter
 
 LAYERS = ("first", "mid", "last")

@@ -19,7 +19,7 @@ from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.parse import parse_header, parse_json
-from minilora.hotswap import hotswap_adapter
+from minilora.many.hotswap import hotswap_adapter
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     SEAL_FILE,

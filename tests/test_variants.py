@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, inject, load_adapter, merge, save_adapter
-from minilora.adapted import disabled, unload
 from minilora.errors import CheckpointError, ConfigError, StateError, TargetError
 from minilora.linear.layers import dense_weight
 from minilora.lora.adapter import VARIANTS, Adapter, register
@@ -26,6 +25,7 @@ from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
 from minilora.lora.variants.loftq import calibrated, loftq
 from minilora.lora.variants.tokens import TokenRows
 from minilora.lora.variants.vera import shared_factor
+from minilora.many.adapted import disabled, unload
 from minilora.optim import lora_plus_groups
 from minilora.quant.blockwise import quantize
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict

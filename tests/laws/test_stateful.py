@@ -29,10 +29,10 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear
-from minilora.adapted import disabled
-from minilora.combine import add_weighted_adapter
-from minilora.hotswap import hotswap_adapter
 from minilora.lora.slots import adapters_of, own_parameters
+from minilora.many.adapted import disabled
+from minilora.many.combine import add_weighted_adapter
+from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
 
 SHAPES = {
