@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from minilora.tables import Row
+from minilora.report.tables import Row
 
 __all__ = ["TOLERANCE", "Side", "agreement", "as_rows"]
 

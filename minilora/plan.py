@@ -30,7 +30,7 @@ from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch
-from minilora.tables import Row
+from minilora.report.tables import Row
 from minilora.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
 
 __all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step"]

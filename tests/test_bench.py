@@ -8,7 +8,7 @@ import torch
 
 from minilora.bench import Side, agreement, as_rows
 from minilora.cli import main
-from minilora.tables import Row, as_markdown, as_page, as_text
+from minilora.report.tables import Row, as_markdown, as_page, as_text
 
 transformers = pytest.importorskip("transformers")
 

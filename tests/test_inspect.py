@@ -8,9 +8,9 @@ from torch import nn
 
 from minilora import Adapter, LoraConfig, QuantConfig, get_peft_model, inject, quantize_model, set_adapter
 from minilora.errors import StateError
-from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.linear.layers import dense_weight
 from minilora.lora.layer import LoRALinear
+from minilora.report.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (3, 40), (40, 3)]
 

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from minilora.pictures import MOST_POINTS
-from minilora.report import render
+from minilora.report.page import render
+from minilora.report.pictures import MOST_POINTS
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 PATHS = [f"model.layers.{index}.attn.{kind}" for index in range(3) for kind in ("q_proj", "v_proj")]

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.bench import agreement, as_rows
     from minilora.hf.bench import BenchJob
     from minilora.hf.bench import run as run_job
-    from minilora.tables import as_markdown, as_text
+    from minilora.report.tables import as_markdown, as_text
 
     check_page(arguments.html)
     own = {name: getattr(arguments, name) for name in ("steps", "repeats", "lr", "seed", "data")}
@@ -50,7 +50,7 @@ def _versions(sides: Any) -> str:
 
 
 def _write(file: str, job: Any, sides: Any, columns: Any, rows: Any, notes: list[str]) -> None:
-    from minilora.pictures import Line, html_section, line_chart
+    from minilora.report.pictures import Line, html_section, line_chart
 
     lines = [
         Line(side.name, [(step + 1.0, loss) for step, loss in enumerate(side.losses[0])], f"c{place}" + " dots" * place)

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Predict, measure, print; write the page if asked."""
     from minilora.hf.plan import PlanJob, has_weights, measured_in_worker, predicted
     from minilora.plan import as_rows
-    from minilora.tables import as_text
+    from minilora.report.tables import as_text
 
     check_page(arguments.html)
     job = PlanJob(**settings_of(arguments), lora_dropout=arguments.lora_dropout)

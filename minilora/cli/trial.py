@@ -61,7 +61,7 @@ def write_page(
 ) -> None:  # fmt: skip
     """Draw the page of ``tables.as_page`` into ``file``; its folder is made."""
     from minilora.files.io import write_file
-    from minilora.tables import as_page
+    from minilora.report.tables import as_page
 
     place = Path(file)
     place.parent.mkdir(parents=True, exist_ok=True)

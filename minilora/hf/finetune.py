@@ -21,7 +21,6 @@ from minilora.files.io import write_file
 from minilora.guards import context_length
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
-from minilora.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.linear.layers import is_quantized
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import match
@@ -30,7 +29,8 @@ from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig
-from minilora.report import render
+from minilora.report.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
+from minilora.report.page import render
 from minilora.resume import claim
 from minilora.train import TrainConfig, memory_mb, train
 

@@ -14,7 +14,7 @@ import transformers
 from peft.utils.hotswap import hotswap_adapter
 
 import minilora
-from minilora.inspect import adapters_in
+from minilora.report.inspect import adapters_in
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"

@@ -19,8 +19,8 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 import minilora
-from minilora.inspect import adapters_in
 from minilora.linear.layers import dense_weight
+from minilora.report.inspect import adapters_in
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from minilora.pictures import (
+from minilora.report.pictures import (
     LAYER_INDEX,
     SMALL,
     WIDE,

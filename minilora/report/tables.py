@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.pictures import bar_groups, html_section, html_table, html_text
-from minilora.report import page
+from minilora.report.page import page
+from minilora.report.pictures import bar_groups, html_section, html_table, html_text
 
 __all__ = ["Row", "as_markdown", "as_page", "as_text"]
 
