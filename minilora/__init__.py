@@ -22,7 +22,6 @@ from minilora.many.adapted import MergeReport, delete_adapter, merge, set_adapte
 from minilora.many.batched import batch_adapters
 from minilora.many.combine import add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter
-from minilora.optim import lora_plus_groups
 from minilora.peft_model import PeftModel, get_peft_model
 from minilora.qlora.calibrate import calibrate
 from minilora.qlora.kbit import prepare_model_for_kbit_training
@@ -32,6 +31,7 @@ from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
 from minilora.store.export import export_adapter
 from minilora.store.load import load_adapter, save_adapter
+from minilora.training.optim import lora_plus_groups
 
 __version__ = "0.1.0"
 

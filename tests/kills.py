@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig, inject, load_adapter, save_adapter
-from minilora.data import Encoded
 from minilora.files import disk as disk_module
 from minilora.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.store.load import adapter_state_dict
-from minilora.train import TrainConfig, train
+from minilora.training.data import Encoded
+from minilora.training.loop import TrainConfig, train
 
 torch.set_num_threads(1)
 CALLS = ("open", "write", "fsync", "mkdir", "link", "replace", "unlink", "rmdir", "chmod")

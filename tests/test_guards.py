@@ -10,14 +10,14 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, QuantConfig, inject, load_adapter, merge, quantize, quantize_model, save_adapter
-from minilora.data import IGNORED, Encoded
 from minilora.errors import DataError, QuantizationError, StateError
-from minilora.guards import check_adapter, check_examples, context_length, refuse_nonfinite
 from minilora.linear.layers import QuantLinear
 from minilora.lora.config import LoraConfig as Config
 from minilora.lora.slots import Slot
 from minilora.store.export import TARGETS, export_adapter, export_folder
-from minilora.train import TrainConfig, train
+from minilora.training.data import IGNORED, Encoded
+from minilora.training.guards import check_adapter, check_examples, context_length, refuse_nonfinite
+from minilora.training.loop import TrainConfig, train
 
 PAD, LAYERS = 63, ["q_proj", "up_proj"]
 GOOD = [Encoded((1, 2, 3, 4), (IGNORED, 2, 3, 4)), Encoded((5, 6, 7), (IGNORED, IGNORED, 7))]

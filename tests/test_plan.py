@@ -12,7 +12,7 @@ from minilora import LoraConfig, QuantConfig, inject, quantize_model
 from minilora.cli import main
 from minilora.errors import StateError
 from minilora.plan import Memory, as_rows, measure, pack_on_paper, predict
-from minilora.train import checkpoint_activations
+from minilora.training.loop import checkpoint_activations
 from minilora.worker import Worker, can_measure
 
 transformers = pytest.importorskip("transformers")

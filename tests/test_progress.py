@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from minilora import progress
-from minilora.progress import Progress
+from minilora.training import progress
+from minilora.training.progress import Progress
 
 HAS_RICH = importlib.util.find_spec("rich") is not None
 

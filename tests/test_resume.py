@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 import minilora
-import minilora.train as loop
+import minilora.training.loop as loop
 from minilora import LoraConfig, QuantConfig, inject, quantize_model
-from minilora.data import IGNORED, Encoded
 from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError, WriteError
-from minilora.resume import newest
-from minilora.train import TrainConfig, train
+from minilora.training.data import IGNORED, Encoded
+from minilora.training.loop import TrainConfig, train
+from minilora.training.resume import newest
 
 PAD = 40
 

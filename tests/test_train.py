@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import minilora
-import minilora.train as loop
+import minilora.training.loop as loop
 from minilora import LoraConfig, MiniLoraError, QuantConfig, inject, load_adapter, quantize_model
-from minilora.data import IGNORED, Encoded, collate, micro_batches
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.train import TrainConfig, evaluate, learning_rate, memory_mb, token_losses, train
+from minilora.training.data import IGNORED, Encoded, collate, micro_batches
+from minilora.training.loop import TrainConfig, evaluate, learning_rate, memory_mb, token_losses, train
 
 PAD = 63
 STEP_KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "rss_mb", "seconds"}

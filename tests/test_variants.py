@@ -26,9 +26,9 @@ from minilora.lora.variants.loftq import calibrated, loftq
 from minilora.lora.variants.tokens import TokenRows
 from minilora.lora.variants.vera import shared_factor
 from minilora.many.adapted import disabled, unload
-from minilora.optim import lora_plus_groups
 from minilora.quant.blockwise import quantize
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
+from minilora.training.optim import lora_plus_groups
 
 IN, OUT, R, ALPHA = 40, 24, 4, 12
 S = ALPHA / R

@@ -14,9 +14,9 @@ import torch
 
 import minilora.files.io
 from minilora import LoraConfig, inject
-from minilora.data import IGNORED, Encoded
 from minilora.files.disk import Disk
-from minilora.train import TrainConfig, train
+from minilora.training.data import IGNORED, Encoded
+from minilora.training.loop import TrainConfig, train
 
 CALLS = ("append", "flush", "make_folder", "copy_mode", "link", "rename", "exchange", "unlink", "remove_folder")
 FILES = ("adapter_model.safetensors", "adapter_config.json", "minilora.json")

@@ -23,7 +23,7 @@ from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError, MiniLoraError
 from minilora.files import validate
 from minilora.lora.config import LoraConfig
-from minilora.train import TrainConfig
+from minilora.training.loop import TrainConfig
 
 _LORA_FLAGS = (
     "r",

@@ -8,7 +8,7 @@ from typing import Any
 from minilora.cli.jobs import run_job
 from minilora.demo import DATA, in_voice, prompts
 from minilora.lora.config import LoraConfig
-from minilora.train import TrainConfig
+from minilora.training.loop import TrainConfig
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 def run_job(job: Any) -> Any:
     """The outcome of ``fine_tune(job)``, after its answers, losses and files have been printed."""
     from minilora.hf.finetune import fine_tune
-    from minilora.progress import Progress
+    from minilora.training.progress import Progress
 
     with Progress(job.training.steps) as progress:
         outcome = fine_tune(job, progress.say, progress.watch)

@@ -21,7 +21,6 @@ from torch import nn
 
 from minilora import __version__
 from minilora.bench import Side
-from minilora.data import encode_all, read_jsonl
 from minilora.demo import DATA
 from minilora.errors import ConfigError
 from minilora.files import validate
@@ -36,6 +35,7 @@ from minilora.qlora.kbit import checkpoint_activations
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.store.load import save_adapter
+from minilora.training.data import encode_all, read_jsonl
 from minilora.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
 
 __all__ = ["BenchJob", "contestant", "run"]

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from minilora.data import Encoded, encode_all, read_jsonl, split
 from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.files.io import write_file
-from minilora.guards import context_length
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
@@ -31,8 +29,10 @@ from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig
 from minilora.report.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.report.page import render
-from minilora.resume import claim
-from minilora.train import TrainConfig, memory_mb, train
+from minilora.training.data import Encoded, encode_all, read_jsonl, split
+from minilora.training.guards import context_length
+from minilora.training.loop import TrainConfig, memory_mb, train
+from minilora.training.resume import claim
 
 __all__ = ["Job", "Outcome", "fine_tune"]
 

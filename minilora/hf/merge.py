@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from minilora.errors import CheckpointError
-from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.linear.layers import is_quantized
 from minilora.peft_model import PeftModel
+from minilora.training.guards import refuse_nonfinite
 
 __all__ = ["merge_to_folder"]
 

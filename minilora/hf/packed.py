@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError, StateError
 from minilora.files.io import read_bytes
 from minilora.files.parse import parse_tensors
-from minilora.guards import refuse_nonfinite
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
 from minilora.linear.layers import QuantLinear, is_conv1d, is_quantized
 from minilora.lora.slots import has_adapters
@@ -25,6 +24,7 @@ from minilora.qlora.kbit import dtype_on_disk
 from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes
 from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
+from minilora.training.guards import refuse_nonfinite
 
 __all__ = ["is_packed_folder", "load_packed", "packed_state_dict", "save_packed"]
 

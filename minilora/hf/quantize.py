@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from minilora.data import encode_all, read_jsonl
 from minilora.errors import ConfigError
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
@@ -16,6 +15,7 @@ from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.bnb import storable
 from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
+from minilora.training.data import encode_all, read_jsonl
 
 __all__ = ["quantize_to_folder"]
 

@@ -11,7 +11,6 @@ import torch
 import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, hotswap_adapter, load_adapter, quantize, save_adapter
 from minilora.compat import set_peft_model_state_dict
-from minilora.data import encode_all, read_jsonl
 from minilora.errors import (
     CheckpointError,
     ConfigError,
@@ -23,9 +22,10 @@ from minilora.errors import (
 )
 from minilora.hf.packed import load_packed, save_packed
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
-from minilora.resume import claim
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.export import export_adapter, export_folder
+from minilora.training.data import encode_all, read_jsonl
+from minilora.training.resume import claim
 
 NAN = float("nan")
 FIRST = "base_model.model.first.lora_A.weight"

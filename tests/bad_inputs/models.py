@@ -16,10 +16,10 @@ from minilora import (
     quantize,
     quantize_model,
 )
-from minilora.data import Encoded
 from minilora.errors import ConfigError, DataError, QuantizationError, StateError, TargetError
 from minilora.linear.ops import quant_linear
-from minilora.train import TrainConfig, train
+from minilora.training.data import Encoded
+from minilora.training.loop import TrainConfig, train
 from tests.bad_inputs.world import lora
 
 NAN, INF = float("nan"), float("inf")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import IGNORED, Encoded
 from minilora.errors import DataError, StateError
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import Adapters, adapters_of, has_adapters, own_parameters
+from minilora.training.data import IGNORED, Encoded
 
 __all__ = [
     "check_adapter",

@@ -21,23 +21,33 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Encoded, collate, micro_batches
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.io import append_line, remove, write_file
-from minilora.guards import (
+from minilora.lora.slots import adapters_of
+from minilora.qlora.kbit import checkpoint_activations
+from minilora.store.load import save_adapter
+from minilora.training.data import Encoded, collate, micro_batches
+from minilora.training.guards import (
     check_adapter,
     check_examples,
     first_nonfinite_gradient,
     first_nonfinite_output,
     is_out_of_memory,
 )
-from minilora.lora.slots import adapters_of
-from minilora.losses import evaluate, token_losses
-from minilora.qlora.kbit import checkpoint_activations
-from minilora.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, prune, restore, save_checkpoint
-from minilora.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
-from minilora.signals import Wish, caught
-from minilora.store.load import save_adapter
+from minilora.training.losses import evaluate, token_losses
+from minilora.training.resume import (
+    LOG_FILE,
+    claim,
+    clear,
+    kept_records,
+    meaning,
+    newest,
+    prune,
+    restore,
+    save_checkpoint,
+)
+from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
+from minilora.training.signals import Wish, caught
 
 __all__ = ["TrainConfig", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
 

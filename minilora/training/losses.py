@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.data import IGNORED, Encoded, collate
+from minilora.training.data import IGNORED, Encoded, collate
 
 __all__ = ["evaluate", "token_losses"]
 
