@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from minilora.bench import Side, agreement, as_rows
 from minilora.cli import main
+from minilora.measure.bench import Side, agreement, as_rows
 from minilora.report.tables import Row, as_markdown, as_page, as_text
 
 transformers = pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from minilora.ledger import Ledger, on_paper
+from minilora.measure.ledger import Ledger, on_paper
 
 KB = 4 * 1000  # bytes of a tensor of 1000 fp32 numbers
 

@@ -11,9 +11,9 @@ from torch import nn
 from minilora import LoraConfig, QuantConfig, inject, quantize_model
 from minilora.cli import main
 from minilora.errors import StateError
-from minilora.plan import Memory, as_rows, measure, pack_on_paper, predict
+from minilora.measure.plan import Memory, as_rows, measure, pack_on_paper, predict
+from minilora.measure.worker import Worker, can_measure
 from minilora.training.loop import checkpoint_activations
-from minilora.worker import Worker, can_measure
 
 transformers = pytest.importorskip("transformers")
 
@@ -144,7 +144,7 @@ REAL_STEP = """
     from torch import nn
 
     from minilora import LoraConfig, inject
-    from minilora.plan import measure, predict
+    from minilora.measure.plan import measure, predict
 
 
     def load():
@@ -181,7 +181,7 @@ def test_a_real_step_is_measured(tmp_path, monkeypatch):
 
 
 def test_where_it_cannot_be_measured_it_says_so(make_mlp, monkeypatch):
-    monkeypatch.setattr("minilora.worker._status", dict)
+    monkeypatch.setattr("minilora.measure.worker._status", dict)
     with pytest.raises(StateError, match="Linux only"):
         measure(make_mlp, lambda model: model, lambda m: m(torch.zeros(1, 12)).sum())
 

@@ -5,9 +5,9 @@ import textwrap
 
 import pytest
 
-from minilora import worker
 from minilora.errors import ConfigError, StateError
-from minilora.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
+from minilora.measure import worker
+from minilora.measure.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
 
 LINUX = pytest.mark.skipif(not can_measure(), reason="peak memory is read from Linux")
 TASKS = """

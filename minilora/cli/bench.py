@@ -23,9 +23,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run, print the table, write the page if asked. Progress goes to standard error."""
-    from minilora.bench import agreement, as_rows
     from minilora.hf.bench import BenchJob
     from minilora.hf.bench import run as run_job
+    from minilora.measure.bench import agreement, as_rows
     from minilora.report.tables import as_markdown, as_text
 
     check_page(arguments.html)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.cli.trial import add_job_flags, check_page, settings_of, title_of, write_page
-from minilora.worker import anonymous_bytes, can_measure
+from minilora.measure.worker import anonymous_bytes, can_measure
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Predict, measure, print; write the page if asked."""
     from minilora.hf.plan import PlanJob, has_weights, measured_in_worker, predicted
-    from minilora.plan import as_rows
+    from minilora.measure.plan import as_rows
     from minilora.report.tables import as_text
 
     check_page(arguments.html)

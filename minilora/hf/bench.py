@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from minilora import __version__
-from minilora.bench import Side
 from minilora.demo import DATA
 from minilora.errors import ConfigError
 from minilora.files import validate
@@ -29,14 +28,15 @@ from minilora.hf.load import load_model, load_tokenizer
 from minilora.hf.plan import PlanJob, load_config, model_on_meta
 from minilora.linear.layers import is_quantized
 from minilora.lora.inject import inject
+from minilora.measure.bench import Side
+from minilora.measure.plan import own_memory, training_step
+from minilora.measure.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
 from minilora.peft_model import PeftModel
-from minilora.plan import own_memory, training_step
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.store.load import save_adapter
 from minilora.training.data import encode_all, read_jsonl
-from minilora.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
 
 __all__ = ["BenchJob", "contestant", "run"]
 

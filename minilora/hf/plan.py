@@ -22,12 +22,12 @@ from minilora.linear.layers import is_quantized
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.lora.targets import check_form
-from minilora.plan import Memory, measure, pack_on_paper, predict
+from minilora.measure.plan import Memory, measure, pack_on_paper, predict
+from minilora.measure.worker import Worker
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.training.losses import token_losses
-from minilora.worker import Worker
 
 __all__ = ["PlanJob", "has_weights", "load_config", "measured_in_worker", "model_on_meta", "predicted"]
 

@@ -43,7 +43,7 @@ class Worker:
         counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from minilora.worker import serve; serve()", target],
+            [sys.executable, "-c", "from minilora.measure.worker import serve; serve()", target],
             env=os.environ | _QUIET | _MALLOC | counts | {"PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

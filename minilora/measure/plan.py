@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from minilora.errors import StateError
-from minilora.ledger import Ledger, on_paper
 from minilora.linear import ops
 from minilora.linear.layers import QuantLinear, in_out_features
 from minilora.lora.inject import ALL_LINEAR
+from minilora.measure.ledger import Ledger, on_paper
+from minilora.measure.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
 from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch
 from minilora.report.tables import Row
-from minilora.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
 
 __all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step"]
 
