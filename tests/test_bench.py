@@ -107,7 +107,7 @@ def settings(model_folder, folder, **more):
 def test_both_sides_do_the_same_job(tmp_path, model_folder, quant):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    from minilora import peers
+    from minilora.hf import peers
 
     given = settings(model_folder, tmp_path, quant=quant)
     bench.make_start(given)("make")
