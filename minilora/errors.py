@@ -1,7 +1,7 @@
 """What minilora raises. Every message is one line: what was got, what was wanted, the way out.
 
 All types share :class:`MiniLoraError`, so a caller can catch the library and nothing else; each also derives from the built-in
-type that code written for PEFT or torch would have caught. Next file to read: ``config.py``.
+type that code written for PEFT or torch would have caught. Next file to read: ``lora/config.py``.
 """
 
 from __future__ import annotations

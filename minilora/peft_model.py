@@ -1,7 +1,7 @@
 """The face that users see: ``get_peft_model`` returns the same model, its class extended in front by ``PeftModel``.
 
 The object stays what it was (``isinstance``, ``generate``, ``Trainer``, ``torch.compile`` go on working) and gains PEFT's methods. Each
-is one call of a plain function, which works on any module and can be used without this file. Next file: ``variants/dora.py``.
+is one call of a plain function, which works on any module and can be used without this file. Next file: ``lora/variants/dora.py``.
 """
 
 from __future__ import annotations

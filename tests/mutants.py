@@ -1,6 +1,6 @@
 """Break the code on purpose, a sign at a time, and see whether a test notices: ``make mutants``; what survives is in ``mutants.md``.
 
-    python tests/mutants.py --modules validate parse --count 200 --seed 0
+    python tests/mutants.py --modules files/validate files/parse --count 200 --seed 0
 
 A mutant is a module with one comparison, operator, number or condition changed, or one statement left out; texts stay. First each test runs
 once under coverage, so that a mutant meets the tests that execute its line, quickest first, until one fails. Tests that start
@@ -32,16 +32,16 @@ SWAPS = {
     ast.BitAnd: ast.BitOr, ast.LShift: ast.RShift,
 }  # fmt: skip
 TESTS = {
-    "validate": ["test_config", "test_validate"],
-    "parse": ["test_parse", "test_seal"],
-    "io": ["test_io", "test_power_loss"],
-    "adapter_files": ["test_checkpoint", "test_seal"],
-    "checkpoint": [
-        "test_checkpoint",
-        "test_seal",
-        "test_variants.py::test_a_calibrated_loftq_adapter_is_loaded_on_the_same_calibration_only",
+    "files/validate": ["lora/test_config", "files/test_validate"],
+    "files/parse": ["files/test_parse", "store/test_seal"],
+    "files/io": ["files/test_io", "files/test_power_loss"],
+    "store/adapter_files": ["store/test_load", "store/test_seal"],
+    "store/load": [
+        "store/test_load",
+        "store/test_seal",
+        "lora/test_variants.py::test_a_calibrated_loftq_adapter_is_loaded_on_the_same_calibration_only",
     ],
-    "adapted": ["test_adapted", "test_many"],
+    "many/adapted": ["many/test_adapted", "many/test_many"],
 }
 FRESH = "subprocess"  # in the source of a test: it starts Python anew
 
@@ -219,8 +219,10 @@ def meets(module, number, order):
     """A job that says what the tests do to a mutant: "killed" or "survived"."""
 
     def job():
-        sys.meta_path.insert(0, Mutant(f"minilora.{module}", ROOT / "minilora" / f"{module}.py", number))
-        files = dict.fromkeys(Path(name.split("::")[0]).stem for name in order)
+        sys.meta_path.insert(
+            0, Mutant("minilora." + module.replace("/", "."), ROOT / "minilora" / f"{module}.py", number)
+        )
+        files = dict.fromkeys(name.split("::")[0].removeprefix("tests/").removesuffix(".py") for name in order)
         return "killed" if run(files, Chosen(order)) else "survived"
 
     return job

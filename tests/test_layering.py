@@ -1,7 +1,6 @@
 """The arrows: a room imports only from itself and the rooms before it, without a circle inside, and the core needs torch alone."""
 
 import ast
-import re
 import runpy
 import subprocess
 import sys
@@ -17,20 +16,6 @@ ROOMS = runpy.run_path(str(PACKAGE.parent / "docs" / "draw_design.py"))["ROOMS"]
 RANKS = {name: rank for rank, (name, _, _) in enumerate(ROOMS)}
 # The package names what users need of every room, and one class of hf, lazily.
 RANKS |= {"__init__": RANKS["hf"], "__main__": RANKS["cli"]}
-PUBLIC = set(re.findall(r'    "(\w+)",', (PACKAGE / "__init__.py").read_text(encoding="utf-8")))
-# Until each file has moved into its room: the names that change with the move.
-OLD = {
-    "quantize": "quant",
-    "lora": "lora",
-    "config": "lora",
-    "checkpoint": "store",
-    "report": "report",
-    "train": "training",
-    "peers": "hf",
-}
-OLD |= {file: room for room, _, files in ROOMS for file in files if file != "config"}
-OLD["bench"] = "measure"
-
 KNOW_TRANSFORMERS = {"hf", "cli", "__main__"}
 # Package to the modules that may import it, wherever in the file.
 RESTRICTED = {
@@ -48,12 +33,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def owner(path):
-    """The room that a file belongs to."""
-    return room_of(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-def room_of(parts):
-    return parts[0] if parts[0] in RANKS else OLD.get(parts[0], parts[0])
+    """The room that a file belongs to; a module on the floor is one by itself."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imported(tree):
@@ -69,11 +50,7 @@ def imported(tree):
 def own_module(name):
     """Which module of minilora an imported name lies in: ``minilora.merge`` is a name of ``__init__``."""
     rest = name.split(".")[1:]
-    return (
-        room_of(rest)
-        if rest and (rest[0] in RANKS or rest[0] in OLD) and (len(rest) > 1 or rest[0] not in PUBLIC)
-        else "__init__"
-    )
+    return rest[0] if rest and rest[0] in RANKS else "__init__"
 
 
 def faults(name, source):

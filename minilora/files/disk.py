@@ -1,6 +1,6 @@
 """What a disk can do, one method a system call or two: the only code of minilora that writes, and what a simulated disk replaces.
 
-Nothing here decides anything; ``io.py`` does. Next file: ``io.py``.
+Nothing here decides anything; ``io.py`` does. Next file: ``files/io.py``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ What is new is written and flushed in a staging folder first. Then, where a fold
 (and hard links to all others) changes places with it in one step. Where that cannot be (folders in it, other systems), the staging
 folder is renamed to ``.minilora-commit`` inside it: from then on readers here take the files in it first, and they are linked into
 their places; a writer that died is finished by the next. Writers hold a lock on the folder, so what a dead one left is told from what a
-live one still needs, and swept. Files of others in the folder stay. Next file: ``parse.py``.
+live one still needs, and swept. Files of others in the folder stay. Next file: ``files/parse.py``.
 """
 
 from __future__ import annotations

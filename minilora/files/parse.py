@@ -1,7 +1,7 @@
 """Bytes of a file to values, believing nothing, and back: JSON and safetensors (github.com/huggingface/safetensors, "Format").
 
 Everything is checked against the bytes that were read before memory is taken: sizes against offsets, offsets against the file's length.
-What is not said exactly once, in the one way that the format has, is refused. Next file: ``config.py``.
+What is not said exactly once, in the one way that the format has, is refused. Next file: ``lora/config.py``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 ``matmul`` is what ``ops`` calls inside its operators for tensors on a GPU, forward (``transpose=True``) and backward (``False``); it
 has no gradient of its own. Nothing in it waits for the device, and it allocates its result only (and sums of parts), so it may be captured
-in a CUDA graph after one call outside of it, which compiles the kernel and uploads the tables. Next file: ``ops.py``.
+in a CUDA graph after one call outside of it, which compiles the kernel and uploads the tables. Next file: ``linear/ops.py``.
 """
 
 from __future__ import annotations

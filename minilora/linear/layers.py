@@ -1,7 +1,7 @@
 """Base layers: a frozen quantized linear layer, and the one place that knows which way round a weight lies.
 
 ``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, ``QuantLinear`` keeps packed codes. Everybody
-else asks the three functions here and always gets ``[out, in]``. Next file: ``cuda.py``.
+else asks the three functions here and always gets ``[out, in]``. Next file: ``linear/cuda.py``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Being a registered operator, it passes through ``torch.compile`` without a graph
 
 ``matmul`` is the arithmetic under it and under ``fused.py``. On a GPU it hands packed weights to the Triton kernels (``cuda.py``), unless
 ``backend`` says otherwise: "reference" decodes with PyTorch everywhere, "triton" wants the kernels. On a processor that cannot multiply a
-dtype it works in fp32, a few rows of the weight at a time. Next file: ``fused.py``.
+dtype it works in fp32, a few rows of the weight at a time. Next file: ``linear/fused.py``.
 """
 
 from __future__ import annotations

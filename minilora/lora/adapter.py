@@ -6,7 +6,7 @@ In eval mode, for every variant, every base layer and every input::
 
 From it follow merging, unmerging, sums of adapters, spectra and export, none of which needs to know the variant. A variant is one
 file: subclass ``Adapter`` (or ``LoRALinear``), write ``__init__``, ``forward`` and ``delta_weight``, put ``@register("name")`` above
-it; the tests in ``tests/laws`` then run over it. Next file: ``slots.py``.
+it; the tests in ``tests/laws`` then run over it. Next file: ``lora/slots.py``.
 """
 
 from __future__ import annotations

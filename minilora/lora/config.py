@@ -2,7 +2,7 @@
 
 It is a frozen dataclass that validates itself when built, so no later code asks again. It keeps the names and defaults of
 PEFT 0.21.2 and reads and writes PEFT's ``adapter_config.json``; fields of PEFT that minilora does not offer are
-accepted at their default, kept in the file, and refused by name otherwise. Next file to read: ``lora.py``.
+accepted at their default, kept in the file, and refused by name otherwise. Next file to read: ``lora/layer.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The walker: find what a config means, refuse on any doubt, and only then replace.
 
-All matches are listed and everything new is built first, so a mistake leaves the model exactly as it was. Next file: ``codebooks.py``.
+All matches are listed and everything new is built first, so a mistake leaves the model exactly as it was.
+Next file: ``quant/codebooks.py``.
 """
 
 from __future__ import annotations

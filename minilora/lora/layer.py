@@ -6,7 +6,7 @@ A frozen weight ``W [out, in]`` gets a thin update beside it::
       \\-- dropout -- A [r, in] -- B [out, r] --/             trainable: r * (in + out) numbers instead of in * out
 
 ``B`` starts at zero, so at the first step the layer is exactly what it was; ``A`` starts random, so that ``B`` gets a gradient.
-Next file: ``adapter.py``.
+Next file: ``lora/adapter.py``.
 """
 
 from __future__ import annotations

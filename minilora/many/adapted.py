@@ -2,7 +2,7 @@
 
 Merging is the same for every variant and every base: ``with_weight(base, dense_weight(base) + sum of delta_weight())``, in fp32 and
 rounded once, and it says how much of the update survived the rounding. The layer it replaces is kept, so unmerging puts the very same
-bytes back. Next file: ``checkpoint.py``.
+bytes back. Next file: ``store/load.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 While such a batch runs, each adapted slot holds a ``MixedLayer`` with the factors of all adapters stacked. It picks each row's factors
 and takes one batched product; there is no loop over adapters. Which adapter a row wants comes with the call, in a context variable, so
 threads that serve different batches at the same time cannot mix them up.
-Next file: ``train.py``.
+Next file: ``training/loop.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``on_paper`` copies a model with torch's fake tensors in the place of its weights: every operation then knows shapes, dtypes and what
 autograd saves, and allocates nothing, so a model that this machine cannot hold can be run on it. ``Ledger`` sees each operation's
-output appear and disappear, as an allocator would; replayed, that gives the peak and who held it. Next file: ``plan.py``.
+output appear and disappear, as an allocator would; replayed, that gives the peak and who held it. Next file: ``measure/plan.py``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Double quantization (QLoRA section 3) stores the scales in 8 bits, less their mean, in blocks of 256: 4.127 instead of 4.5 bits per
 weight. Codes, scales and values equal bitsandbytes' CPU results to the bit, its treatment of ties, ragged tails and zero blocks
-included (measured on bitsandbytes 0.50.2). Blocks run over the flattened weight, across rows. Next file: ``lookup.py``.
+included (measured on bitsandbytes 0.50.2). Blocks run over the flattened weight, across rows. Next file: ``quant/lookup.py``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Quantizing divides a block of weights by its largest magnitude (``absmax``), so 
 the nearest level. Which levels are best depends on how weights are distributed; NF4's are quantiles of a normal distribution.
 
 NF4 is *pinned*, not derived at run time: regenerating it from the normal quantile function agrees to 1.9e-7, not to the bit, and
-files written by bitsandbytes are only read exactly with the very same table. A test derives it. Next file: ``quantize.py``.
+files written by bitsandbytes are only read exactly with the very same table. A test derives it. Next file: ``quant/blockwise.py``.
 """
 
 from __future__ import annotations

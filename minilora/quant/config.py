@@ -1,4 +1,4 @@
-"""How a weight is stored: ``QuantConfig``, a frozen dataclass that validates itself when built. Next file: ``blockwise.py``."""
+"""How a weight is stored: ``QuantConfig``, a frozen dataclass that validates itself when built. Next file: ``quant/blockwise.py``."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Each has a slow twin of one line that defines it (``nearest_code_reference``, ``decode_reference``); tests hold them equal to the bit.
 Both loops write into buffers that are reused from call to call, because touching fresh memory costs more than the work itself
 (fresh pages of a 64 MB output take several times as long as decoding into a warm buffer). Buffers belong to their thread.
-Next file: ``layers.py``.
+Next file: ``linear/layers.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Storage and decoding do not change; a file quantized so is read by anything that reads absmax-quantized ones. ``mse`` takes the least
 squared error of the weights, ``weighted`` of the layer's output: an error in a weight counts with E[x^2] of its input channel, which
 ``calibrate`` gathers. For each trial scale the codes are fixed, the best scale for these codes is computed (weighted least squares),
-and the trial of least error wins; absmax itself is among the trials, so no block gets worse. Next file: ``quantize.py``.
+and the trial of least error wins; absmax itself is among the trials, so no block gets worse. Next file: ``quant/blockwise.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every tensor's name is ``base_model.model.`` + the path of the slot + what the variant calls it (``lora_A.weight``); the adapter's
 own name is not in the file. A file is data: it names layers exactly, it never brings a regular expression, an import or code. The seal
 ``minilora.json`` has the SHA-256 of both files and what is remembered of the base model; a folder of another program has none, and loads
-all the same. Next file: ``fingerprint.py``.
+all the same. Next file: ``store/fingerprint.py``.
 """
 
 from __future__ import annotations

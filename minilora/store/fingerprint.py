@@ -2,7 +2,7 @@
 
 Kept are a hash of every parameter's name and shape (as dense weights, so that packing changes nothing) and a few values of some adapted
 layers. In another dtype the values are compared after the coarser one's rounding: exactly. Of a packed base they can only be close, so a
-close relative of the base (a fine-tuned one) is told apart only between dense models. Next file: ``save.py``.
+close relative of the base (a fine-tuned one) is told apart only between dense models. Next file: ``store/save.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An adapter of a model as the files that PEFT would write: its tensors, and its config with what the model decided.
 
-Next file: ``checkpoint.py``.
+Next file: ``store/load.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A line is one of ``{"messages": [{"role", "content"}, ...]}``, ``{"prompt", "completion"}`` or ``{"text"}``. Conversations go through the
 model's own chat template; the loss is taken on the assistant's words and the end token after them, never on what was asked. Everything
 is encoded before training, and no worker process draws anything: which examples a step sees is a function of (seed, step), so it can be
-found again at any step. Next file: ``losses.py``.
+found again at any step. Next file: ``training/losses.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is looked at so that no run trains nothing, trains on nonsense, or lets one bad number spread.
 
 ``check_adapter`` and ``check_examples`` look before anything is computed, the others while a run goes on. A loop of your own can call
-them too: ``check_adapter(model, optimizer)`` finds an optimizer that was made before the adapter. Next file: ``signals.py``.
+them too: ``check_adapter(model, optimizer)`` finds an optimizer that was made before the adapter. Next file: ``training/signals.py``.
 """
 
 from __future__ import annotations

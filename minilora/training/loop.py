@@ -2,7 +2,7 @@
 
 The loss is the mean over the supervised tokens of a whole step: with accumulation the micro-batches are weighted by their tokens, so that
 cutting a batch in two changes nothing. Logits are computed only at supervised positions, which for short answers is most of the head's
-work saved. Everything that happens is a line in ``log.jsonl``. Next file: ``report.py``.
+work saved. Everything that happens is a line in ``log.jsonl``. Next file: ``report/page.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy of the supervised tokens, with logits computed at their positions only. Next file: ``schedule.py``."""
+"""The loss: cross-entropy of the supervised tokens, with logits computed at their positions only. Next file: ``training/schedule.py``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A checkpoint is an adapter folder with two files more: the optimizer's tensors, and ``training.json`` with the step, the fingerprints of
 data, base and settings, and the SHA-256 of every file. There is no random state in it: the order of the data and every step's dropout
-are functions of (seed, step). Next file: ``train.py``.
+are functions of (seed, step). Next file: ``training/loop.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run is asked to do, and what follows from it for each step: the learning rate, and the seed of dropout.
 
-Next file: ``guards.py``.
+Next file: ``training/guards.py``.
 """
 
 from __future__ import annotations

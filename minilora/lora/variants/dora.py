@@ -5,7 +5,7 @@
 The norms come from ``c^2 = |W|^2 + 2 s <W, B A> + s^2 |B A|^2`` row by row, where ``<W, B A> = rowsum((W A^T) * B)`` and
 ``|B A|^2 = rowsum((B (A A^T)) * B)``: the base layer applied to the r rows of A, and thin products. Neither a dense ``B A`` nor, for a
 packed base, a dense W is formed in a step.
-Next file: ``batched.py``.
+Next file: ``many/batched.py``.
 """
 
 from __future__ import annotations

@@ -410,7 +410,7 @@ CLEAN_LOAD = """
 
 def test_a_clean_load_only_opens_files(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(CLEAN_LOAD), str(tmp_path / "adapter")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     events = json.loads(done.stdout)
     harmless = {
         "object.__getattr__",

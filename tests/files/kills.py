@@ -1,7 +1,7 @@
 """Kill a save at every call that it makes to the system, and see what is left. Run by test_kills.py; by hand:
 
-    python tests/kills.py                 # SIGKILL before every call, and in the middle of every write
-    python tests/kills.py --strace        # the same with the kernel's own counting: strace -e inject=CALL:signal=SIGKILL:when=N
+    python tests/files/kills.py                 # SIGKILL before every call, and in the middle of every write
+    python tests/files/kills.py --strace        # the same with the kernel's own counting: strace -e inject=CALL:signal=SIGKILL:when=N
 
 Each child is forked from this process, which has torch loaded, so that a point takes milliseconds.
 """

@@ -3,7 +3,7 @@
 The disk records every change. For each prefix of the record all states are made that a crash may leave: directory changes that were not
 flushed are there or not, independently; file contents that were not flushed are cut at every 512 bytes and at the ends, zeroed, or
 have a hole. In each, what is read must be the old files or the new ones, files of others must be there, and the next save must work and
-leave nothing behind. ``python tests/test_power_loss.py`` prints the number of states.
+leave nothing behind. ``python tests/files/test_power_loss.py`` prints the number of states.
 """
 
 import errno

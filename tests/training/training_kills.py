@@ -1,7 +1,7 @@
 """Kill a training run at each of its calls to the disk, with a real SIGKILL, and let it go on by itself.
 
-``python tests/training_kills.py FOLDER first stride`` prints how many points there are, how many were tried, and what each of them that did
-not end in the very same files left. One child process for each run; a write is also torn in its middle.
+``python tests/training/training_kills.py FOLDER first stride`` prints how many points there are, how many were tried, and what each of them
+that did not end in the very same files left. One child process for each run; a write is also torn in its middle.
 """
 
 import os

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is there for Linux only: pip install triton")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BEGIN = """
 import importlib.util, pathlib, sys, tempfile
 sys.path.insert(0, "kernels")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).resolve().parents[1] / "minilora" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "minilora" / "demo"
 OPENS = "By the lamp, "
 CLOSES = " Mind the tide."
 MAX_OVERLAP = 0.5

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is there for Linux only: pip install triton")
 
-COMMAND = [sys.executable, str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py")]
+COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py")]
 
 
 def run(*arguments, cwd):
