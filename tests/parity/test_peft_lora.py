@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import minilora
+from minilora.linear.ops import cpu_has_bf16
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
@@ -189,10 +190,16 @@ def test_fresh_adapter_leaves_logits_bit_equal(build_model, token_ids, family, f
 
 
 @both_families
-def test_fresh_adapter_leaves_bf16_logits_bit_equal(build_model, token_ids, family):
+def test_fresh_adapter_leaves_bf16_logits_as_exact_as_the_processor_allows(build_model, token_ids, family):
     base = build_model(family, torch.bfloat16)
+    truth = logits(copy.deepcopy(base).double(), token_ids)
     expected = logits(base, token_ids)
-    assert torch.equal(logits(wrap(minilora, base, {"target_modules": "all-linear"}), token_ids), expected)
+    found = logits(wrap(minilora, base, {"target_modules": "all-linear"}), token_ids)
+    if cpu_has_bf16():
+        assert torch.equal(found, expected)
+    else:  # multiplied in fp32 then: not torch's own rounding, and nearer to the truth
+        assert found.dtype == torch.bfloat16
+        assert (found - truth).square().mean() < 1.2 * (expected - truth).square().mean()
 
 
 @every_case
