@@ -12,7 +12,11 @@ from pathlib import Path
 # above its own line, never from below; inside a room there is no circle. A room without files is one module of that name.
 ROOMS: list[tuple[str, str, list[str]]] = [
     ("errors", "what minilora raises", []),
-    ("files", "bytes to and from a disk, and what values may be", ["validate", "parse", "disk", "io"]),
+    (
+        "files",
+        "bytes to and from a disk, and what values may be",
+        ["validate", "parse", "disk", "read", "write", "staging"],
+    ),
     ("quant", "weights in few bits", ["codebooks", "config", "blockwise", "scales", "lookup", "bnb"]),
     ("linear", "a product with a frozen weight", ["layers", "ops", "fused", "cuda"]),
     (

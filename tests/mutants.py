@@ -34,7 +34,9 @@ SWAPS = {
 TESTS = {
     "files/validate": ["lora/test_config", "files/test_validate"],
     "files/parse": ["files/test_parse", "store/test_seal"],
-    "files/io": ["files/test_io", "files/test_power_loss"],
+    "files/read": ["files/test_read", "files/test_write", "files/test_power_loss"],
+    "files/staging": ["files/test_write", "files/test_power_loss"],
+    "files/write": ["files/test_write", "files/test_power_loss"],
     "store/adapter_files": ["store/test_load", "store/test_seal"],
     "store/load": [
         "store/test_load",

@@ -127,7 +127,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def lies_in(target):
-    """The module that an imported name lies in: ``minilora.files.io.write_file`` in ``minilora.files.io``."""
+    """The module that an imported name lies in: ``minilora.files.write.write_file`` in ``minilora.files.write``."""
     return target if target in MODULES else target.rpartition(".")[0]
 
 

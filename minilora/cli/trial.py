@@ -60,7 +60,7 @@ def write_page(
     notes: Sequence[str], more: str = "", settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Draw the page of ``tables.as_page`` into ``file``; its folder is made."""
-    from minilora.files.io import write_file
+    from minilora.files.write import write_file
     from minilora.report.tables import as_page
 
     place = Path(file)

@@ -1,6 +1,6 @@
 """What a disk can do, one method a system call or two: the only code of minilora that writes, and what a simulated disk replaces.
 
-Nothing here decides anything; ``io.py`` does. Next file: ``files/io.py``.
+Nothing here decides anything; ``read.py`` and ``write.py`` do. Next file: ``files/read.py``.
 """
 
 from __future__ import annotations
@@ -203,3 +203,5 @@ def _find_renameat2() -> Any:
 
 
 _renameat2 = _find_renameat2()
+
+used = Disk()  # by all of minilora; a test puts a simulated one here

@@ -16,7 +16,7 @@ import torch
 
 from minilora.errors import ConfigError
 from minilora.files import validate
-from minilora.files.io import write_file
+from minilora.files.write import write_file
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized

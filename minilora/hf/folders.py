@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MiniLoraError, WriteError
-from minilora.files.io import new_folder
+from minilora.files.write import new_folder
 from minilora.training.guards import is_out_of_memory
 
 __all__ = ["in_new_folder", "read_config", "refuse_occupied", "unreadable"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, StateError
-from minilora.files.io import read_bytes
 from minilora.files.parse import parse_tensors
+from minilora.files.read import read_bytes
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
 from minilora.linear.layers import QuantLinear, is_conv1d, is_quantized
 from minilora.lora.slots import has_adapters

@@ -20,8 +20,9 @@ from typing import Any
 
 from minilora.errors import CheckpointError, ConfigError, nearest
 from minilora.files import validate
-from minilora.files.io import read_bytes, write_file
 from minilora.files.parse import parse_json
+from minilora.files.read import read_bytes
+from minilora.files.write import write_file
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

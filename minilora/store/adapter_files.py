@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, ConfigError
-from minilora.files.io import read_files
 from minilora.files.parse import parse_json, parse_tensors
+from minilora.files.read import read_files
 from minilora.lora.config import LoraConfig, unknown_keys
 from minilora.store.fingerprint import is_fingerprint
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.files.io import write_files
 from minilora.files.parse import tensor_bytes
+from minilora.files.write import write_files
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead

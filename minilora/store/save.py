@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.errors import StateError
-from minilora.files.io import write_files
 from minilora.files.parse import tensor_bytes
+from minilora.files.write import write_files
 from minilora.linear.layers import is_conv1d
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
-from minilora.files.io import append_line, remove, write_file
+from minilora.files.write import append_line, remove, write_file
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.load import save_adapter

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError
-from minilora.files.io import read_files, remove, write_files
 from minilora.files.parse import parse_json, parse_tensors, tensor_bytes
+from minilora.files.read import read_files
+from minilora.files.write import remove, write_files
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_files, adapter_state_dict, base_of, saved_config
 from minilora.training.data import Encoded

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora.files import io
+from minilora.files import disk as disk_module
+from minilora.files import read, write
 from minilora.files.disk import Disk
 
 PLACE = Path("/simulated/runs/adapter")
@@ -143,7 +144,7 @@ def interrupted():
     """A disk on which a writer died after its commit, before its files were in their places."""
     inodes = folder_of(OLD, README=README, sub=None)
     inodes[90], inodes[91], inodes[92] = {"w": 91, "c": 92}, NEW["w"], NEW["c"]
-    inodes[3][io.COMMIT] = 90
+    inodes[3][read.COMMIT] = 90
     return inodes
 
 
@@ -235,7 +236,7 @@ FOLDERS = set()  # numbers that are folders in the run at hand
 def seen(disk):
     """What a reader finds: the files, or the message of what is missing."""
     wanted = {"w": "weights", "c": "config"}
-    return {name: bytes(content) for name, content in io.read_files(PLACE, wanted, {"w", "c"}).items()}
+    return {name: bytes(content) for name, content in read.read_files(PLACE, wanted, {"w", "c"}).items()}
 
 
 def tree(inodes, at=0):
@@ -247,9 +248,9 @@ def run(case, monkeypatch):
     """``(states, distinct ones)`` of one case, all checked."""
     initial, abilities, written = CASES[case]
     disk = SimulatedDisk(initial, **abilities)
-    monkeypatch.setattr(io, "disk", disk)
+    monkeypatch.setattr(disk_module, "used", disk)
     before = seen(disk)
-    io.write_files(PLACE, written)
+    write.write_files(PLACE, written)
     after = seen(disk)
     assert after == before | written
     FOLDERS.clear()
@@ -263,12 +264,12 @@ def run(case, monkeypatch):
             distinct.setdefault((tree(state), end == len(disk.trace)), state)
     for (_, finished), state in distinct.items():
         found = SimulatedDisk(state, **abilities)
-        monkeypatch.setattr(io, "disk", found)
+        monkeypatch.setattr(disk_module, "used", found)
         got = seen(found)
         assert got == after or (got == before and not finished), (case, {k: v[:20] for k, v in got.items()})
         if had_readme:
             assert found.inodes[found.must(PLACE / "README")] == README
-        io.write_files(PLACE, NEXT)
+        write.write_files(PLACE, NEXT)
         assert seen(found) == NEXT
         names = [*found.names(PLACE), *found.names(PLACE.parent)]
         assert not [name for name in names if name.startswith(".")], (case, names)

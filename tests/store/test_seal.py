@@ -509,7 +509,7 @@ def test_an_exchange_that_stops_at_any_tensor_changes_nothing(folder, make_gpt2,
 
 
 def test_a_failed_save_leaves_model_and_folder(folder, make_gpt2, randomize, snapshot, monkeypatch):
-    from minilora.files import io
+    from minilora.files import disk
     from minilora.files.disk import Disk
 
     model = randomize(inject(make_gpt2(), lora()), 5)
@@ -520,7 +520,7 @@ def test_a_failed_save_leaves_model_and_folder(folder, make_gpt2, randomize, sna
         def write(self, path, content):
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(io, "disk", Full())
+    monkeypatch.setattr(disk, "used", Full())
     with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\).*room \([\d,]+ bytes\)"):
         save_adapter(model, folder)
     assert snapshot(model) == before and {file.name: file.read_bytes() for file in folder.iterdir()} == files

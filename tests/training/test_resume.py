@@ -497,14 +497,14 @@ def test_without_memory_in_the_middle_of_an_update_the_half_of_it_is_not_saved(w
 
 
 def test_a_disk_that_is_full_ends_the_run_and_the_checkpoint_before_stays(whole, tmp_path, monkeypatch):
-    write = minilora.files.io.disk.write
+    write = minilora.files.disk.used.write
 
     def full(path, content):
         if "checkpoint-6" in str(path) and path.name == "optimizer.safetensors":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, content)
 
-    monkeypatch.setattr(minilora.files.io.disk, "write", full)
+    monkeypatch.setattr(minilora.files.disk.used, "write", full)
     with pytest.raises(WriteError, match=r"checkpoint-6.*cannot be written \(No space left on device\)"):
         run(fresh(), tmp_path, save_every=3)
     assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-3"]

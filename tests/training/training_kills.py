@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import minilora.files.io
+import minilora.files.disk
 from minilora import LoraConfig, inject
 from minilora.files.disk import Disk
 from minilora.training.data import IGNORED, Encoded
@@ -77,7 +77,7 @@ class Words(torch.nn.Module):
 
 
 def run(folder, disk, resume):
-    minilora.files.io.disk = disk
+    minilora.files.disk.used = disk
     torch.manual_seed(5)
     model = inject(Words(), LoraConfig(r=2, lora_alpha=3, lora_dropout=0.2, target_modules=["head"]))
     rows = [[(7 * i + 3 * j) % 29 for j in range(4 + i % 3)] for i in range(5)]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from minilora.errors import CheckpointError, WriteError
+from minilora.errors import WriteError
 from minilora.files import disk as disk_module
-from minilora.files import io
+from minilora.files import read, staging, write
 from minilora.files.disk import Disk
 
 
@@ -50,7 +50,7 @@ def beside_a_folder(place):
 
 
 def without_exchange(place):
-    io.disk.exchange = lambda left, right: Disk.exchange(io.disk, left, "/proc/self/nowhere")
+    disk_module.used.exchange = lambda left, right: Disk.exchange(disk_module.used, left, "/proc/self/nowhere")
     return place
 
 
@@ -59,51 +59,51 @@ LAYOUTS = {"exchange": in_folder, "beside a folder": beside_a_folder, "no exchan
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request, old, monkeypatch):
-    monkeypatch.setattr(io, "disk", Disk())
+    monkeypatch.setattr(disk_module, "used", Disk())
     return LAYOUTS[request.param](old)
 
 
 def test_write_files_replaces_what_it_names_and_no_more(layout):
     before = contents(layout.parent)
-    io.write_files(layout, NEW | {"c": b"3"})
+    write.write_files(layout, NEW | {"c": b"3"})
     new = {f"place/{name}": content for name, content in (NEW | {"c": b"3"}).items()}
     assert contents(layout.parent) == before | new
 
 
 def test_folders_are_made(tmp_path):
-    io.write_files(tmp_path / "new" / "deep", {"a": b"1", "b": b"2"})
-    io.write_file(tmp_path / "other" / "than" / "this" / "c", "text")
+    write.write_files(tmp_path / "new" / "deep", {"a": b"1", "b": b"2"})
+    write.write_file(tmp_path / "other" / "than" / "this" / "c", "text")
     assert contents(tmp_path) == {"new/deep/a": b"1", "new/deep/b": b"2", "other/than/this/c": b"text"}
 
 
 def test_a_link_to_a_folder_stays_a_link(old, tmp_path):
     (tmp_path / "link").symlink_to(old)
-    io.write_files(tmp_path / "link", NEW)
+    write.write_files(tmp_path / "link", NEW)
     assert (tmp_path / "link").is_symlink() and contents(old) == NEW | MINE
 
 
 def test_links_of_others_stay_links(old):
     (old / "pointer").symlink_to("README")
-    io.write_files(old, NEW)
+    write.write_files(old, NEW)
     assert os.readlink(old / "pointer") == "README"
 
 
 def test_the_folder_that_we_stand_in_stays_the_same_one(old, monkeypatch):
     monkeypatch.chdir(old)
     number = old.stat().st_ino
-    io.write_files(".", NEW)
+    write.write_files(".", NEW)
     assert old.stat().st_ino == number and contents(old) == NEW | MINE
 
 
 def test_an_open_file_keeps_its_content(layout):
     with open(layout / "a", "rb") as reader:
-        io.write_files(layout, NEW)
+        write.write_files(layout, NEW)
         assert reader.read() == b"old a"
 
 
 def test_a_log_that_is_open_goes_on_in_the_new_folder(old):
     with open(old / "README", "ab") as log:
-        io.write_files(old, NEW)
+        write.write_files(old, NEW)
         log.write(b" and more")
     assert (old / "README").read_bytes() == b"mine and more"
 
@@ -116,8 +116,8 @@ def test_what_another_program_writes_in_the_last_moment_is_kept(old, monkeypatch
             os.replace(old / "fresh", old / "README")
             super().exchange(left, right)
 
-    monkeypatch.setattr(io, "disk", Busy())
-    io.write_files(old, NEW)
+    monkeypatch.setattr(disk_module, "used", Busy())
+    write.write_files(old, NEW)
     assert contents(old.parent) == {
         f"place/{n}": c for n, c in (NEW | {"late": b"late", "README": b"replaced"}).items()
     }
@@ -133,9 +133,9 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
 
     before = os.umask(umask)
     try:
-        io.write_file(tmp_path / "one", b"1")
-        io.write_files(tmp_path / "two", {"a": b"1", "b": b"2"})
-        io.new_folder(tmp_path / "three", fill)
+        write.write_file(tmp_path / "one", b"1")
+        write.write_files(tmp_path / "two", {"a": b"1", "b": b"2"})
+        write.new_folder(tmp_path / "three", fill)
         assert os.umask(umask) == umask
     finally:
         os.umask(before)
@@ -146,7 +146,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
 
 def test_a_folder_keeps_its_mode(old):
     old.chmod(0o750)
-    io.write_files(old, NEW)
+    write.write_files(old, NEW)
     assert stat.S_IMODE(old.stat().st_mode) == 0o750
 
 
@@ -154,7 +154,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "taken").write_bytes(b"old")
     for files in ({"a": b"1"}, NEW):
         with pytest.raises(WriteError, match="taken: cannot be written"):
-            io.write_files(tmp_path / "taken", files)
+            write.write_files(tmp_path / "taken", files)
     assert contents(tmp_path) == {"taken": b"old"}
 
 
@@ -162,7 +162,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 def test_a_folder_beside_which_nothing_can_be_written(old):
     old.parent.chmod(0o555)
     try:
-        io.write_files(old, NEW)
+        write.write_files(old, NEW)
     finally:
         old.parent.chmod(0o755)
     assert contents(old) == NEW | MINE
@@ -208,20 +208,20 @@ class Faulty(Disk):
 
 
 def fill(folder):
-    io.disk.write(folder / "a", b"new a")
-    io.disk.make_folder(folder / "deep")
-    io.disk.write(folder / "deep" / "b", b"new b")
+    disk_module.used.write(folder / "a", b"new a")
+    disk_module.used.make_folder(folder / "deep")
+    disk_module.used.write(folder / "deep" / "b", b"new b")
 
 
 def new_model(place):
-    io.new_folder(place.parent / "model", fill)
+    write.new_folder(place.parent / "model", fill)
 
 
 SAVES = {
-    "files": (lambda place: io.write_files(place, NEW), NEW),
-    "one file": (lambda place: io.write_file(place / "a", b"new a"), {"a": b"new a"}),
+    "files": (lambda place: write.write_files(place, NEW), NEW),
+    "one file": (lambda place: write.write_file(place / "a", b"new a"), {"a": b"new a"}),
     "first save": (
-        lambda place: io.write_files(place.parent / "model", NEW),
+        lambda place: write.write_files(place.parent / "model", NEW),
         {"../model/a": b"new a", "../model/b": b"new b"},
     ),
     "a model": (new_model, {"../model/a": b"new a", "../model/deep/b": b"new b"}),
@@ -247,14 +247,14 @@ def test_an_error_at_each_call_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
         before = contents(home)
         after = before | {os.path.normpath(f"place/{name}"): content for name, content in news.items()}
         disk = Faulty(at, number, forever)
-        monkeypatch.setattr(io, "disk", disk)
+        monkeypatch.setattr(disk_module, "used", disk)
         try:
             action(folder)
             error = None
         except WriteError as caught:
             error = str(caught)
         done = len(disk.calls) < at
-        monkeypatch.setattr(io, "disk", Disk())
+        monkeypatch.setattr(disk_module, "used", Disk())
         found = contents(home)
         if error is None:
             # Only what could not be removed, after the save was done, may be left.
@@ -265,9 +265,9 @@ def test_an_error_at_each_call_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
             failed += 1
             assert os.strerror(number) in error and str(home) in error and "\n" not in error
             if "is saved in" in error or (
-                forever and (folder / io.COMMIT).exists()
+                forever and (folder / read.COMMIT).exists()
             ):  # every file is there, and readers of minilora see the new state
-                assert io.read_files(folder, dict.fromkeys(NEW, "")) == NEW
+                assert read.read_files(folder, dict.fromkeys(NEW, "")) == NEW
             else:
                 # When the disk does not even rename any more, the new state cannot be taken back; it is whole.
                 assert found == before or (forever and found.items() >= after.items()), (at, disk.calls)
@@ -290,16 +290,16 @@ def test_a_model_takes_the_place_of_an_empty_folder(tmp_path, monkeypatch):
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             super().flush(path)
 
-    monkeypatch.setattr(io, "disk", Broken())
+    monkeypatch.setattr(disk_module, "used", Broken())
     with pytest.raises(WriteError, match="Input/output error"):
-        io.new_folder(place, fill)
+        write.new_folder(place, fill)
     assert place.is_dir() and contents(tmp_path) == {}
-    monkeypatch.setattr(io, "disk", Disk())
+    monkeypatch.setattr(disk_module, "used", Disk())
     place.chmod(0o750)
-    io.new_folder(place, fill)
+    write.new_folder(place, fill)
     assert contents(place) == {"a": b"new a", "deep/b": b"new b"} and stat.S_IMODE(place.stat().st_mode) == 0o750
     with pytest.raises(WriteError, match="cannot be written"):
-        io.new_folder(place, fill)
+        write.new_folder(place, fill)
 
 
 def test_a_folder_of_another_owner_stays_the_same_one(old, monkeypatch):
@@ -307,9 +307,9 @@ def test_a_folder_of_another_owner_stays_the_same_one(old, monkeypatch):
         def owner(self, path):
             return (str(path),)
 
-    monkeypatch.setattr(io, "disk", Foreign())
+    monkeypatch.setattr(disk_module, "used", Foreign())
     number = old.stat().st_ino
-    io.write_files(old, NEW)
+    write.write_files(old, NEW)
     assert old.stat().st_ino == number and contents(old.parent) == {f"place/{n}": c for n, c in (NEW | MINE).items()}
 
 
@@ -319,15 +319,9 @@ def test_a_folder_that_appears_in_the_last_moment_is_kept(old, monkeypatch):
             (old / "sub").mkdir(exist_ok=True)
             super().write(path, content)
 
-    monkeypatch.setattr(io, "disk", Busy())
-    io.write_files(old, NEW)
+    monkeypatch.setattr(disk_module, "used", Busy())
+    write.write_files(old, NEW)
     assert (old / "sub").is_dir() and contents(old) == NEW | MINE
-
-
-def test_an_error_while_reading_is_named(old, monkeypatch):
-    monkeypatch.setattr("minilora.files.disk.Opened.read", lambda self: os.pread(-1, 1, 0))
-    with pytest.raises(CheckpointError, match=r"place: a file in it cannot be read \(Bad file descriptor\)"):
-        io.read_files(old, dict.fromkeys(OLD, "it"))
 
 
 # ---- readers and writers at one time
@@ -337,19 +331,19 @@ def read_beside_a_writer(place, seconds):
     """Read two files again and again beside a writer that never rests; returns the reads, and how many saves they saw."""
     stop, seen, reads = threading.Event(), set(), 0
 
-    def write():
+    def write_on():
         for turn in range(10_000_000):
             if stop.is_set():
                 return
-            io.write_files(place, {"a": b"%d" % turn * 50, "b": b"%d" % turn * 900})
+            write.write_files(place, {"a": b"%d" % turn * 50, "b": b"%d" % turn * 900})
 
-    io.write_files(place, {"a": b"0" * 50, "b": b"0" * 900})
-    writer = threading.Thread(target=write)
+    write.write_files(place, {"a": b"0" * 50, "b": b"0" * 900})
+    writer = threading.Thread(target=write_on)
     writer.start()
     try:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            got = io.read_files(place, {"a": "it", "b": "it"})
+            got = read.read_files(place, {"a": "it", "b": "it"})
             one, other = bytes(got["a"]), bytes(got["b"])
             assert one * 18 == other, "a mix of two saves"
             seen.add(one)
@@ -367,11 +361,11 @@ def test_files_are_read_as_they_were_at_one_moment(layout):
 
 WRITER = """
 import sys
-from minilora import io
+from minilora.files import write
 mark = sys.argv[2].encode()
 print("ready", flush=True)
 for turn in range(40):
-    io.write_files(sys.argv[1], {"a": mark * 5, "b": mark * 2000})
+    write.write_files(sys.argv[1], {"a": mark * 5, "b": mark * 2000})
 """
 
 
@@ -380,7 +374,7 @@ def test_two_processes_write_whole_folders(old):
         subprocess.Popen([sys.executable, "-c", WRITER, str(old), mark], stdout=subprocess.DEVNULL) for mark in "xy"
     ]
     while any(writer.poll() is None for writer in writers):
-        got = io.read_files(old, {"a": "it", "b": "it"})
+        got = read.read_files(old, {"a": "it", "b": "it"})
         assert bytes(got["a"]) in (b"old a", b"xxxxx", b"yyyyy")
         assert got["b"][:5] == got["a"] or got["a"] == b"old a"
     assert [writer.wait() for writer in writers] == [0, 0]
@@ -390,75 +384,43 @@ def test_two_processes_write_whole_folders(old):
 
 def test_a_live_writers_staging_is_not_swept(old, monkeypatch):
     def save_again(folder):
-        io.write_files(old, NEW)
+        write.write_files(old, NEW)
         assert folder.is_dir()
         (folder / "x").write_bytes(b"1")
 
-    io.new_folder(old.parent / "place2", save_again)
-    with io._staging(old.parent, f".{old.name}{io._STAGED}") as staged:
+    write.new_folder(old.parent / "place2", save_again)
+    with staging.staging(old.parent, f".{old.name}{staging.STAGED}") as staged:
         (staged / "x").write_bytes(b"1")
-        io.write_files(old, NEW)
+        write.write_files(old, NEW)
         assert (staged / "x").exists()
     assert contents(old.parent / "place2") == {"x": b"1"}
     assert not list(old.parent.rglob(".*"))
 
 
 def test_files_of_others_that_look_like_ours_stay(layout):
-    for path in (layout / f"{io._STAGED}notes", layout.parent / f".{layout.name}{io._STAGED}notes"):
+    for path in (layout / f"{staging.STAGED}notes", layout.parent / f".{layout.name}{staging.STAGED}notes"):
         path.write_bytes(b"mine")
     before = contents(layout.parent)
-    io.write_files(layout, NEW)
+    write.write_files(layout, NEW)
     assert contents(layout.parent) == before | {f"place/{name}": content for name, content in NEW.items()}
 
 
 def test_a_writer_that_waits_too_long_says_so(old, monkeypatch):
-    monkeypatch.setattr(io, "_PATIENCE", 0.05)
-    with io._locked(old.parent), pytest.raises(WriteError, match="another process has been saving here for 0 s"):
-        io._exchange(old, NEW)
+    monkeypatch.setattr(staging, "_PATIENCE", 0.05)
+    with staging.locked(old.parent), pytest.raises(WriteError, match="another process has been saving here for 0 s"):
+        write._exchange(old, NEW)
     assert contents(old) == OLD | MINE
 
 
-# ---- reading
-
-
-def test_reading_a_missing_file_names_it_and_its_purpose(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nothing: the notes cannot be read \(No such file or directory\)"):
-        io.read_bytes(tmp_path / "nothing", "the notes")
-
-
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="pipe: the notes cannot be read"):
-        io.read_bytes(tmp_path / "pipe", "the notes")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        io.read_bytes("/dev/zero", "the notes")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        io.read_bytes(tmp_path, "the notes")
-
-
-def test_a_folder_that_never_rests_is_not_read(old, monkeypatch):
-    class Restless(Disk):
-        def identity(self, path):
-            return (0, time.monotonic_ns())
-
-    monkeypatch.setattr(io, "disk", Restless())
-    monkeypatch.setattr(io, "_TRIES", 3)
-    (old / io.COMMIT).mkdir()
-    for name, content in OLD.items():
-        (old / io.COMMIT / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match="is rewritten all the time"):
-        io.read_files(old, dict.fromkeys(OLD, "it"))
-
-
 def test_append_line_adds_at_the_end(tmp_path):
-    io.append_line(tmp_path / "log", "one")
-    io.append_line(tmp_path / "log", "zwei – ü")
+    write.append_line(tmp_path / "log", "one")
+    write.append_line(tmp_path / "log", "zwei – ü")
     assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwei – ü\n"
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(WriteError, match="log: cannot be written"):
-        io.append_line(tmp_path / "nowhere" / "log", "one")
+        write.append_line(tmp_path / "nowhere" / "log", "one")
 
 
 # ---- taking out, and file systems that can less
@@ -468,26 +430,26 @@ def test_removing_takes_files_and_whole_folders(old):
     beside_a_folder(old)
     (old / "checkpoint-1" / "deep").mkdir()
     (old / "checkpoint-1" / "deep" / "x").write_bytes(b"1")
-    io.remove(old, ["checkpoint-1", "a"])
+    write.remove(old, ["checkpoint-1", "a"])
     assert contents(old.parent) == {"place/b": b"old b", "place/README": b"mine"}
     assert not list(old.parent.rglob(".*"))
 
 
 def test_removing_from_a_folder_that_is_not_there_makes_none(tmp_path):
-    io.remove(tmp_path / "nothing", ["a"])
+    write.remove(tmp_path / "nothing", ["a"])
     assert not list(tmp_path.iterdir())
 
 
 def test_removing_what_is_not_there_says_so_and_takes_nothing_else(old):
     with pytest.raises(WriteError, match=r"place/missing: cannot be written \(No such file or directory\)"):
-        io.remove(old, ["missing", "a"])
+        write.remove(old, ["missing", "a"])
     assert contents(old.parent) == {f"place/{name}": content for name, content in (OLD | MINE).items()}
 
 
 def test_what_a_killed_removal_left_goes_with_the_next(old):
-    (old / f"{io._STAGED}12345678").mkdir()
-    (old / f"{io._STAGED}12345678" / "x").write_bytes(b"1")
-    io.remove(old, ["b"])
+    (old / f"{staging.STAGED}12345678").mkdir()
+    (old / f"{staging.STAGED}12345678" / "x").write_bytes(b"1")
+    write.remove(old, ["b"])
     assert contents(old) == {"a": b"old a"} | MINE and not list(old.rglob(".*"))
 
 
@@ -501,9 +463,9 @@ class NoLinks(Disk):
 @pytest.mark.parametrize("layout", [in_folder, beside_a_folder])
 @pytest.mark.parametrize("files", [NEW, {"a": b"new a"}], ids=["two", "one"])
 def test_without_hard_links_files_are_copied(old, monkeypatch, layout, files):
-    monkeypatch.setattr(io, "disk", NoLinks())
+    monkeypatch.setattr(disk_module, "used", NoLinks())
     before = contents(layout(old))
-    io.write_files(old, files)
+    write.write_files(old, files)
     assert contents(old) == before | files and not list(old.parent.rglob(".*"))
 
 
@@ -512,13 +474,13 @@ def test_a_link_that_fails_for_another_reason_is_an_error(old, monkeypatch):
         def link(self, source, target):
             raise OSError(errno.EIO, "Input/output error", str(source))
 
-    monkeypatch.setattr(io, "disk", Broken())
+    monkeypatch.setattr(disk_module, "used", Broken())
     with pytest.raises(WriteError, match="Input/output error"):
-        io.write_file(old / "a", b"new a")
+        write.write_file(old / "a", b"new a")
     assert contents(old.parent) == {f"place/{name}": content for name, content in (OLD | MINE).items()}
 
 
-@pytest.mark.parametrize("number", sorted(io._CANNOT))
+@pytest.mark.parametrize("number", sorted(write._CANNOT))
 @pytest.mark.parametrize("call", ["exchange", "make_folder"])
 def test_what_a_system_cannot_is_done_in_place(old, monkeypatch, number, call):
     def cannot(self, first, *rest):
@@ -526,22 +488,22 @@ def test_what_a_system_cannot_is_done_in_place(old, monkeypatch, number, call):
             raise OSError(number, os.strerror(number), str(first))
         return getattr(Disk(), call)(first, *rest)
 
-    monkeypatch.setattr(io, "disk", type("Less", (Disk,), {call: cannot})())
+    monkeypatch.setattr(disk_module, "used", type("Less", (Disk,), {call: cannot})())
     inode = old.stat().st_ino
-    io.write_files(old, NEW)
+    write.write_files(old, NEW)
     assert contents(old) == NEW | MINE and old.stat().st_ino == inode and not list(old.parent.rglob(".*"))
 
 
 @pytest.mark.parametrize("name", ["-x", "a", "z", " "])
 def test_a_commit_that_stopped_beside_its_spare_name_is_finished(old, name):
     """A writer died between the second name of a file and its move; no name of a file comes before the spare ones."""
-    commit = old / io.COMMIT
+    commit = old / read.COMMIT
     commit.mkdir()
     for file in (name, "b"):
         (commit / file).write_bytes(b"committed")
-    (commit / f"{io._SPARE}{name}").write_bytes(b"half")
-    assert io.read_bytes(old / name, "it") == b"committed"
-    io.write_file(old / "c", b"3")
+    (commit / f"{write._SPARE}{name}").write_bytes(b"half")
+    assert read.read_bytes(old / name, "it") == b"committed"
+    write.write_file(old / "c", b"3")
     assert contents(old) == OLD | MINE | {name: b"committed", "b": b"committed", "c": b"3"} and not list(
         old.rglob(".*")
     )
@@ -552,20 +514,20 @@ def test_where_folders_cannot_be_locked_everything_is_written_and_nothing_swept(
         def lock(self, folder):
             return -1
 
-    left = old.parent / f".place{io._STAGED}12345678"
+    left = old.parent / f".place{staging.STAGED}12345678"
     left.mkdir()
-    monkeypatch.setattr(io, "disk", NoLocks())
-    io.write_files(old, NEW)
+    monkeypatch.setattr(disk_module, "used", NoLocks())
+    write.write_files(old, NEW)
     assert contents(old) == NEW | MINE and left.is_dir()
 
 
 def test_a_staging_folder_that_another_process_looks_at_is_used_all_the_same(old, monkeypatch):
     class Watched(Disk):
         def lock(self, folder):
-            return None if io._STAGED in str(folder) else super().lock(folder)
+            return None if staging.STAGED in str(folder) else super().lock(folder)
 
-    monkeypatch.setattr(io, "disk", Watched())
-    io.write_files(old, NEW)
+    monkeypatch.setattr(disk_module, "used", Watched())
+    write.write_files(old, NEW)
     assert contents(old) == NEW | MINE and not list(old.parent.rglob(".*"))
 
 
@@ -577,7 +539,7 @@ def test_links_in_a_new_folder_stay_and_their_targets_keep_their_mode(tmp_path):
         (folder / "link").symlink_to(tmp_path / "outside")
         (folder / "a").write_bytes(b"1")
 
-    assert io.new_folder(tmp_path / "model", fill) == tmp_path / "model"
+    assert write.new_folder(tmp_path / "model", fill) == tmp_path / "model"
     assert (tmp_path / "model" / "link").is_symlink() and stat.S_IMODE((tmp_path / "outside").stat().st_mode) == 0o600
 
 
@@ -588,7 +550,7 @@ def test_errors_that_are_not_the_systems_pass_as_they_are(tmp_path):
             raise error
 
         with pytest.raises(type(error)) as caught:
-            io.new_folder(tmp_path / "model", fail)
+            write.new_folder(tmp_path / "model", fail)
         assert caught.value is error and not list(tmp_path.iterdir())
 
 
@@ -598,15 +560,15 @@ def test_a_full_disk_says_how_much_is_needed(old, monkeypatch, number, room):
         def write(self, path, content):
             raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(io, "disk", Full())
+    monkeypatch.setattr(disk_module, "used", Full())
     with pytest.raises(WriteError) as caught:
-        io.write_files(old, {"a": bytes(1500), "b": bytes(2)})
+        write.write_files(old, {"a": bytes(1500), "b": bytes(2)})
     assert ("(1,502 bytes)" in str(caught.value)) is room
 
 
 def test_a_writer_waits_for_another_one(old):
     def hold():
-        with io._locked(old.parent):
+        with staging.locked(old.parent):
             ready.set()
             time.sleep(0.2)
             order.append("first")
@@ -615,29 +577,10 @@ def test_a_writer_waits_for_another_one(old):
     other = threading.Thread(target=hold)
     other.start()
     ready.wait()
-    io.write_files(old, NEW)
+    write.write_files(old, NEW)
     order.append("second")
     other.join()
     assert order == ["first", "second"]
-
-
-def test_optional_files_may_be_missing_and_others_not(old):
-    wanted = {"a": "the weights", "seal": "the seal"}
-    assert io.read_files(old, wanted, {"seal"}) == {"a": b"old a"}
-    with pytest.raises(
-        CheckpointError, match=r"place/seal: the seal cannot be read \(No such file or directory\); check the path"
-    ):
-        io.read_files(old, wanted)
-    with pytest.raises(CheckpointError, match="the weights cannot be read"):
-        io.read_files(old / "README", {"a": "the weights"})
-
-
-def test_a_file_that_grows_or_shrinks_is_read_as_it_was_opened(tmp_path):
-    (tmp_path / "a").write_bytes(b"12345678")
-    opened = io.disk.open(tmp_path / "a")
-    os.truncate(tmp_path / "a", 3)
-    assert opened.read() == b"123"
-    opened.close()
 
 
 def test_what_a_disk_refuses_names_the_path(tmp_path, monkeypatch):
@@ -699,19 +642,19 @@ def test_a_full_disk_without_a_known_size_names_no_bytes(old, monkeypatch):
         def make_folder(self, path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(io, "disk", Full())
-    for call in (lambda: io.new_folder(old.parent / "model", fill), lambda: io.remove(old, ["a"])):
+    monkeypatch.setattr(disk_module, "used", Full())
+    for call in (lambda: write.new_folder(old.parent / "model", fill), lambda: write.remove(old, ["a"])):
         with pytest.raises(WriteError, match=r"choose a writable folder with room$"):
             call()
 
 
 def test_a_new_folder_sweeps_what_a_killed_one_left(tmp_path):
-    left = tmp_path / f".model{io._STAGED}12345678"
+    left = tmp_path / f".model{staging.STAGED}12345678"
     left.mkdir()
     (left / "half").write_bytes(b"1")
-    other = tmp_path / f".other{io._STAGED}12345678"
+    other = tmp_path / f".other{staging.STAGED}12345678"
     other.mkdir()
-    io.new_folder(tmp_path / "model", fill)
+    write.new_folder(tmp_path / "model", fill)
     assert not left.exists() and other.is_dir()
 
 
@@ -723,9 +666,9 @@ def test_one_file_that_cannot_be_flushed_is_taken_back(old, monkeypatch, name):
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             super().flush(path)
 
-    monkeypatch.setattr(io, "disk", Broken())
+    monkeypatch.setattr(disk_module, "used", Broken())
     with pytest.raises(WriteError, match="Input/output error"):
-        io.write_file(old / name, b"1")
+        write.write_file(old / name, b"1")
     assert contents(old.parent) == {f"place/{key}": content for key, content in (OLD | MINE).items()}
 
 

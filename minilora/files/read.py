@@ -1,0 +1,77 @@
+"""Reading: all files of a folder as they were at one moment, also beside a writer and after one that died.
+
+A writer that could not change the whole folder in one step leaves what it committed in ``.minilora-commit`` until all of it is in place
+(``files/write.py``), so a file there counts before the one of its name in the folder. Next file: ``files/write.py``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from minilora.errors import CheckpointError
+from minilora.files import disk
+
+__all__ = ["read_bytes", "read_files"]
+
+COMMIT = ".minilora-commit"
+_TRIES = 200  # beside a writer
+
+
+def read_bytes(path: str | os.PathLike[str], purpose: str) -> bytearray:
+    """The whole file, read once. Raises ``CheckpointError`` naming the file and what it was wanted for."""
+    target = Path(path)
+    return read_files(target.parent, {target.name: purpose})[target.name]
+
+
+def read_files(
+    folder: str | os.PathLike[str], wanted: Mapping[str, str], optional: Collection[str] = ()
+) -> dict[str, bytearray]:
+    """Files of one folder as they were at one moment, each read once: beside a writer it is tried again.
+
+    Args:
+        wanted: file name to what it is wanted for, which a message says. optional: names that may be missing.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, by name.
+    """
+    place = Path(folder)
+    for _ in range(_TRIES):
+        with ExitStack() as stack:
+            opened = {}
+            for name, purpose in wanted.items():
+                try:
+                    opened[name] = stack.enter_context(closing(disk.used.open(_current(place, name))))
+                except FileNotFoundError:
+                    pass  # missing, or moved just now
+                except OSError as error:
+                    raise _unread(place / name, purpose, error) from None
+            try:
+                contents = {name: file.read() for name, file in opened.items()}
+            except OSError as error:
+                raise _unread(place, "a file in it", error) from None
+            # Open files keep their numbers, so equal ones mean that nothing was exchanged in between.
+            now = {name: disk.used.identity(_current(place, name)) for name in wanted}
+            if now == {name: opened[name].identity if name in opened else None for name in wanted}:
+                break
+        time.sleep(0.002)
+    else:
+        raise CheckpointError(f"{place}: is rewritten all the time, so it cannot be read; wait for its writer to end")
+    for name in wanted:
+        if name not in contents and name not in optional:
+            raise _unread(place / name, wanted[name], FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    return contents
+
+
+def _current(place: Path, name: str) -> Path:
+    """Where a file is: in a commit that is not finished, or in its place."""
+    pending = place / COMMIT / name
+    return pending if disk.used.identity(pending) else place / name
+
+
+def _unread(path: Path, purpose: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: {purpose} cannot be read ({error.strerror}); check the path")
