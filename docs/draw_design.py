@@ -22,7 +22,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "lora",
         "the adapters and where they go",
-        ["layer", "adapter", "config", "slots", "inject", "targets", "architectures", "tying", "variants"],
+        ["layer", "adapter", "config", "slots", "match", "inject", "targets", "architectures", "tying", "variants"],
     ),
     ("qlora", "a whole model packed", ["quantize_model", "calibrate", "kbit"]),
     ("store", "adapters as folders", ["save", "load", "adapter_files", "fingerprint", "export"]),

@@ -21,7 +21,7 @@ from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import match
+from minilora.lora.match import match
 from minilora.lora.targets import check_form
 from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model

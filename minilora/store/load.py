@@ -21,7 +21,8 @@ from minilora.errors import CheckpointError
 from minilora.linear.layers import in_out_features
 from minilora.lora.adapter import Adapter, variant
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import ALL_LINEAR, build, match, place
+from minilora.lora.inject import build, place
+from minilora.lora.match import ALL_LINEAR, match
 from minilora.lora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.store.adapter_files import (
