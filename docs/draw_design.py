@@ -17,7 +17,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         "bytes to and from a disk, and what values may be",
         ["validate", "parse", "disk", "read", "write", "staging"],
     ),
-    ("quant", "weights in few bits", ["codebooks", "config", "blockwise", "scales", "lookup", "bnb"]),
+    (
+        "quant",
+        "weights in few bits",
+        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "bnb"],
+    ),
     ("linear", "a product with a frozen weight", ["layers", "ops", "fused", "cuda"]),
     (
         "lora",
