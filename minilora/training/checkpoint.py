@@ -25,7 +25,7 @@ from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_files
 from minilora.training.guards import refuse_nonfinite
 
-__all__ = ["Checkpoint", "prune", "read_checkpoint", "save_checkpoint", "steps"]
+__all__ = ["Checkpoint", "own_checkpoints", "prune", "read_checkpoint", "save_checkpoint", "steps"]
 
 STATE_FILE = "training.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -82,7 +82,7 @@ def save_checkpoint(
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what a kill left of this."""
-    remove(folder, [f"checkpoint-{old}" for old in steps(folder)[keep:]])
+    remove(folder, own_checkpoints(folder)[keep:])
 
 
 def _state_bytes(content: Mapping[str, Any]) -> bytes:
@@ -114,6 +114,14 @@ def read_checkpoint(place: Path, step: int) -> Checkpoint:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of which there are checkpoints, newest first."""
-    found = [match for path in folder.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()]
-    return sorted((int(match[1]) for match in found), reverse=True)
+    """The steps of which there are folders named as checkpoints, newest first."""
+    found = [
+        _FOLDER.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir() and not path.is_symlink()
+    ]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def own_checkpoints(folder: Path) -> list[str]:
+    """The names of those that minilora made, newest first: transformers' Trainer names its own alike, and they are not ours to remove."""
+    named = [f"checkpoint-{step}" for step in steps(folder)]
+    return [name for name in named if (folder / name / STATE_FILE).is_file()]

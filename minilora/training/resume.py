@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from minilora.files.parse import parse_json
 from minilora.files.write import remove
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
-from minilora.training.checkpoint import Checkpoint, read_checkpoint, steps
+from minilora.training.checkpoint import Checkpoint, own_checkpoints, read_checkpoint, steps
 from minilora.training.data import Encoded
 
 __all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "restore"]
@@ -51,12 +52,15 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what a run left in the folder; files of others stay."""
-    remove(folder, _left(folder))
+    remove(folder, own_checkpoints(folder) + _files_left(folder))
 
 
 def _left(folder: Path) -> list[str]:
-    names = [name for name in _LEFT if (folder / name).exists()]
-    return [f"checkpoint-{step}" for step in steps(folder)] + names
+    return [f"checkpoint-{step}" for step in steps(folder)] + _files_left(folder)
+
+
+def _files_left(folder: Path) -> list[str]:
+    return [name for name in _LEFT if os.path.lexists(folder / name)]
 
 
 def kept_records(folder: Path, step: int) -> list[dict[str, Any]]:

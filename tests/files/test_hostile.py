@@ -10,6 +10,7 @@ from minilora import LoraConfig, inject, load_adapter, save_adapter
 from minilora.errors import WriteError
 from minilora.files import read, staging, write
 from minilora.files.disk import Disk
+from minilora.training import checkpoint, resume
 
 
 def contents(folder):
@@ -150,3 +151,19 @@ def test_a_folder_that_becomes_a_link_while_it_is_removed_takes_nothing_with_it(
     monkeypatch.setattr(os, "open", swapped)
     with pytest.raises(OSError):  # noqa: PT011
         Disk().remove_tree(doomed)
+
+
+def test_checkpoints_of_another_program_and_links_named_so_are_not_removed(tmp_path, docs):
+    (tmp_path / "checkpoint-7").symlink_to(docs)
+    other = tmp_path / "checkpoint-500"
+    other.mkdir()
+    (other / "trainer_state.json").write_bytes(b"{}")
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_bytes(b"{}")
+    (tmp_path / "log.jsonl").symlink_to(docs / "thesis")
+    checkpoint.prune(tmp_path, 1)
+    kept = {"checkpoint-7", "checkpoint-500", "checkpoint-3", "log.jsonl", "docs"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    resume.clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept - {"checkpoint-3", "log.jsonl"}
