@@ -23,6 +23,7 @@ __all__ = [
     "TrainingError",
     "WriteError",
     "nearest",
+    "printable",
 ]
 
 _LONGEST = 1200  # signs of a message
@@ -31,14 +32,21 @@ _LONGEST = 1200  # signs of a message
 class MiniLoraError(Exception):
     """Base of every error that minilora raises on purpose; ``exit_code`` is what the command line ends with.
 
-    A name or value in a message may be of any length, the message is not.
+    A name or value in a message may be of any length and hold any sign; the message is one line that a terminal shows as it is: what
+    cannot be printed (line ends, escape sequences, marks that turn the direction of text) is written out, and the middle of a long one
+    left out.
     """
 
     exit_code = 2  # the input was wrong
 
     def __init__(self, message: str = "") -> None:
-        text = str(message)
+        text = printable(str(message))
         super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}")
+
+
+def printable(text: str) -> str:
+    """The text with every sign that is no letter, figure, mark or space written as Python writes it: ``\\n``, ``\\x1b``."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(MiniLoraError, ValueError):

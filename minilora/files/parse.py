@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, StateError
 
 __all__ = ["Header", "parse_header", "parse_json", "parse_tensors", "tensor_bytes"]
 
@@ -130,7 +130,7 @@ def _entry(name: str, value: Any, start: int) -> Entry:
     def wrong(what: str) -> NoReturn:
         raise ValueError(f"tensor {name[:200]!r}: {what}")
 
-    if not name.isprintable() or not name:
+    if not is_name(name):
         wrong("name is empty, or has signs that cannot be printed")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         wrong("wanted exactly dtype, shape and data_offsets")
@@ -139,12 +139,19 @@ def _entry(name: str, value: Any, start: int) -> Entry:
         wrong(f"dtype {str(kind)[:50]!r} is not one of {', '.join(_DTYPES)}")
     if not _counts(shape) or len(shape) > _MOST_SIDES:
         wrong("shape is no list of sizes")
+    if math.prod(side for side in shape if side) >= 2**48:  # of no elements, and still more than can be counted through
+        wrong("shape is larger than any tensor")
     if not _counts(offsets) or len(offsets) != 2:
         wrong("data_offsets are no two offsets")
     size = math.prod(shape) * _DTYPES[kind].itemsize
     if offsets[1] - offsets[0] != size:
         wrong(f"data_offsets span {offsets[1] - offsets[0]} bytes, dtype and shape mean {size}")
     return Entry(_DTYPES[kind], tuple(shape), start + offsets[0])
+
+
+def is_name(name: str) -> bool:
+    """Whether a tensor may be called so, when it is read and when it is written: text that a terminal shows as it is."""
+    return bool(name) and name.isprintable()
 
 
 def _counts(value: Any) -> bool:
@@ -178,7 +185,15 @@ def _tensor(raw: bytearray, entry: Entry) -> Tensor:
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file; equal tensors and metadata give equal bytes. Wide dtypes come first, so that every tensor lies aligned."""
+    """A safetensors file; equal tensors and metadata give equal bytes. Wide dtypes come first, so that every tensor lies aligned.
+
+    Raises:
+        StateError: a name that the reader would refuse.
+    """
+    if odd := [name for name in tensors if not is_name(name)]:
+        raise StateError(
+            f"tensor {odd[0][:200]!r}: its name is empty, or has signs that cannot be printed; rename the module"
+        )
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     parts, at = [], 0
     for name, tensor in sorted(tensors.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0])):

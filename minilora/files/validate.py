@@ -8,8 +8,16 @@ from typing import Any
 
 from minilora.errors import ConfigError
 
+PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
 _LARGEST = 1e30  # a larger alpha overflows fp32 with the first weight
+_MOST_ROUNDS = 1_000  # of LoftQ, which settles within ten
+_MOST_PATTERNS = 65_536  # keys of a pattern: as many as an adapter file has tensors
 _MOST = 2**31 - 1  # no tensor has a longer side
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def whole(name: str, value: object, least: int, most: int = _MOST) -> None:
@@ -44,7 +52,7 @@ def texts(name: str, value: object) -> None:
 
 def pissa_rounds(init: str) -> int | None:
     """The N of "pissa_niter_N", or None if ``init`` is no such word."""
-    found = re.fullmatch(r"pissa_niter_(\d+)", init)
+    found = re.fullmatch(r"pissa_niter_(\d{1,4})", init)
     return int(found[1]) if found else None
 
 
@@ -81,7 +89,7 @@ def loftq(value: object) -> dict[str, int]:
     bits, rounds = value.get("loftq_bits", 4), value.get("loftq_iter", 1)
     if type(bits) is not int or bits not in (2, 3, 4):
         raise ConfigError(f"loftq_config: loftq_bits={bits!r}; wanted 2, 3 or 4: NF2, NF3 or NF4")
-    whole("loftq_iter", rounds, 1)
+    whole("loftq_iter", rounds, 1, _MOST_ROUNDS)
     return dict(value)
 
 
@@ -96,8 +104,12 @@ def names(name: str, value: object) -> tuple[str, ...] | str | None:
 
 def pattern(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{name}={value!r}: wanted a dict of module-name pattern to number")
+        raise ConfigError(f"{name}={_short(value)}: wanted a dict of module-name pattern to number")
+    if len(value) > _MOST_PATTERNS:
+        raise ConfigError(f"{name}: {len(value):,} keys; at most {_MOST_PATTERNS:,}, one for each tensor of an adapter")
     for key in value:
+        if PLAIN.fullmatch(key):
+            continue
         try:
             re.compile(key)
         except (re.error, OverflowError, RecursionError) as error:

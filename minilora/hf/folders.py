@@ -13,6 +13,8 @@ from minilora.errors import CheckpointError, MiniLoraError, WriteError
 from minilora.files.write import new_folder
 from minilora.training.memory import is_out_of_memory
 
+_MOST_LAYERS = 4096  # ten times the deepest that is known
+
 __all__ = ["in_new_folder", "read_config", "refuse_occupied", "unreadable"]
 
 
@@ -57,8 +59,19 @@ def read_config(place: str, name: str) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(place)
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         raise unreadable(name, error) from None
     config.__dict__.pop("quantization_config", None)
+    _refuse_endless(config, name)
     return config
+
+
+def _refuse_endless(config: Any, name: str) -> None:
+    """A model is built layer by layer, so a number alone could keep us busy for hours."""
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        for key, value in vars(part).items():
+            if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+                raise CheckpointError(
+                    f"model {name!r}: {key}={value:,} in its config; at most {_MOST_LAYERS:,} are built"
+                )

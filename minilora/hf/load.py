@@ -39,7 +39,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """
     if is_packed_folder(place := resolve(name)):
         return load_packed(place, dtype)
-    model = _load("AutoModelForCausalLM", name, dtype=dtype).eval()
+    # A pickle can run code, so weights come from safetensors alone.
+    model = _load("AutoModelForCausalLM", name, dtype=dtype, use_safetensors=True).eval()
     if name == SMOLLM2:  # adapters name their base, and a folder of this machine would mean nothing elsewhere
         model.config._name_or_path = _HUB_NAME
     return model
@@ -48,9 +49,13 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 def skeleton(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model as its config says, dense and without memory (on the meta device). Raises ``CheckpointError`` for no such config."""
     transformers, place = _transformers(), resolve(name)
-    _refuse_no_folder(name, place)
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(read_config(place, name), dtype=dtype).eval()
+    _refuse_folder(name, place)
+    config = read_config(place, name)
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except Exception as error:
+        raise unreadable(name, error) from None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -65,17 +70,24 @@ def load_tokenizer(name: str) -> Any:
 def _load(factory: str, name: str, **options: Any) -> Any:
     transformers = _transformers()
     place = resolve(name)
-    _refuse_no_folder(name, place)
+    _refuse_folder(name, place)
     try:
-        return getattr(transformers, factory).from_pretrained(place, **options)
+        # Said outright: left out, transformers asks on standard input whether it may run the code of a folder.
+        return getattr(transformers, factory).from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:
         raise unreadable(name, error) from None
 
 
-def _refuse_no_folder(name: str, place: str) -> None:
+def _refuse_folder(name: str, place: str) -> None:
     if name.startswith((".", "/", "~")) and not Path(place).is_dir():
         raise CheckpointError(
             f"model {name!r}: no such folder; wanted a hub id, a folder saved by transformers, or 'smollm2'"
+        )
+    if (
+        Path(place) / "adapter_config.json"
+    ).exists():  # transformers would hand it to PEFT, or load its base in its stead
+        raise CheckpointError(
+            f"model {name!r}: holds an adapter (adapter_config.json); name its base model here and the folder as the adapter"
         )
 
 

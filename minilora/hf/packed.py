@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError, StateError
 from minilora.files.parse import parse_tensors
 from minilora.files.read import read_bytes
-from minilora.hf.folders import in_new_folder, read_config, refuse_occupied
+from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
 from minilora.linear.layers import QuantLinear, is_conv1d, is_quantized
 from minilora.lora.slots import has_adapters
 from minilora.qlora.kbit import dtype_on_disk
@@ -100,10 +100,10 @@ def is_packed_folder(folder: str) -> bool:
     """Whether a local folder's config says that bitsandbytes packed it in four bits."""
     file = Path(folder) / "config.json"
     try:
-        said = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError):
+        said = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
-    return said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
+    return isinstance(said, dict) and said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
 
 
 def load_packed(folder: str, dtype: torch.dtype) -> Any:
@@ -112,6 +112,13 @@ def load_packed(folder: str, dtype: torch.dtype) -> Any:
     Raises:
         CheckpointError: a file is missing or damaged, or holds tensors that do not fit the model; each by name.
     """
+    try:
+        return _loaded(folder, dtype)
+    except Exception as error:  # of a damaged config anything can come, out of the middle of transformers
+        raise unreadable(folder, error) from None
+
+
+def _loaded(folder: str, dtype: torch.dtype) -> Any:
     import transformers
 
     config = read_config(folder, folder)

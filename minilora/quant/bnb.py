@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, QuantizationError
+from minilora.files.parse import parse_json
 from minilora.quant.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
 from minilora.quant.nested import NESTED_BLOCKSIZE
 from minilora.quant.quantized import QuantizedTensor
@@ -25,6 +26,8 @@ __all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
 _STATE = "quant_state.bitsandbytes__"
 _BOOKS = {"nf4": NF4, "fp4": FP4}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS = tuple(_DTYPES.values())
+_STORAGES = (torch.uint8, *_FLOATS)  # bnb_4bit_quant_storage
 _LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes about 200
 
 
@@ -81,30 +84,28 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTens
     kind, state = _read_state(tensors, name)
     book, shape = _BOOKS[kind], torch.Size(state["shape"])
     blocks = math.ceil(shape.numel() / state["blocksize"])
-    packed = _wanted(tensors, "", name).contiguous().view(-1).view(torch.uint8)
+    packed = _of(_STORAGES, _wanted(tensors, "", name), name).contiguous().view(-1).view(torch.uint8)
     _sized(packed, math.ceil(shape.numel() / 2), name, "bytes of codes")
     table = _wanted(tensors, ".quant_map", name)
     _sized(table, 16, name + ".quant_map", "levels")
     if not torch.equal(table.float().cpu(), book.table()):
         raise CheckpointError(f"{name}.quant_map: is not the table of {kind}; the file was not written by bitsandbytes")
-    absmax = _wanted(tensors, ".absmax", name)
+    absmax = _wanted(tensors, ".absmax", name).reshape(-1)
     _sized(absmax, blocks, name + ".absmax", "scales")
     if shape[-1] % 2 == 0:
         packed = packed.view(*shape[:-1], shape[-1] // 2)
     dtype = _DTYPES[state["dtype"]]
     if "nested_blocksize" not in state:
-        return QuantizedTensor(
-            packed, _finite(absmax.float(), name + ".absmax"), shape, dtype, book, state["blocksize"]
-        )
-    nested = _wanted(tensors, ".nested_absmax", name).float()
+        scales = _finite(_of(_FLOATS, absmax, name + ".absmax").float(), name + ".absmax")
+        return QuantizedTensor(packed, scales, shape, dtype, book, state["blocksize"])
+    nested = _of(_FLOATS, _wanted(tensors, ".nested_absmax", name), name + ".nested_absmax").float().reshape(-1)
     _sized(nested, math.ceil(blocks / NESTED_BLOCKSIZE), name + ".nested_absmax", "scales of scales")
     table = _wanted(tensors, ".nested_quant_map", name)
     if table.numel() != 256 or not torch.equal(table.float().cpu(), dynamic_map()):
         raise CheckpointError(
             f"{name}.nested_quant_map: is not bitsandbytes' table of 256 levels; it was not written by bitsandbytes"
         )
-    if absmax.dtype != torch.uint8:
-        raise CheckpointError(f"{name}.absmax: is {absmax.dtype} although its scales are nested; wanted uint8")
+    _of((torch.uint8,), absmax, name + ".absmax")
     offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
     return QuantizedTensor(
         packed, absmax, shape, dtype, book, state["blocksize"], _finite(nested, name + ".nested_absmax"), offset
@@ -121,37 +122,46 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
     if kind not in _BOOKS or raw.dtype != torch.uint8 or raw.numel() > _LONGEST_STATE:
         raise CheckpointError(f"{where}: is no quant_state of nf4 or fp4; wanted JSON as bytes")
     try:
-        state = json.loads(bytes(raw.flatten().tolist()))
+        state = parse_json(bytes(raw.flatten().tolist()))
     except ValueError as error:
         raise CheckpointError(f"{where}: is not JSON ({error}); the file is damaged, copy it again") from None
-    size, shape = (state.get("blocksize"), state.get("shape")) if isinstance(state, dict) else (None, None)
-    whole = (
-        isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
-    )
-    fits = (
-        whole
-        and type(size) is int
-        and 32 <= size <= 4096
-        and isinstance(state.get("dtype"), str)
-        and state["dtype"] in _DTYPES
-        and state.get("quant_type") == kind
-    )
-    if fits and "nested_blocksize" in state:
-        offset = state.get("nested_offset")
-        fits = (
-            state["nested_blocksize"] == NESTED_BLOCKSIZE and isinstance(offset, (int, float)) and math.isfinite(offset)
-        )
-    if not fits:
+    if not _is_state(state, kind):
         raise CheckpointError(
-            f"{where}: {str(state)[:120]} is not a state that minilora reads; wanted 2-D, blocksize 32 to 4096, nested by 256"
+            f"{where}: {str(state)[:120]} is not a state that minilora reads; wanted 2-D, blocksize a power of two from 32 to 4096, "
+            "nested by 256 in float32"
         )
     return kind, state
+
+
+def _is_state(state: Mapping[str, Any], kind: str) -> bool:
+    """Whether this is a state as bitsandbytes writes it: nothing in it means more or less than it says."""
+    size, shape, dtype = state.get("blocksize"), state.get("shape"), state.get("dtype")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
+        return False
+    if type(size) is not int or not 32 <= size <= 4096 or size & (size - 1):
+        return False
+    if not isinstance(dtype, str) or dtype not in _DTYPES or state.get("quant_type") != kind:
+        return False
+    if "nested_blocksize" not in state:
+        return True
+    offset = state.get("nested_offset")
+    whole = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
+    nested = type(state["nested_blocksize"]) is int and state["nested_blocksize"] == NESTED_BLOCKSIZE
+    return whole and nested and state.get("nested_dtype", "float32") == "float32"
 
 
 def _wanted(tensors: Mapping[str, Tensor], suffix: str, name: str) -> Tensor:
     if suffix not in tensors:
         raise CheckpointError(f"{name}{suffix}: is missing, although the weight is packed; the file is incomplete")
     return tensors[suffix]
+
+
+def _of(kinds: tuple[torch.dtype, ...], tensor: Tensor, name: str) -> Tensor:
+    if tensor.dtype not in kinds:
+        raise CheckpointError(
+            f"{name}: is {tensor.dtype}; wanted {' or '.join(str(kind).removeprefix('torch.') for kind in kinds)}"
+        )
+    return tensor
 
 
 def _sized(tensor: Tensor, count: int, name: str, what: str) -> None:

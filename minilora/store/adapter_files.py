@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, ConfigError
+from minilora.files import validate
 from minilora.files.parse import parse_json, parse_tensors
 from minilora.files.read import read_files
 from minilora.lora.config import LoraConfig, unknown_keys
@@ -35,7 +36,7 @@ SEAL_FILE = "minilora.json"
 PREFIX = "base_model.model."
 VARIANT = "minilora_variant"  # in the metadata of the weights file
 MADE_WITH = "minilora_made_with"  # likewise: ``Adapter.made_with`` of all layers
-PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
+_MOST_FOREIGN = 1_000  # keys of another program's config
 _SMALL = 1 << 16  # elements
 _PURPOSES = {
     CONFIG_FILE: "the adapter's config",
@@ -171,10 +172,15 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON that an adapter has ({error}); save the adapter again") from None
     ignored = [] if sealed else unknown_keys(content)
+    foreign = set(ignored)
+    if len(foreign) > _MOST_FOREIGN:
+        raise CheckpointError(
+            f"{path}: {len(foreign):,} keys that no adapter's config has; wanted PEFT's adapter_config.json"
+        )
     if ignored:
         listed = ", ".join(repr(key[:60]) for key in ignored[:8])
         warnings.warn(f"{path}: minilora does not know {listed} and ignores it, as PEFT would", stacklevel=4)
-    known = {key: value for key, value in content.items() if key not in ignored}
+    known = {key: value for key, value in content.items() if key not in foreign}
     return LoraConfig.from_dict(known, str(path)), ignored
 
 
@@ -203,7 +209,7 @@ def refuse_regexes(stored: Stored) -> None:
     """Raise ``CheckpointError`` for a pattern of ranks or alphas in a file that is more than a module's name."""
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(stored.config, name):
-            if stored.from_file and not PLAIN.fullmatch(key):
+            if stored.from_file and not validate.PLAIN.fullmatch(key):
                 raise CheckpointError(
                     f"{stored.path.with_name(CONFIG_FILE)}: {name} key {key!r} is a regular expression, and none is run from a file; "
                     "write module names, or pass config=LoraConfig(...)"

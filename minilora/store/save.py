@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.errors import StateError
+from minilora.files import validate
 from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
 from minilora.linear.layers import is_conv1d
@@ -25,7 +26,6 @@ from minilora.lora.targets import ends_with, exactly
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
-    PLAIN,
     PREFIX,
     VARIANT,
     WEIGHTS_FILE,
@@ -131,7 +131,7 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
         content["fan_in_fan_out"] = any(is_conv1d(model.get_submodule(path)) for path in paths)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     for field, own in (("rank_pattern", 0), ("alpha_pattern", 1)):
-        if not all(map(PLAIN.fullmatch, content[field])):  # no regex is run from a file: say what it came to
+        if not all(map(validate.PLAIN.fullmatch, content[field])):  # no regex is run from a file: say what it came to
             each = {path: config.for_module(path)[own] for path in paths}
             content[field] = {
                 path: value for path, value in each.items() if value != (config.r, config.lora_alpha)[own]

@@ -29,6 +29,7 @@ __all__ = ["Checkpoint", "own_checkpoints", "prune", "read_checkpoint", "save_ch
 
 STATE_FILE = "training.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+_MEANING = ("training", "adapter", "data", "bits")  # and "base": what ``resume.meaning`` writes
 _FOLDER = re.compile(r"checkpoint-(\d{1,18})")
 _PURPOSES = {
     STATE_FILE: "the state of the run",
@@ -98,6 +99,9 @@ def read_checkpoint(place: Path, step: int) -> Checkpoint:
     try:
         state = parse_json(files[STATE_FILE])
         good = _state_bytes(state) == files[STATE_FILE] and state["version"] == 1 and state["step"] == step
+        good = (
+            good and all(isinstance(state["meaning"][part], dict) for part in _MEANING) and "base" in state["meaning"]
+        )
         hashes = dict(state["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
         good, hashes = False, {}

@@ -71,9 +71,18 @@ def kept_records(folder: Path, step: int) -> list[dict[str, Any]]:
             record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(at := record.get("step"), int) and at <= step and isinstance(record.get("seconds", 0.0), float):
+        if _is_record(record) and record["step"] <= step:
             records.append(record)
     return records
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether a line is one that the loop writes, with numbers where the report draws numbers: the file may have been edited."""
+    texts = {"prompt", "answer", "skipped"}
+    plain = all(
+        isinstance(value, str if key in texts else (int, float)) for key, value in record.items() if value is not None
+    )
+    return plain and type(record.get("step")) is int and isinstance(record.get("seconds", 0.0), float)
 
 
 # ---- what must be the same
@@ -181,6 +190,8 @@ def restore(
     own = adapter_state_dict(model, name)
     states = {f"{key}/{path}": (key, parameter) for path, parameter in named.items() for key in _KEYS}
     strange = sorted(own.keys() ^ checkpoint.weights.keys()) + sorted(checkpoint.optimizer.keys() - states.keys())
+    begun = {path for key in checkpoint.optimizer for _, _, path in [key.partition("/")]}
+    strange += sorted({f"{key}/{path}" for path in begun for key in _KEYS} - checkpoint.optimizer.keys())
     if not strange:
         strange = [key for key, tensor in checkpoint.weights.items() if _form(tensor) != _form(own[key])]
         for key, tensor in checkpoint.optimizer.items():
