@@ -20,7 +20,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "quant",
         "weights in few bits",
-        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "bnb"],
+        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "finite", "bnb"],
     ),
     ("linear", "a product with a frozen weight", ["layers", "ops", "fused", "cuda"]),
     (

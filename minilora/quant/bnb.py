@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, QuantizationError
 from minilora.quant.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
+from minilora.quant.finite import is_finite
 from minilora.quant.nested import NESTED_BLOCKSIZE
 from minilora.quant.quantized import QuantizedTensor
 
@@ -162,6 +163,6 @@ def _sized(tensor: Tensor, count: int, name: str, what: str) -> None:
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise CheckpointError(f"{name}: holds NaN or infinity; quantize the dense model again")
     return tensor

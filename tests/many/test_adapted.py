@@ -325,6 +325,34 @@ def test_unload_gives_the_exact_base(make_mlp, randomize, snapshot):
     assert [row[:2] for row in after["trains"]] == [row[:2] for row in before["trains"]]
 
 
+def extend_as_fsdp2(model):
+    """What ``fully_shard`` does to the class of a module that it shards."""
+    front = type("FSDPModule", (), {"reshard": lambda self: None})
+    model.__class__ = type(f"FSDP{type(model).__name__}", (front, type(model)), {})
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_class_that_another_library_extended_is_not_restored(make_mlp, randomize, snapshot, x, how, merged):
+    model = randomize(get_peft_model(make_mlp(), lora(["first", "mid"], bias="lora_only")))
+    if merged:
+        model.merge_adapter()
+    mine = type(model)
+    extend_as_fsdp2(model)
+    theirs, before, want = type(model), snapshot(model), model(x)
+    with pytest.raises(
+        StateError, match=r"^FSDP\w+: its class was extended after get_peft_model \(FSDP2 does so\), .*; unload"
+    ) as told:
+        getattr(model, how)()
+    assert "\n" not in str(told.value) and type(model) is theirs
+    assert snapshot(model) == before and torch.equal(model(x), want)
+    unload(model)  # the way out
+    assert type(model) is theirs and torch.equal(model(x), make_mlp()(x))
+    model.__class__ = mine
+    get_peft_model(model, lora())
+    assert getattr(model, how)() is model and type(model) is type(make_mlp())
+
+
 def test_unload_drops_what_is_merged(make_mlp, randomize, x):
     model = randomize(get_peft_model(make_mlp(), lora(bias="all")))
     model.merge_adapter()
