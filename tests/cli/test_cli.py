@@ -40,15 +40,6 @@ def environment():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread, and wait for it long when another process has its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def no_bars():
     """The command turns the bars of transformers off by the environment, which is read once, at the first import."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
