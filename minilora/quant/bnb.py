@@ -17,12 +17,12 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, QuantizationError
 from minilora.quant.blockwise import NESTED_BLOCKSIZE, QuantizedTensor
-from minilora.quant.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
+from minilora.quant.codebooks import CODEBOOKS, ON_DISK, Codebook, codebook, dynamic_map
 
 __all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
 
 _STATE = "quant_state.bitsandbytes__"
-_BOOKS = {"nf4": NF4, "fp4": FP4}
+_BOOKS = {name: CODEBOOKS[name] for name in ON_DISK}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes about 200
 
