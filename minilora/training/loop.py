@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -320,9 +319,16 @@ def _refusal(problem: str | None) -> str:
 
 
 def memory_mb(peak: bool = False) -> float:
-    """Memory of this process in MB (1e6 bytes): resident now, or its peak so far; of the GPU when one is in use."""
+    """Memory of this process in MB (1e6 bytes): resident now, or its peak so far; of the GPU when one is in use.
+
+    0 where the system does not say it (Windows).
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     if peak or not Path("/proc/self/statm").exists():
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
