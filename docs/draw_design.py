@@ -12,6 +12,7 @@ from pathlib import Path
 # above its own line, never from below; inside a room there is no circle. A room without files is one module of that name.
 ROOMS: list[tuple[str, str, list[str]]] = [
     ("errors", "what minilora raises", []),
+    ("lazy", "names imported when they are asked for", []),
     (
         "files",
         "bytes to and from a disk, and what values may be",
@@ -41,7 +42,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         ],
     ),
     ("qlora", "a whole model packed", ["quantize_model", "calibrate", "kbit"]),
-    ("store", "adapters as folders", ["save", "load", "fill", "adapter_files", "fingerprint", "export"]),
+    ("store", "adapters as folders", ["save", "load", "fill", "adapter_files", "fingerprint", "export", "programs"]),
     ("many", "several adapters in one model", ["adapted", "batched", "combine", "hotswap"]),
     ("report", "what people look at", ["page", "pictures", "tables", "inspect"]),
     (

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from minilora import cli
+from minilora.cli import train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -100,15 +101,15 @@ def test_the_import_named_for_peft_code_works():
 
 @pytest.mark.parametrize("arguments", commands("minilora"), ids=lambda arguments: arguments[0])
 def test_a_command_is_understood(arguments):
-    parsed = cli._parser().parse_args(arguments)
+    parsed = cli.make_parser().parse_args(arguments)
     assert callable(parsed.run)
 
 
 def test_train_of_the_readme_is_a_valid_job():
     pytest.importorskip("transformers")
     arguments, on_packed = [words for words in commands("minilora") if words[0] == "train"]
-    assert cli._job(cli._parser().parse_args(on_packed)).model == "runs/packed"
-    job = cli._job(cli._parser().parse_args(arguments))
+    assert train.job_of(cli.make_parser().parse_args(on_packed)).model == "runs/packed"
+    job = train.job_of(cli.make_parser().parse_args(arguments))
     assert (job.lora.r, job.lora.lora_alpha, job.training.steps, job.prompts) == (8, 16, 60, ["How is the weather?"])
 
 
@@ -116,7 +117,7 @@ def test_train_of_the_readme_is_a_valid_job():
 def test_a_flag_named_in_the_text_exists(flag, capsys):
     for command in ("train", "generate"):
         with pytest.raises(SystemExit):
-            cli._parser().parse_args([command, "--help"])
+            cli.make_parser().parse_args([command, "--help"])
     assert re.search(rf"{flag}\b", capsys.readouterr().out)
 
 

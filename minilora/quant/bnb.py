@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, QuantizationError
-from minilora.quant.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
+from minilora.quant.codebooks import CODEBOOKS, ON_DISK, Codebook, codebook, dynamic_map
 from minilora.quant.finite import is_finite
 from minilora.quant.nested import NESTED_BLOCKSIZE
 from minilora.quant.quantized import QuantizedTensor
@@ -24,7 +24,7 @@ from minilora.quant.quantized import QuantizedTensor
 __all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
 
 _STATE = "quant_state.bitsandbytes__"
-_BOOKS = {"nf4": NF4, "fp4": FP4}
+_BOOKS = {name: CODEBOOKS[name] for name in ON_DISK}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes about 200
 

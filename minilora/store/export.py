@@ -23,11 +23,11 @@ from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
 from minilora.quant.finite import is_finite
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
+from minilora.store.programs import TARGETS
 from minilora.store.save import base_of, saved_config
 
 __all__ = ["TARGETS", "export_adapter", "export_folder"]
 
-TARGETS = ("vllm", "llama.cpp", "mlx")
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
