@@ -44,7 +44,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     ("qlora", "a whole model packed", ["quantize_model", "calibrate", "kbit"]),
     ("store", "adapters as folders", ["save", "load", "fill", "adapter_files", "fingerprint", "export", "programs"]),
     ("many", "several adapters in one model", ["adapted", "batched", "combine", "hotswap"]),
-    ("report", "what people look at", ["page", "pictures", "tables", "inspect"]),
+    ("report", "what people look at", ["page", "figures", "heatmap", "canvas", "frame", "svg", "tables", "inspect"]),
     (
         "training",
         "a run",

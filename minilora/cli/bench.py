@@ -56,17 +56,9 @@ def _versions(sides: Any) -> str:
 
 
 def _write(file: str, job: Any, sides: Any, columns: Any, rows: Any, notes: list[str]) -> None:
-    from minilora.report.pictures import Line, html_section, line_chart
-
-    lines = [
-        Line(side.name, [(step + 1.0, loss) for step, loss in enumerate(side.losses[0])], f"c{place}" + " dots" * place)
-        for place, side in enumerate(sides)
-    ]
-    curve = html_section(
-        "The same losses", line_chart("Loss", lines, ("optimizer step", "loss (nats per token)"), (692, 300))
-    )
     tiles = [{"label": f"{s.name.split()[0]}: time per step", "value": f"{s.median:.3f} s"} for s in sides]
     tiles += [
         {"label": f"{s.name.split()[0]}: peak memory", "value": f"{s.peak / 1e6:,.0f} MB"} for s in sides if s.peak
     ]
-    write_page(file, "One job, side by side", title_of(job), tiles, columns, rows, notes, curve, vars(job))
+    losses = {side.name: side.losses[0] for side in sides}
+    write_page(file, "One job, side by side", title_of(job), tiles, columns, rows, notes, losses, vars(job))

@@ -56,13 +56,13 @@ def title_of(job: Any) -> str:
 
 def write_page(
     file: str, title: str, subtitle: str, tiles: Sequence[dict[str, str]], columns: Sequence[str], rows: Sequence[Any],
-    notes: Sequence[str], more: str = "", settings: dict[str, Any] | None = None,
+    notes: Sequence[str], losses: dict[str, Sequence[float]] | None = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Draw the page of ``tables.as_page`` into ``file``; its folder is made."""
+    """Draw the page of ``page.as_page`` into ``file``; its folder is made."""
     from minilora.files.write import write_file
-    from minilora.report.tables import as_page
+    from minilora.report.page import as_page
 
     place = Path(file)
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_file(place, as_page(title, subtitle, tiles, columns, rows, notes, more, settings))
+    write_file(place, as_page(title, subtitle, tiles, columns, rows, notes, losses, settings))
     print(f"\n{place}: open it in a browser")

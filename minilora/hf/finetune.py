@@ -24,7 +24,7 @@ from minilora.lora.match import match
 from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
-from minilora.report.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
+from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
 from minilora.report.page import render
 from minilora.training.data import Encoded, encode_all, read_jsonl, split
 from minilora.training.guards import context_length
@@ -35,7 +35,6 @@ from minilora.training.resume import claim
 __all__ = ["Job", "Outcome", "fine_tune"]
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
-_SPECTRA = 4  # layers whose singular values the report draws
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,6 @@ class _Clock:
 def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[str, Any]:
     """What ``report.render`` draws of a run."""
     ratios = update_ratios(model)
-    largest = sorted(ratios, key=ratios.__getitem__, reverse=True)[:_SPECTRA]
-    adapters = adapters_in(model)
     trainable, total = model.get_nb_trainable_parameters()
     losses = outcome.losses
     change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
@@ -185,7 +182,7 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
         ],
         "parameters": parameter_table(model),
         "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
-        "spectrum": [{"path": path, "values": spectrum(adapters[path]).tolist()} for path in largest],
+        "spectrum": [{"path": path, "values": values} for path, values in spectra(model, ratios=ratios).items()],
         "settings": _settings(job)
         | {"quant": _formats(model) or "none"}
         | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
