@@ -6,7 +6,6 @@ The folders are read from ROOMS, which ``tests/test_layering.py`` enforces on th
 from __future__ import annotations
 
 import html
-import textwrap
 from pathlib import Path
 
 # The folders of the package, from the ground up: (folder, what lives there, its files in reading order). A folder imports from the
@@ -44,7 +43,7 @@ DARK_LABELS = {
     "trained": "#f0903c",
 }  # on the dark page the colours of the boxes are too dark for words
 WIDTH, LINE, TOP = 940, 17, 262
-LONGEST = 76  # signs of a line of file names
+LONGEST = 80  # signs of a line of file names
 
 
 def text(x: float, y: float, words: str, size: int = 13, colour: str = "ink", anchor: str = "start", weight: int = 400) -> str:  # fmt: skip
@@ -95,12 +94,24 @@ def layer() -> str:
     )
 
 
+def wrapped(files: list[str]) -> list[str]:
+    """The names of files in lines of at most LONGEST signs; one empty line if there are none."""
+    lines = [""]
+    for name in files:
+        longer = f"{lines[-1]} · {name}" if lines[-1] else name
+        if len(longer) <= LONGEST:
+            lines[-1] = longer
+        else:
+            lines.append(name)
+    return lines
+
+
 def folders() -> tuple[str, int]:
     """The folders, one row each, with their files in reading order; and where the last row ends."""
     says = "The folders of the package minilora: each imports only from the folders above it"
     parts, y = [text(24, TOP + 14, says, 15, weight=600)], TOP + 30
     for name, about, files in ROOMS:
-        lines = textwrap.wrap(" · ".join(files), LONGEST, break_long_words=False, break_on_hyphens=False) or [""]
+        lines = wrapped(files)
         height = 14 + LINE * len(lines)
         parts.append(f'<rect x="24" y="{y}" width="{WIDTH - 96}" height="{height - 4}" rx="5" fill="{{row}}"/>')
         parts.append(text(36, y + 18, name, 14, weight=600))

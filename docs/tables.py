@@ -57,6 +57,13 @@ def figure(name: str, what: str, column: str, setting: str = "") -> str:
     return three_digits(float(row[column]))
 
 
+def over_floor(name: str, what: str, side: str) -> str:
+    """By how many percent a step takes longer than that of the frozen model."""
+    row = find(name, what)
+    floor = "floor" if side == "ours" else "peer floor"
+    return f"{100 * (float(row[f'{side} cpu median']) / float(row[f'{floor} cpu median']) - 1):.0f} %"
+
+
 def lowered(name: str, base: str, what: str, column: str) -> str:
     """By how many percent ``column`` is lower in row ``what`` than in row ``base``."""
     return f"{100 * (1 - float(find(name, what)[column]) / float(find(name, base)[column])):.0f} %"
