@@ -189,10 +189,14 @@ def comparison() -> str:
         return best([(int(words.split(" of ")[0]), words) for words in said])
 
     decode = "dequantize, bit-exact, into a kept buffer"
-    layers = find("cpu", "QLoRA step, fp32")["setting"].split(", ")[1]
+    layers = find("cpu", "QLoRA step, fp32")["setting"].split(", ")[1]  # "12 of 30 layers"
+    few = find("cpu_no_bf16", "LoRA step, bf16")["setting"].split(", ")[1]
     rows = [
         [f"a QLoRA step of SmolLM2 in fp32 ({layers})", *cpu("QLoRA step, fp32")],
-        ["a LoRA step in bf16, on a processor without bf16 instructions", *cpu("LoRA step, bf16", name="cpu_no_bf16")],
+        [
+            f"a LoRA step in bf16 ({few}), on a processor without bf16 instructions",
+            *cpu("LoRA step, bf16", name="cpu_no_bf16"),
+        ],
         ["decoding a 4-bit weight of 4096 × 4096", *cpu(decode, "4096x4096")],
         ["decoding a 4-bit weight of 576 × 576", *cpu(decode, "576x576")],
         ["memory that the first QLoRA step adds to the loaded model", *cpu("peak memory of a QLoRA step")],
