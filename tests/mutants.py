@@ -38,6 +38,7 @@ TESTS = {
     "files/staging": ["files/test_write", "files/test_power_loss"],
     "files/write": ["files/test_write", "files/test_power_loss"],
     "store/adapter_files": ["store/test_load", "store/test_seal"],
+    "store/fill": ["store/test_load", "store/test_seal"],
     "store/load": [
         "store/test_load",
         "store/test_seal",

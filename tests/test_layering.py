@@ -99,7 +99,7 @@ def test_a_wrong_arrow_is_seen(name, source, words):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("linear", "from minilora.quant.blockwise import decode_range\ndef f():\n    import minilora_kernels"),
+        ("linear", "from minilora.quant.quantized import decode_range\ndef f():\n    import minilora_kernels"),
         ("peft_model", "from minilora.many import adapted"),
         ("quant", "from minilora.quant.config import QuantConfig"),
         ("hf", "import transformers\nfrom minilora import LoraConfig"),

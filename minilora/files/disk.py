@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import stat
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = ["Disk", "Opened"]
 Path = str | os.PathLike[str]
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _LARGEST_WRITE = 1 << 30  # Linux writes at most 2 GiB at once
 
 
@@ -64,6 +66,10 @@ class Disk:
     def names(self, folder: Path) -> list[str]:
         """What lies in a folder, sorted."""
         return sorted(os.listdir(folder))
+
+    def inode(self, path: Path) -> int:
+        """The number that the file system gave to a folder or file when it was made; a link is not followed."""
+        return os.lstat(path).st_ino
 
     def identity(self, path: Path) -> tuple[int, int] | None:
         """Device and number of a file, or None if there is none: two paths with equal ones are one file."""
@@ -107,8 +113,8 @@ class Disk:
             os.close(handle)
 
     def append(self, path: Path, content: bytes) -> None:
-        """Add to a file (made if need be), unflushed: logs are not worth a wait."""
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        """Add to a file (made if need be, a link refused), unflushed: logs are not worth a wait."""
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK | getattr(os, "O_BINARY", 0), 0o666)
         try:
             os.write(handle, content)
         except OSError as error:
@@ -120,7 +126,7 @@ class Disk:
         """Bring a file's content, or a folder's names, to the disk."""
         if os.name == "nt" and os.path.isdir(path):  # pragma: no cover: Windows has no handle for this
             return
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | _NO_LINK)
         try:
             _flush(handle)
         except OSError as error:
@@ -160,19 +166,35 @@ class Disk:
     def remove_folder(self, path: Path) -> None:
         os.rmdir(path)
 
+    def remove_tree(self, path: Path) -> None:
+        """A folder and all that is in it. Links are removed, never followed, even if somebody puts one in its place meanwhile.
+
+        What resists keeps nothing else: the first error is raised when all others have gone.
+        """
+        errors: list[OSError] = []
+
+        def keep(_function: object, _path: str, error: Any) -> None:
+            errors.append(error if isinstance(error, OSError) else error[1])
+
+        shutil.rmtree(path, **{"onexc" if sys.version_info >= (3, 12) else "onerror": keep})  # type: ignore[arg-type]
+        if errors:
+            raise errors[0]
+
     # ---- who is writing
 
     def lock(self, folder: Path) -> int | None:
         """Hold a folder until ``unlock`` or the end of this process. None if another process holds it.
 
-        -1 where folders cannot be locked (network file systems, Windows).
+        -1 where folders cannot be locked (network file systems, Windows), and for a link.
         """
         if fcntl is None:
             return -1
         try:
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except (PermissionError, NotADirectoryError):
-            return -1
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _NO_LINK)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP):
+                return -1
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

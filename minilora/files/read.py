@@ -1,7 +1,8 @@
 """Reading: all files of a folder as they were at one moment, also beside a writer and after one that died.
 
-A writer that could not change the whole folder in one step leaves what it committed in ``.minilora-commit`` until all of it is in place
-(``files/write.py``), so a file there counts before the one of its name in the folder. Next file: ``files/write.py``.
+A writer that could not change the whole folder in one step leaves what it committed in a folder ``.minilora-commit-NUMBER`` until all of
+it is in place (``files/write.py``), so a file there counts before the one of its name. NUMBER is what the file system gave to that
+very folder: a copy of one, or one that came in an archive, means nothing. Next file: ``files/write.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import errno
 import os
 import time
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from minilora.errors import CheckpointError
@@ -18,7 +19,7 @@ from minilora.files import disk
 
 __all__ = ["read_bytes", "read_files"]
 
-COMMIT = ".minilora-commit"
+COMMIT = ".minilora-commit-"
 _TRIES = 200  # beside a writer
 
 
@@ -43,19 +44,19 @@ def read_files(
     for _ in range(_TRIES):
         with ExitStack() as stack:
             opened = {}
-            for name, purpose in wanted.items():
+            for name, path in _current(place, wanted).items():
                 try:
-                    opened[name] = stack.enter_context(closing(disk.used.open(_current(place, name))))
+                    opened[name] = stack.enter_context(closing(disk.used.open(path)))
                 except FileNotFoundError:
                     pass  # missing, or moved just now
                 except OSError as error:
-                    raise _unread(place / name, purpose, error) from None
+                    raise _unread(place / name, wanted[name], error) from None
             try:
                 contents = {name: file.read() for name, file in opened.items()}
             except OSError as error:
                 raise _unread(place, "a file in it", error) from None
             # Open files keep their numbers, so equal ones mean that nothing was exchanged in between.
-            now = {name: disk.used.identity(_current(place, name)) for name in wanted}
+            now = {name: disk.used.identity(path) for name, path in _current(place, wanted).items()}
             if now == {name: opened[name].identity if name in opened else None for name in wanted}:
                 break
         time.sleep(0.002)
@@ -67,10 +68,22 @@ def read_files(
     return contents
 
 
-def _current(place: Path, name: str) -> Path:
-    """Where a file is: in a commit that is not finished, or in its place."""
-    pending = place / COMMIT / name
-    return pending if disk.used.identity(pending) else place / name
+def commit_of(place: Path) -> Path | None:
+    """The commit in a folder that a writer, dead or alive, has not finished."""
+    for path in (place / name for name in disk.used.names(place) if name.startswith(COMMIT)):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            if disk.used.kind(path) == "folder" and path.name == f"{COMMIT}{disk.used.inode(path):x}":
+                return path
+    return None
+
+
+def _current(place: Path, names: Collection[str]) -> dict[str, Path]:
+    """Where each file is: in a commit that is not finished, or in its place."""
+    try:
+        commit = commit_of(place)
+    except OSError:  # no such folder, or one whose names nobody may list
+        commit = None
+    return {name: commit / name if commit and disk.used.identity(commit / name) else place / name for name in names}
 
 
 def _unread(path: Path, purpose: str, error: OSError) -> CheckpointError:

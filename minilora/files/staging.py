@@ -1,6 +1,8 @@
 """The ground under every write: one writer at a time, a folder that nobody sees until it is done, and what the system refuses in one line.
 
-Each staging folder is locked while it is needed, so what a dead writer left is told from what a live one still needs, and swept.
+Each staging folder is locked while it is needed, so what a dead writer left is told from what a live one still needs, and swept. A
+name is no proof that minilora made a folder: an archive can hold any name, and a link to anywhere. So the name ends in the number that
+the file system gave to that very folder, which nobody can know before it is made; what has another number is left alone.
 Next file: ``files/parse.py``.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -18,23 +21,50 @@ from minilora.errors import WriteError
 from minilora.files import disk
 
 STAGED = ".minilora-new-"  # how the name of a staging folder begins
+_FIRST_NAME = re.compile("[0-9a-f]{8}")  # behind the prefix, of a folder whose maker died before it knew the number
 _PATIENCE = 60.0  # seconds that a writer waits for another one
 
 
 @contextmanager
 def staging(folder: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in ``folder``, locked for as long as it is needed and removed after."""
+    """A new folder in ``folder``, locked for as long as it is needed and removed after, as is what has changed places with it."""
+    token = prefix + secrets.token_hex(4)
     with locked(folder):
-        staged = folder / (prefix + secrets.token_hex(4))
-        disk.used.make_folder(staged)
+        disk.used.make_folder(folder / token)
+        try:
+            staged = numbered(folder / token, folder / token)
+        except OSError:
+            with suppress(OSError):
+                disk.used.remove_folder(folder / token)
+            raise
         handle = disk.used.lock(staged)
     try:
         yield staged
     finally:
         with suppress(OSError):
-            remove_tree(staged)
+            for name in disk.used.names(folder):
+                if name.startswith(token) and is_ours(folder / name, prefix):
+                    disk.used.remove_tree(folder / name)
         if handle is not None:
             disk.used.unlock(handle)
+
+
+def numbered(staged: Path, folder: Path) -> Path:
+    """Add the number of a folder to a staging folder's name, on the disk before anything may depend on it; the new path."""
+    number = f"{disk.used.inode(folder):x}"
+    if number in staged.name.split("-"):
+        return staged
+    named = staged.with_name(f"{staged.name}-{number}")
+    disk.used.rename(staged, named)
+    disk.used.flush(staged.parent)
+    return named
+
+
+def is_ours(path: Path, prefix: str) -> bool:
+    """Whether minilora made this folder, here and on this disk: its number stands in its name."""
+    if disk.used.kind(path) != "folder" or not path.name.startswith(prefix):
+        return False
+    return f"{disk.used.inode(path):x}" in path.name.removeprefix(prefix).split("-")[1:]
 
 
 @contextmanager
@@ -53,29 +83,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def sweep(folder: Path, prefix: str) -> None:
     """Remove the staging folders of this prefix that no live writer holds."""
-    for name in disk.used.names(folder):
-        if name.startswith(prefix) and (left := disk.used.lock(folder / name)) not in (None, -1):
+    for path in (folder / name for name in disk.used.names(folder) if name.startswith(prefix)):
+        if disk.used.kind(path) == "folder" and (left := disk.used.lock(path)) not in (None, -1):
             with suppress(OSError):
-                remove_tree(folder / name)
+                if is_ours(path, prefix):
+                    disk.used.remove_tree(path)
+                elif _FIRST_NAME.fullmatch(path.name.removeprefix(prefix)):
+                    disk.used.remove_folder(path)  # fails, as it should, if anything is in it
             disk.used.unlock(left)
-
-
-def remove_tree(folder: Path) -> None:
-    """A folder and all that is in it, if it is there. What resists is tried last, so that one bad file keeps no other."""
-    if disk.used.kind(folder) is None:
-        return
-    failed: OSError | None = None
-    for name in disk.used.names(folder):
-        try:
-            if disk.used.kind(folder / name) == "folder":
-                remove_tree(folder / name)
-            else:
-                disk.used.unlink(folder / name)
-        except OSError as error:
-            failed = error
-    if failed:
-        raise failed
-    disk.used.remove_folder(folder)
 
 
 def settle(folder: Path, mode: int) -> None:

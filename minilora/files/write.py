@@ -2,7 +2,7 @@
 
 What is new is written and flushed in a staging folder first. Then, where a folder holds files only, a copy of it that has the new files
 (and hard links to all others) changes places with it in one step. Where that cannot be (folders in it, other systems), the staging
-folder is renamed to ``.minilora-commit`` inside it: from then on readers here take the files in it first, and they are linked into
+folder is renamed to ``.minilora-commit-NUMBER`` inside it: from then on readers here take the files in it first, and they are linked into
 their places; a writer that died is finished by the next. Files of others in the folder stay. Next file: ``files/staging.py``.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 
 from minilora.errors import WriteError
 from minilora.files import disk
-from minilora.files.read import COMMIT
-from minilora.files.staging import STAGED, locked, make_folders, remove_tree, settle, staging, sweep, told
+from minilora.files.read import COMMIT, commit_of
+from minilora.files.staging import STAGED, locked, make_folders, numbered, settle, staging, sweep, told
 
 __all__ = ["append_line", "new_folder", "remove", "write_file", "write_files"]
 
@@ -85,6 +85,8 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
 def remove(folder: str | os.PathLike[str], names: Collection[str]) -> None:
     """Take files and whole folders out of a folder, each in one step, and what a killed ``remove`` left. Raises as ``write_files``."""
     place = Path(os.path.realpath(folder))
+    if far := [name for name in names if Path(name).name != name or name in ("", "..")]:
+        raise ValueError(f"{far[0]!r}: wanted the name of something in {place}, and no path")
     with told(place, 0):
         if disk.used.kind(place) is None:
             return
@@ -146,6 +148,7 @@ def _swap(place: Path, staged: Path, files: Mapping[str, bytes]) -> bool:
             disk.used.link(place / name, staged / name)
     disk.used.copy_mode(place, staged)
     disk.used.flush(staged)
+    staged = numbered(staged, place)  # which will stand there
     disk.used.exchange(staged, place)
     _flush_or(place.parent, lambda: disk.used.exchange(staged, place))
     with suppress(OSError):  # the save is done
@@ -171,13 +174,14 @@ def _replace(place: Path, files: Mapping[str, bytes]) -> None:
                 _replace_one(place, staged, *files)
                 return
             disk.used.flush(staged)
-            disk.used.rename(staged, place / COMMIT)
-            _flush_or(place, lambda: disk.used.rename(place / COMMIT, staged))
+            commit = place / f"{COMMIT}{disk.used.inode(staged):x}"
+            disk.used.rename(staged, commit)
+            _flush_or(place, lambda: disk.used.rename(commit, staged))
             try:
                 _finish(place)
             except OSError as error:
                 raise WriteError(
-                    f"{place}: is saved in {COMMIT}, but its files are not all in place ({error.strerror}); save again to finish"
+                    f"{place}: is saved in {commit.name}, but its files are not all in place ({error.strerror}); save again to finish"
                 ) from None
 
 
@@ -193,8 +197,8 @@ def _replace_one(place: Path, staged: Path, name: str) -> None:
 
 def _finish(place: Path) -> None:
     """Bring the files of a commit, which may be a dead writer's, into their places. It can stop anywhere and be done again."""
-    commit = place / COMMIT
-    if disk.used.kind(commit) != "folder":
+    commit = commit_of(place)
+    if commit is None:
         return
     for name in sorted(disk.used.names(commit), key=lambda name: not name.startswith(_SPARE)):  # spare ones first
         if name.startswith(_SPARE):
@@ -204,7 +208,7 @@ def _finish(place: Path) -> None:
             _copy(commit / name, spare)
             disk.used.rename(spare, place / name)
     disk.used.flush(place)
-    remove_tree(commit)
+    disk.used.remove_tree(commit)
     disk.used.flush(place)
 
 

@@ -21,7 +21,7 @@ from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import match
+from minilora.lora.match import match
 from minilora.lora.targets import check_form
 from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model
@@ -31,7 +31,8 @@ from minilora.report.inspect import adapters_in, memory_table, parameter_table, 
 from minilora.report.page import render
 from minilora.training.data import Encoded, encode_all, read_jsonl, split
 from minilora.training.guards import context_length
-from minilora.training.loop import TrainConfig, memory_mb, train
+from minilora.training.loop import TrainConfig, train
+from minilora.training.memory import memory_mb
 from minilora.training.resume import claim
 
 __all__ = ["Job", "Outcome", "fine_tune"]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MiniLoraError, WriteError
 from minilora.files.write import new_folder
-from minilora.training.guards import is_out_of_memory
+from minilora.training.memory import is_out_of_memory
 
 __all__ = ["in_new_folder", "read_config", "refuse_occupied", "unreadable"]
 

@@ -27,10 +27,11 @@ from minilora.files import validate
 from minilora.hf.packed import bitsandbytes_entry, dense_linears, packed_state_dict
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
 from minilora.lora.slots import has_adapters
-from minilora.quant.blockwise import empty_quantized, quantize
+from minilora.quant.blockwise import quantize
 from minilora.quant.bnb import storable
 from minilora.quant.codebooks import Codebook, codebook
 from minilora.quant.config import QuantConfig
+from minilora.quant.quantized import empty_quantized
 
 __all__ = ["NF4Config", "NF4Quantizer"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from minilora.errors import MissingPackageError, QuantizationError
-from minilora.quant.blockwise import QuantizedTensor
 from minilora.quant.codebooks import dynamic_map
+from minilora.quant.quantized import QuantizedTensor
 
 
 @functools.lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.linear.ops import bias_gradient, buffer, flowing_dtype, matmul, product_dtype
-from minilora.quant.blockwise import QuantizedTensor
+from minilora.quant.quantized import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
 _PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")  # of a QuantizedTensor: what backward needs of it

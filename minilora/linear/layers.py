@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from minilora.errors import TargetError
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, flowing_dtype, product_dtype, quant_linear
-from minilora.quant.blockwise import QuantizedTensor, quantize
+from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
+from minilora.quant.quantized import QuantizedTensor
 
 
 def is_conv1d(module: nn.Module) -> bool:

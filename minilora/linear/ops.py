@@ -22,9 +22,9 @@ from torch import Tensor
 
 from minilora.errors import ConfigError, QuantizationError
 from minilora.linear import cuda
-from minilora.quant.blockwise import QuantizedTensor, decode_range
 from minilora.quant.codebooks import Codebook
 from minilora.quant.lookup import scratch
+from minilora.quant.quantized import QuantizedTensor, decode_range
 
 _ROWS = 1 << 20  # weights decoded at a time for a product: 4 MB of fp32
 _ROWS_FEW = 1 << 18  # the same where x has few rows: what was decoded is still in the cache when it is multiplied

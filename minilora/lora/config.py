@@ -1,56 +1,30 @@
 """What an adapter is: ``LoraConfig``.
 
 It is a frozen dataclass that validates itself when built, so no later code asks again. It keeps the names and defaults of
-PEFT 0.21.2 and reads and writes PEFT's ``adapter_config.json``; fields of PEFT that minilora does not offer are
-accepted at their default, kept in the file, and refused by name otherwise. Next file to read: ``lora/layer.py``.
+PEFT 0.21.2, and reads and writes PEFT's ``adapter_config.json`` (``lora/config_file.py``). Next file to read: ``lora/layer.py``.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, ConfigError, nearest
+from minilora.errors import CheckpointError, ConfigError
 from minilora.files import validate
 from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes
 from minilora.files.write import write_file
+from minilora.lora import config_file
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-# PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
-OUT_OF_SCOPE: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
-    "kasa_config": None,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
-WHY_NOT = {
-    "layer_replication": "replicated layers share weights, so merging one would change its twins; build the deeper model first",
-    "target_parameters": "it adapts bare parameters of expert layers, and minilora adapts layers",
-}
-# Written by PEFT beside the fields; they describe the file, not the adapter.
-FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
-PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
 
 
 def pattern_matches(key: str, path: str) -> bool:
@@ -127,7 +101,9 @@ class LoraConfig:
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(f"task_type={self.task_type!r}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}")
         if self.layer_replication is not None:
-            raise ConfigError(f"layer_replication={self.layer_replication!r}: {WHY_NOT['layer_replication']}")
+            raise ConfigError(
+                f"layer_replication={self.layer_replication!r}: {config_file.WHY_NOT['layer_replication']}"
+            )
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out", "inference_mode"):
             validate.flag(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision"):
@@ -135,6 +111,16 @@ class LoraConfig:
                 validate.text(name, getattr(self, name))
         self._check_start()
         validate.tokens(self.trainable_token_indices)
+        self._check_places(put)
+        for name in ("rank_pattern", "alpha_pattern"):
+            put(name, validate.pattern(name, getattr(self, name)))
+        for key, rank in self.rank_pattern.items():
+            validate.whole(f"rank_pattern[{key!r}]", rank, 1)
+        for key, alpha in self.alpha_pattern.items():
+            validate.positive(f"alpha_pattern[{key!r}]", alpha)
+
+    def _check_places(self, put: Callable[[str, object], None]) -> None:
+        """The fields that say where: layers and names of modules."""
         put("layers_to_transform", validate.layers(self.layers_to_transform))
         put("layers_pattern", validate.names("layers_pattern", self.layers_pattern))
         if (
@@ -156,12 +142,6 @@ class LoraConfig:
             raise ConfigError(
                 f"modules_to_save={self.modules_to_save!r}: wanted a list of names; write [{self.modules_to_save!r}]"
             )
-        for name in ("rank_pattern", "alpha_pattern"):
-            put(name, validate.pattern(name, getattr(self, name)))
-        for key, rank in self.rank_pattern.items():
-            validate.whole(f"rank_pattern[{key!r}]", rank, 1)
-        for key, alpha in self.alpha_pattern.items():
-            validate.positive(f"alpha_pattern[{key!r}]", alpha)
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
@@ -227,13 +207,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's key set, lists sorted, ``inference_mode`` true as PEFT saves it."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        content = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-        alpha = content["lora_alpha"]
-        if isinstance(alpha, float) and alpha.is_integer():
-            content["lora_alpha"] = int(alpha)  # Ollama's reader takes unsigned integers only
-        content = copy.deepcopy(content | OUT_OF_SCOPE)  # a caller may change what it gets
-        content.update(inference_mode=True, peft_type="LORA", peft_version=PEFT_LAYOUT, auto_mapping=None)
-        return dict(sorted(content.items()))
+        return config_file.content_of(own)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "config") -> LoraConfig:
@@ -243,7 +217,7 @@ class LoraConfig:
             ConfigError: another ``peft_type``, an unknown key, or a field of PEFT's that minilora does not offer, each by name.
         """
         try:
-            return cls(**_own_fields(content))
+            return cls(**config_file.own_fields(content, _OWN))
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
@@ -251,20 +225,6 @@ class LoraConfig:
 _OWN = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 
 
-def _own_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for ``LoraConfig`` in PEFT's dictionary. Raises ``ConfigError`` as ``from_dict``."""
-    kind = content.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ConfigError(f"peft_type={kind!r}; minilora reads 'LORA' adapters only")
-    for name in unknown_keys(content):
-        raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, _OWN)}")
-    for name, value in content.items():
-        if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
-            why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
-            raise ConfigError(f"{name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
-    return {name: value for name, value in content.items() if name in _OWN and value is not None}
-
-
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:
     """The keys of an ``adapter_config.json`` that ``LoraConfig.from_dict`` refuses: newer than this file, or mistyped."""
-    return sorted(name for name in content if name not in _OWN and name not in OUT_OF_SCOPE and name not in FILE_FIELDS)
+    return config_file.unknown_keys(content, _OWN)

@@ -3,7 +3,7 @@
 A slot is an attribute of a parent module: a linear layer, a module of which a full copy is trained, or a bias. What sits in it *is* the
 state: the base value (no adapter), an adapter around it (active), an adapter around an adapter (several active). Switching puts another
 object into the slot; nothing is copied, added or asked in ``forward``, and a disabled adapter costs exactly nothing. Adapters that are
-not active are kept here, outside the module tree. Next file: ``lora/inject.py``.
+not active are kept here, outside the module tree. Next file: ``lora/match.py``.
 """
 
 from __future__ import annotations

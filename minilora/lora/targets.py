@@ -2,7 +2,7 @@
 
 A list entry matches a module whose dotted path equals it or ends in ``"." + entry`` (whole components, never a fragment); one string is
 a regular expression for the full path. Every entry must match something: a typo that trains nothing is the most common silent fault
-of adapter libraries. Next file: ``lora/inject.py``.
+of adapter libraries. Next file: ``lora/match.py``.
 """
 
 from __future__ import annotations

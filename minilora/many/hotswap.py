@@ -14,7 +14,8 @@ from minilora.errors import CheckpointError, StateError
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
-from minilora.store.load import WEIGHTS_FILE, all_or_nothing, load_values, read_adapter, refuse_other_base
+from minilora.store.fill import all_or_nothing
+from minilora.store.load import WEIGHTS_FILE, load_values, read_adapter, refuse_other_base
 
 __all__ = ["hotswap_adapter"]
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from minilora.errors import StateError
 from minilora.linear import ops
 from minilora.linear.layers import QuantLinear, in_out_features
-from minilora.lora.inject import ALL_LINEAR
+from minilora.lora.match import ALL_LINEAR
 from minilora.measure.ledger import Ledger, on_paper
 from minilora.measure.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
 from minilora.qlora.quantize_model import quantizable_paths

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError
-from minilora.lora.inject import ALL_LINEAR
+from minilora.lora.match import ALL_LINEAR
 from minilora.lora.targets import Selection
 from minilora.qlora.quantize_model import quantizable_paths
 

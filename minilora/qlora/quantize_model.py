@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from minilora.errors import QuantizationError, StateError, TargetError
 from minilora.linear.layers import QuantLinear, dense_weight, is_linear, is_quantized
-from minilora.lora.inject import ALL_LINEAR, linear_paths, refuse_unfit, slot_at
+from minilora.lora.inject import slot_at
+from minilora.lora.match import ALL_LINEAR, linear_paths, refuse_unfit
 from minilora.lora.slots import has_adapters
 from minilora.lora.targets import Selection, select
 from minilora.quant.blockwise import check_quantizable

@@ -1,135 +1,26 @@
-"""Blockwise absmax quantization: ``quantize`` a weight to packed codes and scales, ``QuantizedTensor.dequantize`` it again.
+"""Blockwise absmax quantization: ``quantize`` a weight to packed codes and scales, a ``QuantizedTensor``.
 
     block of 64 weights --(/ largest magnitude)--> values in [-1, 1] --(nearest level)--> 64 codes of 4 bits + 1 scale
 
-Double quantization (QLoRA section 3) stores the scales in 8 bits, less their mean, in blocks of 256: 4.127 instead of 4.5 bits per
-weight. Codes, scales and values equal bitsandbytes' CPU results to the bit, its treatment of ties, ragged tails and zero blocks
-included (measured on bitsandbytes 0.50.2). Blocks run over the flattened weight, across rows. Next file: ``quant/lookup.py``.
+Codes, scales and values equal bitsandbytes' CPU results to the bit, its treatment of ties, ragged tails and zero blocks included
+(measured on bitsandbytes 0.50.2). Blocks run over the flattened weight, across rows. Next file: ``quant/quantized.py``.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from minilora.errors import QuantizationError
-from minilora.quant.codebooks import Codebook, codebook, constant, dynamic_map
+from minilora.quant.codebooks import Codebook, codebook
 from minilora.quant.config import QuantConfig, quant_config
-from minilora.quant.lookup import decode_into, decode_reference, nearest_code, pack, scratch
+from minilora.quant.lookup import nearest_code, pack
+from minilora.quant.nested import has_outlier, nested_scales
+from minilora.quant.quantized import CHUNK, QuantizedTensor
 from minilora.quant.scales import TINY, absmax_scales, guarded, searched_scales
-
-NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
-_OUTLIER = 50.0  # times the median scale
-_CHUNK = 1 << 18  # weights worked on at a time: a few MB of scratch, whatever the layer
-
-
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """A weight as packed codes and scales.
-
-    Args:
-        packed: uint8 codes, first weight in the highest bits; ``[out, in * bits / 8]`` where a row divides evenly, else flat.
-        absmax: fp32 ``[blocks]``; with double quantization uint8 ``[blocks]``, indices into ``dynamic_map()``.
-        shape: of the weight.
-        dtype: of the weight before quantization; ``dequantize()`` returns it.
-        book: the codebook of the codes.
-        blocksize: weights per scale.
-        nested_absmax: fp32 ``[ceil(blocks / 256)]`` with double quantization, else None.
-        nested_offset: fp32 ``[1]``, the mean that was taken from the scales, else None.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    book: Codebook
-    blocksize: int
-    nested_absmax: Tensor | None = None
-    nested_offset: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales together."""
-        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Exact storage per weight in bits, scales included (4.127 for NF4, blocksize 64, double quantization)."""
-        return 8 * self.nbytes / max(1, self.shape.numel())
-
-    def scales(self) -> Tensor:
-        """The fp32 scale of every block, ``[blocks]``, decoded from 8 bits where it is stored so."""
-        if self.nested_absmax is None or self.nested_offset is None:
-            return self.absmax
-        levels = dynamic_map().to(self.absmax.device)[self.absmax.int()]
-        return levels * _spread(self.nested_absmax, NESTED_BLOCKSIZE, levels.numel()) + self.nested_offset
-
-    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        """The dense weight, ``shape``, in ``dtype`` (default: its dtype before): fp32 level x fp32 scale, rounded once.
-
-        ``out``: a contiguous tensor of that shape to write into, which is several times faster for a large weight than fresh memory;
-        its dtype counts then. Raises ``QuantizationError`` if it does not fit.
-        """
-        if out is not None and (out.shape != self.shape or not out.is_contiguous() or out.device != self.packed.device):
-            raise QuantizationError(
-                f"out is {tuple(out.shape)} on {out.device}; wanted a contiguous {tuple(self.shape)} on {self.packed.device}"
-            )
-        dtype = out.dtype if out is not None else dtype or self.dtype
-        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device) if out is None else out
-        flat, scales = out.view(-1), self.scales()
-        # Every chunk starts and ends a few parallel loops, which costs more than a cold cache where cores are shared.
-        chunk = _CHUNK if torch.get_num_threads() == 1 else 8 * _CHUNK
-        for start in range(0, flat.numel(), chunk):
-            stop = min(start + chunk, flat.numel())
-            if dtype == torch.float32:
-                decode_range(self, scales, start, flat[start:stop])
-            else:
-                part = (
-                    torch.empty(stop - start, dtype=torch.float32, device=flat.device)
-                    if flat.is_cuda
-                    else scratch("part", stop - start, torch.float32)
-                )
-                decode_range(self, scales, start, part)
-                flat[start:stop] = part
-        return out
-
-
-def empty_quantized(
-    shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype, device: torch.device | str = "meta"
-) -> QuantizedTensor:
-    """Storage of the shape that ``quantize`` would return, with nothing in it: a place to load into."""
-    book, count = codebook(config.format), math.prod(shape)
-    blocks, size = math.ceil(count / config.blocksize), math.ceil(count * book.bits / 8)
-    whole_rows = shape[-1] * book.bits % 8 == 0
-    packed = torch.empty((shape[0], size // shape[0]) if whole_rows else (size,), dtype=torch.uint8, device=device)
-    scale_type = torch.uint8 if config.double_quant else torch.float32
-    absmax = torch.empty(blocks, dtype=scale_type, device=device)
-    nested = offset = None
-    if config.double_quant:
-        nested = torch.empty(math.ceil(blocks / NESTED_BLOCKSIZE), dtype=torch.float32, device=device)
-        offset = torch.empty(1, dtype=torch.float32, device=device)
-    return QuantizedTensor(packed, absmax, torch.Size(shape), dtype, book, config.blocksize, nested, offset)
-
-
-def decode_range(weight: QuantizedTensor, scales: Tensor, start: int, out: Tensor) -> None:
-    """Weights ``start .. start + n`` of the flattened tensor into fp32 ``out [n]``; ``start`` is a multiple of the blocksize."""
-    size = weight.blocksize
-    bits = weight.book.bits
-    packed = weight.packed.view(-1)[start * bits // 8 : math.ceil((start + out.numel()) * bits / 8)]
-    if out.device.type == "cpu":
-        decode_into(packed, weight.book, out)
-    else:
-        out.copy_(decode_reference(packed, weight.book, out.numel()))
-    whole = out.numel() // size
-    first = start // size
-    out[: whole * size].view(-1, size).mul_(scales[first : first + whole].unsqueeze(1))
-    if out.numel() % size:
-        out[whole * size :].mul_(scales[first + whole])
 
 
 def quantize(
@@ -159,8 +50,8 @@ def quantize(
     absmax = torch.empty(math.ceil(count / size), dtype=torch.float32, device=flat.device)
     packed = torch.empty(math.ceil(count * book.bits / 8), dtype=torch.uint8, device=flat.device)
     zero = int(nearest_code(torch.zeros(1, dtype=torch.float32, device=flat.device), book))
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
         values, scales = flat[start:stop].float(), absmax[start // size : math.ceil(stop / size)]
         mass = None if weighing is None else weighing[torch.arange(start, stop, device=flat.device) % len(weighing)]
         _choose_scales(values, book, config, mass, scales)
@@ -168,8 +59,8 @@ def quantize(
         packed[start * book.bits // 8 : math.ceil(stop * book.bits / 8)] = _packed(codes, book.bits, zero)
     if weight.dim() > 1 and weight.shape[-1] * book.bits % 8 == 0:
         packed = packed.view(*weight.shape[:-1], weight.shape[-1] * book.bits // 8)
-    nests = config.double_quant and not _has_outlier(absmax, name)
-    stored = _quantize_scales(absmax, name) if nests else {"absmax": absmax}
+    nests = config.double_quant and not has_outlier(absmax, name)
+    stored = nested_scales(absmax, name) if nests else {"absmax": absmax}
     return QuantizedTensor(packed, shape=weight.shape, dtype=weight.dtype, book=book, blocksize=size, **stored)
 
 
@@ -254,53 +145,3 @@ def _packed(codes: Tensor, bits: int, zero: int) -> Tensor:
     if codes.numel() % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=zero)
     return codes[::2] * 16 + codes[1::2]
-
-
-@constant
-def _scale_codes() -> Tensor:
-    """Nearest level of ``dynamic_map()`` for 65,536 even steps over [-1, 1]: bitsandbytes' CPU rule, not quite the nearest level."""
-    grid = torch.arange(65536, dtype=torch.float64) * 2 / 65535 - 1
-    levels = dynamic_map().double()
-    return torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-
-
-def _has_outlier(absmax: Tensor, name: str) -> bool:
-    """Whether a scale is so far above those that it would share 8 bits with that they would be lost; says so.
-
-    Trained weights stay under 21 times the median (SmolLM2-135M); at 50 the scales' own error is near one percent, and grows from there.
-    """
-    padded = torch.nn.functional.pad(absmax.abs(), (0, -absmax.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
-    usual = torch.where(padded > 0, padded, torch.nan).nanmedian(1).values  # blocks of zeros need no scale
-    above = (padded.amax(1) / usual).nan_to_num(nan=0.0)
-    if not bool((above > _OUTLIER).any()):
-        return False
-    warnings.warn(
-        f"{name}: a scale is {float(above.max()):.3g} times as large as most around it, so the scales of this tensor stay in fp32; "
-        "those of the others are packed",
-        stacklevel=3,
-    )
-    return True
-
-
-def _quantize_scales(absmax: Tensor, name: str) -> dict[str, Tensor]:
-    """Double quantization: scales less their mean, in 8 bits, 256 of them to an fp32 scale (QLoRA section 3)."""
-    offset = absmax.mean()
-    if not bool(torch.isfinite(offset)):
-        raise QuantizationError(f"{name}: the mean of its scales overflows float32; use double_quant=False")
-    residual = absmax - offset
-    padded = torch.nn.functional.pad(residual, (0, -residual.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
-    nested = padded.abs().amax(1)
-    scaled = residual * _spread(nested.reciprocal(), NESTED_BLOCKSIZE, residual.numel())
-    # Equal scales: 0 x infinity; bitsandbytes writes code 0, and any code decodes right.
-    scaled = scaled.nan_to_num(nan=-1.0)
-    step = ((scaled.clamp(-1, 1) + 1) * 32767.5 + 0.5).long()
-    return {
-        "absmax": _scale_codes().to(absmax.device)[step],
-        "nested_absmax": nested,
-        "nested_offset": offset.reshape(1),
-    }
-
-
-def _spread(values: Tensor, size: int, count: int) -> Tensor:
-    """Each value repeated ``size`` times, cut to ``count``."""
-    return values.repeat_interleave(size)[:count]

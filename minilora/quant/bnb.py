@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, QuantizationError
-from minilora.quant.blockwise import NESTED_BLOCKSIZE, QuantizedTensor
 from minilora.quant.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
+from minilora.quant.nested import NESTED_BLOCKSIZE
+from minilora.quant.quantized import QuantizedTensor
 
 __all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
 

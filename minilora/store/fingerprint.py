@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
 from minilora.lora.slots import adapters_of, has_adapters
-from minilora.quant.blockwise import decode_range
+from minilora.quant.quantized import decode_range
 
 __all__ = ["differs", "fingerprint", "is_fingerprint"]
 

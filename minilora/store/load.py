@@ -1,7 +1,7 @@
-"""Adapter folders and models: what was read goes into the slots, after everything has been checked against the model.
+"""Loading: is this the base model, and the config, that the stored adapter was made for? Only then do its tensors go into the slots.
 
-Reading a folder is ``adapter_files.py``, writing one is ``save.py``; their names can be had from here. Nothing of the model changes
-before every name and shape has been compared. Next file: ``peft_model.py``.
+Reading a folder is ``adapter_files.py``, comparing and copying tensors ``fill.py``, writing a folder ``save.py``; the names of the first
+and last can be had from here. Next file: ``store/fill.py``.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
 from minilora.linear.layers import in_out_features
 from minilora.lora.adapter import Adapter, variant
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import ALL_LINEAR, build, match, place
+from minilora.lora.inject import build, place
+from minilora.lora.match import ALL_LINEAR, match
 from minilora.lora.slots import Value, adapters_of, has_adapters, own_parameters
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.store.adapter_files import (
@@ -33,8 +32,9 @@ from minilora.store.adapter_files import (
     read_adapter,
     refuse_regexes,
 )
+from minilora.store.fill import LoadReport, fill
 from minilora.store.fingerprint import differs, fingerprint
-from minilora.store.save import adapter_state_dict, made_with_of, save_adapter, saved_config, tensors_of
+from minilora.store.save import adapter_state_dict, made_with_of, save_adapter, saved_config
 
 __all__ = [
     "CONFIG_FILE",
@@ -53,19 +53,7 @@ __all__ = [
     "saved_config",
 ]
 
-_SHOWN = 3  # names in a message
 _MODEST = 16_000_000  # numbers that may be allocated on the word of a config
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What loading left out: lists of tensor names as in the file, all empty unless ``strict=False``; and the keys of another program's
-    config that mean nothing here."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-    mismatched_keys: list[str]
-    ignored_config_keys: list[str] = field(default_factory=list)
 
 
 def load_adapter(
@@ -126,7 +114,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
                 raise CheckpointError(
                     f"{stored.path}: {path} has {said}; resume with the config that it was saved with"
                 )
-    _fill(model, adapters.named(adapter_name), stored, strict=True)
+    fill(model, adapters.named(adapter_name), stored, strict=True)
 
 
 def fill_adapter(
@@ -138,7 +126,7 @@ def fill_adapter(
     stored = Stored(adapters.configs[adapter_name], dict(tensors), adapters.variants[adapter_name], Path("state dict"))
     if (bad := not_finite(stored.tensors)) is not None:
         raise CheckpointError(f"{stored.path}: {bad} holds NaN or infinity; the run that saved it had diverged")
-    return _fill(model, values, stored, strict)
+    return fill(model, values, stored, strict)
 
 
 def load_values(
@@ -154,7 +142,7 @@ def load_values(
             f"{stored.path}: its {stored.variant} layers were made with another calibration; load it inside the block that it was made "
             "in (variants.loftq.calibrated), or onto its packed base"
         )
-    report = _fill(model, values, stored, strict, fresh=True)
+    report = fill(model, values, stored, strict, fresh=True)
     return values, dataclasses.replace(report, ignored_config_keys=stored.ignored)
 
 
@@ -205,83 +193,3 @@ def _exact(stored: Stored) -> LoraConfig:
         layers_to_transform=None,
         layers_pattern=None,
     )
-
-
-def _fill(
-    model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool, fresh: bool = False
-) -> LoadReport:
-    """Copy the file's tensors into adapters after comparing every name and shape; ``fresh`` ones are in no model yet."""
-    own = tensors_of(values)
-    tensors = {key: tensor for key, tensor in stored.tensors.items() if not _is_base_weight(model, key, tensor)}
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
-    if strict and missing:
-        raise CheckpointError(
-            f"{stored.path}: {_listed(missing)} missing, which the config asks for on this model; wrong base model or config?"
-        )
-    if strict and extra:
-        raise CheckpointError(
-            f"{stored.path}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?"
-        )
-    if strict and wrong:
-        found, wanted = list(tensors[wrong[0]].shape), list(own[wrong[0]].shape)
-        raise CheckpointError(
-            f"{stored.path}: {wrong[0]} is {found}, config and model want {wanted}; wrong base model or r"
-        )
-    for key in sorted(own.keys() & tensors.keys()):
-        kind = tensors[key].dtype
-        if kind != own[key].dtype and kind not in (torch.float32, torch.float16, torch.bfloat16):
-            raise CheckpointError(f"{stored.path}: {key} is {kind}; wanted float32, float16 or bfloat16")
-    fitting = sorted(own.keys() & tensors.keys() - set(wrong))
-    _refuse_unequal_twins(own, tensors, fitting, stored.path)
-    with nullcontext() if fresh else all_or_nothing(own[key] for key in fitting):
-        for key in fitting:
-            own[key].copy_(tensors[key])
-    return LoadReport(missing, extra, wrong)
-
-
-@contextmanager
-def all_or_nothing(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Tensors that are overwritten in the block get their values back if something stops it, an interrupt included."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, values in before:
-                tensor.copy_(values)
-        raise
-
-
-def _refuse_unequal_twins(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], keys: list[str], path: Path
-) -> None:
-    """Two names of one tied tensor must bring the same values (a head sees the embedding's factor turned round)."""
-    first: dict[int, str] = {}
-    for key in keys:
-        twin = first.setdefault(own[key].data_ptr(), key)
-        turned = tensors[key].T if own[key].dim() == 2 and own[key].stride() != own[twin].stride() else tensors[key]
-        if twin != key and own[key].numel() == own[twin].numel() and not torch.equal(tensors[twin], turned):
-            raise CheckpointError(
-                f"{path}: {key} differs from the embedding that this head is tied to; untie the model first"
-            )
-
-
-def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """Whether this is the unchanged weight of an adapted embedding, which PEFT saves along: it must be the model's own."""
-    path, _, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
-    if name != "weight":
-        return False
-    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
-        own = dict(model.named_parameters(remove_duplicate=False)).get(f"{path}.weight")
-    if own is None or own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
-        raise CheckpointError(
-            f"{key}: the file brings another base weight than the model has; load that base model, or resize this one"
-        )
-    return True
-
-
-def _listed(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more + (" is" if len(listed) == 1 else " are")

@@ -19,7 +19,7 @@ from minilora.files.write import write_files
 from minilora.linear.layers import is_conv1d
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import ALL_LINEAR, default_targets
+from minilora.lora.match import ALL_LINEAR, default_targets
 from minilora.lora.slots import Value, adapters_of
 from minilora.lora.targets import ends_with, exactly
 from minilora.store.adapter_files import (

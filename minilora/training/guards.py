@@ -24,7 +24,6 @@ __all__ = [
     "context_length",
     "first_nonfinite_gradient",
     "first_nonfinite_output",
-    "is_out_of_memory",
     "refuse_nonfinite",
 ]
 
@@ -178,14 +177,6 @@ def first_nonfinite_output(model: nn.Module, run: Callable[[], object]) -> str |
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator said no: torch has a type for it on a GPU, and only words on a CPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def refuse_nonfinite(named: Iterable[tuple[str, Tensor]], what: str) -> None:

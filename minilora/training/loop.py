@@ -1,16 +1,13 @@
 """The training loop: AdamW on the adapter, linear warm-up and cosine decay, accumulation, clipping, evaluation, saves.
 
-The loss is the mean over the supervised tokens of a whole step: with accumulation the micro-batches are weighted by their tokens, so that
-cutting a batch in two changes nothing. Logits are computed only at supervised positions, which for short answers is most of the head's
-work saved. Everything that happens is a line in ``log.jsonl``. Next file: ``report/page.py``.
+Everything that happens is a line in ``log.jsonl``. What ends a run early leaves its last good state in a checkpoint: a signal, too many
+steps without a finite gradient, no memory for a step. Next file: ``report/page.py``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,37 +16,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.write import append_line, remove, write_file
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.load import save_adapter
-from minilora.training.data import Encoded, collate, micro_batches
-from minilora.training.guards import (
-    check_adapter,
-    check_examples,
-    first_nonfinite_gradient,
-    first_nonfinite_output,
-    is_out_of_memory,
-)
-from minilora.training.losses import evaluate, token_losses
-from minilora.training.resume import (
-    LOG_FILE,
-    claim,
-    clear,
-    kept_records,
-    meaning,
-    newest,
-    prune,
-    restore,
-    save_checkpoint,
-)
+from minilora.training.checkpoint import prune, save_checkpoint
+from minilora.training.data import Encoded, micro_batches
+from minilora.training.guards import check_adapter, check_examples
+from minilora.training.losses import evaluate
+from minilora.training.memory import is_out_of_memory, memory_mb
+from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.signals import Wish, caught
+from minilora.training.step import gradients, why_not_begun
 
-__all__ = ["TrainConfig", "evaluate", "learning_rate", "memory_mb", "token_losses", "train"]
+__all__ = ["TrainConfig", "train"]
 
 
 def train(
@@ -214,10 +198,10 @@ class _Run:
         config, started = self.config, time.monotonic()
         rate, batches = learning_rate(config, self.step), list(islice(self.batches, config.accumulate))
         torch.manual_seed(step_seed(config.seed, self.step))
-        loss, norm, problem = self.gradients(batches)
+        loss, norm, problem = gradients(self.model, self.named, batches, self.pad_id)
         if not self.good and (problem or norm == 0):
             remove(self.folder, [LOG_FILE])  # a run that has not begun leaves nothing
-            raise StateError(_refusal(problem))
+            raise StateError(why_not_begun(problem))
         if problem:
             self.skip(problem)
             return
@@ -248,29 +232,6 @@ class _Run:
                 "seconds": time.monotonic() - self.begin,
             }
         )
-
-    def gradients(self, batches: Sequence[Sequence[Encoded]]) -> tuple[float, Tensor, str | None]:
-        """Loss and gradient norm of a step over its micro-batches, and what is wrong with them, or None."""
-        supervised = sum(example.supervised for batch in batches for example in batch)
-        total = 0.0
-        for number, examples in enumerate(batches, 1):
-            batch = collate(examples, self.pad_id)
-            loss = token_losses(self.model, batch).sum() / supervised
-            loss.backward()
-            total += loss.item()
-            if not math.isfinite(total):
-                return total, loss.detach(), self.why_loss(total, number, batch)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if math.isfinite(float(norm)):
-            return total, norm, None
-        first = first_nonfinite_gradient(self.named.items())
-        said = f"the gradient of {first} is not finite" if first else "the gradients are finite, their norm overflows"
-        return total, norm, f"{said} (loss {total:.4g})"
-
-    def why_loss(self, total: float, number: int, batch: dict[str, Tensor]) -> str:
-        first = first_nonfinite_output(self.model, lambda: token_losses(self.model, batch))
-        where = f"{first} is the first to return NaN or infinity" if first else "every module returns finite values"
-        return f"the loss is {total} in micro-batch {number}; {where}"
 
     def skip(self, problem: str) -> None:
         """Leave a step out, say so, and stop when there were too many in a row."""
@@ -311,20 +272,3 @@ class _Run:
             f"step {self.step + 1}: no memory for batch_size={size} and up to {longest} tokens ({reason}); {self.save()}; go on with "
             f"--resume and {smaller}gradient_checkpointing, or begin anew with a smaller max_length"
         )
-
-
-def _refusal(problem: str | None) -> str:
-    if problem:
-        return f"the first step has no finite gradient: {problem}; look at the base model's weights, its dtype and the first examples"
-    return "the first gradient is zero everywhere, so nothing would train; does the loss depend on an adapted layer?"
-
-
-def memory_mb(peak: bool = False) -> float:
-    """Memory of this process in MB (1e6 bytes): resident now, or its peak so far; of the GPU when one is in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
-    if peak or not Path("/proc/self/statm").exists():
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6

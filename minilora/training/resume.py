@@ -1,8 +1,7 @@
-"""What a run leaves so that it can be gone on with: checkpoints, and what must be the same for the rest of it to be the same bits.
+"""Going on with a run: what lies in its folder, which checkpoint is taken, and what must be the same for the rest to be the same bits.
 
-A checkpoint is an adapter folder with two files more: the optimizer's tensors, and ``training.json`` with the step, the fingerprints of
-data, base and settings, and the SHA-256 of every file. There is no random state in it: the order of the data and every step's dropout
-are functions of (seed, step). Next file: ``training/loop.py``.
+There is no random state in a checkpoint (``training/checkpoint.py``): the order of the data and every step's dropout are functions of
+(seed, step). Next file: ``training/step.py``.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError
-from minilora.files.parse import parse_json, parse_tensors, tensor_bytes
-from minilora.files.read import read_files
-from minilora.files.write import remove, write_files
+from minilora.files.parse import parse_json
+from minilora.files.write import remove
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from minilora.store.save import adapter_files, adapter_state_dict, base_of, saved_config
+from minilora.store.save import adapter_state_dict, base_of, saved_config
+from minilora.training.checkpoint import Checkpoint, read_checkpoint, steps
 from minilora.training.data import Encoded
-from minilora.training.guards import refuse_nonfinite
 
-__all__ = [
-    "LOG_FILE",
-    "Checkpoint",
-    "claim",
-    "clear",
-    "kept_records",
-    "meaning",
-    "newest",
-    "restore",
-    "save_checkpoint",
-]
+__all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "restore"]
 
 LOG_FILE = "log.jsonl"
-STATE_FILE = "training.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
 _LEFT = (LOG_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)  # what a run leaves beside its checkpoints
-_FOLDER = re.compile(r"checkpoint-(\d{1,18})")
-_PURPOSES = {
-    STATE_FILE: "the state of the run",
-    OPTIMIZER_FILE: "the optimizer's state",
-    WEIGHTS_FILE: "the adapter's weights",
-    CONFIG_FILE: "the adapter's config",
-    SEAL_FILE: "the adapter's seal",
-}
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
 _KEYS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One that was read and verified: ``step`` steps are done; ``meaning`` as below."""
-
-    path: Path
-    step: int
-    meaning: dict[str, Any]
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
 
 
 # ---- the run folder
@@ -91,13 +56,7 @@ def clear(folder: Path) -> None:
 
 def _left(folder: Path) -> list[str]:
     names = [name for name in _LEFT if (folder / name).exists()]
-    return [f"checkpoint-{step}" for step in _steps(folder)] + names
-
-
-def _steps(folder: Path) -> list[int]:
-    """The steps of which there are checkpoints, newest first."""
-    found = [match for path in folder.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()]
-    return sorted((int(match[1]) for match in found), reverse=True)
+    return [f"checkpoint-{step}" for step in steps(folder)] + names
 
 
 def kept_records(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -174,52 +133,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-# ---- writing
-
-
-def save_checkpoint(
-    model: nn.Module,
-    name: str,
-    named: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    step: int,
-    meaning: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write ``checkpoint-<step>`` in one step, and then remove all but the ``keep`` newest.
-
-    Raises:
-        StateError: a tensor is not finite; nothing is written. WriteError: the system does not let us.
-    """
-    tensors = {
-        f"{key}/{path}": optimizer.state[parameter][key].cpu().contiguous()
-        for path, parameter in named.items()
-        for key in sorted(optimizer.state.get(parameter, {}))
-    }
-    refuse_nonfinite(tensors.items(), "a checkpoint")
-    files = {**adapter_files(model, name), OPTIMIZER_FILE: tensor_bytes(tensors, {})}
-    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in sorted(files.items())}
-    state = _state_bytes({"version": 1, "step": step, "meaning": meaning, "files": hashes})
-    place = folder / f"checkpoint-{step}"
-    write_files(place, {**files, STATE_FILE: state})
-    prune(folder, keep)
-    return place
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and what a kill left of this."""
-    remove(folder, [f"checkpoint-{old}" for old in _steps(folder)[keep:]])
-
-
-def _state_bytes(content: Mapping[str, Any]) -> bytes:
-    """The one form of a state, its own hash in it: any other bytes are damage."""
-    body = {key: content[key] for key in ("version", "step", "meaning", "files")}
-    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**body, "sha256": own}, indent=1, sort_keys=True) + "\n").encode()
-
-
-# ---- reading
+# ---- choosing and restoring
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -228,41 +142,21 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     Raises:
         CheckpointError: there are some, and all are damaged; or there is none, and a finished adapter.
     """
-    steps = _steps(folder)
-    for step in steps:
+    found = steps(folder)
+    for step in found:
         try:
-            return _read(folder / f"checkpoint-{step}", step)
+            return read_checkpoint(folder / f"checkpoint-{step}", step)
         except CheckpointError as error:
             say(f"skipped {error}")
-    if steps:
+    if found:
         raise CheckpointError(
-            f"{folder}: none of its {len(steps)} checkpoints is whole; restore one, or begin anew with --overwrite (overwrite=True)"
+            f"{folder}: none of its {len(found)} checkpoints is whole; restore one, or begin anew with --overwrite (overwrite=True)"
         )
     if (folder / WEIGHTS_FILE).exists():
         raise CheckpointError(
             f"{folder}: holds an adapter and no checkpoint, so there is nothing to go on with; begin anew with --overwrite (overwrite=True)"
         )
     return None
-
-
-def _read(place: Path, step: int) -> Checkpoint:
-    files = read_files(place, _PURPOSES)
-    try:
-        state = parse_json(files[STATE_FILE])
-        good = _state_bytes(state) == files[STATE_FILE] and state["version"] == 1 and state["step"] == step
-        hashes = dict(state["files"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        good, hashes = False, {}
-    if not good:
-        raise CheckpointError(f"{place / STATE_FILE}: damaged, or of a newer minilora; copy the folder again")
-    for name, content in files.items():
-        if name != STATE_FILE and hashes.get(name) != hashlib.sha256(content).hexdigest():
-            raise CheckpointError(
-                f"{place / name}: damaged: its sha256 is not the one in {STATE_FILE}; copy the folder again"
-            )
-    weights, _ = parse_tensors(files[WEIGHTS_FILE], place / WEIGHTS_FILE)
-    optimizer, _ = parse_tensors(files[OPTIMIZER_FILE], place / OPTIMIZER_FILE)
-    return Checkpoint(place, step, state["meaning"], weights, optimizer)
 
 
 def restore(

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM as a wish that a loop grants when it can: after its step. The second one is granted at once.
 
-Next file: ``training/resume.py``.
+Next file: ``training/checkpoint.py``.
 """
 
 from __future__ import annotations

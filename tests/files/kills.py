@@ -24,6 +24,7 @@ from torch import nn
 
 from minilora import LoraConfig, inject, load_adapter, save_adapter
 from minilora.files import disk as disk_module
+from minilora.files.read import commit_of
 from minilora.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.store.load import adapter_state_dict
 from minilora.training.data import Encoded
@@ -74,7 +75,7 @@ def adapted(seed):
 
 def print_of(folder):
     """What the adapter in a folder is, as minilora loads it; None if there is none."""
-    if not (folder / WEIGHTS_FILE).exists() and not (folder / ".minilora-commit").exists():
+    if not (folder / WEIGHTS_FILE).exists() and not (folder.is_dir() and commit_of(folder)):
         return None
     model = Tiny()
     load_adapter(model, folder)

@@ -34,6 +34,22 @@ def old(tmp_path):
     return place
 
 
+def unfinished_commit(folder):
+    """A commit as a writer leaves it that could not finish, empty."""
+    bare = folder / "bare"
+    bare.mkdir()
+    return bare.rename(folder / f"{read.COMMIT}{bare.stat().st_ino:x}")
+
+
+def left_by_a_dead_writer(folder, prefix=staging.STAGED):
+    """A staging folder as a killed writer leaves it, with a file in it."""
+    made = folder / f"{prefix}12345678"
+    made.mkdir()
+    made = staging.numbered(made, made)
+    (made / "x").write_bytes(b"1")
+    return made
+
+
 OLD = {"a": b"old a", "b": b"old b"}
 NEW = {"a": b"new a", "b": b"new b"}
 MINE = {"README": b"mine"}
@@ -171,6 +187,9 @@ def test_a_folder_beside_which_nothing_can_be_written(old):
 # ---- errors of the system, at each call
 
 
+REMOVALS = ("unlink", "remove_folder", "remove_tree")
+
+
 class Faulty(Disk):
     """Its ``at``-th operation that changes something raises; ``forever``: all after it too."""
 
@@ -198,7 +217,7 @@ class Faulty(Disk):
         def call(*arguments):
             self.calls.append(name)
             hit = len(self.calls) >= self.at if self.forever else len(self.calls) == self.at
-            if hit and not (self.forever and name in ("unlink", "remove_folder")):  # a full disk can still be emptied
+            if hit and not (self.forever and name in REMOVALS):  # a full disk can still be emptied
                 if name == "write":
                     super(Faulty, self).write(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 raise OSError(self.number, os.strerror(self.number), str(arguments[0]))
@@ -260,12 +279,12 @@ def test_an_error_at_each_call_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
             # Only what could not be removed, after the save was done, may be left.
             left = found.keys() - after.keys()
             assert {name: found[name] for name in after} == after
-            assert not left or disk.calls[at - 1] in ("unlink", "remove_folder")
+            assert not left or disk.calls[at - 1] in REMOVALS
         else:
             failed += 1
             assert os.strerror(number) in error and str(home) in error and "\n" not in error
             if "is saved in" in error or (
-                forever and (folder / read.COMMIT).exists()
+                forever and read.commit_of(folder)
             ):  # every file is there, and readers of minilora see the new state
                 assert read.read_files(folder, dict.fromkeys(NEW, "")) == NEW
             else:
@@ -447,8 +466,8 @@ def test_removing_what_is_not_there_says_so_and_takes_nothing_else(old):
 
 
 def test_what_a_killed_removal_left_goes_with_the_next(old):
-    (old / f"{staging.STAGED}12345678").mkdir()
-    (old / f"{staging.STAGED}12345678" / "x").write_bytes(b"1")
+    left_by_a_dead_writer(old)
+    (old / f"{staging.STAGED}87654321").mkdir()  # one that died before it knew its number
     write.remove(old, ["b"])
     assert contents(old) == {"a": b"old a"} | MINE and not list(old.rglob(".*"))
 
@@ -497,8 +516,7 @@ def test_what_a_system_cannot_is_done_in_place(old, monkeypatch, number, call):
 @pytest.mark.parametrize("name", ["-x", "a", "z", " "])
 def test_a_commit_that_stopped_beside_its_spare_name_is_finished(old, name):
     """A writer died between the second name of a file and its move; no name of a file comes before the spare ones."""
-    commit = old / read.COMMIT
-    commit.mkdir()
+    commit = unfinished_commit(old)
     for file in (name, "b"):
         (commit / file).write_bytes(b"committed")
     (commit / f"{write._SPARE}{name}").write_bytes(b"half")
@@ -649,9 +667,7 @@ def test_a_full_disk_without_a_known_size_names_no_bytes(old, monkeypatch):
 
 
 def test_a_new_folder_sweeps_what_a_killed_one_left(tmp_path):
-    left = tmp_path / f".model{staging.STAGED}12345678"
-    left.mkdir()
-    (left / "half").write_bytes(b"1")
+    left = left_by_a_dead_writer(tmp_path, f".model{staging.STAGED}")
     other = tmp_path / f".other{staging.STAGED}12345678"
     other.mkdir()
     write.new_folder(tmp_path / "model", fill)

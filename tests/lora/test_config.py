@@ -9,7 +9,8 @@ import pytest
 
 from minilora import inject
 from minilora.errors import ConfigError
-from minilora.lora.config import OUT_OF_SCOPE, LoraConfig
+from minilora.lora.config import LoraConfig
+from minilora.lora.config_file import OUT_OF_SCOPE
 from minilora.quant.config import QuantConfig
 
 INF, NAN = float("inf"), float("nan")

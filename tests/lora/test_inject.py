@@ -10,7 +10,7 @@ from torch import nn
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, get_peft_model, inject, quantize_model
 from minilora.errors import ConfigError, QuantizationError, StateError, TargetError
 from minilora.lora.adapter import Adapter
-from minilora.lora.inject import linear_paths, match
+from minilora.lora.match import linear_paths, match
 from minilora.lora.targets import ends_with, select
 
 LLAMA = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -244,7 +244,7 @@ def test_an_outlier_costs_the_other_rows_nothing(times):
 
 def test_without_it_an_outlier_would_cost_the_other_rows_all(monkeypatch):
     """What the rule is for: the numbers that bitsandbytes gives."""
-    monkeypatch.setattr(sys.modules["minilora.quant.blockwise"], "_OUTLIER", float("inf"))
+    monkeypatch.setattr("minilora.quant.nested._OUTLIER", float("inf"))
     assert errors_of_the_rest(with_outlier(1e6), DOUBLE) > 1 > 0.12 > errors_of_the_rest(with_outlier(3), DOUBLE)
 
 

@@ -16,7 +16,10 @@ import minilora.training.loop as loop
 from minilora import LoraConfig, MiniLoraError, QuantConfig, inject, load_adapter, quantize_model
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.training.data import IGNORED, Encoded, collate, micro_batches
-from minilora.training.loop import TrainConfig, evaluate, learning_rate, memory_mb, token_losses, train
+from minilora.training.loop import TrainConfig, train
+from minilora.training.losses import evaluate, token_losses
+from minilora.training.memory import memory_mb
+from minilora.training.schedule import learning_rate
 
 PAD = 63
 STEP_KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "rss_mb", "seconds"}

@@ -20,6 +20,7 @@ from torch import nn
 
 import minilora
 import minilora.training.loop as loop
+import minilora.training.step as step_module
 from minilora import LoraConfig, QuantConfig, inject, quantize_model
 from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError, WriteError
 from minilora.training.data import IGNORED, Encoded
@@ -439,7 +440,7 @@ ERRORS = [RuntimeError(CPU), torch.OutOfMemoryError("CUDA out of memory. Tried t
 @pytest.mark.parametrize("error", ERRORS, ids=["cpu", "gpu", "python"])
 @pytest.mark.parametrize("call", [1, 2], ids=["first micro-batch", "second"])
 def test_a_step_without_memory_saves_the_one_before_and_says_what_to_do(whole, tmp_path, monkeypatch, error, call):
-    calls, real = [], loop.token_losses
+    calls, real = [], step_module.token_losses
 
     def losses(model, batch):
         calls.append(1)
@@ -447,14 +448,14 @@ def test_a_step_without_memory_saves_the_one_before_and_says_what_to_do(whole, t
             raise error
         return real(model, batch)
 
-    monkeypatch.setattr(loop, "token_losses", losses)
+    monkeypatch.setattr(step_module, "token_losses", losses)
     with pytest.raises(minilora.errors.OutOfMemory) as caught:
         run(fresh(), tmp_path)
     text = str(caught.value)
     assert text.startswith("step 5: no memory for batch_size=2 and up to 11 tokens (") and "\n" not in text
     assert f"saved in {tmp_path / 'checkpoint-4'}; go on with --resume and batch_size=1 with accumulate=4" in text
     assert "max_length" in text and caught.value.exit_code == 1
-    monkeypatch.setattr(loop, "token_losses", real)
+    monkeypatch.setattr(step_module, "token_losses", real)
     run(fresh(), tmp_path, resume=True)
     assert files_of(tmp_path) == files_of(whole[0])
 
@@ -517,7 +518,7 @@ def test_another_error_of_a_step_is_not_taken_for_that(tmp_path, monkeypatch):
     def losses(model, batch):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop, "token_losses", losses)
+    monkeypatch.setattr(step_module, "token_losses", losses)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(fresh(), tmp_path)
 
@@ -530,7 +531,7 @@ def poisoned(monkeypatch):
     """``poisoned(steps, value)``: the loss of these steps (from 1) is multiplied by ``value``."""
 
     def poison(steps, value=float("nan")):
-        now, losses, seed_of = [0], loop.token_losses, loop.step_seed
+        now, losses, seed_of = [0], step_module.token_losses, loop.step_seed
 
         def note(seed, step):
             now[0] = step + 1
@@ -540,7 +541,7 @@ def poisoned(monkeypatch):
             return losses(model, batch) * (value if now[0] in steps and torch.is_grad_enabled() else 1.0)
 
         monkeypatch.setattr(loop, "step_seed", note)
-        monkeypatch.setattr(loop, "token_losses", spoilt)
+        monkeypatch.setattr(step_module, "token_losses", spoilt)
 
     return poison
 

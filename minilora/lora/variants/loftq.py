@@ -24,8 +24,9 @@ from minilora.linear.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
-from minilora.quant.blockwise import QuantizedTensor, quantize
+from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
+from minilora.quant.quantized import QuantizedTensor
 
 _importance: ContextVar[Mapping[str, Tensor] | None] = ContextVar("importance", default=None)
 

@@ -1,0 +1,69 @@
+"""What stands in PEFT's ``adapter_config.json``: the fields of ``LoraConfig``, and those of PEFT that minilora does not offer.
+
+The latter are accepted at their default, kept in the file, and refused by name otherwise. Next file to read: ``lora/config.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from minilora.errors import ConfigError, nearest
+
+# PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
+OUT_OF_SCOPE: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "eva_config": None,
+    "kasa_config": None,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+WHY_NOT = {
+    "layer_replication": "replicated layers share weights, so merging one would change its twins; build the deeper model first",
+    "target_parameters": "it adapts bare parameters of expert layers, and minilora adapts layers",
+}
+# Written by PEFT beside the fields; they describe the file, not the adapter.
+FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
+PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
+
+
+def content_of(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's content from the fields of a ``LoraConfig``; a caller may change what it gets."""
+    content = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+    alpha = content["lora_alpha"]
+    if isinstance(alpha, float) and alpha.is_integer():
+        content["lora_alpha"] = int(alpha)  # Ollama's reader takes unsigned integers only
+    content = copy.deepcopy(content | OUT_OF_SCOPE)
+    content.update(inference_mode=True, peft_type="LORA", peft_version=PEFT_LAYOUT, auto_mapping=None)
+    return dict(sorted(content.items()))
+
+
+def own_fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The arguments for ``LoraConfig``, whose fields are ``names``, in PEFT's dictionary. Raises ``ConfigError`` as its ``from_dict``."""
+    kind = content.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ConfigError(f"peft_type={kind!r}; minilora reads 'LORA' adapters only")
+    for name in unknown_keys(content, names):
+        raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, names)}")
+    for name, value in content.items():
+        if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
+            why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
+            raise ConfigError(f"{name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
+    return {name: value for name, value in content.items() if name in names and value is not None}
+
+
+def unknown_keys(content: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """The keys that are neither ``names`` nor PEFT's."""
+    return sorted(
+        name for name in content if name not in names and name not in OUT_OF_SCOPE and name not in FILE_FIELDS
+    )

@@ -1,0 +1,194 @@
+"""What a config means on one model: the layers that get an adapter, the modules copied whole, the biases and token rows that train.
+
+``match`` lists all of it and touches nothing, so a mistake is refused while the model is as it was. How a name selects modules is
+``lora/targets.py``; what ``target_modules=None`` means, ``lora/architectures.py``. Next file: ``lora/inject.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from minilora.errors import StateError, TargetError, nearest
+from minilora.linear.layers import is_linear, is_quantized
+from minilora.lora.adapter import Adapter
+from minilora.lora.architectures import DEFAULT_TARGETS
+from minilora.lora.config import LoraConfig, pattern_matches
+from minilora.lora.targets import Selection, ends_with, layer_index, select
+
+ALL_LINEAR = "all-linear"
+# A new task head is trained whole: PEFT's rule by task type.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a config means on one model: dotted paths, in the model's order."""
+
+    targets: tuple[str, ...]
+    saved: tuple[str, ...]
+    biases: tuple[str, ...]
+    tokens: dict[str, Sequence[int]]
+
+
+def match(model: nn.Module, config: LoraConfig) -> Match:
+    """List what ``config`` selects on the bare ``model``, without touching it.
+
+    Raises:
+        TargetError: an entry matches nothing (with the closest names), a match is no linear layer, is shared between two places,
+            or nothing is left to adapt.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    saved = _saved(modules, config)
+    targets = _wanted(model, modules, config)
+    if config.exclude_modules is not None:
+        excluded = set(select(modules, config.exclude_modules, "exclude_modules"))
+        targets = [path for path in targets if path not in excluded]
+    targets = [path for path in targets if not any(path == place or path.startswith(place + ".") for place in saved)]
+    targets = _in_layers(targets, config)
+    if not targets:
+        raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
+    refuse_unfit(model, modules, targets)
+    _refuse_idle_patterns(config, targets)
+    return Match(
+        tuple(targets), tuple(saved), tuple(_biases(model, config, targets, saved)), _tokens(model, modules, config)
+    )
+
+
+def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        heads = _HEADS.get(config.task_type or "", ())
+        return [path for path in linear_paths(model) if not any(ends_with(path, head) for head in heads)]
+    if wanted is not None:
+        return select(modules, wanted, "target_modules")
+    default = default_targets(model)
+    if isinstance(default, str):
+        return select(modules, default, "target_modules")
+    present = [entry for entry in default if any(ends_with(path, entry) for path in modules)]
+    return select(modules, present or default, "target_modules")
+
+
+def default_targets(model: nn.Module) -> Selection:
+    """What ``target_modules=None`` means for this architecture. Raises ``TargetError`` for one that the table lacks."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in DEFAULT_TARGETS:
+        raise TargetError(
+            f"target_modules=None has no default for model_type={kind!r}; name the layers, or use 'all-linear'"
+        )
+    return DEFAULT_TARGETS[kind]
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of every linear layer but the output head."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [path for path, module in model.named_modules() if path and is_linear(module) and module is not output]
+
+
+def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+    names = tuple(config.modules_to_save or ())
+    heads = [head for head in _HEADS.get(config.task_type or "", ()) if any(ends_with(path, head) for path in modules)]
+    if not names and not heads:
+        return []
+    saved = select(modules, (*names, *heads), "modules_to_save")
+    for path in saved:
+        if outer := [place for place in saved if path.startswith(place + ".")]:
+            raise TargetError(
+                f"modules_to_save: {path} lies in {outer[0]}, which is copied whole; name only one of them"
+            )
+        if packed := [name for name, module in modules[path].named_modules() if is_quantized(module)]:
+            raise TargetError(
+                f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole; "
+                "name another, or give the dense model"
+            )
+    return saved
+
+
+def refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
+    wanted = set(targets)
+    for path in targets:
+        module = modules[path]
+        if isinstance(module, Adapter):
+            raise StateError(
+                f"{path} carries an adapter already; add another with add_adapter, or merge_and_unload() first"
+            )
+        if not (is_linear(module) or isinstance(module, nn.Embedding)):
+            inside = [f"{path}.{name}" for name, child in module.named_modules() if name and is_linear(child)]
+            hint = (
+                f"; name its linear layers, such as {inside[0]!r}" if inside else "; wanted Linear, Conv1D or Embedding"
+            )
+            raise TargetError(f"{path} is a {type(module).__name__}, which takes no adapter{hint}")
+    places: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        first = places.setdefault(id(module), path)
+        if first != path and first in wanted:
+            raise TargetError(
+                f"{first} and {path} are one shared layer; give each its own copy, or exclude it with exclude_modules"
+            )
+
+
+def _refuse_idle_patterns(config: LoraConfig, targets: list[str]) -> None:
+    """A pattern that no adapted layer matches is a typo, and its rank or alpha would silently not apply."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(pattern_matches(key, path) for path in targets):
+                known = {path.rsplit(".", 1)[-1] for path in targets}
+                raise TargetError(
+                    f"{field} key {key!r} matches no adapted layer; their names are {nearest(key, known)}"
+                )
+
+
+def _in_layers(targets: list[str], config: LoraConfig) -> list[str]:
+    """The targets in the layers that ``layers_to_transform`` names; one given by its full path stays (PEFT's rule)."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return targets
+    named = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
+    index_of = {path: layer_index(path, config.layers_pattern) for path in targets}
+    known = sorted({index for index in index_of.values() if index is not None})
+    chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+    if missing := sorted(chosen - set(known)):
+        where = f"layers {known[0]} to {known[-1]}" if known else "no numbered layer"
+        raise TargetError(f"layers_to_transform: {missing[0]} is not there; target_modules are found in {where}")
+    return [path for path, index in index_of.items() if index in chosen or path in named]
+
+
+def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, Sequence[int]]:
+    """Embedding path to the rows that train."""
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}
+    if isinstance(wanted, Mapping):
+        by_path = {
+            path: ids for name, ids in wanted.items() for path in select(modules, [name], "trainable_token_indices")
+        }
+    else:
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+        by_path = {path: wanted for path, module in modules.items() if module is table}
+        if not by_path:
+            raise TargetError(
+                "trainable_token_indices as a list wants a model with get_input_embeddings(); give {'name': [...]} instead"
+            )
+    for path in by_path:
+        if not isinstance(modules[path], nn.Embedding):
+            raise TargetError(
+                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding"
+            )
+    return by_path
+
+
+def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
+    """Paths of the bias parameters that train (those of a copied module train in the copy)."""
+    if config.bias not in ("all", "lora_only"):
+        return []
+    every = [
+        path
+        for path, parameter in model.named_parameters()
+        if path.rsplit(".", 1)[-1] == "bias" and parameter.is_floating_point()
+    ]
+    every = [path for path in every if not any(path.startswith(place + ".") for place in saved)]
+    if config.bias == "all":
+        return every
+    return [path for path in every if path.rpartition(".")[0] in targets] if config.bias == "lora_only" else []

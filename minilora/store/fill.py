@@ -1,0 +1,114 @@
+"""A file's tensors into adapters: nothing is copied before every name, shape and dtype has been compared, and then all or nothing.
+
+Next file: ``peft_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import CheckpointError
+from minilora.lora.slots import Value, adapters_of, has_adapters
+from minilora.store.adapter_files import PREFIX, Stored
+from minilora.store.save import tensors_of
+
+__all__ = ["LoadReport", "all_or_nothing", "fill"]
+
+_SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading left out: lists of tensor names as in the file, all empty unless ``strict=False``; and the keys of another program's
+    config that mean nothing here."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[str]
+    ignored_config_keys: list[str] = field(default_factory=list)
+
+
+def fill(
+    model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool, fresh: bool = False
+) -> LoadReport:
+    """Copy the file's tensors into adapters after comparing every name and shape; ``fresh`` ones are in no model yet."""
+    own = tensors_of(values)
+    tensors = {key: tensor for key, tensor in stored.tensors.items() if not _is_base_weight(model, key, tensor)}
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
+    if strict and missing:
+        raise CheckpointError(
+            f"{stored.path}: {_listed(missing)} missing, which the config asks for on this model; wrong base model or config?"
+        )
+    if strict and extra:
+        raise CheckpointError(
+            f"{stored.path}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?"
+        )
+    if strict and wrong:
+        found, wanted = list(tensors[wrong[0]].shape), list(own[wrong[0]].shape)
+        raise CheckpointError(
+            f"{stored.path}: {wrong[0]} is {found}, config and model want {wanted}; wrong base model or r"
+        )
+    for key in sorted(own.keys() & tensors.keys()):
+        kind = tensors[key].dtype
+        if kind != own[key].dtype and kind not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"{stored.path}: {key} is {kind}; wanted float32, float16 or bfloat16")
+    fitting = sorted(own.keys() & tensors.keys() - set(wrong))
+    _refuse_unequal_twins(own, tensors, fitting, stored.path)
+    with nullcontext() if fresh else all_or_nothing(own[key] for key in fitting):
+        for key in fitting:
+            own[key].copy_(tensors[key])
+    return LoadReport(missing, extra, wrong)
+
+
+@contextmanager
+def all_or_nothing(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Tensors that are overwritten in the block get their values back if something stops it, an interrupt included."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, values in before:
+                tensor.copy_(values)
+        raise
+
+
+def _refuse_unequal_twins(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], keys: list[str], path: Path
+) -> None:
+    """Two names of one tied tensor must bring the same values (a head sees the embedding's factor turned round)."""
+    first: dict[int, str] = {}
+    for key in keys:
+        twin = first.setdefault(own[key].data_ptr(), key)
+        turned = tensors[key].T if own[key].dim() == 2 and own[key].stride() != own[twin].stride() else tensors[key]
+        if twin != key and own[key].numel() == own[twin].numel() and not torch.equal(tensors[twin], turned):
+            raise CheckpointError(
+                f"{path}: {key} differs from the embedding that this head is tied to; untie the model first"
+            )
+
+
+def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether this is the unchanged weight of an adapted embedding, which PEFT saves along: it must be the model's own."""
+    path, _, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
+    if name != "weight":
+        return False
+    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
+        own = dict(model.named_parameters(remove_duplicate=False)).get(f"{path}.weight")
+    if own is None or own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+        raise CheckpointError(
+            f"{key}: the file brings another base weight than the model has; load that base model, or resize this one"
+        )
+    return True
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more + (" is" if len(listed) == 1 else " are")

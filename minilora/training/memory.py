@@ -1,0 +1,30 @@
+"""How much memory a run takes, and whether an error means that there was none left. Next file: ``training/loop.py``."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["is_out_of_memory", "memory_mb"]
+
+
+def memory_mb(peak: bool = False) -> float:
+    """Memory of this process in MB (1e6 bytes): resident now, or its peak so far; of the GPU when one is in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
+    if peak or not Path("/proc/self/statm").exists():
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator said no: torch has a type for it on a GPU, and only words on a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
