@@ -5,8 +5,8 @@
 What is compiled is what the wrappers launch: they are called on tensors without memory while ``JITFunction.run`` is replaced by a recorder.
 Each launch must have: no spill and no stack; registers x threads within a processor's 65,536; shared memory within the card's limit;
 tensor-core instructions where it multiplies; no warning of ptxas (C75xx: tensor cores serialised); a main loop no longer than
-the committed length for this triton version plus 5 % (the whole kernel where it has no loop). ``--accept`` writes the lengths, and the
-table in ``kernels/README.md``.
+the committed length for this triton version plus 5 % (the whole kernel where it has no loop). ``--accept`` writes the lengths, and
+``benchmarks/results/kernels.csv``, which ``docs/kernels.md`` shows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import csv
 import functools
 import io
 import json
@@ -40,7 +41,7 @@ from minilora_kernels import launch  # noqa: E402
 from minilora_kernels.partials import total  # noqa: E402
 
 BASELINE = HERE / "aot_baseline.json"
-README = HERE / "README.md"
+RESULTS = HERE.parent / "benchmarks" / "results" / "kernels.csv"
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 WIDE = {"linear_kernel", "dgrad_kernel"}
@@ -296,30 +297,21 @@ def against(rows: list[dict[str, Any]], lengths: dict[str, int]) -> None:
             row["faults"].append(f"length {row['length']} > {allowed} + 5 %")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: a line for each launch, a column for each architecture."""
-    cell = {
-        (row["launch"], row["arch"]): f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['length']}"
-        for row in rows
-    }
-    lines = ["| launch | " + " | ".join(launch.ARCHS) + " |", "|---" * (1 + len(launch.ARCHS)) + "|"]
-    for label in dict.fromkeys(row["launch"] for row in rows):
-        lines.append(f"| {label} | " + " | ".join(cell.get((label, arch), "") for arch in launch.ARCHS) + " |")
-    return "\n".join(lines)
-
-
 def accept(rows: list[dict[str, Any]], version: str) -> None:
-    """Writes the lengths to the baseline and the table to the README."""
+    """Writes the lengths to the baseline, and what was compiled to the CSV file from which the docs make their tables."""
     known = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
     known[version] = {f"{row['arch']} {row['launch']}": row["length"] for row in rows}
     BASELINE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    begin, end = f"<!-- aot {version} -->", f"<!-- end of aot {version} -->"
-    text = README.read_text(encoding="utf-8")
-    head, _, rest = text.partition(begin)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{README.name} has no lines {begin} and {end} to put the table between")
-    README.write_text(f"{head}{begin}\n{table(rows)}\n{end}{tail}", encoding="utf-8")
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["triton"] != version]
+    for row in rows:
+        compiled = {"registers": row["registers"], "shared_kb": f"{row['shared'] / 1024:.0f}", "length": row["length"]}
+        lines.append({"triton": version, "launch": row["launch"], "arch": row["arch"], **compiled})
+    lines.sort(key=lambda line: [int(part) for part in line["triton"].split(".")])
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, lines[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
 
 
 def main() -> int:
@@ -327,7 +319,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="launches whose name contains this")
     parser.add_argument("--arch", choices=launch.ARCHS, help="one architecture")
     parser.add_argument(
-        "--accept", action="store_true", help="write lengths and the table of the README (whole matrix only)"
+        "--accept", action="store_true", help="write lengths and benchmarks/results/kernels.csv (whole matrix only)"
     )
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
