@@ -82,7 +82,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def speed(name: str) -> str:
     """The comparisons of one run of ``benchmarks/cpu.py``, and what it ran on."""
     lines = read(name)
-    heads = ["what", "threads", "minilora", "PEFT / bitsandbytes", "ratio (wall)", "goal"]
+    heads = ["what", "minilora", "PEFT / bitsandbytes", "ratio (wall)", "goal"]
     return f"{machine(lines[0])}\n\n{markdown(heads, [compared(line) for line in lines])}"
 
 
@@ -91,18 +91,20 @@ def compared(line: Row) -> list[str]:
     said = f"{line['what']} ({line['setting']}"
     if line["kind"] == "overhead":
         said += f"; frozen {line['floor cpu median']} / {line['peer floor cpu median']} ms"
-    sides = [
-        f"{line[f'{side} cpu median']} ({line[f'{side} cpu min']}-{line[f'{side} cpu max']}) {line['unit']}"
-        for side in ("ours", "peer")
-    ]
+    sides = []
+    for side in ("ours", "peer"):
+        middle, low, high = (three_digits(float(line[f"{side} cpu {end}"])) for end in ("median", "min", "max"))
+        sides.append(f"{middle} {line['unit']} ({low}-{high})")
     goal = line["goal"].replace(">=", "≥").replace("<=", "≤") + ("" if line["reached"] == "True" else ", missed")
-    return [f"{said})", line["threads"], *sides, f"{line['ratio cpu']} ({line['ratio wall']})", goal]
+    return [f"{said})", *sides, f"{line['ratio cpu']} ({line['ratio wall']})", goal]
 
 
 def machine(row: Row) -> str:
     """What a CSV file says about the machine and the versions of its run."""
-    names = ("commit", "cpu", "bf16 products", "torch", "peft", "bitsandbytes", "transformers")
-    return f"Measured with {', '.join(f'{name} {row[name]}' for name in names if row.get(name))}."
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
+    bf16 = "with" if row["bf16 products"] == "True" else "without"
+    threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    return f"Measured at commit {row['commit']} on {row['cpu']}, {bf16} bf16 products, {threads}; {versions}."
 
 
 def formats() -> str:

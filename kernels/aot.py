@@ -4,8 +4,8 @@
 
 Each launch must have: no spill and no stack; registers x threads within a processor's 65,536; shared memory within the card's limit;
 tensor-core instructions where it multiplies; no warning of ptxas (C75xx: tensor cores serialised); a main loop no longer than
-the committed length for this triton version plus 5 % (the whole kernel where it has no loop). ``--accept`` writes the lengths, and the
-table in ``kernels/README.md``. What is launched stands in ``aot_launches.py``, the gates in ``aot_gates.py``.
+the committed length for this triton version plus 5 % (the whole kernel where it has no loop). ``--accept`` writes the lengths, and
+``benchmarks/results/kernels.csv``, which ``docs/kernels.md`` shows. What is launched stands in ``aot_launches.py``, the gates in ``aot_gates.py``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="launches whose name contains this")
     parser.add_argument("--arch", choices=launch.ARCHS, help="one architecture")
     parser.add_argument(
-        "--accept", action="store_true", help="write lengths and the table of the README (whole matrix only)"
+        "--accept", action="store_true", help="write lengths and benchmarks/results/kernels.csv (whole matrix only)"
     )
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import time
@@ -11,11 +12,9 @@ from typing import Any
 from aot_launches import Launch, compiled
 from aot_machine_code import amd, main_loop, nvidia
 
-from minilora_kernels import launch
-
 HERE = Path(__file__).resolve().parent
 BASELINE = HERE / "aot_baseline.json"
-README = HERE / "README.md"
+RESULTS = HERE.parent / "benchmarks" / "results" / "kernels.csv"
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 WIDE = {"linear_kernel", "dgrad_kernel"}
@@ -74,27 +73,18 @@ def against(rows: list[dict[str, Any]], lengths: dict[str, int]) -> None:
             row["faults"].append(f"length {row['length']} > {allowed} + 5 %")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: a line for each launch, a column for each architecture."""
-    cell = {
-        (row["launch"], row["arch"]): f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['length']}"
-        for row in rows
-    }
-    lines = ["| launch | " + " | ".join(launch.ARCHS) + " |", "|---" * (1 + len(launch.ARCHS)) + "|"]
-    for label in dict.fromkeys(row["launch"] for row in rows):
-        lines.append(f"| {label} | " + " | ".join(cell.get((label, arch), "") for arch in launch.ARCHS) + " |")
-    return "\n".join(lines)
-
-
 def accept(rows: list[dict[str, Any]], version: str) -> None:
-    """Writes the lengths to the baseline and the table to the README."""
+    """Writes the lengths to the baseline, and what was compiled to the CSV file from which the docs make their tables."""
     known = baseline()
     known[version] = {f"{row['arch']} {row['launch']}": row["length"] for row in rows}
     BASELINE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    begin, end = f"<!-- aot {version} -->", f"<!-- end of aot {version} -->"
-    text = README.read_text(encoding="utf-8")
-    head, _, rest = text.partition(begin)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{README.name} has no lines {begin} and {end} to put the table between")
-    README.write_text(f"{head}{begin}\n{table(rows)}\n{end}{tail}", encoding="utf-8")
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["triton"] != version]
+    for row in rows:
+        compiled = {"registers": row["registers"], "shared_kb": f"{row['shared'] / 1024:.0f}", "length": row["length"]}
+        lines.append({"triton": version, "launch": row["launch"], "arch": row["arch"], **compiled})
+    lines.sort(key=lambda line: [int(part) for part in line["triton"].split(".")])
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, lines[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)

@@ -77,3 +77,18 @@ def test_every_architecture_has_all_kernels():
         for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
         for name in kernels
     )
+
+
+def test_what_is_accepted_takes_the_place_of_that_version_only():
+    code = """
+import csv, json
+import aot_gates
+place = pathlib.Path(tempfile.mkdtemp())
+aot_gates.BASELINE, aot_gates.RESULTS = place / "lengths.json", place / "kernels.csv"
+aot_gates.RESULTS.write_text("triton,launch,arch,registers,shared_kb,length\\n3.7,old,sm_90,1,2,3\\n3.10,kept,sm_90,4,5,6\\n")
+aot_gates.accept([{"launch": "new", "arch": "sm_80", "registers": 96, "shared": 49200, "length": 137}], "3.7")
+print(json.loads(aot_gates.BASELINE.read_text()), [list(line.values()) for line in csv.DictReader(aot_gates.RESULTS.open())])
+"""
+    assert run(code) == (
+        "{'3.7': {'sm_80 new': 137}} [['3.7', 'new', 'sm_80', '96', '48', '137'], ['3.10', 'kept', 'sm_90', '4', '5', '6']]"
+    )
