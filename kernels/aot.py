@@ -5,7 +5,8 @@
 Each launch must have: no spill and no stack; registers x threads within a processor's 65,536; shared memory within the card's limit;
 tensor-core instructions where it multiplies; no warning of ptxas (C75xx: tensor cores serialised); a main loop no longer than
 the committed length for this triton version plus 5 % (the whole kernel where it has no loop). ``--accept`` writes the lengths, and
-``benchmarks/results/kernels.csv``, which ``docs/kernels.md`` shows. What is launched stands in ``aot_launches.py``, the gates in ``aot_gates.py``.
+``benchmarks/results/kernels.csv``, which ``docs/kernels.md`` shows. What is launched stands in
+``aot_launches.py``, the gates in ``aot_gates.py``.
 """
 
 from __future__ import annotations
