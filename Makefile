@@ -18,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all coverage mutants bench fuzz kernels gpu lint format build clean
+.PHONY: help demo test test-all docs coverage mutants bench fuzz kernels gpu lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,10 @@ test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (AR
 test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
+docs: $(VENV)/.installed-docs ## the documentation as a site, build/docs/index.html; a warning or a dead link fails
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	$(BIN)/python docs/check_site.py build/docs
+
 coverage: $(VENV)/.installed-test $(VENV)/.installed-coverage $(VENV)/.installed-$(MODEL) ## branch coverage of the quick tests; fails below what was reached
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage report --include="$(COVERED)" --fail-under=100
@@ -42,10 +46,13 @@ coverage: $(VENV)/.installed-test $(VENV)/.installed-coverage $(VENV)/.installed
 mutants: $(VENV)/.installed-test $(VENV)/.installed-coverage ## break the code that reads, writes and merges, a sign at a time, and see whether a test notices
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the README shows (about an hour)
-	$(BIN)/python benchmarks/formats.py --readme
-	$(BIN)/python benchmarks/cpu.py --readme
+bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the docs show (about an hour)
+	$(BIN)/python benchmarks/formats.py
+	$(BIN)/python benchmarks/cpu.py --threads 1
+	$(BIN)/python benchmarks/cpu.py --threads 2 --rows quantize dequantize linear latency --out benchmarks/results/cpu_2_threads.csv
+	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python benchmarks/cpu.py --threads 1 --rows "lora step bf16" "qlora step bf16" --out benchmarks/results/cpu_no_bf16.csv
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python docs/tables.py
 
 fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=10000000 of them, ARGS="--seed 1"); figures at the end
 	$(BIN)/python tests/fuzz/fuzz.py --count $(COUNT) $(ARGS)

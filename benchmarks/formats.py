@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import RESULTS, into_readme, stamp, write_csv
+from record import RESULTS, stamp, write_csv
+from tables import formats_table, into_readme
 
 import minilora
 from minilora.qlora.quantize_model import quantizable_paths
@@ -177,18 +178,6 @@ def run(quick: bool) -> list[dict[str, Any]]:
     return table
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-    names = ("byte model", "SmolLM2-135M")
-    lines = [
-        "| format | bits | RMSE, N(0,1) | " + " | ".join(f"KL, {name} (range)" for name in names) + " |",
-        "|---|---|---|---|---|",
-    ]
-    for row in table:
-        cells = [f"{row[f'{n} KL']:.4f} ({row[f'{n} KL min']:.4f}-{row[f'{n} KL max']:.4f})" for n in names]
-        lines.append(f"| {row['format']} | {row['bits']:.3f} | {row['rmse_normal']:.4f} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -200,8 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     table = run(arguments.quick)
     write_csv(arguments.out, table, stamp("transformers"))
     if arguments.readme:
-        into_readme("formats", markdown(table))
-    print(f"\n{markdown(table)}\n\n{arguments.out}")
+        into_readme("formats", formats_table(table))
+    print(f"\n{formats_table(table)}\n\n{arguments.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures, and where: hardware, versions, commit; a CSV file; a table in the README."""
+"""What every benchmark writes beside its figures, and where: hardware, versions, commit; a CSV file."""
 
 from __future__ import annotations
 
@@ -42,13 +42,3 @@ def write_csv(path: str | Path, rows: Sequence[dict[str, Any]], marks: dict[str,
         writer = csv.DictWriter(file, [*columns, *marks])
         writer.writeheader()
         writer.writerows(row | marks for row in rows)
-
-
-def into_readme(name: str, table: str, readme: Path = ROOT / "README.md") -> None:
-    """Put a table between ``<!-- name -->`` and ``<!-- /name -->``. Raises ``ValueError`` if the README has no such place."""
-    text = readme.read_text(encoding="utf-8")
-    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(first) != 1 or text.count(last) != 1:
-        raise ValueError(f"{readme}: wanted one {first} and one {last}")
-    before, rest = text.split(first)
-    readme.write_text(f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}", encoding="utf-8")

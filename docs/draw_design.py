@@ -1,6 +1,6 @@
-"""Draw ``docs/design.svg``: the path of a weight through a layer, and the house of modules with its one direction.
+"""Draw ``docs/design.svg`` and ``docs/design-dark.svg``: one adapted layer, and the folders of the package in the order of their imports.
 
-The rooms are read from ROOMS, which the layering test enforces on the imports; run this file after changing it.
+The folders are read from ROOMS, which ``tests/test_layering.py`` enforces on the imports; run this file after changing it.
 """
 
 from __future__ import annotations
@@ -8,24 +8,21 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-# The rooms of the house, from the ground up: (room, what lives there, its files in reading order). A room imports from the rooms
-# above its own line, never from below; inside a room there is no circle. A room without files is one module of that name.
+# The folders of the package, from the ground up: (folder, what lives there, its files in reading order). A folder imports from the
+# folders above its own line, never from below; inside a folder there is no circle. One without files is one module of that name.
 ROOMS: list[tuple[str, str, list[str]]] = [
-    ("errors", "what minilora raises", []),
-    (
-        "files",
-        "bytes to and from a disk, and what values may be",
-        ["validate", "parse", "disk", "read", "write", "staging"],
-    ),
+    ("errors", "the exceptions that minilora raises", []),
+    ("lazy", "names that are imported when asked for", []),
+    ("files", "reading and writing files safely", ["validate", "parse", "disk", "read", "write", "staging"]),
     (
         "quant",
-        "weights in few bits",
-        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "bnb"],
+        "weights stored in a few bits",
+        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "finite", "bnb"],
     ),
-    ("linear", "a product with a frozen weight", ["layers", "ops", "fused", "cuda"]),
+    ("linear", "multiplying with a frozen weight", ["layers", "ops", "fused", "cuda"]),
     (
         "lora",
-        "the adapters and where they go",
+        "the adapters, and where they go",
         [
             "layer",
             "adapter",
@@ -40,13 +37,21 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "variants",
         ],
     ),
-    ("qlora", "a whole model packed", ["quantize_model", "calibrate", "kbit"]),
-    ("store", "adapters as folders", ["save", "load", "fill", "adapter_files", "fingerprint", "export"]),
+    ("qlora", "packing a whole model", ["quantize_model", "calibrate", "kbit"]),
+    (
+        "store",
+        "adapter folders: save, load, export",
+        ["save", "load", "fill", "adapter_files", "fingerprint", "export", "programs"],
+    ),
     ("many", "several adapters in one model", ["adapted", "batched", "combine", "hotswap"]),
-    ("report", "what people look at", ["page", "pictures", "tables", "inspect"]),
+    (
+        "report",
+        "pages, charts and tables",
+        ["page", "figures", "heatmap", "canvas", "frame", "svg", "tables", "inspect"],
+    ),
     (
         "training",
-        "a run",
+        "the training run",
         [
             "loop",
             "data",
@@ -62,106 +67,121 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "progress",
         ],
     ),
-    ("measure", "memory and time", ["plan", "ledger", "bench", "worker"]),
-    ("peft_model", "the face that PEFT's users know", []),
-    ("compat", "PEFT's other names", []),
-    ("demo", "the keeper's conversations", []),
-    ("hf", "all that knows transformers", []),
-    ("cli", "the command line", []),
+    ("measure", "memory and time of a training step", ["plan", "ledger", "bench", "worker"]),
+    ("peft_model", "get_peft_model and PeftModel", []),
+    ("compat", "the other names that PEFT has", []),
+    ("demo", "data and settings of make demo", []),
+    ("hf", "everything that uses transformers", []),
+    ("cli", "the commands of minilora", []),
 ]
-INK, SOFT, FROZEN, TRAINED, BOX = "#1b1e22", "#5b636d", "#0072b2", "#c25400", "#f3f4f3"
-WIDTH, ROW, TOP = 940, 34, 250
+LIGHT = {"page": "#ffffff", "ink": "#1b1e22", "soft": "#5b636d", "frozen": "#0072b2", "trained": "#c25400", "row": "#f3f4f3"}  # fmt: skip
+DARK = {"page": "#14161a", "ink": "#e7e9ec", "soft": "#a3abb5", "frozen": "#1f78b4", "trained": "#b85a12", "row": "#1d2026"}  # fmt: skip
+DARK_LABELS = {
+    "frozen": "#56b4e9",
+    "trained": "#f0903c",
+}  # on the dark page the colours of the boxes are too dark for words
+WIDTH, LINE, TOP = 940, 17, 262
+LONGEST = 80  # signs of a line of file names
 
 
-def text(
-    x: float, y: float, words: str, size: int = 13, colour: str = INK, anchor: str = "start", weight: int = 400
-) -> str:
-    return (
-        f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">'
-        f"{html.escape(words)}</text>"
-    )
+def text(x: float, y: float, words: str, size: int = 13, colour: str = "ink", anchor: str = "start", weight: int = 400) -> str:  # fmt: skip
+    style = f'font-size="{size}" fill="{{{colour}}}" text-anchor="{anchor}" font-weight="{weight}"'
+    return f'<text x="{x}" y="{y}" {style}>{html.escape(words)}</text>'
 
 
-def box(x: float, y: float, w: float, h: float, colour: str, words: str, under: str = "") -> str:
-    label = text(x + w / 2, y + h / 2 + (0 if under else 5), words, 14, "#fff", "middle", 600)
-    small = text(x + w / 2, y + h / 2 + 18, under, 11, "#fff", "middle") if under else ""
-    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="7" fill="{colour}"/>{label}{small}'
+def box(x: float, y: float, w: float, h: float, colour: str, words: str, under: str) -> str:
+    label = text(x + w / 2, y + h / 2, words, 14, "white", "middle", 600)
+    small = text(x + w / 2, y + h / 2 + 18, under, 11, "white", "middle")
+    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="7" fill="{{{colour}}}"/>{label}{small}'
 
 
 def arrow(*points: tuple[float, float]) -> str:
     path = " L".join(f"{x},{y}" for x, y in points)
-    return f'<path d="M{path}" fill="none" stroke="{SOFT}" stroke-width="1.6" marker-end="url(#tip)"/>'
+    return f'<path d="M{path}" fill="none" stroke="{{soft}}" stroke-width="1.6" marker-end="url(#tip)"/>'
 
 
 def layer() -> str:
-    """One adapted layer: x through the frozen packed weight and, beside it, through A and B."""
+    """One adapted layer: x through the frozen weight and, beside it, through A and B."""
+    says = "One adapted layer: the frozen weight W and, beside it, the trained matrices A and B"
     return "".join(
         [
-            text(24, 34, "One layer: a slot holds a base layer, or an adapter around it", 15, INK, weight=600),
-            text(40, 118, "x", 16, weight=600),
-            arrow((58, 113), (150, 113)),
-            arrow((80, 113), (80, 193), (210, 193)),
-            box(
-                154,
-                78,
-                330,
-                70,
-                FROZEN,
-                "base_layer: W frozen, packed",
-                "4-bit codes and scales, decoded a few rows at a time",
-            ),
-            text(120, 186, "dropout", 11, SOFT),
-            box(214, 168, 110, 50, TRAINED, "lora_A", "[r, in] fp32"),
-            arrow((324, 193), (366, 193)),
-            box(370, 168, 114, 50, TRAINED, "lora_B", "[out, r] fp32"),
-            arrow((484, 113), (576, 113)),
-            arrow((484, 193), (590, 193), (590, 129)),
-            text(496, 186, "x scaling", 11, SOFT),
-            text(427, 234, "starts at 0", 11, SOFT, "middle"),
-            f'<circle cx="590" cy="113" r="13" fill="none" stroke="{SOFT}" stroke-width="1.6"/>',
-            text(590, 118, "+", 16, INK, "middle"),
-            arrow((603, 113), (650, 113)),
-            text(658, 118, "y", 16, weight=600),
-            text(706, 92, "the law, in eval mode:", 12, SOFT),
-            text(706, 112, "y = x (W + delta_weight())ᵀ + b", 13),
-            text(706, 132, "merge, unmerge, sums, spectra", 12, SOFT),
-            text(706, 150, "and export follow from it", 12, SOFT),
-            text(706, 186, "blue: frozen", 12, FROZEN, weight=600),
-            text(706, 204, "orange: trained", 12, TRAINED, weight=600),
+            text(24, 34, says, 15, weight=600),
+            text(30, 108, "x", 16, weight=600),
+            arrow((48, 103), (140, 103)),
+            arrow((68, 103), (68, 193), (194, 193)),
+            box(144, 68, 320, 70, "frozen", "W (base_layer)", "frozen; may be stored in 4 bits"),
+            text(106, 184, "dropout", 11, "soft"),
+            box(198, 166, 112, 54, "trained", "A (lora_A)", "r × in, fp32"),
+            arrow((310, 193), (348, 193)),
+            box(352, 166, 112, 54, "trained", "B (lora_B)", "out × r, fp32"),
+            text(408, 238, "starts at zero", 11, "soft", "middle"),
+            arrow((464, 103), (589, 103)),
+            arrow((464, 193), (606, 193), (606, 120)),
+            text(474, 184, "times lora_alpha / r", 11, "soft"),
+            '<circle cx="606" cy="103" r="13" fill="none" stroke="{soft}" stroke-width="1.6"/>',
+            text(606, 108, "+", 16, anchor="middle"),
+            arrow((619, 103), (660, 103)),
+            text(668, 108, "y", 16, weight=600),
+            text(700, 84, "y = W x + (lora_alpha / r) B A x", 12),
+            text(700, 108, "The update is one matrix of W's shape:", 11, "soft"),
+            text(700, 124, "it can be added into W (merge)", 11, "soft"),
+            text(700, 140, "and taken out again (unmerge).", 11, "soft"),
+            text(700, 172, "blue: frozen, never changes", 12, "frozen label", weight=600),
+            text(700, 192, "orange: trained", 12, "trained label", weight=600),
         ]
     )
 
 
-def house() -> tuple[str, int]:
-    """The rooms, one row each, with their files in reading order."""
-    says = "The house: a room imports from the rooms above it, never from below"
-    parts = [text(24, TOP + 14, says, 15, INK, weight=600)]
-    y = TOP + 32
+def wrapped(files: list[str]) -> list[str]:
+    """The names of files in lines of at most LONGEST signs; one empty line if there are none."""
+    lines = [""]
+    for name in files:
+        longer = f"{lines[-1]} · {name}" if lines[-1] else name
+        if len(longer) <= LONGEST:
+            lines[-1] = longer
+        else:
+            lines.append(name)
+    return lines
+
+
+def folders() -> tuple[str, int]:
+    """The folders, one row each, with their files in reading order; and where the last row ends."""
+    says = "The folders of the package minilora: each imports only from the folders above it"
+    parts, y = [text(24, TOP + 14, says, 15, weight=600)], TOP + 30
     for name, about, files in ROOMS:
-        parts.append(f'<rect x="24" y="{y}" width="{WIDTH - 100}" height="{ROW - 6}" rx="5" fill="{BOX}"/>')
-        parts.append(text(36, y + 19, name, 14, INK, weight=600))
-        parts.append(text(120, y + 19, about, 12, SOFT))
-        parts.append(text(410, y + 19, " · ".join(files), 12, INK))
-        y += ROW
-    parts.append(arrow((WIDTH - 50, y - 12), (WIDTH - 50, TOP + 36)))
-    parts.append(
-        f'<g transform="translate({WIDTH - 30},{(TOP + y) / 2 + 40}) rotate(-90)">{text(0, 0, "imports", 12, SOFT, "middle")}</g>'
-    )
+        lines = wrapped(files)
+        height = 14 + LINE * len(lines)
+        parts.append(f'<rect x="24" y="{y}" width="{WIDTH - 96}" height="{height - 4}" rx="5" fill="{{row}}"/>')
+        parts.append(text(36, y + 18, name, 14, weight=600))
+        parts.append(text(142, y + 18, about, 12, "soft"))
+        parts += [text(390, y + 18 + LINE * number, line, 12) for number, line in enumerate(lines) if line]
+        y += height
+    parts.append(arrow((WIDTH - 46, y - 8), (WIDTH - 46, TOP + 32)))
+    middle = f"translate({WIDTH - 26},{(TOP + y) / 2 + 40}) rotate(-90)"
+    parts.append(f'<g transform="{middle}">{text(0, 0, "imports", 12, "soft", "middle")}</g>')
     return "".join(parts), y
 
 
-def draw() -> str:
-    rows, bottom = house()
-    says = "An adapted layer, and the rooms of minilora in the order of their imports"
-    tip = f'<path d="M0,0 L8,4 L0,8 z" fill="{SOFT}"/>'
-    tip = f'<marker id="tip" markerWidth="9" markerHeight="9" refX="7" refY="4" orient="auto">{tip}</marker>'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 10}" role="img" aria-label="{says}" '
-        f'font-family="system-ui,Segoe UI,DejaVu Sans,sans-serif"><defs>{tip}</defs>'
-        f'<rect width="100%" height="100%" fill="#fff"/>{layer()}{rows}</svg>\n'
+def draw(dark: bool = False) -> str:
+    rows, bottom = folders()
+    colours = DARK if dark else LIGHT
+    colours = (
+        colours | {f"{name} label": (DARK_LABELS if dark else LIGHT)[name] for name in DARK_LABELS} | {"white": "#fff"}
     )
+    says = "One adapted layer, and the folders of minilora in the order of their imports"
+    tip = '<path d="M0,0 L8,4 L0,8 z" fill="{soft}"/>'
+    tip = f'<marker id="tip" markerWidth="9" markerHeight="9" refX="7" refY="4" orient="auto">{tip}</marker>'
+    drawing = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 8}" role="img" aria-label="{says}" '
+        f'font-family="system-ui,Segoe UI,DejaVu Sans,sans-serif"><defs>{tip}</defs>'
+        f'<rect width="100%" height="100%" fill="{{page}}"/>{layer()}{rows}</svg>\n'
+    )
+    for name, colour in colours.items():
+        drawing = drawing.replace(f"{{{name}}}", colour)
+    return drawing.replace("><", ">\n<")  # one element a line, for whoever reads the difference
 
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     (here / "design.svg").write_text(draw(), encoding="utf-8")
+    (here / "design-dark.svg").write_text(draw(dark=True), encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import compute_dtype
+from minilora.linear.layers import compute_dtype, is_on_top
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
@@ -77,15 +77,8 @@ class PeftModel(nn.Module):
                 f"from_pretrained got a {type(model).__name__} first; wanted the loaded base model, then the adapter's folder"
             )
         _refuse_second(model)
-        checkpoint.load_adapter(
-            model,
-            model_id,
-            adapter_name,
-            is_trainable,
-            config=config,
-            expect_sha256=expect_sha256,
-            allow_other_base=allow_other_base,
-        )
+        allowed: dict[str, Any] = {"expect_sha256": expect_sha256, "allow_other_base": allow_other_base}
+        checkpoint.load_adapter(model, model_id, adapter_name, is_trainable, config=config, **allowed)
         return _extend(model).train(is_trainable)
 
     def save_pretrained(
@@ -137,16 +130,8 @@ class PeftModel(nn.Module):
         allow_other_base: bool = False,
     ) -> checkpoint.LoadReport:
         """Load an adapter folder and keep it aside, frozen unless ``is_trainable``. Raises as ``minilora.load_adapter``."""
-        return checkpoint.load_adapter(
-            self,
-            model_id,
-            adapter_name,
-            is_trainable,
-            strict,
-            activate=False,
-            expect_sha256=expect_sha256,
-            allow_other_base=allow_other_base,
-        )
+        allowed: dict[str, Any] = {"expect_sha256": expect_sha256, "allow_other_base": allow_other_base}
+        return checkpoint.load_adapter(self, model_id, adapter_name, is_trainable, strict, activate=False, **allowed)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Raises ``StateError`` for a merged or the only one."""
@@ -222,8 +207,10 @@ class PeftModel(nn.Module):
     ) -> Any:
         """Fold adapters in for good and return the plain model (the same object, its class restored).
 
-        ``progressbar`` and ``safe_merge`` are PEFT's: merging takes seconds at most and is always checked.
+        ``progressbar`` and ``safe_merge`` are PEFT's: merging takes seconds at most and is always checked. Raises ``StateError``, before
+        anything has changed, where the class cannot be restored because another library has extended it since.
         """
+        _refuse_extended(self)
         if not isinstance(progressbar, bool):
             raise StateError(
                 f"merge_and_unload({progressbar!r}): wanted adapter_names={progressbar!r} by name, as in PEFT"
@@ -238,7 +225,8 @@ class PeftModel(nn.Module):
         return _restore(adapted.unload(self, keep_merged=True))
 
     def unload(self) -> Any:
-        """Take the adapters out and return the plain, unchanged base model."""
+        """Take the adapters out and return the plain, unchanged base model. Raises ``StateError`` as ``merge_and_unload``."""
+        _refuse_extended(self)
         return _restore(adapted.unload(self))
 
     def get_base_model(self) -> Any:
@@ -303,7 +291,15 @@ def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None,
         return super(PeftModel, self).generate(*args, **kwargs)
 
 
+def _refuse_extended(model: nn.Module) -> None:
+    """Before anything is taken out: the class must be the one that ``_extend`` made, or its past cannot be told from another's."""
+    if not is_on_top(PeftModel, model):
+        raise StateError(
+            f"{type(model).__name__}: its class was extended after get_peft_model (FSDP2 does so), so it cannot be restored; unload "
+            "before that, or take the adapters out and leave the class with minilora.unload(model)"
+        )
+
+
 def _restore(model: nn.Module) -> nn.Module:
-    old = type(model).__mro__[2]  # (extended, PeftModel, the class it was, ...)
-    model.__class__ = old
+    model.__class__ = type(model).__mro__[2]  # as in ``take_back``
     return model

@@ -12,19 +12,21 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def record(monkeypatch):
+def benchmark(monkeypatch):
+    """``benchmark(name)``: what ``benchmarks/name.py`` defines."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return runpy.run_path(str(BENCHMARKS / "record.py"))
+    return lambda name: runpy.run_path(str(BENCHMARKS / f"{name}.py"))
 
 
-def test_a_table_takes_the_place_of_the_old_one(record, tmp_path):
+def test_a_table_takes_the_place_of_the_old_one(benchmark, tmp_path):
+    into_readme = benchmark("tables")["into_readme"]
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- cpu -->\nold\n<!-- /cpu -->\nafter\n")
     for table in ("| new |", "| newer |"):
-        record["into_readme"]("cpu", table, readme)
+        into_readme("cpu", table, readme)
         assert readme.read_text() == f"before\n<!-- cpu -->\n{table}\n<!-- /cpu -->\nafter\n"
     with pytest.raises(ValueError, match="wanted one <!-- gpu --> and one <!-- /gpu -->"):
-        record["into_readme"]("gpu", "| x |", readme)
+        into_readme("gpu", "| x |", readme)
 
 
 @pytest.mark.parametrize("name", ["cpu", "formats"])
@@ -33,11 +35,9 @@ def test_the_readme_has_a_place_for_each_table(name):
     assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
 
 
-def test_what_a_row_says(monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    cpu = runpy.run_path(str(BENCHMARKS / "cpu.py"))
-    row, sample = cpu["Row"], lambda *values: cpu["Sample"](list(values), [2 * value for value in values])
+def test_what_a_row_says(benchmark):
+    comparison = benchmark("comparison")
+    row, sample = comparison["Row"], lambda *values: comparison["Sample"](list(values), [2 * value for value in values])
     times = {"ours": sample(1.0, 2.0, 9.0), "peer": sample(10.0)}
     assert row("step", ">= 5", "time", times).ratio() == 5 and row("step", ">= 5", "time", times).reached()
     assert not row("step", ">= 6", "time", times).reached()

@@ -27,6 +27,7 @@ RESTRICTED = {
     "peft": {"hf"},  # to run beside it in a bench, in a process of its own
     "bitsandbytes": {"hf"},
     "accelerate": set(),
+    "matplotlib": {"report"},
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -90,6 +91,7 @@ def test_arrows(path):
         ("lora", "from minilora_kernels.linear import forward", "lora must not import minilora_kernels"),
         ("store", "from peft import LoraConfig", "store must not import peft"),
         ("report", "from minilora.hf.load import load_model", "report imports hf"),
+        ("training", "def f():\n    import matplotlib.figure", "training must not import matplotlib"),
     ],
 )
 def test_a_wrong_arrow_is_seen(name, source, words):
@@ -173,7 +175,7 @@ def imported_here(node):
 TRAINS_ALONE = """
     import sys
 
-    for name in ("transformers", "tokenizers", "huggingface_hub", "triton", "peft", "bitsandbytes", "rich", "scipy"):
+    for name in ("transformers", "tokenizers", "huggingface_hub", "triton", "peft", "bitsandbytes", "rich", "scipy", "matplotlib"):
         sys.modules[name] = None  # importing it raises ImportError
 
     import torch

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from minilora_kernels import launch
 from minilora_kernels.dequant import dequant_reference, row_slices
-from minilora_kernels.launch import DGRAD, GROUP, Tile, lookup_for, on, padded_rank, pick
+from minilora_kernels.launch import DGRAD, GROUP, Tile, on, padded_rank, pick
 from minilora_kernels.linear import tile_of
 from minilora_kernels.lookup import decode, load_scales, load_shift, load_words
-from minilora_kernels.weight import Weight, table
+from minilora_kernels.weight import Weight, decoding
 
 
 def dgrad_reference(dy: Tensor, w: Weight, dyb: Tensor | None = None, a: Tensor | None = None) -> Tensor:
@@ -87,13 +87,10 @@ def nf4_dgrad(dy: Tensor, w: Weight, dyb: Tensor | None = None, a: Tensor | None
     out = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     r = 0 if dyb is None else dyb.shape[1]
     inside, dy = padded_rank(r), dy.contiguous()
-    book = table(w.levels, dy.dtype, str(dy.device), lookup := lookup_for(arch, dy.dtype, w.bits))
     with on(dy):
         dgrad_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(k, tile.BK),)](
-            dy, **w.pointers(), words=book.words, levels=book.levels, dyb=dy if not inside else dyb.contiguous(),
-            a=dy if not inside else a.contiguous(), out=out, inverse=book.inverse, M=m, N=n, K=k, r=r,
-            SB=w.blocksize, BITS=w.bits, LOOKUP=lookup, NESTED=w.nested, R=inside or 0, GROUP=GROUP, **tile.constants(),
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            dy, **decoding(w, dy, arch), dyb=dy if not inside else dyb.contiguous(), a=dy if not inside else a.contiguous(),
+            out=out, M=m, N=n, K=k, r=r, R=inside or 0, GROUP=GROUP, **tile.options(),
         )  # fmt: skip
     return out if inside is not None else out.addmm_(dyb.to(dy.dtype), a.to(dy.dtype))
 

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora_kernels import launch
-from minilora_kernels.launch import GEMV, lookup_for, on, padded_rank, splits
+from minilora_kernels.launch import GEMV, on, padded_rank, splits
 from minilora_kernels.linear import linear_reference as gemv_reference
 from minilora_kernels.lookup import decode, load_scales, load_shift, load_words
 from minilora_kernels.partials import total
-from minilora_kernels.weight import Weight, table
+from minilora_kernels.weight import Weight, decoding
 
 __all__ = ["gemv_fits", "gemv_reference", "nf4_gemv"]
 
@@ -76,14 +76,11 @@ def nf4_gemv(x: Tensor, w: Weight, xa: Tensor | None = None, b: Tensor | None = 
     parts = parts or splits(arch, strips, k // tile.BK)
     r = 0 if xa is None else xa.shape[1]
     inside, x = padded_rank(r), x.contiguous()
-    book = table(w.levels, x.dtype, str(x.device), lookup := lookup_for(arch, x.dtype, w.bits))
     out = torch.empty(parts, m, n, dtype=torch.float32, device=x.device)
     with on(x):
         gemv_kernel[(strips, parts)](
-            x, **w.pointers(), words=book.words, levels=book.levels, xa=x if not inside else xa.contiguous(),
-            b=x if not inside else b.contiguous(), out=out, inverse=book.inverse, M=m, N=n, K=k, r=r,
-            SB=w.blocksize, BITS=w.bits, LOOKUP=lookup, NESTED=w.nested, R=inside or 0, SPLIT=parts, **tile.constants(),
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            x, **decoding(w, x, arch), xa=x if not inside else xa.contiguous(), b=x if not inside else b.contiguous(),
+            out=out, M=m, N=n, K=k, r=r, R=inside or 0, SPLIT=parts, **tile.options(),
         )  # fmt: skip
     result = total(out, x.dtype, 1.0, bias)
     return result if inside is not None else result.addmm_(xa.to(x.dtype), b.to(x.dtype).T)

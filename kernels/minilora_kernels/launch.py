@@ -27,9 +27,10 @@ class Tile:
     warps: int
     stages: int
 
-    def constants(self) -> dict[str, int]:
-        """The tile's arguments of a kernel."""
-        return {"BM": self.BM, "BN": self.BN, "BK": self.BK}
+    def options(self) -> dict[str, int]:
+        """The tile's sizes as a kernel's constants, and how it is compiled."""
+        sizes = {"BM": self.BM, "BN": self.BN, "BK": self.BK}
+        return sizes | {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 LINEAR: dict[str, list[Tile]] = {

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from minilora_kernels import launch
 from minilora_kernels.dequant import dequant_reference, row_slices
-from minilora_kernels.launch import GROUP, LINEAR, Tile, lookup_for, on, padded_rank, pick
+from minilora_kernels.launch import GROUP, LINEAR, Tile, on, padded_rank, pick
 from minilora_kernels.lookup import decode, load_scales, load_shift, load_words
-from minilora_kernels.weight import Weight, table
+from minilora_kernels.weight import Weight, decoding
 
 
 def linear_reference(
@@ -108,13 +108,11 @@ def nf4_linear(x: Tensor, w: Weight, xa: Tensor | None = None, b: Tensor | None 
         return _decoded_first(x, w, xa, b, bias, out)
     r = 0 if xa is None else xa.shape[1]
     inside, x = padded_rank(r), x.contiguous()
-    book = table(w.levels, x.dtype, str(x.device), lookup := lookup_for(arch, x.dtype, w.bits))
     with on(x):
         linear_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN),)](
-            x, **w.pointers(), words=book.words, levels=book.levels, xa=x if not inside else xa.contiguous(),
-            b=x if not inside else b.contiguous(), bias=x if bias is None else bias, out=out, inverse=book.inverse,
-            M=m, N=n, K=k, r=r, SB=w.blocksize, BITS=w.bits, LOOKUP=lookup, NESTED=w.nested, R=inside or 0, BIAS=bias is not None,
-            GROUP=GROUP, **tile.constants(), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            x, **decoding(w, x, arch), xa=x if not inside else xa.contiguous(), b=x if not inside else b.contiguous(),
+            bias=x if bias is None else bias, out=out, M=m, N=n, K=k, r=r, R=inside or 0, BIAS=bias is not None,
+            GROUP=GROUP, **tile.options(),
         )  # fmt: skip
     return out if inside is not None else out.addmm_(xa.to(x.dtype), b.to(x.dtype).T)
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from minilora_kernels.launch import lookup_for
 
 NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
 
@@ -85,6 +88,14 @@ class Weight:
             "absmax2": self.nested_absmax,
             "offset": self.nested_offset,
         }
+
+
+def decoding(w: Weight, like: Tensor, arch: str) -> dict[str, Any]:
+    """Arguments of a kernel that decodes ``w`` inside a product with ``like``: what is stored, its table, and the constants of both."""
+    lookup = lookup_for(arch, like.dtype, w.bits)
+    book = table(w.levels, like.dtype, str(like.device), lookup)
+    stored = w.pointers() | {"words": book.words, "levels": book.levels, "inverse": book.inverse}
+    return stored | {"SB": w.blocksize, "BITS": w.bits, "LOOKUP": lookup, "NESTED": w.nested}
 
 
 @dataclass(frozen=True)

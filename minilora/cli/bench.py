@@ -7,30 +7,36 @@ import platform
 import sys
 from typing import Any
 
+from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.trial import add_job_flags, check_page, settings_of, title_of, write_page
+from minilora.hf.trials import BenchJob
+
+USAGE = "[--model NAME] [options]"
+EXAMPLES = """\
+  minilora bench --model smollm2 --r 16 --batch 2 --seq 64 --threads 1 --steps 4
+  minilora bench --model smollm2 --quant nf4 --data random --markdown --html bench.html"""
+
+_OWN = ("steps", "repeats", "lr", "seed", "data")
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora bench`` takes."""
     add_job_flags(parser)
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=2, help="runs from the start (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the start values (default: %(default)s)")
-    parser.add_argument("--data", default="demo", help="JSONL file, demo, or random (default: %(default)s)")
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    own = fields_of(BenchJob, _OWN)
+    add_flags(parser, "data", [own.pop("data")])
+    add_flags(parser, "training", own.values())
+    add_flags(parser, "output", [Flag("markdown", bool, False, "print the table as markdown")])
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run, print the table, write the page if asked. Progress goes to standard error."""
-    from minilora.hf.bench import BenchJob
+    check_page(arguments.html)
+    own = {name: getattr(arguments, name) for name in _OWN}
+    job = BenchJob(**settings_of(arguments), **own)
     from minilora.hf.bench import run as run_job
     from minilora.measure.bench import agreement, as_rows
     from minilora.report.tables import as_markdown, as_text
 
-    check_page(arguments.html)
-    own = {name: getattr(arguments, name) for name in ("steps", "repeats", "lr", "seed", "data")}
-    job = BenchJob(**settings_of(arguments), **own)
     sides, missing = run_job(job, lambda line: print(line, file=sys.stderr, flush=True))
     _, words = agreement(sides, job.dtype)
     columns, rows = as_rows(sides, job.batch * job.seq)
@@ -50,17 +56,9 @@ def _versions(sides: Any) -> str:
 
 
 def _write(file: str, job: Any, sides: Any, columns: Any, rows: Any, notes: list[str]) -> None:
-    from minilora.report.pictures import Line, html_section, line_chart
-
-    lines = [
-        Line(side.name, [(step + 1.0, loss) for step, loss in enumerate(side.losses[0])], f"c{place}" + " dots" * place)
-        for place, side in enumerate(sides)
-    ]
-    curve = html_section(
-        "The same losses", line_chart("Loss", lines, ("optimizer step", "loss (nats per token)"), (692, 300))
-    )
     tiles = [{"label": f"{s.name.split()[0]}: time per step", "value": f"{s.median:.3f} s"} for s in sides]
     tiles += [
         {"label": f"{s.name.split()[0]}: peak memory", "value": f"{s.peak / 1e6:,.0f} MB"} for s in sides if s.peak
     ]
-    write_page(file, "One job, side by side", title_of(job), tiles, columns, rows, notes, curve, vars(job))
+    losses = {side.name: side.losses[0] for side in sides}
+    write_page(file, "One job, side by side", title_of(job), tiles, columns, rows, notes, losses, vars(job))

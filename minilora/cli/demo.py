@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
 from minilora.demo import DATA, in_voice, prompts
+from minilora.hf.job import Job
 from minilora.lora.config import LoraConfig
-from minilora.training.loop import TrainConfig
+from minilora.training.schedule import TrainConfig
+
+USAGE = "[options]"
+EXAMPLES = """\
+  minilora demo
+  minilora demo --steps 12 --out runs/short"""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora demo`` takes."""
-    parser.add_argument(
-        "--out", default="runs/demo", help="run folder; an earlier run in it is replaced (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of data order, dropout and start values (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=48, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with a demo that was interrupted")
+    every = fields_of(TrainConfig, ("steps", "seed"), steps=48)
+    add_flags(parser, "training", every.values())
+    out = Flag("out", str, "runs/demo", "run folder; an earlier demo in it is replaced")
+    add_flags(parser, "output", [out, fields_of(Job)["resume"]])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,10 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False) -> Any:
+def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False) -> Job:
     """The demo's fine-tuning job, as ``minilora train`` would be given it; it replaces an earlier demo, or goes on with it."""
-    from minilora.hf.finetune import Job
-
     return Job(
         model="smollm2",
         data=str(DATA),

@@ -16,8 +16,9 @@ def run_job(job: Any) -> Any:
         print(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
     losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size
     change = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in " if losses else ""
-    print(f"\n{change}{len(losses)} steps; {sum(outcome.seconds.values()):.0f} s in all, "
-          f"peak {outcome.peak_mb / 1000:.2f} GB; adapter of {size / 1e6:.1f} MB")  # fmt: skip
+    peak = f", peak {outcome.peak_mb / 1000:.2f} GB" if outcome.peak_mb else ""
+    spent = f"{sum(outcome.seconds.values()):.0f} s in all{peak}"
+    print(f"\n{change}{len(losses)} steps; {spent}; adapter of {size / 1e6:.1f} MB")
     print(
         f"{outcome.folder}: adapter_model.safetensors, adapter_config.json, log.jsonl; open {outcome.folder / 'report.html'}"
     )

@@ -3,51 +3,83 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
-from minilora.errors import ConfigError, nearest
+from minilora.cli.spelling import closest
+from minilora.errors import ConfigError
 
 __all__ = ["Parser", "one_of"]
 
 
 class Parser(argparse.ArgumentParser):
-    """No abbreviations (a flag that is added later would change what an old script means), and ``ConfigError`` for every mistake."""
+    """No abbreviations (a flag that is added later would change what an old script means), and ``ConfigError`` for every mistake.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-        self.verbs: Sequence[str] = ()  # set on the parser that has commands
+    Args:
+        prog: how it is called. description: what it does, a sentence. module: has ``flags(parser)``, ``run(arguments)``, ``USAGE`` and
+            ``EXAMPLES`` of a command, and is imported when the command is called.
+    """
+
+    def __init__(self, prog: str, description: str, module: str = "", **more: Any) -> None:
+        super().__init__(prog, description=description, formatter_class=_Formatter, allow_abbrev=False, **more)
+        self.commands: dict[str, Parser] = {}
+        self.module = module
         self.register("type", int, _whole)
         self.register("type", float, _number)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
+
+    def add_command(self, name: str, about: str, module: str) -> None:
+        """Give the parser a command."""
+        if not self.commands:
+            self._chosen = self.add_subparsers(title="commands", prog=self.prog, required=True, metavar="COMMAND")
+        sentence = about[0].upper() + about[1:] + "."
+        self.commands[name] = self._chosen.add_parser(name, help=about, description=sentence, module=module)
+
+    def load(self) -> Parser:
+        """Itself, with the flags of its command."""
+        if self.module:
+            command = importlib.import_module(self.module)
+            self.module = ""
+            self.usage, self.epilog = f"{self.prog} {command.USAGE}", f"examples:\n{command.EXAMPLES}"
+            self.set_defaults(run=command.run)
+            command.flags(self)
+        return self
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """A flag or command that does not exist is told before anything else: it may be why another one seems to be missing."""
+        self.load()
         words = list(sys.argv[1:] if args is None else args)
-        flags = list(takewhile(lambda word: word.startswith("-"), words)) if self.verbs else words
+        flags = list(takewhile(lambda word: word.startswith("-"), words)) if self.commands else words
         for word in takewhile(lambda word: word != "--", flags):
-            self._check_flag(word)
-        if self.verbs and (verb := next(iter(words[len(flags) :]), None)) and verb not in self.verbs:
-            known = ", ".join(self.verbs)
+            self._check_flag(word, words)
+        if self.commands and (verb := next(iter(words[len(flags) :]), None)) and verb not in self.commands:
+            known = ", ".join(self.commands)
             raise ConfigError(
-                f"command {verb!r} is unknown; the closest are {nearest(verb, self.verbs)}, all are {known}"
+                f"command {verb!r} is unknown; the closest are {closest(verb, self.commands)}, all are {known}"
             )
         found, extra = super().parse_known_args(words, namespace)
         if extra:
             raise ConfigError(f"{extra[0]!r} belongs to no flag; quote text with spaces, or see {self.prog} --help")
         return found, extra
 
-    def _check_flag(self, word: str) -> None:
+    def _check_flag(self, word: str, words: Sequence[str]) -> None:
         flag, equals, value = word.partition("=")
         if not word.startswith("-") or " " in flag or len(word) == 1 or _is_number(word):
             return
         action = self._option_string_actions.get(flag)
         if action is None:
+            owners = [name for name, command in self.commands.items() if flag in command.load()._option_string_actions]
+            if owners:
+                verb = next((word for word in words if word in owners), owners[0])
+                raise ConfigError(f"{flag}: comes after the command; write {self.prog} {verb} {flag}")
             known = [name for name in self._option_string_actions if name.startswith("--")]
             raise ConfigError(
-                f"{flag}: unknown flag; the closest are {nearest(flag, known)}; {self.prog} --help shows all of them"
+                f"{flag}: unknown flag; the closest are {closest(flag, known)}; {self.prog} --help shows all of them"
             )
         if equals and action.nargs == 0:
             raise ConfigError(f"{flag}: takes no value, found {value!r}; write {flag} alone")
@@ -67,6 +99,16 @@ class Parser(argparse.ArgumentParser):
                 f"{flag}: its value is missing; write {flag} VALUE, or {flag}=VALUE if it begins with '-'"
             )
         raise ConfigError(f"{flag}: {rest}" if rest else f"{message}; see {self.prog} --help")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Room for long flags, and no line that ends within ``all-linear``."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, max_help_position=28, **more)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:

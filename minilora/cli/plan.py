@@ -7,30 +7,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.trial import add_job_flags, check_page, settings_of, title_of, write_page
-from minilora.measure.worker import anonymous_bytes, can_measure
+from minilora.hf.trials import PlanJob
+
+USAGE = "[--model NAME] [options]"
+EXAMPLES = """\
+  minilora plan --model smollm2 --r 16 --quant nf4 --batch 4 --seq 128
+  minilora plan --model ./llama-7b --quant nf4 --dtype bfloat16 --batch 1 --seq 1024 --no-measure --html plan.html"""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora plan`` takes."""
     add_job_flags(parser)
-    parser.add_argument("--lora-dropout", type=float, default=0.0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--measure",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="do a real step too, in a process of its own; without, the model's config.json is enough",
-    )
+    add_flags(parser, "adapter", fields_of(PlanJob, ("lora_dropout",)).values())
+    step = "do a real step too, in a process of its own; without, the model's config.json is enough"
+    add_flags(parser, "output", [Flag("measure", bool, True, step)])
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Predict, measure, print; write the page if asked."""
-    from minilora.hf.plan import PlanJob, has_weights, measured_in_worker, predicted
+    check_page(arguments.html)
+    job = PlanJob(**settings_of(arguments), lora_dropout=arguments.lora_dropout)
+    from minilora.hf.plan import has_weights, measured_in_worker, predicted
     from minilora.measure.plan import as_rows
     from minilora.report.tables import as_text
 
-    check_page(arguments.html)
-    job = PlanJob(**settings_of(arguments), lora_dropout=arguments.lora_dropout)
     guess, dense = predicted(job)
     found = None
     if arguments.measure:
@@ -52,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _notes(job: Any, guess: Any, found: Any, dense: int) -> list[str]:
+    from minilora.measure.worker import anonymous_bytes, can_measure
+
     at = {"forward": "forward pass", "loss": "loss", "backward": "backward pass", "update": "optimizer's update"}
     notes = [f"The prediction has its peak in the {at.get(guess.phase, guess.phase)}."]
     if not guess.parts["gradients"]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from typing import Any
 
-from minilora.errors import ConfigError, nearest
+from minilora.cli.spelling import closest
+from minilora.errors import ConfigError
 
 __all__ = ["REGEX_FLAGS", "read_toml"]
 
@@ -17,6 +17,8 @@ REGEX_FLAGS = (
 
 def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
     """The file's values by key. Raises ``ConfigError`` for a file that cannot be read, and for a key or value that no flag has."""
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             content = tomllib.load(file)
@@ -26,7 +28,7 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not TOML ({error}); wanted lines such as steps = 60") from None
     for name, value in content.items():
         if name not in known:
-            raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {nearest(name, known)}")
+            raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {closest(name, known)}")
         if not (_is_kind(value, known[name]) or (name in REGEX_FLAGS and isinstance(value, str))):
             raise ConfigError(f"{path}: {name} = {value!r}; wanted {_KIND_WORDS[known[name]]}")
     return content

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.errors import ConfigError
+from minilora.hf.job import DTYPE_NAMES, QUANT_CHOICES
+from minilora.hf.trials import PlanJob
+
+_GROUPS = {
+    "model": ("model", "quant", "double_quant", "dtype"),
+    "data": ("batch", "seq"),
+    "adapter": ("r", "target_modules"),
+    "training": ("gradient_checkpointing", "threads"),
+}
+_CHOICES = {"quant": QUANT_CHOICES, "dtype": DTYPE_NAMES}
 
 
 def add_job_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``plan`` and ``bench`` alike."""
-    parser.add_argument("--model", default="smollm2", help="hub id, local folder, or smollm2 (default: %(default)s)")
-    parser.add_argument("--r", type=int, default=8, help="rank (default: %(default)s)")
-    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="names, one regex, or all-linear")
-    parser.add_argument("--quant", default="none", help="none or nf4 (default: %(default)s)")
-    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True, help="8-bit scales")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="examples of a batch (default: %(default)s)")
-    parser.add_argument("--seq", type=int, default=128, help="tokens of an example (default: %(default)s)")
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute activations in the backward pass",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="of torch; 0 as the machine gives (default: %(default)s)"
-    )
-    parser.add_argument("--html", metavar="FILE", help="write the table and its bars as a page, too")
+    every = fields_of(PlanJob, model="smollm2", target_modules=("all-linear",))
+    every |= {name: dataclasses.replace(every[name], choices=words) for name, words in _CHOICES.items()}
+    for group, names in _GROUPS.items():
+        add_flags(parser, group, [every[name] for name in names])
+    add_flags(parser, "output", [Flag("html", str, None, "write the table and its bars as a page, too")])
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of these flags, as ``PlanJob`` takes them; one target that is no plain name is a regex or "all-linear"."""
-    names = ("model", "r", "quant", "double_quant", "dtype", "batch", "seq", "gradient_checkpointing", "threads")
+    names = [name for group in _GROUPS.values() for name in group if name != "target_modules"]
     given = arguments.target_modules
     alone = len(given) == 1 and (given[0] == "all-linear" or not given[0].replace("_", "").isalnum())
     return {name: getattr(arguments, name) for name in names} | {"target_modules": given[0] if alone else tuple(given)}
@@ -57,13 +56,13 @@ def title_of(job: Any) -> str:
 
 def write_page(
     file: str, title: str, subtitle: str, tiles: Sequence[dict[str, str]], columns: Sequence[str], rows: Sequence[Any],
-    notes: Sequence[str], more: str = "", settings: dict[str, Any] | None = None,
+    notes: Sequence[str], losses: dict[str, Sequence[float]] | None = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Draw the page of ``tables.as_page`` into ``file``; its folder is made."""
+    """Draw the page of ``page.as_page`` into ``file``; its folder is made."""
     from minilora.files.write import write_file
-    from minilora.report.tables import as_page
+    from minilora.report.page import as_page
 
     place = Path(file)
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_file(place, as_page(title, subtitle, tiles, columns, rows, notes, more, settings))
+    write_file(place, as_page(title, subtitle, tiles, columns, rows, notes, losses, settings))
     print(f"\n{place}: open it in a browser")

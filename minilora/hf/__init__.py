@@ -1,22 +1,16 @@
-"""All that knows transformers: loading models, asking them, and (elsewhere in this folder) joining their Trainer."""
+"""All that knows transformers: loading models, asking them, and (elsewhere in this folder) joining their Trainer.
 
-from typing import Any
+A name is imported when it is asked for. ``__init__.pyi`` has the same names for mypy and editors.
+"""
 
-from minilora.hf.generate import answers
-from minilora.hf.load import load_model, load_tokenizer, resolve
+from minilora.lazy import lazy_names
 
-
-def __getattr__(name: str) -> Any:
-    """The trainer and the quantizer import transformers, so they are loaded when they are asked for."""
-    if name in ("LoraTrainer", "LoraTrainerMixin"):
-        from minilora.hf import trainer
-
-        return getattr(trainer, name)
-    if name == "NF4Config":
-        from minilora.hf.quantizer import NF4Config
-
-        return NF4Config
-    raise AttributeError(f"module 'minilora.hf' has no attribute {name!r}")
-
-
-__all__ = ["LoraTrainer", "LoraTrainerMixin", "NF4Config", "answers", "load_model", "load_tokenizer", "resolve"]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "minilora.hf.generate": ("answers",),
+        "minilora.hf.load": ("load_model", "load_tokenizer", "resolve"),
+        "minilora.hf.quantizer": ("NF4Config",),  # importing it makes the quantizer known to transformers
+        "minilora.hf.trainer": ("LoraTrainer", "LoraTrainerMixin"),
+    },
+)

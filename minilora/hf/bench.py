@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from torch import nn
 
 from minilora import __version__
 from minilora.demo import DATA
-from minilora.errors import ConfigError
-from minilora.files import validate
 from minilora.hf.finetune import DTYPES
 from minilora.hf.load import load_model, load_tokenizer
-from minilora.hf.plan import PlanJob, load_config, model_on_meta
+from minilora.hf.plan import load_config, model_on_meta
+from minilora.hf.trials import BenchJob
 from minilora.linear.layers import is_quantized
 from minilora.lora.inject import inject
 from minilora.measure.bench import Side
@@ -43,34 +41,6 @@ __all__ = ["BenchJob", "contestant", "run"]
 _EVERY_TOKEN = 1 << 30  # no cut: examples are joined and cut into blocks later
 
 
-@dataclass(frozen=True)
-class BenchJob(PlanJob):
-    """``PlanJob`` and: steps of a run, repeats of the run, lr, seed of the start values, and data: a JSONL file, "demo" or "random".
-
-    Raises:
-        ConfigError: a value that cannot be meant, by name.
-    """
-
-    steps: int = 6
-    repeats: int = 2
-    lr: float = 1e-3
-    seed: int = 0
-    data: str = "demo"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("steps", 1), ("repeats", 1), ("seed", 0)):
-            validate.whole(name, getattr(self, name), least)
-        validate.text("data", self.data)
-        if self.lora_dropout:
-            raise ConfigError(
-                "lora_dropout: each library draws it in its own way, so losses could not agree; leave it at 0"
-            )
-        validate.number("lr", self.lr, 0, 1)
-        if self.lr == 0:
-            raise ConfigError(f"lr={self.lr!r}: wanted a number in (0, 1), or nothing would change; 1e-3, for example")
-
-
 def run(job: BenchJob, say: Callable[[str], None] = print) -> tuple[list[Side], list[str]]:
     """``(one side for each library that is installed, what could not be run)``; ``say`` gets a line at every step.
 
@@ -80,7 +50,7 @@ def run(job: BenchJob, say: Callable[[str], None] = print) -> tuple[list[Side], 
     sides = {"minilora.hf.bench:serve": Side("minilora")}
     missing = _missing(job)
     if not missing:
-        sides["minilora.peers:serve"] = Side("PEFT" + " + bitsandbytes" * (job.quant != "none"))
+        sides["minilora.hf.peers:serve"] = Side("PEFT" + " + bitsandbytes" * (job.quant != "none"))
     batches = _batches(job)
     with tempfile.TemporaryDirectory() as folder:
         settings = dataclasses.asdict(job) | {"start": f"{folder}/start", "batches": batches, "folder": folder}

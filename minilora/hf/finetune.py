@@ -8,89 +8,33 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minilora.errors import ConfigError
-from minilora.files import validate
 from minilora.files.write import write_file
 from minilora.hf.generate import answers
+from minilora.hf.job import DTYPE_NAMES, Job
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
-from minilora.lora.config import LoraConfig
 from minilora.lora.match import match
-from minilora.lora.targets import check_form
 from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model
-from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig
-from minilora.report.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
+from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
 from minilora.report.page import render
 from minilora.training.data import Encoded, encode_all, read_jsonl, split
 from minilora.training.guards import context_length
-from minilora.training.loop import TrainConfig, train
+from minilora.training.loop import train
 from minilora.training.memory import memory_mb
 from minilora.training.resume import claim
 
 __all__ = ["Job", "Outcome", "fine_tune"]
 
-QUANT_CHOICES = ("none", *CODEBOOKS)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SPECTRA = 4  # layers whose singular values the report draws
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to fine-tune, on what, and how.
-
-    Args:
-        model: hub id, local folder, or "smollm2". data: JSONL file. out: run folder.
-        quant: "none" or a format of ``QuantConfig``. double_quant: 8-bit scales. dtype: of the loaded weights.
-        max_length: tokens an example may have; the rest is cut off and counted.
-        eval_share: share of the data held out for evaluation, in [0, 1).
-        resume: go on with the run that lies in ``out``, to the same bits. overwrite: remove it and begin anew.
-        prompts: asked before and after training, for the report. max_new_tokens: of each answer.
-        lora, training: the configs.
-
-    Raises:
-        ConfigError: a value that cannot be meant, by name.
-    """
-
-    model: str
-    data: str
-    out: str
-    quant: str = "nf4"
-    double_quant: bool = True
-    dtype: str = "float32"
-    max_length: int = 512
-    eval_share: float = 0.1
-    prompts: Sequence[str] = ()
-    max_new_tokens: int = 48
-    resume: bool = False
-    overwrite: bool = False
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    training: TrainConfig = field(default_factory=TrainConfig)
-
-    def __post_init__(self) -> None:
-        for name, choices in (("quant", QUANT_CHOICES), ("dtype", tuple(DTYPES))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
-        for name in ("model", "data", "out"):
-            validate.text(name, getattr(self, name))
-        for name in ("max_length", "max_new_tokens"):
-            validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite"):
-            validate.flag(name, getattr(self, name))
-        validate.number("eval_share", self.eval_share, 0, 1)
-        validate.texts("prompts", self.prompts)
-        for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
-        for name in ("target_modules", "exclude_modules"):
-            check_form(getattr(self.lora, name), name)
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -213,8 +157,6 @@ class _Clock:
 def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[str, Any]:
     """What ``report.render`` draws of a run."""
     ratios = update_ratios(model)
-    largest = sorted(ratios, key=ratios.__getitem__, reverse=True)[:_SPECTRA]
-    adapters = adapters_in(model)
     trainable, total = model.get_nb_trainable_parameters()
     losses = outcome.losses
     change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
@@ -240,7 +182,7 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
         ],
         "parameters": parameter_table(model),
         "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
-        "spectrum": [{"path": path, "values": spectrum(adapters[path]).tolist()} for path in largest],
+        "spectrum": [{"path": path, "values": values} for path, values in spectra(model, ratios=ratios).items()],
         "settings": _settings(job)
         | {"quant": _formats(model) or "none"}
         | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},

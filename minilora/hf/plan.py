@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.files import validate
-from minilora.hf.finetune import DTYPES, QUANT_CHOICES
+from minilora.hf.finetune import DTYPES
 from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
+from minilora.hf.trials import PlanJob
 from minilora.linear.layers import is_quantized
-from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
-from minilora.lora.targets import check_form
 from minilora.measure.plan import Memory, measure, pack_on_paper, predict
 from minilora.measure.worker import Worker
 from minilora.qlora.kbit import checkpoint_activations
@@ -30,55 +27,6 @@ from minilora.quant.config import QuantConfig
 from minilora.training.losses import token_losses
 
 __all__ = ["PlanJob", "has_weights", "load_config", "measured_in_worker", "model_on_meta", "predicted"]
-
-
-@dataclass(frozen=True)
-class PlanJob:
-    """What to plan.
-
-    Args:
-        model: hub id, local folder (its config.json is enough to predict), or "smollm2".
-        r, lora_dropout, target_modules: as in ``LoraConfig``. quant: "none" or "nf4". double_quant: 8-bit scales.
-        dtype: of the weights that stay dense. batch, seq: examples of a micro-batch, and tokens of each, all of them supervised.
-        gradient_checkpointing: recompute activations. threads: of torch; 0 leaves them.
-
-    Raises:
-        ConfigError: a value that cannot be meant, by name.
-    """
-
-    model: str
-    r: int = 8
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    quant: str = "none"
-    double_quant: bool = True
-    dtype: str = "float32"
-    batch: int = 4
-    seq: int = 128
-    gradient_checkpointing: bool = False
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        for name, choices in (("quant", QUANT_CHOICES), ("dtype", tuple(DTYPES))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
-        for name, least in (("batch", 1), ("seq", 2), ("threads", 0)):
-            validate.whole(name, getattr(self, name), least)
-        for name in ("double_quant", "gradient_checkpointing"):
-            validate.flag(name, getattr(self, name))
-        validate.text("model", self.model)
-        check_form(self.lora().target_modules, "target_modules")
-
-    def lora(self) -> LoraConfig:
-        """The adapter's config."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=2 * self.r,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
 
 
 def predicted(job: PlanJob) -> tuple[Memory, int]:

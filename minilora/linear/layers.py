@@ -63,6 +63,11 @@ def revive(front: Any, old: Any) -> Any:
     return new.__new__(new)
 
 
+def is_on_top(front: type, module: nn.Module) -> bool:
+    """Whether an object's class is still the one that ``front`` was put before, and nobody has extended it since."""
+    return type(module).__mro__[1] is front  # (extended, front, the class it was, ...)
+
+
 def in_front(model: nn.Module) -> None:
     """Give dense frozen layers the class ``Frozen`` where that can help: on a CPU without bf16 products, or with an fp16 weight."""
     for layer in model.modules():
@@ -78,8 +83,8 @@ def _is_slow(layer: nn.Module) -> bool:
 def take_back(model: nn.Module) -> None:
     """Undo ``in_front``."""
     for layer in model.modules():
-        if type(layer).__mro__[1] is Frozen:  # and nobody has extended the class since
-            layer.__class__ = type(layer).__mro__[2]  # (extended, Frozen, the class it was, ...)
+        if is_on_top(Frozen, layer):
+            layer.__class__ = type(layer).__mro__[2]
 
 
 class QuantLinear(nn.Module):

@@ -18,9 +18,6 @@ from typing import Any
 
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files import validate
-from minilora.files.parse import parse_json
-from minilora.files.read import read_bytes
-from minilora.files.write import write_file
 from minilora.lora import config_file
 
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -38,17 +35,18 @@ class LoraConfig:
 
     Args:
         r: rank of the update; ``lora_A`` is ``[r, in]`` and ``lora_B`` is ``[out, r]``.
-        lora_alpha: numerator of the scaling ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
-        target_modules: list of names (each matches whole dotted suffixes), one regex for the full path, ``"all-linear"``,
-            or None for the default of the architecture.
-        exclude_modules: same rules; taken away from the matches.
+        lora_alpha: a number > 0, numerator of the scaling ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
+        target_modules: names of layers (each matches whole dotted suffixes), one regex for the full path, or ``"all-linear"``
+            (in Python also None: the default of the architecture).
+        exclude_modules: layers that are left out, named as in ``target_modules``.
         lora_dropout: probability in [0, 1) of dropping an input of the low-rank path.
         fan_in_fan_out: kept for PEFT's sake; orientation is read from each layer, and the file says what was found.
         bias: which biases train: "none", "lora_only" (of the adapted layers), "all".
         modules_to_save: names of modules of which a full copy is trained and saved beside the adapter.
         init_lora_weights: True (A kaiming-uniform, B = 0), "gaussian" (A normal with std 1/r, B = 0), False (both random),
             "orthogonal", "pissa", "pissa_niter_N", "olora" or "loftq" (each a file in ``variants/``).
-        use_rslora: scaling ``lora_alpha / sqrt(r)``. use_dora: magnitude and direction apart (``variants/dora.py``).
+        use_rslora: scaling ``lora_alpha / sqrt(r)``.
+        use_dora: magnitude and direction apart (``variants/dora.py``).
         lora_bias: a trained bias on B, scaled as B is.
         layers_to_transform: index or indices of the layers to adapt, found behind ``layers_pattern`` ("layers", "h") or anywhere.
         trainable_token_indices: rows of the input embedding that train, as a list, or a dict of embedding name to list.
@@ -192,6 +190,10 @@ class LoraConfig:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> LoraConfig:
         """The config of an adapter folder. Raises ``CheckpointError`` for the file and ``ConfigError`` for a field, by name."""
+        # Only files need these, and parse imports torch: a config alone comes without.
+        from minilora.files.parse import parse_json
+        from minilora.files.read import read_bytes
+
         source = Path(folder) / "adapter_config.json"
         raw = read_bytes(source, "the adapter's config")
         try:
@@ -202,6 +204,8 @@ class LoraConfig:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``adapter_config.json`` into the folder, which is made if need be."""
+        from minilora.files.write import write_file
+
         write_file(Path(folder) / "adapter_config.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:

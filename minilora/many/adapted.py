@@ -20,6 +20,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.slots import Adapters, Slot, adapters_of, detach, own_parameters
 from minilora.lora.tying import sharers
 from minilora.quant.config import QuantConfig
+from minilora.quant.finite import is_finite
 
 __all__ = [
     "MergeReport",
@@ -140,7 +141,7 @@ def _refuse_nonfinite(adapters: Adapters, names: Sequence[str]) -> None:
     for path, slot in adapters.slots.items():
         for name in names:
             values = own_parameters(slot.kept[name]) if name in slot.kept else ()
-            if not all(bool(torch.isfinite(value).all()) for value in values):
+            if not all(map(is_finite, values)):
                 raise StateError(
                     f"{path}: adapter {name!r} holds NaN or infinity, so it is not merged; load an earlier save of it"
                 )
@@ -161,11 +162,11 @@ def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tu
         merged = (before.float() + update).to(compute_dtype(base))
         shifts = [shift for adapter in folded if (shift := adapter.delta_bias()) is not None]
         bias = _moved_bias(base, shifts) if shifts else None
-    if not bool(torch.isfinite(before).all()):
+    if not is_finite(before):
         raise StateError(
             f"{slot.path}: its base weight holds NaN or infinity, so nothing is merged into it; load it again"
         )
-    finite = bool(torch.isfinite(merged).all()) and (bias is None or bool(torch.isfinite(bias).all()))
+    finite = is_finite(merged) and (bias is None or is_finite(bias))
     if not finite:
         raise StateError(
             f"{slot.path}: the merged weight overflows {merged.dtype}; load the model in bfloat16 or float32"

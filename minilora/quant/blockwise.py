@@ -17,6 +17,7 @@ from torch import Tensor
 from minilora.errors import QuantizationError
 from minilora.quant.codebooks import Codebook, codebook
 from minilora.quant.config import QuantConfig, quant_config
+from minilora.quant.finite import is_finite
 from minilora.quant.lookup import nearest_code, pack
 from minilora.quant.nested import has_outlier, nested_scales
 from minilora.quant.quantized import CHUNK, QuantizedTensor
@@ -71,7 +72,7 @@ def _check_importance(importance: Tensor | None, weight: Tensor, name: str) -> T
         raise QuantizationError(
             f"{name}: importance is {list(importance.shape)}; wanted [{weight.shape[-1]}], one number an input"
         )
-    if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
+    if not is_finite(importance) or bool((importance < 0).any()):
         found = f"{list(importance.shape)}, from {float(importance.min()):g} to {float(importance.max()):g}"
         raise QuantizationError(f"{name}: importance is {found}; wanted [{weight.shape[-1]}], finite and not negative")
     mean = importance.float().mean()
@@ -91,8 +92,7 @@ def check_quantizable(weight: Tensor, name: str) -> None:
         raise QuantizationError(f"{name} is {weight.dtype}; wanted float32, float16 or bfloat16; cast it first")
     if weight.numel() == 0:
         raise QuantizationError(f"{name} is empty ({tuple(weight.shape)}); leave it unquantized")
-    # A sum in float64 cannot overflow, so it is finite exactly when every value is: one pass, no mask.
-    if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float64))):
+    if not is_finite(weight):
         raise QuantizationError(
             f"{name} holds NaN or infinity; find what wrote it (a diverged run, an fp16 overflow) first"
         )

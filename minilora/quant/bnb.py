@@ -17,14 +17,15 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, QuantizationError
 from minilora.files.parse import parse_json
-from minilora.quant.codebooks import FP4, NF4, Codebook, codebook, dynamic_map
+from minilora.quant.codebooks import CODEBOOKS, ON_DISK, Codebook, codebook, dynamic_map
+from minilora.quant.finite import is_finite
 from minilora.quant.nested import NESTED_BLOCKSIZE
 from minilora.quant.quantized import QuantizedTensor
 
 __all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
 
 _STATE = "quant_state.bitsandbytes__"
-_BOOKS = {"nf4": NF4, "fp4": FP4}
+_BOOKS = {name: CODEBOOKS[name] for name in ON_DISK}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
 _STORAGES = (torch.uint8, *_FLOATS)  # bnb_4bit_quant_storage
@@ -172,6 +173,6 @@ def _sized(tensor: Tensor, count: int, name: str, what: str) -> None:
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise CheckpointError(f"{name}: holds NaN or infinity; quantize the dense model again")
     return tensor

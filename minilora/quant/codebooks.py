@@ -12,17 +12,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from minilora.errors import QuantizationError, nearest
+
+if TYPE_CHECKING:  # the command line names the formats without torch, which each function that computes imports itself
+    import torch
+    from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-__all__ = ["CODEBOOKS", "NF4", "Codebook", "codebook", "dynamic_map", "lloyd", "quantile_float"]
+__all__ = ["CODEBOOKS", "NF4", "ON_DISK", "Codebook", "codebook", "dynamic_map", "lloyd", "quantile_float"]
 
 
 def constant(make: Callable[P, T]) -> Callable[P, T]:
@@ -34,6 +35,8 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
     @functools.lru_cache(maxsize=64)
     @functools.wraps(make)
     def once(*args: P.args, **kwargs: P.kwargs) -> T:
+        import torch
+
         with torch.device("cpu"), torch.inference_mode(False):
             return make(*args, **kwargs)
 
@@ -86,6 +89,8 @@ class Codebook:
 
 @functools.lru_cache(maxsize=64)
 def _on_device(levels: tuple[float, ...], device: str) -> Tensor:
+    import torch
+
     return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
@@ -165,6 +170,7 @@ NF2 = Codebook(
 )
 
 CODEBOOKS: dict[str, Codebook] = {book.name: book for book in (NF4, FP4, E2M1, INT4, SF4, AF4, BOF4S, NF3, NF2, INT8)}
+ON_DISK = ("nf4", "fp4")  # the formats that bitsandbytes' files hold; the others live in memory only
 
 
 def quantile_float(quantile: Callable[[float], float], bits: int, tail: float | None = None) -> list[float]:
@@ -195,6 +201,8 @@ def lloyd(weights: Tensor, bits: int = 4, blocksize: int = 64, rounds: int = 200
     Returns:
         A sorted codebook that minimises the squared error of these weights at this blocksize (a local minimum).
     """
+    import torch
+
     whole = weights.numel() // blocksize * blocksize
     if whole == 0:
         raise QuantizationError(
@@ -241,6 +249,8 @@ def dynamic_map() -> Tensor:
     Seven decades of both signs; decade ``j`` has ``2**j`` midpoints of an even grid over [0.1, 1], times ``10**(j - 6)``;
     0 and 1 complete it.
     """
+    import torch
+
     levels = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 
-__all__ = ["adapters_in", "memory_table", "parameter_table", "spectrum", "update_ratios"]
+__all__ = ["adapters_in", "memory_table", "parameter_table", "spectra", "spectrum", "update_ratios"]
 
 
 def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Adapter]:
@@ -38,6 +40,21 @@ def spectrum(adapter: Adapter) -> Tensor:
         left = torch.linalg.qr(adapter.lora_B.float(), mode="r").R
         return torch.linalg.svdvals(adapter.scaling * left @ right.T)
     return torch.linalg.svdvals(adapter.delta_weight().float())
+
+
+def spectra(
+    model: nn.Module, adapter_name: str = "default", *, ratios: Mapping[str, float] | None = None, most: int = 4
+) -> dict[str, list[float]]:
+    """Path to singular values of the ``most`` layers that moved most, the first of them first.
+
+    Args:
+        ratios: what ``update_ratios`` said of this adapter; None computes it.
+    """
+    adapters = adapters_in(model, adapter_name)
+    moved = update_ratios(model, adapter_name) if ratios is None else ratios
+    return {
+        path: spectrum(adapters[path]).tolist() for path in sorted(moved, key=moved.__getitem__, reverse=True)[:most]
+    }
 
 
 def parameter_table(model: nn.Module) -> list[dict]:

@@ -1,82 +1,35 @@
-"""One training run as one HTML page that needs nothing else: no script, no font, no image, no network.
+"""One training run, or two libraries side by side, as one HTML page that needs nothing else: no script, no font, no network.
 
-Every picture is inline SVG, coloured by CSS variables so that light and dark follow the reader's system.
-`render` returns the page; writing it to a disk is the business of `io`.
+Pictures are drawn by ``figures`` and stand in the page as inline SVG in its own colours; without matplotlib the page says so in a line and
+has all the rest. ``render`` and ``as_page`` return the page; writing it to a disk is the business of ``files/io``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from minilora.report.pictures import (
-    LAYER_INDEX,
-    SMALL,
-    WIDE,
-    Line,
+from minilora.report import figures
+from minilora.report.canvas import NARROW, WIDE
+from minilora.report.figures import CURVES, measured, ranked
+from minilora.report.frame import page, picture, section
+from minilora.report.heatmap import beyond_scale
+from minilora.report.tables import (
+    Row,
+    as_html,
     as_number,
-    bar_table,
     finite_pairs,
-    gaps_in_words,
-    heat_map,
-    html_section,
     html_table,
     html_text,
     human_bytes,
-    in_words,
-    line_chart,
-    points_of,
     short_number,
-    smoothed,
 )
 
-STEP = "optimizer step"
-CURVES = (  # key of a step, heading, label of the y axis
-    ("lr", "Learning rate", "lr, without unit"),
-    ("grad_norm", "Gradient norm", "L2 norm, all trained parameters"),
-    ("tokens_per_s", "Throughput", "tokens per second"),
-    ("rss_mb", "Memory of the process", "resident memory (MB)"),
-)
+__all__ = ["as_page", "render"]
 
-STYLE = """
-:root{color-scheme:light dark;--page:#fcfcfb;--card:#f3f4f3;--ink:#1b1e22;--soft:#5b636d;--line:#dde0e4;--c0:#0072b2;
---c1:#c25400;--c2:#00825f;--c3:#b04a88;--c4:#8a6d00;--c5:#5b636d}
-@media(prefers-color-scheme:dark){:root{--page:#14161a;--card:#1d2026;--ink:#e7e9ec;--soft:#a3abb5;--line:#31363e;
---c0:#56b4e9;--c1:#f0903c;--c2:#2fc79b;--c3:#e29bc4;--c4:#f0e442;--c5:#a3abb5}}*{box-sizing:border-box}
-body{margin:0 auto;max-width:1100px;padding:28px 24px 48px;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
-h1{font-size:28px;line-height:1.2;margin:0}h2{font-size:19px;margin:0 0 4px}p{margin:0 0 10px}
-.soft,figcaption,th{color:var(--soft)}.warn{color:var(--c1);font-weight:600}
-section{margin-top:32px;padding-top:20px;border-top:1px solid var(--line)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:20px}
-.tiles div{background:var(--card);border-radius:8px;padding:10px 14px}.tiles b{display:block;font-size:18px}
-.curves{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:20px 24px}.wide{grid-area:span 2/span 2}
-.pair{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px 32px;align-items:start;margin-bottom:16px}
-figure{margin:0;min-width:0;overflow-x:auto}figcaption{font-size:13px}figcaption b{color:var(--ink);margin-right:8px}
-.key{margin-right:12px;display:inline-block}
-.key:before{content:"";display:inline-block;width:16px;margin-right:5px;vertical-align:middle;
-border-top:3px solid var(--c)}.key.thin:before{border-top-width:1px}.key.dash:before{border-top-style:dashed}
-.key.dots:before{border:0;width:9px;height:9px;border-radius:50%;background:var(--c)}
-svg{display:block;width:100%;font-size:12px}text{fill:var(--soft)}text[text-anchor=end]{dominant-baseline:central}.grid{stroke:var(--line)}
-path{fill:none;stroke:var(--c);stroke-linecap:round;stroke-linejoin:round;stroke-width:2.2}
-path.thin{stroke-width:1;opacity:.55}path.dash{stroke-dasharray:6 5}
-circle{fill:var(--c);stroke:var(--page);stroke-width:1.5}.hole{fill:none;stroke:var(--soft);stroke-dasharray:3 3}
-.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
-.curves figure:not(.wide) path{stroke-width:1.4}
-.scroll{overflow:auto;max-height:620px}table{border-collapse:collapse;width:100%;font-size:14px}
-th,td{text-align:left;vertical-align:top;padding:5px 14px 5px 0;border-bottom:1px solid var(--line)}
-td,.said,.prompt{white-space:pre-wrap}th{font-weight:500;font-size:13px}
-td:first-child:not(.num){min-width:8.5em}th{overflow-wrap:normal}
-.num{text-align:right;font-variant-numeric:tabular-nums}td.num{white-space:nowrap;overflow-wrap:normal}
-.bar{height:12px;margin:5px 0 2px;border-radius:2px;min-width:1px;background:var(--c,var(--c0))}
-.bars{width:40%;min-width:140px}.tall{max-height:none}
-.said{background:var(--card);border-radius:8px;padding:10px 14px}.after{box-shadow:inset 3px 0 var(--c0)}
-.said b{display:block;font-size:13px;color:var(--soft);font-weight:500}.prompt{margin:14px 0 8px;font-weight:600}
-@media(max-width:720px){body{padding:18px 16px 32px}.pair,.curves{grid-template-columns:minmax(0,1fr)}
-.tiles{grid-template-columns:1fr 1fr}.wide{grid-area:auto}svg{font-size:var(--phone-font);
-min-width:var(--phone-width)}}@media print{.scroll{max-height:none}}
-"""
+FULL, HALF = 10.9, 5.3  # inches of the whole page, and of its half
 
 
 def render(run: Mapping[str, Any]) -> str:
@@ -109,52 +62,67 @@ def render(run: Mapping[str, Any]) -> str:
     if not run.get("title"):
         raise ValueError(f"a report needs run['title'], a text; got the keys {sorted(run)}")
     drawn = (_curves, _evals, _answers, _memory, _parameters, _layers, _spectrum, _settings)
-    sections = "".join(section(run) for section in drawn)
+    sections = "".join(part(run) for part in drawn)
     body = sections or ("" if run.get("headline") else '<p class="soft">This run recorded nothing to draw.</p>')
     return page(run["title"], run.get("subtitle") or "", run.get("headline") or (), body)
 
 
-def page(title: str, subtitle: str, headline: Iterable[Mapping[str, Any]], body: str) -> str:
-    """One self-contained HTML page: texts, tiles of {label, value}, and ``body``, which is HTML already."""
-    tiles = "".join(
-        f'<div><span class="soft">{html_text(tile["label"])}</span><b>{html_text(tile["value"])}</b></div>'
-        for tile in headline
+def as_page(
+    title: str, subtitle: str, headline: Sequence[Mapping[str, str]], columns: Sequence[str], rows: Sequence[Row],
+    notes: Sequence[str], losses: Mapping[str, Sequence[float]] | None = None, settings: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """A table and its bars as one HTML page, with the ``losses`` of each step by name, and the settings."""
+    pairs = [(row.name.strip(), value) for row in rows for value in row.values if value is not None]
+    says = "Bars: " + ", ".join(
+        f"{row.name.strip()} {' and '.join(filter(None, row.texts))}" for row in rows if row.values
     )
-    title = html_text(title)
-    under = f'<p class="soft">{html_text(subtitle)}</p>' if subtitle else ""
-    # The policy makes the browser itself refuse whatever would leave the page, should an escape ever be forgotten.
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><header><h1>{title}</h1>{under}</header>"
-        + (f'<div class="tiles">{tiles}</div>' if tiles else "")
-        + body
-        + "\n</body></html>\n"
-    )
+    draw = functools.partial(figures.bar_figure, columns, rows)
+    bars = _drawn("", says, draw, pairs, WIDE, NARROW) if pairs else ""
+    words = "".join(f"<p>{html_text(note)}</p>" for note in notes)
+    body = section("Side by side", bars + as_html(columns, rows) + f"<p></p>{words}")
+    if losses:
+        lines = {name: ranked(values) for name, values in losses.items()}
+        says = "Loss by optimizer step. " + " ".join(in_words(name, points) for name, points in lines.items())
+        every = [point for points in lines.values() for point in points]
+        draw = functools.partial(figures.compare_figure, losses)
+        body += section("The same losses", _drawn("Loss", says, draw, every, WIDE, NARROW))
+    body += section("Settings", html_table(["setting", ""], settings.items())) if settings else ""
+    return page(title, subtitle, headline, body)
 
 
 # ---- the sections, in the order of the page
 
 
 def _curves(run: Mapping[str, Any]) -> str:
-    steps, evals = run.get("steps") or (), points_of(run.get("evals") or (), "loss")
+    steps = run.get("steps") or ()
     if not steps:
         return ""
-    losses = points_of(steps, "loss")
-    span = min(101, max(5, len(losses) // 25 | 1))  # odd: as many steps before as after
-    smooth = smoothed(losses, span) if len(losses) > 2 * span else []
-    lines = [Line("training, each step", losses, "c0 thin" if smooth else "c0")]
-    lines += [Line(f"mean of {span} steps", smooth, "c0")] * bool(smooth)
-    lines += [Line("evaluation", evals, "c1 dots")] * bool(evals)
-    pictures = [line_chart("Loss", lines, (STEP, "loss (nats per token)"), (WIDE, 400))]
-    notes = [f'<p class="soft">Loss, {html_text(in_words(line))}</p>' for line in lines if line.points is not smooth]
-    notes += [gaps_in_words("Training loss", losses), gaps_in_words("Evaluation loss", evals)]
-    for key, heading, label in CURVES:
-        if points := points_of(steps, key):
-            pictures.append(line_chart(heading, [Line(heading, points, "c0")], (STEP, label), (SMALL, 190)))
-            notes.append(gaps_in_words(heading, points))
-    return html_section("Training", f'<div class="curves">{"".join(pictures)}<div>{"".join(notes)}</div></div>')
+    records = [*steps, *({"step": entry["step"], "eval_loss": entry["loss"]} for entry in run.get("evals") or ())]
+    lines = {"training": measured(records, "loss"), "evaluation": measured(records, "eval_loss")}
+    said = [f"Loss, {in_words(name, points)}" for name, points in lines.items() if points]
+    notes = "".join(f'<p class="soft">{html_text(words)}</p>' for words in said)
+    notes += gaps_in_words("Training loss", lines["training"]) + gaps_in_words("Evaluation loss", lines["evaluation"])
+    draw = functools.partial(figures.loss_figure, records)
+    body = _drawn("Loss", " ".join(said), draw, [*lines["training"], *lines["evaluation"]], WIDE, NARROW)
+    for key, (heading, _) in CURVES.items():
+        if points := measured(steps, key):
+            draw = functools.partial(figures.curve_figure, steps, key)
+            body += _drawn(heading, in_words(heading, points), draw, points, NARROW)
+            notes += gaps_in_words(heading, points)
+    return section("Training", f'<div class="curves">{body}<div>{notes}</div></div>')
+
+
+def _drawn(
+    heading: str,
+    words: str,
+    draw: Callable[..., Any],
+    pairs: Sequence[tuple[Any, float]],
+    width: float,
+    phone: float | None = None,
+) -> str:
+    if finite_pairs(pairs):
+        return picture(heading, words, draw, width, phone)
+    return f"<figure><figcaption><b>{html_text(heading)}</b></figcaption><p>nothing here can be drawn</p></figure>"
 
 
 def _evals(run: Mapping[str, Any]) -> str:
@@ -166,7 +134,7 @@ def _evals(run: Mapping[str, Any]) -> str:
         lead = f'<p class="prompt">{html_text(*prompts)}</p>'
     rows = [(f"{e['step']:,}", short_number(as_number(e["loss"])), *(e.get(c) or "" for c in columns)) for e in evals]
     heading = "How the answer changed while training" if columns else "Evaluations"
-    return html_section(heading, rows and lead + html_table(["step", "loss", *columns], rows, numeric=(0, 1)))
+    return section(heading, rows and lead + html_table(["step", "loss", *columns], rows, numeric=(0, 1)))
 
 
 def _answers(run: Mapping[str, Any]) -> str:
@@ -175,14 +143,21 @@ def _answers(run: Mapping[str, Any]) -> str:
         before, after = html_text(answer["before"]), html_text(answer["after"])
         body += f'<p class="prompt">{html_text(answer["prompt"])}</p><div class="pair">'
         body += f'<div class="said"><b>before</b>{before}</div><div class="said after"><b>after</b>{after}</div></div>'
-    return html_section("Before and after", body)
+    return section("Before and after", body)
 
 
 def _memory(run: Mapping[str, Any]) -> str:
-    sizes = [(entry["name"], as_number(entry["bytes"]), entry.get("note") or "") for entry in run.get("memory") or ()]
-    rows = [(name, size, human_bytes(size), note) for name, size, note in sizes]
-    heads = ["what", "size", "note"]
-    return html_section("Memory", rows and bar_table(heads, rows), "KB, MB and GB are powers of 1000 bytes.")
+    entries = run.get("memory") or ()
+    sizes = [(str(entry["name"]), as_number(entry["bytes"])) for entry in entries]
+    rows = [
+        (name, human_bytes(size), entry.get("note") or "") for (name, size), entry in zip(sizes, entries, strict=True)
+    ]
+    if not rows:
+        return ""
+    says = "Bars of memory: " + ", ".join(f"{name} {size}" for name, size, _ in rows)
+    bars = _drawn("", says, functools.partial(figures.memory_figure, entries), sizes, HALF, NARROW)
+    table = html_table(["what", "size", "note"], rows, numeric=(1,))
+    return section("Memory", f'<div class="beside">{bars}{table}</div>', "KB, MB and GB are powers of 1000 bytes.")
 
 
 def _parameters(run: Mapping[str, Any]) -> str:
@@ -192,43 +167,66 @@ def _parameters(run: Mapping[str, Any]) -> str:
         share = f"{100 * trainable / total:.3g} %" if total else "–"
         rows.append((entry["name"], f"{total:,}", f"{trainable:,}", share, f"{entry['bits']:.4g}"))
     heads = ["part", "parameters", "trainable", "trainable share", "bits per parameter"]
-    return html_section("Parameters", rows and html_table(heads, rows, numeric=(1, 2, 3, 4)))
+    return section("Parameters", rows and html_table(heads, rows, numeric=(1, 2, 3, 4)))
 
 
 def _layers(run: Mapping[str, Any]) -> str:
     layers = [(str(layer["path"]), as_number(layer["ratio"])) for layer in run.get("layers") or ()]
     if not layers:
         return ""
-    if any(LAYER_INDEX.search(path) for path, _ in layers):
-        picture = heat_map(layers)
-    else:
-        picture = bar_table(["layer", "‖ΔW‖ / ‖W‖"], [(path, ratio, short_number(ratio)) for path, ratio in layers])
-    words = gaps_in_words("Ratio", layers)
-    if seen := finite_pairs(layers):
+    words, seen = gaps_in_words("Ratio", layers), finite_pairs(layers)
+    says = f"‖ΔW‖ / ‖W‖ of {len(layers)} layers"
+    if seen:
         (low, least), (high, most) = (end(seen, key=lambda layer: layer[1]) for end in (min, max))
-        words += (
-            f"<p>Most: {html_text(high)} ({short_number(most)}). Least: {html_text(low)} ({short_number(least)}).</p>"
-        )
+        extremes = f"Most: {high} ({short_number(most)}). Least: {low} ({short_number(least)})."
+        words, says = words + f"<p>{html_text(extremes)}</p>", f"{says}. {extremes}"
+        if beyond := beyond_scale(layers):
+            some, more = ", ".join(beyond[:5]), f" and {len(beyond) - 5:,} more" * (len(beyond) > 5)
+            words += f"<p>Far beyond the rest, and outside the scale of colours: {html_text(some)}{more}.</p>"
+    chart = _drawn("", says, functools.partial(figures.layer_figure, dict(layers)), layers, FULL, NARROW)
     lead = "‖ΔW‖ / ‖W‖: the Frobenius norm of each update, relative to that of the weight it changes."
-    return html_section("How far each layer moved", picture + words, lead)
+    return section("How far each layer moved", chart + words, lead)
 
 
 def _spectrum(run: Mapping[str, Any]) -> str:
-    lines, notes = [], ""
-    for index, layer in enumerate(run.get("spectrum") or ()):
-        points = [(float(rank), as_number(value)) for rank, value in enumerate(layer["values"], 1)]
-        shown = [(rank, value if value > 0 else math.nan) for rank, value in points]  # a log axis has no zero
-        lines.append(Line(str(layer["path"]), shown, f"c{index % 6}" + " dash" * (index // 6 % 2)))
-        notes += gaps_in_words(layer["path"], points, log=True)
-    if not lines:
+    values = {str(layer["path"]): ranked(layer["values"]) for layer in run.get("spectrum") or ()}
+    if not values:
         return ""
-    labels = ("rank, largest first", "singular value, log scale")
-    chart = line_chart("Singular values of ΔW", lines, labels, (WIDE, 340), log=True)
+    notes = "".join(gaps_in_words(path, points, log=True) for path, points in values.items())
+    drawn = [point for points in values.values() for point in points if point[1] > 0]
+    says = "Singular values by rank. " + " ".join(in_words(path, points) for path, points in values.items())
+    draw = functools.partial(
+        figures.spectrum_figure, {path: [value for _, value in points] for path, points in values.items()}
+    )
     lead = "A line that falls early: the update uses fewer directions than its rank allows."
-    return html_section("Spectrum of the updates", chart + notes, lead)
+    return section(
+        "Spectrum of the updates", _drawn("Singular values of ΔW", says, draw, drawn, WIDE, NARROW) + notes, lead
+    )
 
 
 def _settings(run: Mapping[str, Any]) -> str:
     named = [name for name in ("settings", "versions") if run.get(name)]
     tables = "".join(html_table([name, ""], run[name].items()) for name in named)
-    return html_section("Settings and versions", tables and f'<div class="pair">{tables}</div>')
+    return section("Settings and versions", tables and f'<div class="pair">{tables}</div>')
+
+
+# ---- curves in words
+
+
+def in_words(name: str, points: Sequence[tuple[float, float]]) -> str:
+    """Where a line begins and ends, its lowest and its highest point."""
+    if not (seen := finite_pairs(points)):
+        return f"{name}: no finite value."
+    low, high = (end(seen, key=lambda point: point[1]) for end in (min, max))
+    spots = ("first", seen[0]), ("last", seen[-1]), ("lowest", low), ("highest", high)
+    return f"{name}: " + ", ".join(f"{word} {short_number(value)} at {at:,.0f}" for word, (at, value) in spots) + "."
+
+
+def gaps_in_words(what: str, points: Sequence[tuple[Any, float]], log: bool = False) -> str:
+    """Name the values that a picture leaves out."""
+    bad = [(where, value) for where, value in points if not math.isfinite(value) or (log and value <= 0)]
+    if not bad:
+        return ""
+    some = ", ".join(f"{value:g} at {where if isinstance(where, str) else int(where)}" for where, value in bad[:5])
+    more = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+    return f'<p class="warn">{html_text(what)}: {len(bad):,} of {len(points):,} not drawn: {html_text(some)}{more}.</p>'

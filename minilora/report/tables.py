@@ -1,21 +1,32 @@
-"""Figures side by side: as text with bars for a terminal, as markdown, and as a page that needs nothing else.
+"""Tables: as text with bars for a terminal, as markdown, as HTML; and how a number is written in them.
 
 A row is a name, a text for each column, and (where a bar makes sense) a value for each column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.report.page import page
-from minilora.report.pictures import bar_groups, html_section, html_table, html_text
-
-__all__ = ["Row", "as_markdown", "as_page", "as_text"]
+__all__ = [
+    "Row",
+    "as_html",
+    "as_markdown",
+    "as_text",
+    "html_table",
+    "html_text",
+    "human_bytes",
+    "most_of",
+    "short_number",
+]
 
 _WIDTH = 24  # characters of the longest bar
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_NOT_TEXT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ def as_text(columns: Sequence[str], rows: Sequence[Row], bars: bool = True) -> s
     lines = [_aligned(cells[0], widths)]
     for row, line in zip(rows, cells[1:], strict=True):
         drawn = [(place, value) for place, value in enumerate(row.values) if value is not None] if bars else []
-        most = _most(rows, row.group)
+        most = most_of(rows, row.group)
         names = [name.split()[0] for name in columns] if len(columns) > 1 else [""]
         pieces = [f"  {_bar(value / most)} {names[place]}" for place, value in drawn]
         lines.append(_aligned(line, widths) + (pieces[0] if pieces else ""))
@@ -59,7 +70,8 @@ def _bar(share: float) -> str:
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()) or "▏"
 
 
-def _most(rows: Sequence[Row], group: str) -> float:
+def most_of(rows: Sequence[Row], group: str) -> float:
+    """The longest bar of a group; 1 where there is none."""
     return max((v for row in rows if row.group == group for v in row.values if v is not None), default=0.0) or 1.0
 
 
@@ -69,12 +81,58 @@ def as_markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def as_page(
-    title: str, subtitle: str, headline: Sequence[Mapping[str, str]], columns: Sequence[str], rows: Sequence[Row],
-    notes: Sequence[str], more: str = "", settings: Mapping[str, Any] | None = None,
-) -> str:  # fmt: skip
-    """The table and its bars as one HTML page. ``more`` is HTML that follows them."""
-    words = "".join(f"<p>{html_text(note)}</p>" for note in notes)
-    body = html_section("Side by side", bar_groups(columns, rows) + f"<p></p>{words}") + more
-    body += html_section("Settings", html_table(["setting", ""], settings.items())) if settings else ""
-    return page(title, subtitle, headline, body)
+def as_html(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """The texts as a table of a page."""
+    numeric = range(1, len(columns) + 1)
+    return html_table(["", *columns], [(row.name, *row.texts) for row in rows], numeric, "scroll")
+
+
+def html_table(
+    heads: Sequence[Any], rows: Iterable[Sequence[Any]], numeric: Sequence[int] = (), look: str = "scroll low"
+) -> str:
+    """A table of a page, which scrolls by itself where it is too wide. ``numeric``: the columns of numbers."""
+    inner = ""
+    for index, cells in enumerate([heads, *rows]):
+        tag = "td" if index else "th"
+        marks = [' class="num"' if column in numeric else "" for column in range(len(cells))]
+        row = "".join(f"<{tag}{mark}>{html_text(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+        inner += f"<tr>{row}</tr>"
+    return f'<div class="{look}"><table>{inner}</table></div>'
+
+
+def html_text(value: Any) -> str:
+    """Safe inside HTML and inside XML, which has no word at all for control characters and lone surrogates."""
+    return html.escape(plain_text(value))
+
+
+def plain_text(value: Any) -> str:
+    """``value`` as text that can be shown, with a sign of its own for each character that cannot."""
+    return _NOT_TEXT.sub("\ufffd", str(value))
+
+
+# ---- numbers
+
+
+def as_number(value: Any) -> float:
+    """As a float; beyond 1e100 infinite, where the arithmetic of an axis would overflow."""
+    number = float(value)
+    return number if abs(number) < 1e100 else number * math.inf
+
+
+def finite_pairs(pairs: Iterable[tuple[Any, float]]) -> list[tuple[Any, float]]:
+    """Those whose value can be drawn."""
+    return [pair for pair in pairs if math.isfinite(pair[1])]
+
+
+def short_number(value: float, form: str = ",.4g") -> str:
+    """Four digits, as a reader writes them: 2e-05 is 2e-5."""
+    return re.sub(r"e(-?)\+?0*(\d)", r"e\1\2", f"{value:{form}}")
+
+
+def human_bytes(count: float) -> str:
+    """In powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 999.5:  # what would round to 1000 belongs to the next unit
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

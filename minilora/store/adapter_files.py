@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, ConfigError
@@ -26,6 +25,7 @@ from minilora.files import validate
 from minilora.files.parse import parse_json, parse_tensors
 from minilora.files.read import read_files
 from minilora.lora.config import LoraConfig, unknown_keys
+from minilora.quant.finite import is_finite
 from minilora.store.fingerprint import is_fingerprint
 
 __all__ = ["CONFIG_FILE", "PREFIX", "SEAL_FILE", "WEIGHTS_FILE", "Stored", "read_adapter", "read_config", "seal"]
@@ -37,7 +37,6 @@ PREFIX = "base_model.model."
 VARIANT = "minilora_variant"  # in the metadata of the weights file
 MADE_WITH = "minilora_made_with"  # likewise: ``Adapter.made_with`` of all layers
 _MOST_FOREIGN = 1_000  # keys of another program's config
-_SMALL = 1 << 16  # elements
 _PURPOSES = {
     CONFIG_FILE: "the adapter's config",
     WEIGHTS_FILE: "the adapter's weights",
@@ -197,12 +196,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that holds NaN or infinity; small ones are looked at together, one by one only if there is something to find."""
-    small = [tensor.reshape(-1) for tensor in tensors.values() if tensor.numel() <= _SMALL]
-    if small and not bool(torch.isfinite(torch.cat(small)).all()):
-        return next(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
-    large = (key for key, tensor in tensors.items() if tensor.numel() > _SMALL)
-    return next((key for key in large if not bool(torch.isfinite(tensors[key]).all())), None)
+    """The name of the first tensor that holds NaN or infinity, or None."""
+    return next((key for key, tensor in tensors.items() if not is_finite(tensor)), None)
 
 
 def refuse_regexes(stored: Stored) -> None:

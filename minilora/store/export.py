@@ -21,12 +21,13 @@ from minilora.files.write import write_files
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
+from minilora.quant.finite import is_finite
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
+from minilora.store.programs import TARGETS
 from minilora.store.save import base_of, saved_config
 
 __all__ = ["TARGETS", "export_adapter", "export_folder"]
 
-TARGETS = ("vllm", "llama.cpp", "mlx")
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -113,7 +114,7 @@ def _write(
     r = max(len(A) for A, _ in factors.values())
     padded = {path: (_pad(A, r, 0), _pad(B, r, 1)) for path, (A, B) in factors.items()}
     for path, pair in padded.items():
-        if not all(bool(torch.isfinite(factor).all()) for factor in pair):
+        if not all(map(is_finite, pair)):
             raise StateError(
                 f"{path}: its scaled factors hold NaN or infinity, so nothing is exported; load an earlier save"
             )

@@ -6,7 +6,6 @@ them too: ``check_adapter(model, optimizer)`` finds an optimizer that was made b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from minilora.errors import DataError, StateError
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import Adapters, adapters_of, has_adapters, own_parameters
+from minilora.quant.finite import is_finite
 from minilora.training.data import IGNORED, Encoded
 
 __all__ = [
@@ -149,7 +149,7 @@ def context_length(model: nn.Module) -> int | None:
 def first_nonfinite_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> str | None:
     """The first of these parameters whose gradient holds NaN or infinity."""
     for name, parameter in named:
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not is_finite(parameter.grad):
             return name
     return None
 
@@ -162,9 +162,7 @@ def first_nonfinite_output(model: nn.Module, run: Callable[[], object]) -> str |
     def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = output if isinstance(output, (tuple, list)) else (output,)
-            bad = (
-                isinstance(t, Tensor) and t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors
-            )
+            bad = (isinstance(t, Tensor) and not is_finite(t) for t in tensors)
             if not found and any(bad):
                 found.append(path)
 
@@ -182,5 +180,5 @@ def first_nonfinite_output(model: nn.Module, run: Callable[[], object]) -> str |
 def refuse_nonfinite(named: Iterable[tuple[str, Tensor]], what: str) -> None:
     """Raise ``StateError`` for the first tensor with NaN or infinity in it; ``what`` is what it must not get into."""
     for name, tensor in named:
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.detach().sum(dtype=torch.float64))):
+        if not is_finite(tensor):
             raise StateError(f"{name} holds NaN or infinity, so {what} is not written; find what wrote it first")

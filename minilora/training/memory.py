@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
@@ -12,9 +11,16 @@ __all__ = ["is_out_of_memory", "memory_mb"]
 
 
 def memory_mb(peak: bool = False) -> float:
-    """Memory of this process in MB (1e6 bytes): resident now, or its peak so far; of the GPU when one is in use."""
+    """Memory of this process in MB (1e6 bytes): resident now, or its peak so far; of the GPU when one is in use.
+
+    0 where the system does not say it (Windows).
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
+    try:
+        import resource
+    except ImportError:  # pragma: no cover: Windows
+        return 0.0
     if peak or not Path("/proc/self/statm").exists():
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

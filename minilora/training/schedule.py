@@ -1,5 +1,6 @@
 """What a run is asked to do, and what follows from it for each step: the learning rate, and the seed of dropout.
 
+Nothing here needs torch. The texts under ``Args``, one line a field, are also what ``minilora train --help`` shows.
 Next file: ``training/guards.py``.
 """
 
@@ -30,11 +31,18 @@ class TrainConfig:
     """How to train.
 
     Args:
-        steps: optimizer steps. batch_size: examples per micro-batch. accumulate: micro-batches per step.
-        lr: peak learning rate; LoRA wants about ten times that of full fine-tuning. warmup: share of the steps in [0, 1) with rising rate.
-        weight_decay: of AdamW. clip: largest gradient norm; 0 turns clipping off.
-        seed: order of the data and of dropout. eval_every, save_every: steps between evaluations and saves; 0 never.
-        keep_checkpoints: how many of the newest stay. max_skipped: steps in a row without a finite loss and gradient that end a run.
+        steps: length of the run, in optimizer steps.
+        batch_size: examples of a micro-batch.
+        accumulate: micro-batches of an optimizer step.
+        lr: peak learning rate, a number in (0, 1); LoRA wants about ten times that of full fine-tuning.
+        warmup: share of the steps over which the rate rises, in [0, 1).
+        weight_decay: AdamW's, a number in [0, 1).
+        clip: largest norm of the gradient; 0 turns clipping off.
+        seed: whole number that the order of the data, dropout and (in a whole job) the adapter's start follow from.
+        eval_every: optimizer steps between evaluations; 0 is before the first and after the last step only.
+        save_every: optimizer steps between checkpoints; 0 is none.
+        keep_checkpoints: newest checkpoints that stay, a whole number >= 1.
+        max_skipped: optimizer steps in a row without a finite loss and gradient that end the run.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 
 import minilora
-from minilora import LoraConfig, PeftModel, QuantConfig, cli, quantize_model
-from minilora.cli import main
+from minilora import LoraConfig, PeftModel, QuantConfig, quantize_model
+from minilora.cli import main, train
 from minilora.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory, TrainingError, WriteError
 from minilora.training.loop import TrainConfig
 from minilora.training.progress import Progress
@@ -37,15 +37,6 @@ def environment():
     """What a command sets in the environment ends with the test."""
     with mock.patch.dict(os.environ):
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread, and wait for it long when another process has its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +80,7 @@ def trained(model_folder, data_file, tmp_path_factory):
 def job(monkeypatch):
     """``job(*arguments)``: the job that these arguments of ``train`` ask for; nothing is run."""
     taken = []
-    monkeypatch.setattr(cli, "_run_job", taken.append)
+    monkeypatch.setattr("minilora.cli.train.run_job", taken.append)
 
     def ask(*arguments):
         assert main(["train", *arguments]) == 0
@@ -122,23 +113,21 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--help"], *([name, "--help"] for name in ("demo", "train", "generate", "plan", "bench", "merge", "export"))],
-)
-def test_help(capsys, arguments):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 0
-    assert f"usage: {' '.join(['minilora', *arguments[:-1]])} [-h]" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["tarin"], "command 'tarin' is unknown; the closest are 'train', all are demo, train"),
         (["--stepz"], "--stepz: unknown flag; the closest are '--help'; minilora --help shows all"),
         (["train", "--stepz", "3"], "--stepz: unknown flag; the closest are '--steps'"),
         (["train", "--step", "3"], "--step: unknown flag; the closest are '--steps'"),
+        (
+            ["train", "--lerning-rate", "1"],
+            "--lerning-rate: unknown flag; the closest are '--lr'; minilora train --help",
+        ),
+        (["train", "--lora_alpha", "1"], "--lora_alpha: unknown flag; the closest are '--lora-alpha'"),
+        (["train", "--output_dir", "x"], "--output_dir: unknown flag; the closest are '--out'"),
+        (["--model", "m", "generate", "hi"], "--model: comes after the command; write minilora generate --model"),
+        (["--steps=3"], "--steps: comes after the command; write minilora demo --steps"),
+        (["fine-tune"], "command 'fine-tune' is unknown; the closest are 'train', all are demo, train"),
         (["generate", "--modle", "m", "hi"], "--modle: unknown flag; the closest are '--model'"),
         (["train", "--steps", "many"], "--steps: 'many' is no whole number; wanted one such as 8"),
         (["train", "--steps", "1.5"], "--steps: '1.5' is no whole number"),
@@ -174,7 +163,7 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 @pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"], ["plan", "--model", "{}", "--no-measure"]])
 def test_a_reader_that_leaves_is_no_error(arguments, model_folder):
-    words = [sys.executable, "-m", "minilora.cli", *(word.format(model_folder) for word in arguments)]
+    words = [sys.executable, "-m", "minilora", *(word.format(model_folder) for word in arguments)]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
@@ -209,7 +198,7 @@ def test_train_names_what_is_missing(capsys, missing):
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_an_error_is_one_line_and_its_code(capsys, monkeypatch, error, code, line):
-    monkeypatch.setattr(cli, "_run_job", mock.Mock(side_effect=error))
+    monkeypatch.setattr("minilora.cli.train.run_job", mock.Mock(side_effect=error))
     assert main(["train", *BASIC]) == code
     captured = capsys.readouterr()
     assert captured.err.rstrip() == line
@@ -219,7 +208,7 @@ def test_an_error_is_one_line_and_its_code(capsys, monkeypatch, error, code, lin
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("r=0"), 2), (RuntimeError("boom"), 1)])
 @pytest.mark.parametrize("place", [0, 1])
 def test_debug_shows_the_traceback(capsys, monkeypatch, error, code, place):
-    monkeypatch.setattr(cli, "_run_job", mock.Mock(side_effect=error))
+    monkeypatch.setattr("minilora.cli.train.run_job", mock.Mock(side_effect=error))
     words = ["train", *BASIC]
     words.insert(place, "--debug")
     assert main(words) == code
@@ -415,7 +404,7 @@ def test_every_setting_arrives(job, tmp_path, name, by):
 
 
 def test_no_setting_is_forgotten_here():
-    assert {name for name, *_ in cli._train_options()} == set(SETTINGS) | {"model", "data", "out"}
+    assert set(train.settings()) == set(SETTINGS) | {"model", "data", "out"}
 
 
 def test_toml_may_hold_everything_and_a_flag_wins(job, tmp_path):
@@ -455,6 +444,7 @@ def test_a_whole_lora_alpha_is_an_int_in_the_file(job, given, kept):
 
 
 TOML_ERRORS = {
+    "another program's key": ("learning_rate = 1\n", "unknown key 'learning_rate'; the closest known ones are 'lr'"),
     "unknown key": ("step = 3\n", "unknown key 'step'; the closest known ones are 'steps'"),
     "dashes": ("lora-alpha = 3\n", "unknown key 'lora-alpha'; the closest known ones are 'lora_alpha'"),
     "table": ("[lora]\nr = 3\n", "unknown key 'lora'"),
@@ -501,7 +491,7 @@ def test_a_toml_file_that_cannot_be_read(capsys, tmp_path, name):
     ],
 )
 def test_a_toml_value_of_the_wrong_type_is_refused(capsys, monkeypatch, tmp_path, line):
-    monkeypatch.setattr(cli, "_run_job", lambda job: None)
+    monkeypatch.setattr("minilora.cli.train.run_job", lambda job: None)
     (tmp_path / "job.toml").write_text(line + "\n")
     name = line.partition(" ")[0]
     others = [word for key in ("model", "data", "out") if key != name for word in (f"--{key}", "x")]
@@ -714,7 +704,7 @@ def test_a_length_over_the_context_is_the_context_and_said(model_folder, tmp_pat
 
 @pytest.mark.slow
 def test_a_process_of_its_own_saves_on_sigterm_and_goes_on(undisturbed, model_folder, data_file, tmp_path):
-    command = [sys.executable, "-m", "minilora.cli", "train", "--model", model_folder, "--data", data_file]
+    command = [sys.executable, "-m", "minilora", "train", "--model", model_folder, "--data", data_file]
     command += ["--out", str(tmp_path / "o"), "--eval-share", "0", "--lr", "0.02", "--max-length", "64"]
     command += ["--steps", "5000", "--save-every", "0"]
     environment = os.environ | {"PYTHONPATH": str(Path(minilora.__file__).parents[1])}
@@ -894,7 +884,7 @@ def test_demo_runs_its_job_and_counts_the_voice(capsys, monkeypatch, flags, want
         ]
         return mock.Mock(answers=pairs)
 
-    monkeypatch.setattr(cli, "_run_job", run)
+    monkeypatch.setattr("minilora.cli.demo.run_job", run)
     assert main(["demo", *flags]) == 0
     (job,) = asked
     assert (job.training.steps, job.training.seed, job.out) == wanted
@@ -905,7 +895,7 @@ def test_demo_runs_its_job_and_counts_the_voice(capsys, monkeypatch, flags, want
 def test_demo_replaces_an_earlier_one_or_goes_on_with_it(monkeypatch, resume):
     asked = []
     monkeypatch.setattr(
-        cli, "_run_job", lambda job: asked.append(job) or mock.Mock(answers=[{"before": "", "after": ""}])
+        "minilora.cli.demo.run_job", lambda job: asked.append(job) or mock.Mock(answers=[{"before": "", "after": ""}])
     )
     assert main(["demo", *["--resume"] * resume]) == 0
     assert (asked[0].resume, asked[0].overwrite) == (resume, not resume)
@@ -927,7 +917,7 @@ def test_the_run_of_the_command_line_is_that_of_the_library(trained, model_folde
 @pytest.mark.slow
 def test_a_process_of_its_own_says_nothing_on_standard_error(trained, model_folder):
     """No bar and no warning of a library, no traceback: what is piped on is the answer alone."""
-    command = [sys.executable, "-m", "minilora.cli", "generate", "--model", model_folder, "--adapter", str(trained[0])]
+    command = [sys.executable, "-m", "minilora", "generate", "--model", model_folder, "--adapter", str(trained[0])]
     root, silent = Path(minilora.__file__).parents[1], {"HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"}
     environment = {name: value for name, value in os.environ.items() if name not in silent}
     done = subprocess.run(

@@ -17,10 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 from minilora import LoraConfig, inject, load_adapter, save_adapter
 from minilora.files import disk as disk_module
@@ -29,6 +27,7 @@ from minilora.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.store.load import adapter_state_dict
 from minilora.training.data import Encoded
 from minilora.training.loop import TrainConfig, train
+from tests.models import Words
 
 torch.set_num_threads(1)
 CALLS = ("open", "write", "fsync", "mkdir", "link", "replace", "unlink", "rmdir", "chmod")
@@ -52,21 +51,9 @@ SYSCALLS = [
 ]
 
 
-class Tiny(nn.Module):
-    """A language model of two layers."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.mid, self.head = nn.Embedding(11, 6), nn.Linear(6, 10), nn.Linear(10, 11)
-
-    def forward(self, input_ids, attention_mask=None):
-        return SimpleNamespace(logits=self.head(torch.tanh(self.mid(self.embed(input_ids)))))
-
-
 def adapted(seed):
     torch.manual_seed(seed)
-    model = inject(Tiny(), LoraConfig(r=3, lora_alpha=12 + seed, target_modules=["mid", "head"]))
+    model = inject(Words(), LoraConfig(r=3, lora_alpha=12 + seed, target_modules=["mid", "head"]))
     with torch.no_grad():
         for tensor in adapter_state_dict(model).values():
             tensor.normal_()
@@ -77,7 +64,7 @@ def print_of(folder):
     """What the adapter in a folder is, as minilora loads it; None if there is none."""
     if not (folder / WEIGHTS_FILE).exists() and not (folder.is_dir() and commit_of(folder)):
         return None
-    model = Tiny()
+    model = Words()
     load_adapter(model, folder)
     alpha = model._minilora_adapters.configs["default"].lora_alpha
     tensors = b"".join(tensor.numpy().tobytes() for tensor in adapter_state_dict(model).values())

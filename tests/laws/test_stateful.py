@@ -34,6 +34,7 @@ from minilora.many.adapted import disabled
 from minilora.many.combine import add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
+from tests.models import Conv1D, finished
 
 SHAPES = {
     "first": (12, 20),
@@ -54,16 +55,6 @@ place = st.integers(0, 4)  # which of the adapters that there are
 TOLERANCE = 2e-5  # of the largest value of a layer's output
 
 
-class Conv1D(nn.Module):
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) * 0.2), nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -78,12 +69,9 @@ class Net(nn.Module):
 
 def make_net():
     torch.manual_seed(0)
-    net = Net()
-    with torch.no_grad():
-        for name in SHAPES:
-            getattr(net, name).bias.normal_(std=0.3)
+    net = finished(Net())
     net.packed = QuantLinear.from_linear(net.packed, QuantConfig(blocksize=32, double_quant=True))
-    return net.eval()
+    return net
 
 
 def content(tensors):
@@ -511,15 +499,6 @@ class Machine(RuleBasedStateMachine):
             if known.trains:
                 training -= {id(p) for p in own}
         assert not training, "something trains that belongs to no active adapter"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread, and wait for it long when another process has its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(biases, examples, steps):

@@ -18,6 +18,7 @@ from minilora.lora.layer import LoRALinear
 from minilora.many.adapted import unload
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
+from tests.compare import saved_bytes
 
 R, SCALING = 3, 2.5
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -236,18 +237,6 @@ def test_gradient_checkpointing_draws_the_same_mask(reentrant):
 
 
 # --- what is kept for the backward pass ---
-
-
-def saved_bytes(function, leave_out=()):
-    storages, known = {}, {tensor.untyped_storage().data_ptr() for tensor in leave_out}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(size for place, size in storages.items() if place not in known)
 
 
 @dropout

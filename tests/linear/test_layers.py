@@ -21,6 +21,7 @@ from minilora.linear.layers import (
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
 from minilora.quant.config import QuantConfig
+from tests.compare import same
 
 IN, OUT = 33, 20
 PACKED = {"weight", "absmax", "nested_absmax", "nested_offset"}
@@ -56,12 +57,6 @@ def state(layer):
     return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
 
 
-def equal(left, right):
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
-
-
 @both_configs
 def test_all_but_the_bias_is_frozen_uint8(double):
     parameters = dict(packed(double=double).named_parameters())
@@ -77,7 +72,7 @@ def test_storage_survives_every_cast(double, cast):
     layer = packed(double=double)
     before, dense = state(layer), dense_weight(layer)
     layer.to(cast)
-    assert all(equal({n: t}, {n: before[n]}) for n, t in layer.state_dict().items() if n != "bias")
+    assert all(same({n: t}, {n: before[n]}) for n, t in layer.state_dict().items() if n != "bias")
     assert layer.bias.dtype == cast
     assert torch.equal(dense_weight(layer), dense) and compute_dtype(layer) == torch.float32
     out = layer(x_of(cast))
@@ -91,7 +86,7 @@ def test_state_dict_round_trip(double):
     source, target = packed(double=double, seed=1), packed(double=double, seed=2)
     assert not torch.equal(source(x_of()), target(x_of()))
     target.load_state_dict(source.state_dict(), strict=True)
-    assert equal(source.state_dict(), target.state_dict()) and torch.equal(source(x_of()), target(x_of()))
+    assert same(source.state_dict(), target.state_dict()) and torch.equal(source(x_of()), target(x_of()))
 
 
 @both_configs
@@ -171,7 +166,7 @@ def test_with_weight_is_a_new_frozen_layer(build, dtype):
     new.train()
     with torch.no_grad():
         new.weight.zero_()
-    assert equal(state(layer), before) and not layer.training
+    assert same(state(layer), before) and not layer.training
 
 
 @every_base
@@ -180,7 +175,7 @@ def test_with_weight_takes_another_bias(build):
     before = state(layer)
     new = with_weight(layer, dense_weight(layer), bias)
     assert torch.equal(new.bias, bias) and not new.bias.requires_grad
-    assert equal(state(layer), before)
+    assert same(state(layer), before)
     torch.testing.assert_close(new(x_of()) - layer(x_of()), (bias - layer.bias).expand(3, -1))
 
 

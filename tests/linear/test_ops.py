@@ -12,6 +12,7 @@ from minilora.linear.layers import QuantLinear
 from minilora.linear.ops import quant_linear, quant_linear_reference
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
+from tests.compare import saved_bytes
 
 SHAPES = [(48, 80), (7, 200), (5, 33), (1, 64), (130, 65), (1536, 576)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -163,19 +164,6 @@ def test_compiles_as_one_graph(double):
     close(got, want, 2e-6)
     close(x.grad, y.grad, 2e-6)
     close(layer.bias.grad, twin.bias.grad, 2e-6)
-
-
-def saved_bytes(function):
-    """Bytes of all that autograd keeps for the backward pass, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(storages.values())
 
 
 @both_configs

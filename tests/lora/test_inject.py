@@ -9,9 +9,9 @@ from torch import nn
 
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, get_peft_model, inject, quantize_model
 from minilora.errors import ConfigError, QuantizationError, StateError, TargetError
-from minilora.lora.adapter import Adapter
 from minilora.lora.match import linear_paths, match
 from minilora.lora.targets import ends_with, select
+from tests.models import adapted_paths
 
 LLAMA = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
@@ -20,10 +20,6 @@ GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 def lora(targets=None, **fields):
     return LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": targets, **fields})
-
-
-def adapted_paths(model):
-    return [path for path, module in model.named_modules() if isinstance(module, Adapter)]
 
 
 def trained(model):

@@ -18,7 +18,7 @@ import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear, inject, load_adapter, merge, save_adapter
 from minilora.errors import CheckpointError, ConfigError, StateError, TargetError
 from minilora.linear.layers import dense_weight
-from minilora.lora.adapter import VARIANTS, Adapter, register
+from minilora.lora.adapter import VARIANTS, register
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of, own_parameters
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
@@ -29,20 +29,12 @@ from minilora.many.adapted import disabled, unload
 from minilora.quant.blockwise import quantize
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
 from minilora.training.optim import lora_plus_groups
+from tests.compare import close, same
+from tests.models import Conv1D, adapted_paths
 
 IN, OUT, R, ALPHA = 40, 24, 4, 12
 S = ALPHA / R
 F64, BF16 = torch.float64, torch.bfloat16
-
-
-class Conv1D(nn.Module):
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) * 0.2), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 def make_base(kind="linear", dtype=torch.float32):
@@ -72,17 +64,8 @@ def inputs(*shape, dtype=torch.float32):
     return torch.randn(*(shape or (6,)), IN, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def close(got, want, tolerance=1e-5):
-    far = (got.detach().double() - want.detach().double()).abs().max() / want.detach().double().abs().max()
-    assert far < tolerance, f"off by {far:.1e} of the largest value"
-
-
 def content(module):
     return {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def low_rank(adapter):
@@ -773,20 +756,16 @@ def test_lora_plus_is_plain_lora_with_another_scale_of_a(ratio):
 # ---- layers_to_transform
 
 
-def adapted(model):
-    return [path for path, module in model.named_modules() if isinstance(module, Adapter)]
-
-
 @pytest.mark.parametrize("layers", [1, [1]])
 @pytest.mark.parametrize("pattern", [None, "layers", ["h", "layers"]])
 def test_layers_to_transform_names_layers(make_llama, layers, pattern):
     model = inject(make_llama(), config(["q_proj", "down_proj"], layers_to_transform=layers, layers_pattern=pattern))
-    assert adapted(model) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    assert adapted_paths(model) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 
 
 def test_layers_to_transform_with_all_linear_and_several(make_gpt2):
     model = inject(make_gpt2(n_layer=3), config("all-linear", layers_to_transform=[2, 0], layers_pattern="h"))
-    assert {path.split(".")[2] for path in adapted(model)} == {"0", "2"} and len(adapted(model)) == 8
+    assert {path.split(".")[2] for path in adapted_paths(model)} == {"0", "2"} and len(adapted_paths(model)) == 8
 
 
 @pytest.mark.parametrize(
@@ -815,7 +794,7 @@ def test_layers_to_transform_come_back_from_the_file(make_llama, randomize, ids,
     save_adapter(model, tmp_path)
     again = make_llama()
     load_adapter(again, tmp_path)
-    assert adapted(again) == ["model.layers.1.self_attn.q_proj"]
+    assert adapted_paths(again) == ["model.layers.1.self_attn.q_proj"]
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 

@@ -21,19 +21,10 @@ from minilora import (
 )
 from minilora.errors import MiniLoraError, StateError
 from minilora.linear.layers import dense_weight
-from minilora.lora.adapter import Adapter
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import Adapters, has_adapters, own_parameters
 from minilora.many.adapted import count_parameters, delete_adapter, disabled, unload
-
-
-def lora(targets=("first", "mid", "last"), **fields):
-    return LoraConfig(**{"r": 3, "lora_alpha": 12, "target_modules": targets, **fields})
-
-
-@pytest.fixture
-def x():
-    return torch.randn(6, 12, generator=torch.Generator().manual_seed(4))
+from tests.models import adapted_paths, lora
 
 
 @pytest.fixture
@@ -44,10 +35,6 @@ def two(make_mlp, randomize):
     randomize(model, 1)
     inject(model, lora(["first", "mid"], r=2, lora_alpha=3), "two")
     return randomize(model, 2)
-
-
-def adapters(model):
-    return [path for path, module in model.named_modules() if isinstance(module, Adapter)]
 
 
 def trained(model):
@@ -124,7 +111,7 @@ def test_disabled_is_the_bare_model_to_the_bit(two, make_mlp, snapshot, x, merge
         merge(two)
     before, want = snapshot(two), two(x)
     with disabled(two):
-        assert torch.equal(two(x), make_mlp()(x)) and not adapters(two)
+        assert torch.equal(two(x), make_mlp()(x)) and not adapted_paths(two)
         with disabled(two):
             assert torch.equal(two(x), make_mlp()(x))
     assert snapshot(two) == before and torch.equal(two(x), want)
@@ -159,14 +146,14 @@ def test_merging_is_the_sum_in_the_weights(two, make_mlp, x, names):
     merge(two, names)
     close(two(x), before)
     close(two(x), dense_model(make_mlp, two, names or ["two"])(x))
-    assert not any(adapter in adapters(two) for adapter in ("first", "mid"))
+    assert not any(adapter in adapted_paths(two) for adapter in ("first", "mid"))
 
 
 def test_what_is_active_but_not_merged_stays_on_top(two, make_mlp, x):
     set_adapter(two, ["one", "two"])
     before = two(x)
     merge(two, ["one"])
-    assert len(adapters(two)) == 2
+    assert len(adapted_paths(two)) == 2
     close(two(x), before)
     unmerge(two)
     assert torch.equal(two(x), before)
@@ -291,7 +278,7 @@ def test_merge_and_unload_gives_the_plain_object_with_the_update_inside(make_mlp
     if merged_before:
         model.merge_adapter()
     got = model.merge_and_unload()
-    assert got is model and type(got) is old and not has_adapters(got) and not adapters(got)
+    assert got is model and type(got) is old and not has_adapters(got) and not adapted_paths(got)
     assert sorted(got.state_dict()) == sorted(make_mlp().state_dict())
     assert got.__dict__.keys() == make_mlp().__dict__.keys()
     close(got(x), want)
@@ -325,6 +312,34 @@ def test_unload_gives_the_exact_base(make_mlp, randomize, snapshot):
     assert [row[:2] for row in after["trains"]] == [row[:2] for row in before["trains"]]
 
 
+def extend_as_fsdp2(model):
+    """What ``fully_shard`` does to the class of a module that it shards."""
+    front = type("FSDPModule", (), {"reshard": lambda self: None})
+    model.__class__ = type(f"FSDP{type(model).__name__}", (front, type(model)), {})
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_class_that_another_library_extended_is_not_restored(make_mlp, randomize, snapshot, x, how, merged):
+    model = randomize(get_peft_model(make_mlp(), lora(["first", "mid"], bias="lora_only")))
+    if merged:
+        model.merge_adapter()
+    mine = type(model)
+    extend_as_fsdp2(model)
+    theirs, before, want = type(model), snapshot(model), model(x)
+    with pytest.raises(
+        StateError, match=r"^FSDP\w+: its class was extended after get_peft_model \(FSDP2 does so\), .*; unload"
+    ) as told:
+        getattr(model, how)()
+    assert "\n" not in str(told.value) and type(model) is theirs
+    assert snapshot(model) == before and torch.equal(model(x), want)
+    unload(model)  # the way out
+    assert type(model) is theirs and torch.equal(model(x), make_mlp()(x))
+    model.__class__ = mine
+    get_peft_model(model, lora())
+    assert getattr(model, how)() is model and type(model) is type(make_mlp())
+
+
 def test_unload_drops_what_is_merged(make_mlp, randomize, x):
     model = randomize(get_peft_model(make_mlp(), lora(bias="all")))
     model.merge_adapter()
@@ -353,7 +368,7 @@ def test_deepcopy_of_a_peft_model_keeps_its_methods(make_mlp, randomize, x):
     model = randomize(get_peft_model(make_mlp(), lora()))
     twin = copy.deepcopy(model)
     twin.merge_and_unload()
-    assert type(twin) is type(make_mlp()) and adapters(model) == ["first", "mid", "last"]
+    assert type(twin) is type(make_mlp()) and adapted_paths(model) == ["first", "mid", "last"]
     close(twin(x), model(x))
 
 
@@ -624,7 +639,7 @@ def test_unloading_takes_out_or_keeps_what_is_merged(two, make_mlp, x, kept):
     merge(two, ["one", "two"])
     want = two(x) if kept else make_mlp()(x)
     assert unload(two, keep_merged=kept) is two
-    assert torch.equal(two(x), want) and not adapters(two) and not has_adapters(two)
+    assert torch.equal(two(x), want) and not adapted_paths(two) and not has_adapters(two)
 
 
 def test_each_update_is_asked_for_on_the_bare_layer(two, monkeypatch):

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora
 from minilora import (
-    LoraConfig,
     MiniLoraError,
     PeftModel,
     QuantConfig,
@@ -30,28 +29,10 @@ from minilora.many.adapted import disabled, unload
 from minilora.many.batched import BASE, MixedLayer, batch_adapters
 from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import load_adapter
+from tests.compare import close
+from tests.models import lora
 
 BF16 = torch.bfloat16
-
-
-def lora(targets=("first", "mid", "last"), **fields):
-    return LoraConfig(**{"r": 3, "lora_alpha": 12, "target_modules": targets, **fields})
-
-
-@pytest.fixture
-def x():
-    return torch.randn(6, 12, generator=torch.Generator().manual_seed(4))
-
-
-@pytest.fixture
-def add(randomize):
-    """``add(model, name, targets, **fields)``: an adapter with random values, active."""
-
-    def put(model, name, targets=("first", "mid", "last"), variant=None, **fields):
-        inject(model, lora(targets, **fields), name, variant)
-        return randomize(model, sum(map(ord, name)))
-
-    return put
 
 
 @pytest.fixture
@@ -85,11 +66,6 @@ def mixed(model, x, names):
     with batch_adapters(model, names):
         out = model(x)
     return getattr(out, "logits", out)
-
-
-def close(got, want, tolerance=1e-5):
-    far = (got.detach().double() - want.detach().double()).abs().max() / want.detach().double().abs().max()
-    assert far < tolerance, f"off by {far:.1e} of the largest value"
 
 
 def exact_or_refused(model, x, names, want, snapshot):
@@ -549,13 +525,11 @@ def hammer(model, x, repeats):
 
 @pytest.fixture
 def eager_switching():
-    """Threads take turns a hundred times as often as usual, and products take one thread each."""
-    interval, count = sys.getswitchinterval(), torch.get_num_threads()
+    """Threads take turns a hundred times as often as usual."""
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
-    torch.set_num_threads(1)
     yield
     sys.setswitchinterval(interval)
-    torch.set_num_threads(count)
 
 
 @pytest.fixture

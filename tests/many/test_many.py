@@ -10,7 +10,6 @@ from torch import nn
 
 import minilora
 from minilora import (
-    LoraConfig,
     MiniLoraError,
     QuantConfig,
     QuantLinear,
@@ -31,29 +30,10 @@ from minilora.many.adapted import disabled
 from minilora.many.combine import COMBINATIONS, add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import adapter_state_dict, load_adapter
+from tests.compare import close
+from tests.models import LAYERS, lora
 
-LAYERS = ("first", "mid", "last")
 BF16 = torch.bfloat16
-
-
-def lora(targets=LAYERS, **fields):
-    return LoraConfig(**{"r": 3, "lora_alpha": 12, "target_modules": targets, **fields})
-
-
-@pytest.fixture
-def x():
-    return torch.randn(6, 12, generator=torch.Generator().manual_seed(4))
-
-
-@pytest.fixture
-def add(randomize):
-    """``add(model, name, targets, **fields)``: an adapter with random values, active."""
-
-    def put(model, name, targets=LAYERS, variant=None, **fields):
-        inject(model, lora(targets, **fields), name, variant)
-        return randomize(model, sum(map(ord, name)))
-
-    return put
 
 
 @pytest.fixture
@@ -95,11 +75,6 @@ def dense_output(make_mlp, x, updates, biases=None):
         for path, bias in (biases or {}).items():
             bare.get_submodule(path).bias.copy_(bias)
         return bare(x.double())
-
-
-def close(got, want, tolerance=1e-5):
-    far = (got.detach().double() - want.detach().double()).abs().max() / want.detach().double().abs().max()
-    assert far < tolerance, f"off by {far:.1e} of the largest value"
 
 
 def record(model):

@@ -10,6 +10,7 @@ import transformers
 import minilora
 from minilora import LoraConfig, QuantConfig, get_peft_model, prepare_model_for_kbit_training, quantize_model
 from minilora.errors import ConfigError, StateError
+from tests.models import gpt2_config, llama_config
 
 TOKENS = torch.tensor([[5, 9, 2, 33, 7], [1, 1, 70, 4, 6]])
 
@@ -17,12 +18,8 @@ TOKENS = torch.tensor([[5, 9, 2, 33, 7], [1, 1, 70, 4, 6]])
 def tiny(kind="llama", dtype=torch.bfloat16):
     torch.manual_seed(3)
     common = {"vocab_size": 80, "bos_token_id": 1, "eos_token_id": 2}
-    if kind == "llama":
-        config = transformers.LlamaConfig(
-            hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, **common
-        )
-    else:
-        config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=32, **common)
+    llama = kind == "llama"
+    config = llama_config(intermediate_size=88, **common) if llama else gpt2_config(n_embd=64, n_head=4, **common)
     return quantize_model(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), QuantConfig())
 
 

@@ -13,6 +13,7 @@ from minilora.errors import CheckpointError, ConfigError, QuantizationError, Sta
 from minilora.quant.blockwise import quantize
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.quant.config import QuantConfig
+from tests.models import gpt2, llama
 
 transformers = pytest.importorskip("transformers")
 from minilora.hf.packed import is_packed_folder, load_packed, packed_state_dict, save_packed  # noqa: E402
@@ -155,21 +156,9 @@ def packed(model, **fields):
 @pytest.fixture(params=["llama", "tied", "gpt2"])
 def make(request):
     def build():
-        torch.manual_seed(0)
         if request.param == "gpt2":
-            sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 64, "n_positions": 32}
-            ids = {"bos_token_id": 0, "eos_token_id": 0}
-            off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-            return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids, **off)).eval()
-        sizes = {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "vocab_size": 64,
-        }
-        config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=request.param == "tied")
-        return transformers.LlamaForCausalLM(config).eval()
+            return gpt2(n_embd=64)
+        return llama(intermediate_size=128, tie_word_embeddings=request.param == "tied")
 
     return build
 

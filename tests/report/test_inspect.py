@@ -15,15 +15,6 @@ from minilora.report.inspect import adapters_in, memory_table, parameter_table, 
 SHAPES = [(12, 20), (20, 12), (16, 16), (3, 40), (40, 3)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread, and wait for it long when another process has its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def adapted_linear(features, randomize, **lora):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(*features))

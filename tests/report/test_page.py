@@ -1,14 +1,20 @@
 """The report page: whole, safe, self-contained, and right about its numbers, whatever a run recorded."""
 
+import functools
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
-from minilora.report.page import render
-from minilora.report.pictures import MOST_POINTS
+from minilora.report import frame
+from minilora.report.page import as_page, render
+from minilora.report.svg import COLOURS
+from minilora.report.tables import Row
+
+pytest.importorskip("matplotlib")
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 PATHS = [f"model.layers.{index}.attn.{kind}" for index in range(3) for kind in ("q_proj", "v_proj")]
@@ -55,23 +61,15 @@ def svgs(page):
     return pictures
 
 
-def picture_of(page, words):
-    (found,) = [picture for picture in svgs(page) if picture.get("aria-label").startswith(words)]
-    return found
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
-def curve(picture, css="c0"):
-    """The path drawn with exactly these classes, as its list of (pen, x, y)."""
-    (path,) = [path for path in picture.iter("path") if path.get("class") == css]
-    return [(pen, float(x), float(y)) for pen, x, y in re.findall(r"([ML])(-?[\d.]+) (-?[\d.]+)", path.get("d"))]
-
-
-def labels(picture):
-    return [text.text for text in picture.iter("text")]
-
-
-def bars(page):
-    return re.findall(r'class="bar" style="width:([\d.]+)%"', page)
+@functools.cache
+def full_page():
+    """The page of ``full_run()``, drawn once."""
+    return render(full_run())
 
 
 def step(number, loss, **more):
@@ -100,29 +98,72 @@ def full_run(**changes):
     return run | changes
 
 
+HEADINGS = [
+    "Training",
+    "How the answer changed while training",
+    "Before and after",
+    "Memory",
+    "Parameters",
+    "How far each layer moved",
+    "Spectrum of the updates",
+    "Settings and versions",
+]
+
+
 def test_full_page_parses_and_holds_every_section():
-    page = render(full_run())
-    headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert headings == [
-        "Training",
-        "How the answer changed while training",
-        "Before and after",
-        "Memory",
-        "Parameters",
-        "How far each layer moved",
-        "Spectrum of the updates",
-        "Settings and versions",
-    ]
-    parse(page)
-    assert len(svgs(page)) == 7  # loss, four small curves, heat map, spectrum
+    assert re.findall(r"<h2>(.*?)</h2>", full_page()) == HEADINGS
+    parse(full_page())
+    drawn = [picture.get("aria-label").split(":")[0] for picture in svgs(full_page())]
+    assert drawn == [  # the wide ones a second time, for a phone
+        *["Loss, training"] * 2, "Learning rate", "Gradient norm", "Throughput", "Memory of the process",
+        *["Bars of memory"] * 2, *["‖ΔW‖ / ‖W‖ of 6 layers. Most"] * 2, *["Singular values by rank. " + PATHS[0]] * 2,
+    ]  # fmt: skip
+    assert "No pictures" not in full_page()
 
 
 def test_page_needs_nothing_else():
-    page = render(full_run())
+    page = full_page()
     parser = parse(page)
     assert not {"script", "link", "img", "iframe", "object", "use", "image"} & set(parser.tags)
-    assert not {"src", "href", "xlink:href", "srcset"} & {name for name, _ in parser.attributes}
+    assert not {"src", "href", "xlink:href", "srcset", "id"} & {name for name, _ in parser.attributes}
     assert "http:" not in page and "https:" not in page and "url(" not in page and "@import" not in page
+
+
+def test_every_colour_of_a_picture_is_one_of_the_page_in_the_light_and_in_the_dark():
+    style = full_page()[full_page().index("<style>") : full_page().index("</style>")]
+    light, dark = style.split("@media(prefers-color-scheme:dark)", 1)
+    for name, (by_day, by_night) in COLOURS.items():
+        assert f"--{name}:{by_day}" in light and f"--{name}:{by_night}" in dark
+    used = set(re.findall(r"var\(--([\w]+)\)", full_page()))
+    assert used - {"shade"} <= set(COLOURS) and {"soft", "line", "c0", "c1"} <= used
+
+
+def test_the_same_run_gives_the_same_bytes_whatever_style_the_process_has():
+    import matplotlib.style
+
+    run = {"title": "x", "spectrum": full_run()["spectrum"]}
+    plain = render(run)
+    with matplotlib.style.context(["dark_background", {"font.size": 20, "axes.grid": False}]):
+        assert render(run) == plain
+
+
+def test_a_phone_has_pictures_of_its_own_and_only_one_of_a_pair_is_shown():
+    sizes = [float(svg.get("viewBox").split()[2]) / 72 for svg in svgs(full_page())]
+    assert max(sizes) == pytest.approx(7.2) and {round(size, 1) for size in sizes[1::2]} == {3.5}
+    assert full_page().count('class="scroll roomy"') == full_page().count('class="scroll phone"') == 4
+    assert ".phone{display:none}" in frame._STYLE and ".roomy{display:none}.phone{display:block}" in frame._STYLE
+
+
+def test_without_matplotlib_there_are_no_pictures_and_one_line_says_so(without_matplotlib):
+    page = render(full_run())
+    parse(page)
+    assert "<svg" not in page and re.findall(r"<h2>(.*?)</h2>", page) == [h for h in HEADINGS if "Spectrum" not in h]
+    (line,) = re.findall(r"<p>(No pictures: .*?)</p>", page)
+    assert "matplotlib" in line and "pip install &quot;minilora[plot]&quot;" in line
+    assert "Loss, training: first 3.95 at 1" in page and "Most: model.layers.2.attn.v_proj (0.06)" in page
+    assert '<td class="num">1.23 GB</td>' in page
+    compared = as_page("t", "s", [], ["one"], [Row("a", ["1"], [1.0])], [], {"one": [2.0, 1.0]})
+    assert "<svg" not in compared and compared.count("No pictures: ") == 1 and ">a<" in compared
 
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \x00 \ud800 <svg onload=1>"
@@ -146,9 +187,9 @@ EVIL = "<script>alert('x')</script> & \"quoted\" \x00 \ud800 <svg onload=1>"
     ids=lambda changes: "-".join(changes),
 )
 def test_texts_are_escaped_everywhere(changes):
-    plain, page = parse(render(full_run())), render({"title": "a run"} | changes)
+    plain, page = parse(full_page()), render({"title": "a run"} | changes)
     parser = parse(page)
-    assert set(parser.tags) <= set(plain.tags)
+    assert set(parser.tags) <= set(plain.tags) | {"title"}
     assert "onload" not in {name for name, _ in parser.attributes}
     assert "<script>alert('x')</script> &" in "".join(parser.texts)  # there to be read, as text
     svgs(page)
@@ -169,24 +210,21 @@ def test_title_is_required():
 
 
 @pytest.mark.parametrize("key", [key for key in full_run() if key != "title"])
-def test_each_key_alone_and_each_key_missing(key):
+def test_each_key_alone_and_each_key_missing(key, monkeypatch):
     run = full_run()
-    for part in ({"title": "x", key: run[key]}, {name: value for name, value in run.items() if name != key}):
-        page = render(part)
-        parse(page)
-        svgs(page)
+    page = render({"title": "x", key: run.pop(key)})
+    parse(page)
+    svgs(page)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # the pictures of all other keys have been drawn already
+    parse(render(run))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
-def test_a_loss_that_is_not_finite_is_a_gap_with_a_name(bad):
-    run = full_run()
-    run["steps"][19]["loss"] = bad
-    page = render(run)
+def test_a_loss_that_is_not_finite_is_named(bad):
+    steps = [step(i, bad if i == 20 else 1.0) for i in range(1, 41)]
+    page = render({"title": "x", "steps": [{"step": each["step"], "loss": each["loss"]} for each in steps]})
     assert re.search(r"Training loss: 1 of 40 not drawn: (nan|-?inf) at 20\.", page)
-    for css in ("c0 thin", "c0"):
-        drawn = curve(picture_of(page, "Loss"), css)
-        assert [index for index, (pen, _, _) in enumerate(drawn) if pen == "M"] == [0, 19]
-        assert len(drawn) == 39
+    assert len(svgs(page)) == 2
 
 
 def test_a_run_of_nothing_but_nan_still_is_a_page():
@@ -198,78 +236,23 @@ def test_a_run_of_nothing_but_nan_still_is_a_page():
     svgs(page)
     assert "Training loss: 2 of 2 not drawn: nan at 1, nan at 2." in page
     assert "a.0.b: 2 of 2 not drawn: 0 at 1, nan at 2." in page
-    assert page.count("nothing here can be drawn") == 3
+    assert page.count("nothing here can be drawn") == 4
 
 
-def test_a_finite_value_alone_between_gaps_is_a_dot():
-    losses = [1.0] * 60
-    losses[29] = losses[31] = math.nan
-    picture = picture_of(render({"title": "x", "steps": [step(i, x) for i, x in enumerate(losses)]}), "Loss")
-    assert curve(picture, "c0 thin")[29][0] == "M" and curve(picture, "c0 thin")[30][0] == "M"
-    (path,) = [path for path in picture.iter("path") if path.get("class") == "c0 thin"]
-    assert path.get("d").count("h0") == 3
-
-
-def test_one_step_is_drawn_inside_the_picture():
-    page = render({"title": "x", "steps": [step(7, 2.5)]})
-    picture = picture_of(page, "Loss")
-    (circle,) = picture.iter("circle")
-    _, _, width, height = map(float, picture.get("viewBox").split())
-    assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
-    assert "mean of" not in page
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-40, 3.0, -3.0, 1e38])
-def test_a_constant_curve_lies_flat_inside_the_picture(value):
-    picture = picture_of(render({"title": "x", "steps": [step(i, value) for i in range(5)]}), "Loss")
-    heights = {y for _, _, y in curve(picture)}
-    assert len(heights) == 1 and 0 < heights.pop() < 400
-
-
-def test_ten_thousand_steps_stay_small_and_keep_their_spikes():
-    steps = [step(i, 2 + math.sin(i), grad_norm=float(i % 97)) for i in range(10_000)]
-    steps[5_003]["loss"], steps[7_777]["loss"] = 50.0, -10.0
-    page = render(full_run(steps=steps))
-    assert len(page.encode()) < 1_000_000
-    picture = picture_of(page, "Loss")
-    drawn = curve(picture, "c0 thin")
-    assert 200 < len(drawn) <= MOST_POINTS
-    heights = sorted(y for _, _, y in drawn)
-    assert heights[1] - heights[0] > 100  # the spike up, far above all others
-    assert heights[-1] - heights[-2] > 20  # and the spike down
-    assert [x for _, x, _ in drawn] == sorted(x for _, x, _ in drawn)
-    alternate = [step(i, 1.0 if i % 2 else math.nan) for i in range(10_000)]
-    assert len(render({"title": "x", "steps": alternate}).encode()) < 1_000_000
-
-
-def test_axes_are_round_and_labelled():
-    page = render(full_run())
-    loss = labels(picture_of(page, "Loss"))
-    assert loss[:2] == ["optimizer step", "loss (nats per token)"]
-    assert loss[2:] == ["2.0", "2.5", "3.0", "3.5", "4.0", "10", "20", "30", "40"]
-    assert {"5e-5", "1.0e-4", "2.0e-4"} <= set(labels(picture_of(page, "Learning rate")))
-    assert {"0", "1,000", "2,000"} <= set(labels(picture_of(page, "Throughput")))
-    assert {"0.001", "0.01", "0.1", "1"} <= set(labels(picture_of(page, "Singular values")))
-
-
-def test_log_axis_gives_each_decade_the_same_room():
-    (_, _, first), (_, _, second), (_, _, third) = curve(picture_of(render(full_run()), "Singular values"))
-    assert third - second == pytest.approx(2 * (second - first), abs=0.3)  # 1, 0.1, 0.001
-
-
-def test_evaluations_lie_on_the_curve_that_they_equal():
-    picture = picture_of(render(full_run()), "Loss")
-    line = curve(picture, "c0 thin")
-    dots = [(float(circle.get("cx")), float(circle.get("cy"))) for circle in picture.iter("circle")]
-    assert dots == [(x, y) for _, x, y in (line[0], line[19], line[39])]
+@pytest.mark.parametrize(("count", "every"), [(10_000, 1), (2_000, 2)], ids=["whole", "gaps"])
+def test_many_steps_are_a_small_page(count, every):
+    losses = [2 + math.sin(i) if i % every == 0 else math.nan for i in range(count)]
+    page = render({"title": "x", "steps": [{"step": i, "loss": loss} for i, loss in enumerate(losses)]})
+    assert len(page.encode()) < 500_000  # though a value between two gaps is a point that says what it is
 
 
 def test_measures_that_are_absent_lose_only_their_curve():
     steps = [{"step": i, "loss": 1.0 + i, "grad_norm": None if i % 2 else 1.0} for i in range(20)]
     page = render({"title": "x", "steps": steps})
-    assert [picture.get("aria-label").split(" by ")[0] for picture in svgs(page)] == ["Loss", "Gradient norm"]
+    said = [picture.get("aria-label") for picture in svgs(page)]
+    assert len(said) == 3 and said[0] == said[1] and said[0].startswith("Loss, training: first 1 at 0, last 20 at 19")
+    assert said[2].startswith("Gradient norm: first 1 at 0, last 1 at 18")
     assert "not drawn" not in page
-    assert len(curve(picture_of(page, "Gradient norm"))) == 10
 
 
 @pytest.mark.parametrize(
@@ -289,54 +272,45 @@ def test_bytes_are_shown_in_powers_of_1000(count, text):
     assert f'<td class="num">{text}</td>' in page and "powers of 1000" in page
 
 
-def test_bars_are_in_proportion():
-    entries = [{"name": name, "bytes": size, "note": ""} for name, size in (("a", 200), ("b", 50), ("c", 0))]
-    assert bars(render({"title": "x", "memory": entries})) == ["100.0", "25.0", "0.0"]
-
-
 def test_parameters_have_separators_and_shares():
-    page = render(full_run(parameters=[{"name": "a", "total": 1_000_000, "trainable": 2_500, "bits": 4.127}]))
+    page = render({"title": "x", "parameters": [{"name": "a", "total": 1_000_000, "trainable": 2_500, "bits": 4.127}]})
     cells = re.findall(r'<td class="num">(.*?)</td>', page[page.index("<h2>Parameters") :])
     assert cells[:4] == ["1,000,000", "2,500", "0.25 %", "4.127"]
     assert "<td" in render({"title": "x", "parameters": [{"name": "none", "total": 0, "trainable": 0, "bits": 0}]})
 
 
-def test_heat_map_has_one_named_cell_a_layer():
-    layers = [{"path": path, "ratio": 0.01 * number} for number, path in enumerate(PATHS, 1)]
-    layers.append({"path": "lm_head", "ratio": math.nan})
-    picture = picture_of(render({"title": "x", "layers": layers}), "Heat map")
-    cells = list(picture.iter("rect"))
-    tips = [f"{path}: {0.01 * number:.4g}" for number, path in enumerate(PATHS, 1)]
-    assert [cell.find("title").text for cell in cells] == [*tips, "lm_head: nan"]
-    assert len({(cell.get("x"), cell.get("y")) for cell in cells}) == 7
-    assert len({cell.get("y") for cell in cells}) == 3 and len({cell.get("x") for cell in cells}) == 4
-    assert cells[5].get("fill") == "#fee838" and cells[6].get("class") == "hole"  # the most, and the unknown
-    assert {"q_proj", "v_proj", "lm_head", "0", "1", "2", "0.03", "0.06"} <= set(labels(picture))
-
-
-def test_layers_that_would_share_a_cell_get_rows_of_their_own():
-    paths = [f"{side}.{index}.mlp.{expert}.up" for side in ("enc", "dec") for index in (0, 1) for expert in range(3)]
-    picture = picture_of(render({"title": "x", "layers": [{"path": p, "ratio": 0.1} for p in paths]}), "Heat map")
-    cells = list(picture.iter("rect"))
-    assert len({(cell.get("x"), cell.get("y")) for cell in cells}) == len(paths)
-    assert "enc.*.mlp.2.up" in labels(picture)
-    long = [
-        {"path": f"{side}.{index}.mlp.experts.{index}.gate_proj", "ratio": 0.1} for side in "ab" for index in (0, 1)
-    ]
-    names = labels(picture_of(render({"title": "x", "layers": long}), "Heat map"))[:4]
-    assert len(set(names)) == 4 and all("…" in name for name in names)
-
-
-def test_layers_without_an_index_are_bars():
-    layers = [{"path": "encoder.proj", "ratio": 0.04}, {"path": "w2v.head", "ratio": 0.01}]
+def test_the_extremes_and_the_outliers_of_the_layers_are_named():
+    layers = [{"path": f"model.layers.{index}.q", "ratio": 0.01 + 0.001 * index} for index in range(9)]
     page = render({"title": "x", "layers": layers})
-    assert "<svg" not in page and bars(page) == ["100.0", "25.0"]
-    assert "Most: encoder.proj (0.04). Least: w2v.head (0.01)." in page
+    assert "Most: model.layers.8.q (0.018). Least: model.layers.0.q (0.01)." in page and "Far beyond" not in page
+    page = render({"title": "x", "layers": [*layers, {"path": "model.layers.9.q", "ratio": 7.0}]})
+    assert "Far beyond the rest, and outside the scale of colours: model.layers.9.q." in page
+    bars = [{"path": path, "ratio": ratio} for path, ratio in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 99.0))]
+    page = render({"title": "x", "layers": bars})
+    assert "Most: d (99). Least: a (1)." in page and "Far beyond" not in page and len(svgs(page)) == 2
 
 
 def test_one_prompt_is_said_once_and_several_are_a_column():
-    page = render(full_run())
+    page = full_page()
     assert page.count("Who?") == 1 and "<th>prompt</th>" not in page and "answer 20" in page
     evals = [{"step": i, "loss": 1.0, "prompt": f"Who {i}?", "answer": None} for i in (1, 2)]
     page = render({"title": "x", "evals": evals})
     assert "<th>prompt</th>" in page and "<th>answer</th>" not in page
+
+
+# ---- side by side
+
+
+def test_a_comparison_has_bars_table_losses_and_settings():
+    rows = [Row("time (s)", ["1.5", "3.0", "2.00x"], [1.5, 3.0], "time"), Row("steps", ["4", "4", ""])]
+    losses = {"ours": [2.0, 1.0], "theirs": [2.0, math.nan]}
+    page = as_page("t", "s", [], ["ours", "theirs", "ratio"], rows, ["a note"], losses, {"r": 8})
+    parse(page)
+    said = [picture.get("aria-label") for picture in svgs(page)]
+    assert said[0] == said[1] == "Bars: time (s) 1.5 and 3.0 and 2.00x"
+    assert said[2].startswith("Loss by optimizer step. ours: first 2 at 1, last 1 at 2") and said[3] == said[2]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Side by side", "The same losses", "Settings"]
+    for text in ("1.5", "2.00x", "steps", "a note"):
+        assert f">{text}<" in page
+    alone = as_page("t", "s", [], ["one"], rows[1:], [])
+    assert "<svg" not in alone and "The same losses" not in alone and "Settings" not in alone

@@ -27,6 +27,7 @@ from minilora.store.load import (
     save_adapter,
     saved_config,
 )
+from tests.compare import same
 
 A0 = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 C0 = A0.replace("lora_A", "lora_C")
@@ -43,12 +44,6 @@ def tensors_of(folder):
 
 def config_of(folder):
     return json.loads((folder / CONFIG_FILE).read_text())
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(
-        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
-    )
 
 
 ROUND_TRIPS = {

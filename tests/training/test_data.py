@@ -11,11 +11,8 @@ import torch
 from minilora import MiniLoraError
 from minilora.errors import DataError
 from minilora.training.data import IGNORED, Encoded, collate, encode, encode_all, micro_batches, read_jsonl, split
+from tests.models import CHATML
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # As templates of reasoning models do: what was thought in earlier turns is taken out again.
 FORGETS = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -26,22 +23,16 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 
 
 @pytest.fixture(scope="module")
-def make_tokenizer():
+def make_tokenizer(byte_tokenizer):
     """``make_tokenizer(template, **special tokens)``: one token a byte, so that what is supervised can be read back exactly."""
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    from tokenizers.processors import TemplateProcessing
 
-    def make(template=CHATML, **special):
-        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = tokenizers.decoders.ByteLevel()
-        special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"} | special
-        backend.add_special_tokens(["<added>"])  # as Llama's start token: what a template renders must not get it again
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<added> $A", special_tokens=[("<added>", backend.token_to_id("<added>"))]
-        )
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", **special)
-        tokenizer.chat_template = template
+    def make(*arguments, **special):
+        tokenizer = byte_tokenizer(*arguments, **special)
+        # As Llama's start token: what a template renders must not get it again.
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<added>"]})
+        added = [("<added>", tokenizer.convert_tokens_to_ids("<added>"))]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<added> $A", special_tokens=added)
         return tokenizer
 
     return make

@@ -23,14 +23,6 @@ PAD, LAYERS = 63, ["q_proj", "up_proj"]
 GOOD = [Encoded((1, 2, 3, 4), (IGNORED, 2, 3, 4)), Encoded((5, 6, 7), (IGNORED, IGNORED, 7))]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def adapted(make_llama, randomize):
     def make(random=False, **fields):

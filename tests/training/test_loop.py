@@ -4,12 +4,11 @@ import dataclasses
 import itertools
 import json
 import math
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import minilora
 import minilora.training.loop as loop
@@ -20,6 +19,7 @@ from minilora.training.loop import TrainConfig, train
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import memory_mb
 from minilora.training.schedule import learning_rate
+from tests.models import Words
 
 PAD = 63
 STEP_KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "rss_mb", "seconds"}
@@ -40,17 +40,7 @@ BATCHES = {
 }
 
 
-class Plain(nn.Module):
-    """A language model that knows nothing of ``logits_to_keep`` or ``use_cache``."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed, self.mid, self.head = nn.Embedding(64, 16), nn.Linear(16, 24), nn.Linear(24, 64)
-
-    def forward(self, input_ids, attention_mask):
-        hidden = self.embed(input_ids).cumsum(1) / 4 * attention_mask.unsqueeze(-1)
-        return SimpleNamespace(logits=self.head(torch.tanh(self.mid(hidden))))
+PLAIN = partial(Words, vocabulary=64, width=16, inner=24)  # no transformers, and the vocabulary of the examples
 
 
 def loss_by_the_book(model, batch):
@@ -58,15 +48,6 @@ def loss_by_the_book(model, batch):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     rows = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     return rows[batch["labels"][:, 1:] != IGNORED]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread, and wait for it long when another process has its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -168,7 +149,7 @@ def test_the_rate_rises_to_the_peak_and_falls_without_reaching_zero(steps, warmu
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("keeps", [True, False], ids=["logits_to_keep", "all logits"])
 def test_token_losses_are_those_of_the_full_logits(adapted, randomize, keeps, name):
-    model = randomize(adapted()) if keeps else Plain()
+    model = randomize(adapted()) if keeps else PLAIN()
     batch = collate(BATCHES[name], PAD)
     losses, wanted = token_losses(model, batch), loss_by_the_book(model, batch)
     assert losses.dtype == torch.float32 and losses.dim() == 1
@@ -226,7 +207,7 @@ def test_cutting_a_batch_in_pieces_changes_nothing(adapted, tmp_path, monkeypatc
         if not plain:
             return adapted()
         torch.manual_seed(5)
-        return inject(Plain(), LoraConfig(r=4, lora_alpha=12, target_modules=["mid", "head"]))
+        return inject(PLAIN(), LoraConfig(r=4, lora_alpha=12, target_modules=["mid", "head"]))
 
     # The same four examples in the same order, however they are cut.
     def in_order(examples, batch_size, seed, start=0):
@@ -458,8 +439,8 @@ def test_gradient_checkpointing_asks_by_the_name_that_stays(adapted, tmp_path):
 
 
 def test_gradient_checkpointing_needs_a_model_that_can(tmp_path):
-    model = inject(Plain(), LoraConfig(r=2, target_modules=["mid"]))
-    with pytest.raises(StateError, match="Plain cannot checkpoint its activations"):
+    model = inject(PLAIN(), LoraConfig(r=2, target_modules=["mid"]))
+    with pytest.raises(StateError, match="Words cannot checkpoint its activations"):
         run(model, tmp_path, gradient_checkpointing=True)
 
 

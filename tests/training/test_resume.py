@@ -12,11 +12,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 import minilora
 import minilora.training.loop as loop
@@ -26,24 +24,9 @@ from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraE
 from minilora.training.data import IGNORED, Encoded
 from minilora.training.loop import TrainConfig, train
 from minilora.training.resume import newest
+from tests.models import Words
 
 PAD = 40
-
-
-class Words(nn.Module):
-    """A language model of three layers, none square, with a bias and without transformers."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.embed, self.mid, self.head = nn.Embedding(41, 12), nn.Linear(12, 20), nn.Linear(20, 41)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-    def forward(self, input_ids, attention_mask):
-        hidden = self.embed(input_ids).cumsum(1) / 4 * attention_mask.unsqueeze(-1)
-        return SimpleNamespace(logits=self.head(torch.tanh(self.mid(hidden))))
 
 
 def examples(count, seed=0):
@@ -58,14 +41,6 @@ def examples(count, seed=0):
 EXAMPLES = examples(7)
 LORA = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.2, "target_modules": ["mid", "head"]}
 FIELDS = {"steps": 9, "batch_size": 2, "accumulate": 2, "lr": 0.02, "warmup": 0.2, "weight_decay": 0.1, "seed": 3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +88,6 @@ def as_if_killed_after(step, whole, folder):
 def whole(tmp_path_factory):
     """A run that nothing disturbs, with a checkpoint of every step: ``(folder, records)``."""
     folder = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)
     return folder, run(fresh(), folder, evaluation=EXAMPLES[:2], save_every=1, keep_checkpoints=99, eval_every=2)
 
 

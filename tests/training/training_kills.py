@@ -17,6 +17,7 @@ from minilora import LoraConfig, inject
 from minilora.files.disk import Disk
 from minilora.training.data import IGNORED, Encoded
 from minilora.training.loop import TrainConfig, train
+from tests.models import Words
 
 CALLS = ("append", "flush", "make_folder", "copy_mode", "link", "rename", "exchange", "unlink", "remove_folder")
 FILES = ("adapter_model.safetensors", "adapter_config.json", "minilora.json")
@@ -59,21 +60,6 @@ for _name in CALLS:
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Words(torch.nn.Module):
-    """A language model of two layers, with a bias."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = torch.nn.Embedding(30, 8), torch.nn.Linear(8, 30)
-
-    def forward(self, input_ids, attention_mask):
-        class Out:
-            logits = self.head(self.embed(input_ids).cumsum(1))
-
-        return Out
 
 
 def run(folder, disk, resume):

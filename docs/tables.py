@@ -1,0 +1,234 @@
+"""The tables and single figures of the documentation, made from ``benchmarks/results/*.csv``, so that a figure stands in one place.
+
+    python docs/tables.py        # writes the comparison into README.md again; do it after a benchmark has written its CSV file
+
+The pages of ``docs/`` ask for a table with ``{results} NAME`` and for one figure with ``{csv}`FILE | ROW | COLUMN```; ``site.py`` calls
+this file while the site is built. What no CSV file holds (kills, damaged files) is taken from the tables of ``docs/guarantees.md``.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+README = DOCS.parent / "README.md"
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """The rows of ``benchmarks/results/<name>.csv``."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def find(name: str, what: str, setting: str = "") -> Row:
+    """The one row that begins with ``what`` and whose setting begins with ``setting``. Raises ``LookupError`` with the closest names."""
+    rows = read(name)
+    first = next(iter(rows[0]))
+    found = [row for row in rows if row[first] == what and row.get("setting", "").startswith(setting)]
+    if len(found) != 1:
+        close = difflib.get_close_matches(what, [row[first] for row in rows], cutoff=0.3)
+        raise LookupError(f"{name}.csv has {len(found)} rows {what!r} {setting!r}; wanted one; close are {close}")
+    return found[0]
+
+
+def three_digits(value: float) -> str:
+    """``value`` with three significant digits and no exponent: 0.0451, 6.27, 455, 1,927."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def amount(value: str, unit: str) -> str:
+    """A CSV value with its unit, in seconds from 1,000 ms on."""
+    number = float(value)
+    return f"{three_digits(number / 1000)} s" if unit == "ms" and number >= 1000 else f"{three_digits(number)} {unit}"
+
+
+def figure(name: str, what: str, column: str, setting: str = "") -> str:
+    """One figure in words: ``ours`` and ``peer`` are medians of processor time (or MB), ``ratio`` is the factor between them."""
+    row = find(name, what, setting)
+    if column in ("ours", "peer", "floor", "peer floor"):
+        return amount(row[f"{column} cpu median"], row["unit"])
+    if column == "ratio":
+        return three_digits(float(row["ratio cpu"])).rstrip(".")
+    return three_digits(float(row[column]))
+
+
+def over_floor(name: str, what: str, side: str) -> str:
+    """By how many percent a step takes longer than that of the frozen model."""
+    row = find(name, what)
+    floor = "floor" if side == "ours" else "peer floor"
+    return f"{100 * (float(row[f'{side} cpu median']) / float(row[f'{floor} cpu median']) - 1):.0f} %"
+
+
+def lowered(name: str, base: str, what: str, column: str) -> str:
+    """By how many percent ``column`` is lower in row ``what`` than in row ``base``."""
+    return f"{100 * (1 - float(find(name, what)[column]) / float(find(name, base)[column])):.0f} %"
+
+
+# ---- whole tables
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; columns of figures stand to the right."""
+    numeric = [all(row[i][:1].isdigit() or not row[i] for row in rows) for i in range(len(heads))]
+    lines = [heads, ["---:" if right else "---" for right in numeric], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed(name: str) -> str:
+    """The comparisons of one run of ``benchmarks/cpu.py``, and what it ran on."""
+    lines = read(name)
+    heads = ["what", "minilora", "PEFT / bitsandbytes", "ratio (wall)", "goal"]
+    return f"{machine(lines[0])}\n\n{markdown(heads, [compared(line) for line in lines])}"
+
+
+def compared(line: Row) -> list[str]:
+    """One comparison: both sides in processor time with their range, the ratio, and whether the goal was reached."""
+    said = f"{line['what']} ({line['setting']}"
+    if line["kind"] == "overhead":
+        said += f"; frozen {line['floor cpu median']} / {line['peer floor cpu median']} ms"
+    sides = []
+    for side in ("ours", "peer"):
+        middle, low, high = (three_digits(float(line[f"{side} cpu {end}"])) for end in ("median", "min", "max"))
+        sides.append(f"{middle} {line['unit']} ({low}-{high})")
+    goal = line["goal"].replace(">=", "≥").replace("<=", "≤") + ("" if line["reached"] == "True" else ", missed")
+    return [f"{said})", *sides, f"{line['ratio cpu']} ({line['ratio wall']})", goal]
+
+
+def machine(row: Row) -> str:
+    """What a CSV file says about the machine and the versions of its run."""
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
+    bf16 = "with" if row["bf16 products"] == "True" else "without"
+    threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    return f"Measured at commit {row['commit']} on {row['cpu']}, {bf16} bf16 products, {threads}; {versions}."
+
+
+def formats() -> str:
+    """A format a line: its bits, its error on normal weights, and each model's KL with its range."""
+    models, rows = ("byte model", "SmolLM2-135M"), []
+    for row in read("formats"):
+        kl = [[float(row[f"{model} KL{end}"]) for end in ("", " min", " max")] for model in models]
+        cells = [f"{middle:.4f} ({low:.4f}-{high:.4f})" for middle, low, high in kl]
+        rows.append([row["format"], f"{float(row['bits']):.3f}", f"{float(row['rmse_normal']):.4f}", *cells])
+    return markdown(["format", "bits", "RMSE, N(0,1)", *(f"KL, {model} (range)" for model in models)], rows)
+
+
+def loading() -> str:
+    """Memory of loading a model into NF4, MiB above the start."""
+    rows = []
+    for row in read("loading"):
+        end, peak = float(row["end"]), float(row["peak"])
+        rows.append(
+            [
+                row["way"].replace("double_quant", "double quantization"),
+                f"{end:.0f}",
+                f"{peak:.0f}",
+                f"{peak / end:.2f}",
+                row["seconds"],
+            ]
+        )
+    return markdown(["", "in memory after (MiB)", "peak (MiB)", "peak / after", "seconds"], rows)
+
+
+def kernels(triton: str) -> str:
+    """What one version of Triton compiled: registers / KB of shared memory / instructions, a line for each launch."""
+    lines = [row for row in read("kernels") if row["triton"] == triton]
+    archs = list(dict.fromkeys(row["arch"] for row in lines))
+    cell = {(row["launch"], row["arch"]): f"{row['registers']} / {row['shared_kb']} / {row['length']}" for row in lines}
+    launches = dict.fromkeys(row["launch"] for row in lines)
+    return markdown(["launch", *archs], [[name, *(cell.get((name, arch), "") for arch in archs)] for name in launches])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu": lambda: speed("cpu"),
+    "cpu, two threads": lambda: speed("cpu_2_threads"),
+    "cpu, without bf16": lambda: speed("cpu_no_bf16"),
+    "formats": formats,
+    "loading": loading,
+    **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
+}
+
+
+# ---- the comparison in the README
+
+
+def guaranteed(about: str, column: str) -> str:
+    """The cell of the table of ``docs/guarantees.md`` whose row begins with ``about``, under the head ``column``."""
+    heads: list[str] = []
+    for line in (DOCS / "guarantees.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if column in cells:
+            heads = cells
+        elif cells and heads and cells[0].startswith(about):
+            return cells[heads.index(column)]
+    raise LookupError(f"docs/guarantees.md has no row {about!r} under {column!r}")
+
+
+def comparison() -> str:
+    """Why not PEFT + bitsandbytes: ten rows, each figure from where it was written down, the better one in bold."""
+
+    def cpu(what: str, setting: str = "", name: str = "cpu") -> list[str]:
+        row = find(name, what, setting)
+        return best(
+            [(float(row[f"{side} cpu median"]), figure(name, what, side, setting)) for side in ("peer", "ours")]
+        )
+
+    def kl(*names: str) -> list[str]:
+        found = [float(find("formats", name)["SmolLM2-135M KL"]) for name in names]
+        return best([(value, three_digits(value)) for value in found])
+
+    def load(*ways: str) -> list[str]:
+        rows = [find("loading", way) for way in ways]
+        said = [f"{row['seconds']} s, at most {float(row['peak']):.0f} MiB" for row in rows]
+        return best([(float(row["seconds"]), words) for row, words in zip(rows, said, strict=True)])
+
+    def kept(about: str) -> list[str]:
+        said = [guaranteed(about, column) for column in ("PEFT and transformers", "minilora")]
+        return best([(int(words.split(" of ")[0]), words) for words in said])
+
+    decode = "dequantize, bit-exact, into a kept buffer"
+    layers = find("cpu", "QLoRA step, fp32")["setting"].split(", ")[1]  # "12 of 30 layers"
+    few = find("cpu_no_bf16", "LoRA step, bf16")["setting"].split(", ")[1]
+    rows = [
+        [f"a QLoRA step of SmolLM2 in fp32 ({layers})", *cpu("QLoRA step, fp32")],
+        [
+            f"a LoRA step in bf16 ({few}), on a processor without bf16 instructions",
+            *cpu("LoRA step, bf16", name="cpu_no_bf16"),
+        ],
+        ["decoding a 4-bit weight of 4096 × 4096", *cpu(decode, "4096x4096")],
+        ["decoding a 4-bit weight of 576 × 576", *cpu(decode, "576x576")],
+        ["memory that the first QLoRA step adds to the loaded model", *cpu("peak memory of a QLoRA step")],
+        ["loading a bf16 model of 406 million weights into NF4", *load("bitsandbytes", "minilora")],
+        [
+            "error of SmolLM2 in 4.127 bits per weight (KL divergence)",
+            *kl("NF4, double quantization", "NF4, weighted, signed"),
+        ],
+        ["switching between two adapters of 224 layers", *cpu("switching adapters")],
+        ["a save that is killed: the adapter is lost or mixed", *kept("A save that is killed")],
+        ["a flipped bit in an adapter's files: it is loaded all the same", *kept("A damaged adapter")],
+    ]
+    return markdown(["what", "PEFT + bitsandbytes", "minilora"], rows)
+
+
+def best(sides: Sequence[tuple[float, str]]) -> list[str]:
+    """The words of each side, the smallest value's in bold unless another one comes within 5 % of it."""
+    smallest, second = sorted(value for value, _ in sides)[:2]
+    clear = second > 1.05 * smallest
+    return [f"**{words}**" if clear and value == smallest else words for value, words in sides]
+
+
+def with_comparison(text: str) -> str:
+    """The README's text with the comparison between its two marks."""
+    before, _, rest = text.partition("<!-- comparison -->\n")
+    _, found, after = rest.partition("<!-- end of comparison -->")
+    if not found:
+        raise LookupError("README.md has no <!-- comparison --> and <!-- end of comparison -->")
+    return f"{before}<!-- comparison -->\n{comparison()}\n<!-- end of comparison -->{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_comparison(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,145 @@
+"""Flags as data: what each is called, takes, means and defaults to. Those of a config are read from its dataclass and its docstring.
+
+So a help text stands once, beside the field, and a default can be no other than the field's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+__all__ = ["Flag", "add_flags", "fields_of", "flag_of"]
+
+# What stands for a value in the help, where the kind of it (N, X, TEXT) would say too little.
+_METAVARS = {
+    "model": "NAME", "target": "PROGRAM", "bias": "WORD", "scale": "WORD", "expect_sha256": "DIGEST",
+    "data": "FILE", "config": "FILE", "calibration": "FILE", "html": "FILE", "out": "FOLDER", "adapter": "FOLDER",
+    "target_modules": "LAYER", "exclude_modules": "LAYER", "modules_to_save": "MODULE",
+}  # fmt: skip
+_KINDS = {int: "N", float: "X"}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Args:
+        name: the attribute of the parsed arguments, and the key in TOML.
+        kind: bool, int, float, str, or list for several texts.
+        default: what holds if the flag is not given.
+        about: what it means, with its unit.
+        choices: the words that it may be, for the help alone.
+        required: whether there is no default.
+        spelt: the flag as it is written, if not ``--name`` with dashes.
+        check: turns the text that was given into the value; None takes ``kind``.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    about: str
+    choices: tuple[str, ...] = ()
+    required: bool = False
+    spelt: str = ""
+    check: Any = None
+
+    @property
+    def flag(self) -> str:
+        """As it is written on the command line."""
+        return self.spelt or flag_of(self.name)
+
+    @property
+    def help(self) -> str:
+        """The text with choices and default."""
+        default = "required" if self.required else f"default: {_shown(self.default)}"
+        choices = f"{', '.join(self.choices)}; " if self.choices else ""
+        return f"{self.about} ({choices}{default})".replace("%", "%%")
+
+
+def flag_of(name: str) -> str:
+    """``lora_alpha`` to ``--lora-alpha``."""
+    return "--" + name.replace("_", "-")
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, (list, tuple)):
+        return " ".join(default) or "none"
+    return "none" if default is None else str(default)
+
+
+def add_flags(parser: argparse.ArgumentParser, group: str, flags: Iterable[Flag], unset: bool = False) -> None:
+    """Put flags into the group of this name (model, data, adapter, training, generation, output) of a command.
+
+    Args:
+        unset: what is not given is None and not the default, and nothing is missing: a file may have it.
+    """
+    titled = next((known for known in parser._action_groups if known.title == group), None)
+    target = titled or parser.add_argument_group(group)
+    for flag in flags:
+        options: dict[str, Any] = {"dest": flag.name, "default": None if unset else flag.default}
+        if flag.kind is bool:
+            options |= {"action": argparse.BooleanOptionalAction}
+        else:
+            metavar = _METAVARS.get(flag.name) or ("WORD" if flag.choices else _KINDS.get(flag.kind, "TEXT"))
+            options |= {"metavar": metavar, "required": flag.required and not unset}
+            options |= {"nargs": "+"} if flag.kind is list else {"type": flag.check or flag.kind}
+        target.add_argument(
+            flag.flag, **options
+        ).help = flag.help  # set later: some versions of argparse add a default of their own
+
+
+def fields_of(cls: type, names: Iterable[str] | None = None, **changed: Any) -> dict[str, Flag]:
+    """The fields of a dataclass as flags by name, with the texts of its docstring.
+
+    Args:
+        names: those that are wanted, in this order; None for all whose values the command line can give.
+        changed: defaults that the command line has instead.
+    """
+    hints, abouts = get_type_hints(cls), _abouts(cls)
+    flags = {}
+    for entry in dataclasses.fields(cls):
+        kind = _kind_of(hints[entry.name])
+        default = changed.get(entry.name, entry.default)
+        required = default is dataclasses.MISSING
+        if kind is not None:
+            about = abouts.get(entry.name, "")
+            flags[entry.name] = Flag(entry.name, kind, None if required else default, about, required=required)
+    return flags if names is None else {name: flags[name] for name in names}
+
+
+def _kind_of(hint: Any) -> type | None:
+    """How a field is given: a bool, number or text, a list for what takes several names, None for what is no flag (a config)."""
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if any(dataclasses.is_dataclass(kind) for kind in kinds):
+        return None
+    return next((kind for kind in (bool, float, int) if kind in kinds), str if kinds == (str,) else list)
+
+
+_ENTRY = re.compile(r"^ {8}(\w+(?:, \w+)*): (.+(?:\n {9,}\S.*)*)", re.M)
+
+
+def _abouts(cls: type) -> dict[str, str]:
+    """What the ``Args`` of a dataclass and of those under it say of each field (nothing under ``python -OO``, which drops docstrings)."""
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__):
+        text = (part.__doc__ or "").partition("Args:")[2].partition("\n\n")[0]
+        for names, about in _ENTRY.findall(text):
+            found |= dict.fromkeys(names.split(", "), about)
+    return {name: _plain(about, found) for name, about in found.items()}
+
+
+def _plain(about: str, fields: Iterable[str]) -> str:
+    """A text of a docstring as one line for a terminal; a field named in it becomes the flag."""
+    known = set(fields)
+
+    def replace(quoted: re.Match[str]) -> str:
+        return flag_of(quoted[1]) if quoted[1] in known else quoted[1]
+
+    return re.sub(r"``(.+?)``", replace, " ".join(about.split())).removesuffix(".")

@@ -1,0 +1,35 @@
+"""``minilora merge``: an adapter folded into its model, saved as an ordinary transformers folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from minilora.cli.adapters import add_adapter_flags, trust_of
+from minilora.cli.flags import add_flags, fields_of
+from minilora.cli.folders import DTYPE, check_dtype, new_folder
+from minilora.hf.job import Job
+
+USAGE = "--model NAME --adapter FOLDER --out FOLDER [options]"
+EXAMPLES = """\
+  minilora merge --model smollm2 --adapter runs/mine --out runs/merged
+  minilora merge --model ./llama --adapter runs/mine --out runs/merged --dtype bfloat16"""
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """What ``minilora merge`` takes."""
+    add_flags(parser, "model", fields_of(Job, ("model",)).values())
+    add_adapter_flags(parser, required=True)
+    merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
+    add_flags(parser, "output", [new_folder("merged model"), merged])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Merge in fp32, save, and say how much of the update survived."""
+    check_dtype(arguments)
+    from minilora.hf.finetune import DTYPES
+    from minilora.hf.merge import merge_to_folder
+
+    dtype = DTYPES[arguments.dtype]
+    place = merge_to_folder(arguments.model, arguments.adapter, arguments.out, dtype, **trust_of(arguments))
+    print(f"merged model in {place}")

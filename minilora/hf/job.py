@@ -1,0 +1,79 @@
+"""What a fine-tuning job is asked to do: ``Job``, and the words that its fields take. Nothing here needs torch or transformers.
+
+The texts under ``Args``, one line a field, are also what ``minilora train --help`` shows. Next file: ``hf/finetune.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from minilora.errors import ConfigError
+from minilora.files import validate
+from minilora.lora.config import LoraConfig
+from minilora.lora.targets import check_form
+from minilora.quant.codebooks import CODEBOOKS
+from minilora.training.schedule import TrainConfig
+
+__all__ = ["DTYPE_NAMES", "QUANT_CHOICES", "Job"]
+
+QUANT_CHOICES = ("none", *CODEBOOKS)
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to fine-tune, on what, and how.
+
+    Args:
+        model: hub id, local folder, or "smollm2".
+        data: JSONL file; each line has "messages", "prompt" and "completion", or "text".
+        out: run folder, made if it is not there.
+        quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
+        double_quant: keep the scales of packed weights in 8 bits (4.127 instead of 4.5 bits per weight with nf4).
+        dtype: number format of the weights that are not packed.
+        max_length: tokens that an example may have; the rest is cut off and counted.
+        eval_share: share of the examples that is held out for evaluation, in [0, 1).
+        prompts: texts that are asked before and after training, for the report.
+        max_new_tokens: tokens that an answer to a prompt may have.
+        resume: go on with the run that lies in ``out``, to the same bits.
+        overwrite: remove the run that lies in ``out``, and begin anew.
+        lora: what to adapt.
+        training: how to train.
+
+    Raises:
+        ConfigError: a value that cannot be meant, by name.
+    """
+
+    model: str
+    data: str
+    out: str
+    quant: str = "nf4"
+    double_quant: bool = True
+    dtype: str = "float32"
+    max_length: int = 512
+    eval_share: float = 0.1
+    prompts: Sequence[str] = ()
+    max_new_tokens: int = 48
+    resume: bool = False
+    overwrite: bool = False
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+        for name in ("model", "data", "out"):
+            validate.text(name, getattr(self, name))
+        for name in ("max_length", "max_new_tokens"):
+            validate.whole(name, getattr(self, name), 2)
+        for name in ("double_quant", "resume", "overwrite"):
+            validate.flag(name, getattr(self, name))
+        validate.number("eval_share", self.eval_share, 0, 1)
+        validate.texts("prompts", self.prompts)
+        for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
+        for name in ("target_modules", "exclude_modules"):
+            check_form(getattr(self.lora, name), name)

@@ -1,0 +1,186 @@
+"""The public names: imported when they are asked for, known to mypy, and with every variant registered whoever asks."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import minilora
+import minilora.hf
+from minilora import LoraConfig, inject, save_adapter
+from minilora.lazy import lazy_names
+
+ROOT = Path(minilora.__file__).parents[1]
+PACKAGES = [minilora, minilora.hf]
+
+
+def child(source, *words):
+    """What a fresh interpreter prints; a warning is an error in it."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def in_stub(package):
+    """``{name: module}`` of the stub beside a package's ``__init__``."""
+    tree = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    for node in imports:
+        assert all(alias.name == alias.asname for alias in node.names), "without 'as' a name of a stub is not public"
+    return {alias.name: node.module for node in imports for alias in node.names}
+
+
+def in_init(package):
+    """``{name: module}`` of the table in a package's ``__init__``."""
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    (table,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    modules = ast.literal_eval(table)
+    return {name: module for module, names in modules.items() for name in names}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_the_stub_has_the_same_names(package):
+    assert in_stub(package) == in_init(package)
+    assert sorted(in_init(package)) == package.__all__
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "module"),
+    [(package, name, module) for package in PACKAGES for name, module in in_init(package).items()],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_each_name_is_what_its_module_defines(package, name, module):
+    if module.startswith("minilora.hf"):
+        pytest.importorskip("transformers")
+    assert getattr(package, name) is getattr(importlib.import_module(module), name)
+    assert name in dir(package) and package.__dict__[name] is getattr(package, name)
+
+
+def test_an_import_costs_nothing_before_a_name_is_asked_for():
+    printed = child("""
+        import sys
+        import minilora, minilora.hf
+        from minilora import LoraConfig, MiniLoraError, QuantConfig, errors
+        LoraConfig(r=4, lora_alpha=8), QuantConfig("nf4")
+        assert not {"torch", "numpy", "transformers"} & set(sys.modules), "a config needs no torch"
+        assert minilora.files.validate and minilora.errors is errors and "inject" in dir(minilora)
+        from minilora import *
+        print("torch" in sys.modules, "transformers" in sys.modules, quantize.__module__)
+    """)
+    assert printed == "True False minilora.quant.blockwise\n"
+
+
+@pytest.mark.parametrize("name", ["Inject", "_private", "__wrapped__", "lora_", "hf.load"])
+def test_an_unknown_name_is_an_attribute_error(name):
+    with pytest.raises(AttributeError, match=f"module 'minilora' has no attribute '{name}'") as caught:
+        getattr(minilora, name)
+    assert caught.value.name == name and caught.value.obj is minilora  # from which Python says "Did you mean"
+    with pytest.raises(ImportError, match="cannot import name"):
+        exec(f"from minilora import {name.partition('.')[0].replace('hf', 'hf_')}")
+
+
+def test_a_name_is_looked_up_once(monkeypatch):
+    package = type(sys)("package_of_this_test")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    package.__getattr__, package.__dir__, package.__all__ = lazy_names(package.__name__, {"math": ("pi", "e")})
+    assert package.__all__ == ["e", "pi"] and {"e", "pi", "__name__"} <= set(dir(package))
+    assert package.pi == 3.141592653589793 and vars(package)["pi"] == package.pi and "e" not in vars(package)
+
+
+# ---- variants are there, whichever door one comes in by
+
+VARIANTS = ["dora", "loftq", "lora", "lora_fa", "olora", "orthogonal", "pissa", "vera"]
+FIELDS = {
+    "dora": {"use_dora": True},
+    **{name: {"init_lora_weights": name} for name in ("loftq", "olora", "orthogonal", "pissa")},
+}
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
+
+
+@pytest.mark.parametrize(
+    "door",
+    [
+        "from minilora import inject",
+        "from minilora.lora.inject import inject",
+        "from minilora.peft_model import get_peft_model; inject = lambda m, c, variant: get_peft_model(m, c, variant=variant)",
+    ],
+)
+def test_every_variant_can_be_injected(door):
+    printed = child(f"""
+        {door}
+        from minilora.lora.config import LoraConfig
+        from torch import nn
+        for name in {VARIANTS}:
+            fields = {FIELDS}.get(name, dict())
+            model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
+            inject(model, LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], **fields), variant=name)
+            print(type(model[0]).__module__)
+    """)
+    assert [line.rpartition(".")[2] for line in printed.splitlines()] == [
+        name.replace("lora", "layer") if name == "lora" else name for name in VARIANTS
+    ]
+
+
+@pytest.mark.parametrize("door", ["minilora.store.load", "minilora.peft_model"])
+def test_every_variant_can_be_loaded(tmp_path, door):
+    wanted = []
+    for name in VARIANTS:
+        model = make()
+        config = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], **FIELDS.get(name, {}))
+        inject(model, config, variant=None if name in FIELDS else name)
+        save_adapter(model, tmp_path / name)
+        wanted.append(type(model[0]).__name__)
+    call = "lambda m, f: PeftModel.from_pretrained(m, f)" if door.endswith("peft_model") else "load_adapter"
+    names = "PeftModel" if door.endswith("peft_model") else "load_adapter"
+    printed = child(
+        f"""
+        import sys
+        from {door} import {names}
+        import torch
+        from torch import nn
+        load = {call}
+        for name in {VARIANTS}:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
+            load(model, sys.argv[1] + "/" + name)
+            print(type(model[0]).__name__)
+    """,
+        str(tmp_path),
+    )
+    assert printed.split() == wanted
+
+
+def test_a_variant_of_your_own_cannot_take_a_name_of_ours():
+    """``register`` comes with all variants, so a name is refused where it is taken and not at the first ``inject``."""
+    printed = child("""
+        from minilora import LoRALinear, register
+        from minilora.errors import ConfigError
+        try:
+            @register("vera")
+            class Mine(LoRALinear):
+                pass
+        except ConfigError as error:
+            print(error)
+    """)
+    assert printed == "variant name 'vera' is taken by VeRALinear; register yours under another name\n"
+
+
+def test_the_quantizer_is_known_to_transformers_once_its_config_is():
+    pytest.importorskip("transformers")
+    printed = child("""
+        from minilora.hf import NF4Config
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        print(NF4Config().quant_method in AUTO_QUANTIZER_MAPPING)
+    """)
+    assert printed == "True\n"
