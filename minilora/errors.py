@@ -7,6 +7,7 @@ type that code written for PEFT or torch would have caught. Next file to read: `
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -22,10 +23,13 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "WriteError",
+    "for_terminal",
     "nearest",
     "printable",
 ]
 
+# Control characters (escape sequences begin with one), and marks that turn the direction of text.
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LONGEST = 1200  # signs of a message
 
 
@@ -47,6 +51,11 @@ class MiniLoraError(Exception):
 def printable(text: str) -> str:
     """The text with every sign that is no letter, figure, mark or space written as Python writes it: ``\\n``, ``\\x1b``."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def for_terminal(text: str) -> str:
+    """Text of a model or a file as a terminal may get it: line ends, tabs and all letters stay; what steers a terminal is written out."""
+    return _STEERS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class ConfigError(MiniLoraError, ValueError):

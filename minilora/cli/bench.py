@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 from typing import Any
 
 from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.say import say
 from minilora.cli.trial import add_job_flags, check_page, settings_of, title_of, write_page
 from minilora.hf.trials import BenchJob
 
@@ -37,13 +37,13 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.measure.bench import agreement, as_rows
     from minilora.report.tables import as_markdown, as_text
 
-    sides, missing = run_job(job, lambda line: print(line, file=sys.stderr, flush=True))
+    sides, missing = run_job(job, lambda line: say(line, error=True))
     _, words = agreement(sides, job.dtype)
     columns, rows = as_rows(sides, job.batch * job.seq)
     table = as_markdown(columns, rows) if arguments.markdown else as_text(columns, rows)
     counted = f"{len(sides[0].timed)} steps timed for each library, in turns; the first of each run is not counted."
     notes = [*filter(None, [words, counted, *missing, _versions(sides)])]
-    print(f"{title_of(job)}\n\n{table}\n\n" + "\n".join(notes))
+    say(f"{title_of(job)}\n\n{table}\n\n" + "\n".join(notes))
     if arguments.html:
         _write(arguments.html, job, sides, columns, rows, notes)
 

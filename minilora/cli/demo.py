@@ -6,6 +6,7 @@ import argparse
 
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
+from minilora.cli.say import say
 from minilora.demo import DATA, in_voice, prompts
 from minilora.hf.job import Job
 from minilora.lora.config import LoraConfig
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the demo, and count how many answers open in the keeper's voice."""
     outcome = run_job(job(arguments.out, arguments.seed, arguments.steps, arguments.resume))
     voices = [in_voice([pair[side] for pair in outcome.answers]) for side in ("before", "after")]
-    print(
+    say(
         f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"
     )
 

@@ -8,6 +8,7 @@ from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags
 from minilora.cli.folders import new_folder
 from minilora.cli.parser import one_of
+from minilora.cli.say import say
 from minilora.store.programs import TARGETS
 
 USAGE = "--adapter FOLDER --for PROGRAM --out FOLDER [options]"
@@ -42,4 +43,4 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)
     hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
-    print(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
+    say(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")

@@ -7,6 +7,7 @@ import dataclasses
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.hf.job import QUANT_CHOICES, Job
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
         said = answers(model, tokenizer, [prompt], arguments.max_new_tokens, arguments.temperature)[0]
-        print(f"> {prompt}\n{said}\n" if len(arguments.prompt) > 1 else said)
+        say(f"> {prompt}\n{said}\n" if len(arguments.prompt) > 1 else said)
 
 
 def _check(arguments: argparse.Namespace) -> None:

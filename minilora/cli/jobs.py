@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from minilora.cli.say import say
+
 
 def run_job(job: Any) -> Any:
     """The outcome of ``fine_tune(job)``, after its answers, losses and files have been printed."""
@@ -13,13 +15,13 @@ def run_job(job: Any) -> Any:
     with Progress(job.training.steps) as progress:
         outcome = fine_tune(job, progress.say, progress.watch)
     for pair in outcome.answers:
-        print(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
+        say(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
     losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size
     change = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in " if losses else ""
     peak = f", peak {outcome.peak_mb / 1000:.2f} GB" if outcome.peak_mb else ""
     spent = f"{sum(outcome.seconds.values()):.0f} s in all{peak}"
-    print(f"\n{change}{len(losses)} steps; {spent}; adapter of {size / 1e6:.1f} MB")
-    print(
+    say(f"\n{change}{len(losses)} steps; {spent}; adapter of {size / 1e6:.1f} MB")
+    say(
         f"{outcome.folder}: adapter_model.safetensors, adapter_config.json, log.jsonl; open {outcome.folder / 'report.html'}"
     )
     return outcome

@@ -8,6 +8,7 @@ import dataclasses
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import add_flags, fields_of
 from minilora.cli.folders import DTYPE, check_dtype, new_folder
+from minilora.cli.say import say
 from minilora.hf.job import Job
 
 USAGE = "--model NAME --adapter FOLDER --out FOLDER [options]"
@@ -32,4 +33,4 @@ def run(arguments: argparse.Namespace) -> None:
 
     dtype = DTYPES[arguments.dtype]
     place = merge_to_folder(arguments.model, arguments.adapter, arguments.out, dtype, **trust_of(arguments))
-    print(f"merged model in {place}")
+    say(f"merged model in {place}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.say import say
 from minilora.cli.trial import add_job_flags, check_page, settings_of, title_of, write_page
 from minilora.hf.trials import PlanJob
 
@@ -37,14 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
     found = None
     if arguments.measure:
         weights = "" if has_weights(job.model) else " (random weights: the folder has none)"
-        print(
-            f"predicted {guess.peak / 1e6:,.0f} MB; doing two real steps beside{weights}", file=sys.stderr, flush=True
-        )
+        say(f"predicted {guess.peak / 1e6:,.0f} MB; doing two real steps beside{weights}", error=True)
         found = measured_in_worker(job)
     columns, rows = as_rows(guess, found)
-    print(f"{title_of(job)}\n\n{as_text(columns, rows)}\n")
+    say(f"{title_of(job)}\n\n{as_text(columns, rows)}\n")
     notes = _notes(job, guess, found, dense)
-    print("\n".join(notes))
+    say("\n".join(notes))
     if arguments.html:
         tiles = [{"label": "predicted peak", "value": f"{guess.peak / 1e6:,.0f} MB"}]
         if found:

@@ -7,6 +7,7 @@ import dataclasses
 
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.folders import DTYPE, check_dtype, new_folder
+from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.hf.job import Job
 from minilora.quant.codebooks import ON_DISK
@@ -44,4 +45,4 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.hf.quantize import quantize_to_folder
 
     kept = quantize_to_folder(arguments.model, arguments.out, config, arguments.calibration, DTYPES[arguments.dtype])
-    print(f"packed model in {arguments.out}: {kept / 1e6:.0f} MB; use it as --model {arguments.out}")
+    say(f"packed model in {arguments.out}: {kept / 1e6:.0f} MB; use it as --model {arguments.out}")

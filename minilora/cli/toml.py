@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from minilora.cli.spelling import closest
 from minilora.errors import ConfigError
+from minilora.files import disk
 
 __all__ = ["REGEX_FLAGS", "read_toml"]
 
+_LONGEST = 1_000_000  # bytes
 REGEX_FLAGS = (
     "target_modules",
     "exclude_modules",
@@ -20,11 +23,11 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
     import tomllib
 
     try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(_text(path))
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not TOML, not UTF-8, a number of 5,000 digits, or nested without end
         raise ConfigError(f"{path}: not TOML ({error}); wanted lines such as steps = 60") from None
     for name, value in content.items():
         if name not in known:
@@ -32,6 +35,19 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         if not (_is_kind(value, known[name]) or (name in REGEX_FLAGS and isinstance(value, str))):
             raise ConfigError(f"{path}: {name} = {value!r}; wanted {_KIND_WORDS[known[name]]}")
     return content
+
+
+def _text(path: str) -> str:
+    """The file's text. A pipe, a device and what is larger than any settings are refused, and never waited for."""
+    try:
+        with closing(disk.used.open(path)) as file:
+            if file.size > _LONGEST:
+                raise ConfigError(
+                    f"{path}: {file.size:,} bytes; at most {_LONGEST:,} are read; wanted lines such as steps = 60"
+                )
+            return file.read().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --config") from None
 
 
 _KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.hf.job import DTYPE_NAMES, QUANT_CHOICES
 from minilora.hf.trials import PlanJob
@@ -65,4 +66,4 @@ def write_page(
     place = Path(file)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_file(place, as_page(title, subtitle, tiles, columns, rows, notes, losses, settings))
-    print(f"\n{place}: open it in a browser")
+    say(f"\n{place}: open it in a browser")

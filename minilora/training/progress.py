@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from minilora.errors import for_terminal
+
 __all__ = ["Progress"]
 
 _PLAIN_EVERY = 5.0  # seconds between lines when piped
@@ -57,7 +59,8 @@ class Progress:
             self.say(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
 
     def say(self, line: str) -> None:
-        """One line above the bar, or a plain line."""
+        """One line above the bar, or a plain line; what a model or a file says in it steers no terminal."""
+        line = for_terminal(line)
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, emoji=False)
         else:

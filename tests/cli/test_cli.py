@@ -933,3 +933,47 @@ def test_a_process_of_its_own_says_nothing_on_standard_error(trained, model_fold
 def test_settings_of_a_job_are_frozen(job):
     with pytest.raises(dataclasses.FrozenInstanceError):
         job(*BASIC).steps = 3
+
+
+# ---- what files, models and paths say
+
+
+def test_nothing_in_the_command_line_prints_past_the_one_way():
+    folder = Path(minilora.__file__).parent / "cli"
+    found = {path.stem for path in folder.glob("*.py") if re.search(r"\bprint\(", path.read_text(encoding="utf-8"))}
+    assert found == {"__init__", "say"}  # __init__ prints errors, which are printable already
+
+
+def test_what_is_said_steers_no_terminal(capsys):
+    from minilora.cli.say import say
+
+    hostile = "a\x1b[2J\x07\x9b31m\u202eb\r\ttab\nline \u3000wide 👩\u200d🚀 é"
+    shown = "a\\x1b[2J\\x07\\x9b31m\\u202eb\\r\ttab\nline \u3000wide 👩\u200d🚀 é\n"
+    say(hostile)
+    say(hostile, error=True)
+    with Progress(3) as progress:
+        progress.say(hostile)
+    said = capsys.readouterr()
+    assert said.out == shown * 2 and said.err == shown
+
+
+@pytest.mark.parametrize(
+    "content", ["a = " + "[" * 100_000, "a = " + "9" * 10_000, "x" * 2_000_000, "\x00", "steps = 1\nsteps = 2"]
+)
+def test_settings_of_any_content_are_refused_in_one_line(tmp_path, capsys, content):
+    (tmp_path / "job.toml").write_text(content)
+    assert main(["train", "--config", str(tmp_path / "job.toml")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "job.toml" in said and len(said) < 1500
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zero", "folder", "missing"])
+def test_settings_that_are_no_file_are_refused_and_not_waited_for(tmp_path, capsys, kind):
+    place = tmp_path / "job.toml"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    path = "/dev/zero" if kind == "zero" else str(place)
+    assert main(["train", "--config", path]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -1,0 +1,14 @@
+"""The one way in which a command prints: what a model or a file says reaches the terminal as text, and never steers it."""
+
+from __future__ import annotations
+
+import sys
+
+from minilora.errors import for_terminal
+
+__all__ = ["say"]
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a text and a line end at once, to standard output, or to standard error."""
+    print(for_terminal(text), file=sys.stderr if error else sys.stdout, flush=True)
