@@ -1,6 +1,6 @@
 """How fast is minilora on this processor, beside the installed peft and bitsandbytes? Every figure of both comes from one run.
 
-    python benchmarks/cpu.py [--quick] [--rows quantize "lora step fp32"] [--threads 1 2] [--readme]
+    python benchmarks/cpu.py [--quick] [--rows quantize "lora step fp32"] [--threads 1 2]
 
 Variants take turns in one process, so that a busy machine slows all alike; each is measured in processor time and in wall time, median,
 minimum and maximum of five rounds or more. Steps start from the same weights (through one adapter file) and their losses are compared
@@ -25,7 +25,7 @@ from cpu_latency import rows_import, rows_latency
 from cpu_memory import rows_memory, rows_saved
 from cpu_steps import rows_step
 from record import RESULTS, stamp, write_csv
-from tables import cpu_table, into_readme
+from tables import cpu_table
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "quantize": rows_quantize,
@@ -50,7 +50,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", default=str(RESULTS / "cpu.csv"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -73,8 +72,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {name}: {time.monotonic() - began:.0f} s", flush=True)
     write_csv(arguments.out, lines, marks)
     table = f"{', '.join(f'{key} {value}' for key, value in marks.items())}.\n\n{cpu_table(lines)}"
-    if arguments.readme:
-        into_readme("cpu", table)
     print(f"\n{table}\n\n{arguments.out}")
 
 

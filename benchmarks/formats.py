@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from record import RESULTS, stamp, write_csv
-from tables import formats_table, into_readme
+from tables import formats_table
 
 import minilora
 from minilora.qlora.quantize_model import quantizable_paths
@@ -184,12 +184,9 @@ def main(argv: list[str] | None = None) -> None:
         "--quick", action="store_true", help="fewer tokens, one offset: minutes instead of half an hour"
     )
     parser.add_argument("--out", default=str(RESULTS / "formats.csv"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     arguments = parser.parse_args(argv)
     table = run(arguments.quick)
     write_csv(arguments.out, table, stamp("transformers"))
-    if arguments.readme:
-        into_readme("formats", formats_table(table))
     print(f"\n{formats_table(table)}\n\n{arguments.out}")
 
 

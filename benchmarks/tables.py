@@ -1,11 +1,8 @@
-"""The tables of the README, as Markdown made from the lines of the CSV files; ``--readme`` puts them into their place."""
+"""What a benchmark prints: the lines of its CSV file as a Markdown table. The tables of the docs are made by ``docs/tables.py``."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from record import ROOT
 
 
 def cpu_table(lines: list[dict[str, Any]]) -> str:
@@ -39,13 +36,3 @@ def formats_table(table: list[dict[str, Any]]) -> str:
         cells = [f"{row[f'{n} KL']:.4f} ({row[f'{n} KL min']:.4f}-{row[f'{n} KL max']:.4f})" for n in names]
         lines.append(f"| {row['format']} | {row['bits']:.3f} | {row['rmse_normal']:.4f} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
-
-
-def into_readme(name: str, table: str, readme: Path = ROOT / "README.md") -> None:
-    """Put a table between ``<!-- name -->`` and ``<!-- /name -->``. Raises ``ValueError`` if the README has no such place."""
-    text = readme.read_text(encoding="utf-8")
-    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(first) != 1 or text.count(last) != 1:
-        raise ValueError(f"{readme}: wanted one {first} and one {last}")
-    before, rest = text.split(first)
-    readme.write_text(f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}", encoding="utf-8")

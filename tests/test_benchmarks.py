@@ -18,23 +18,6 @@ def benchmark(monkeypatch):
     return lambda name: runpy.run_path(str(BENCHMARKS / f"{name}.py"))
 
 
-def test_a_table_takes_the_place_of_the_old_one(benchmark, tmp_path):
-    into_readme = benchmark("tables")["into_readme"]
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- cpu -->\nold\n<!-- /cpu -->\nafter\n")
-    for table in ("| new |", "| newer |"):
-        into_readme("cpu", table, readme)
-        assert readme.read_text() == f"before\n<!-- cpu -->\n{table}\n<!-- /cpu -->\nafter\n"
-    with pytest.raises(ValueError, match="wanted one <!-- gpu --> and one <!-- /gpu -->"):
-        into_readme("gpu", "| x |", readme)
-
-
-@pytest.mark.parametrize("name", ["cpu", "formats"])
-def test_the_readme_has_a_place_for_each_table(name):
-    text = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
-
-
 def test_what_a_row_says(benchmark):
     comparison = benchmark("comparison")
     row, sample = comparison["Row"], lambda *values: comparison["Sample"](list(values), [2 * value for value in values])
