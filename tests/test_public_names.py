@@ -15,6 +15,7 @@ import minilora
 import minilora.hf
 from minilora import LoraConfig, inject, save_adapter
 from minilora.lazy import lazy_names
+from minilora.lora.adapter import VARIANTS
 
 ROOT = Path(minilora.__file__).parents[1]
 PACKAGES = [minilora, minilora.hf]
@@ -23,7 +24,7 @@ PACKAGES = [minilora, minilora.hf]
 def child(source, *words):
     """What a fresh interpreter prints; a warning is an error in it."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source), *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -96,69 +97,55 @@ def test_a_name_is_looked_up_once(monkeypatch):
 
 # ---- variants are there, whichever door one comes in by
 
-VARIANTS = ["dora", "loftq", "lora", "lora_fa", "olora", "orthogonal", "pissa", "vera"]
+KINDS = ["dora", "loftq", "lora", "lora_fa", "olora", "orthogonal", "pissa", "vera"]
 FIELDS = {
     "dora": {"use_dora": True},
     **{name: {"init_lora_weights": name} for name in ("loftq", "olora", "orthogonal", "pissa")},
 }
+MODEL = "torch.manual_seed(0); model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Linear(20, 6))"
 
 
-def make(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
+def test_no_variant_is_forgotten_here():
+    assert sorted(name for name, kind in VARIANTS.items() if kind.__module__.startswith("minilora.")) == KINDS
 
 
 @pytest.mark.parametrize(
-    "door",
-    [
-        "from minilora import inject",
-        "from minilora.lora.inject import inject",
-        "from minilora.peft_model import get_peft_model; inject = lambda m, c, variant: get_peft_model(m, c, variant=variant)",
-    ],
+    ("module", "inject"),
+    [("minilora", "inject"), ("minilora.lora.inject", "inject"), ("minilora.peft_model", "get_peft_model")],
 )
-def test_every_variant_can_be_injected(door):
+def test_every_variant_can_be_injected(module, inject):
     printed = child(f"""
-        {door}
-        from minilora.lora.config import LoraConfig
-        from torch import nn
-        for name in {VARIANTS}:
-            fields = {FIELDS}.get(name, dict())
-            model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
-            inject(model, LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], **fields), variant=name)
-            print(type(model[0]).__module__)
-    """)
-    assert [line.rpartition(".")[2] for line in printed.splitlines()] == [
-        name.replace("lora", "layer") if name == "lora" else name for name in VARIANTS
-    ]
-
-
-@pytest.mark.parametrize("door", ["minilora.store.load", "minilora.peft_model"])
-def test_every_variant_can_be_loaded(tmp_path, door):
-    wanted = []
-    for name in VARIANTS:
-        model = make()
-        config = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], **FIELDS.get(name, {}))
-        inject(model, config, variant=None if name in FIELDS else name)
-        save_adapter(model, tmp_path / name)
-        wanted.append(type(model[0]).__name__)
-    call = "lambda m, f: PeftModel.from_pretrained(m, f)" if door.endswith("peft_model") else "load_adapter"
-    names = "PeftModel" if door.endswith("peft_model") else "load_adapter"
-    printed = child(
-        f"""
-        import sys
-        from {door} import {names}
+        import {module} as room
         import torch
-        from torch import nn
-        load = {call}
-        for name in {VARIANTS}:
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
-            load(model, sys.argv[1] + "/" + name)
+        from minilora.lora.config import LoraConfig
+        for name in {KINDS}:
+            {MODEL}
+            config = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], **{FIELDS}.get(name, dict()))
+            room.{inject}(model, config, variant=name)
             print(type(model[0]).__name__)
-    """,
-        str(tmp_path),
-    )
-    assert printed.split() == wanted
+    """)
+    assert printed.split() == [VARIANTS[name].__name__ for name in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("module", "load"), [("minilora.store.load", "load_adapter"), ("minilora.peft_model", "PeftModel.from_pretrained")]
+)
+def test_every_variant_can_be_loaded(tmp_path, module, load):
+    for name in KINDS:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 6))
+        config = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], **FIELDS.get(name, {}))
+        save_adapter(inject(model, config, variant=name), tmp_path / name)
+    source = f"""
+        import sys
+        import {module} as room
+        import torch
+        for name in {KINDS}:
+            {MODEL}
+            room.{load}(model, sys.argv[1] + "/" + name)
+            print(type(model[0]).__name__)
+    """
+    assert child(source, str(tmp_path)).split() == [VARIANTS[name].__name__ for name in KINDS]
 
 
 def test_a_variant_of_your_own_cannot_take_a_name_of_ours():

@@ -27,8 +27,9 @@ COMMANDS = {
     "export": "write an adapter for vLLM, llama.cpp or MLX",
 }
 _ENDS = """\
-A first run: minilora demo. Flags of a command: minilora COMMAND --help.
-Exit codes: 0 done, 1 the work failed, 2 the input was wrong, 130 and 143 interrupted by Ctrl-C or SIGTERM."""
+A first run: minilora demo. The flags of a command: minilora COMMAND --help.
+Exit codes: 0 done, 1 the work failed, 2 the input was wrong, 130 and 143 ended
+by Ctrl-C and SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

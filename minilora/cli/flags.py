@@ -90,9 +90,8 @@ def add_flags(parser: argparse.ArgumentParser, group: str, flags: Iterable[Flag]
             metavar = _METAVARS.get(flag.name) or ("WORD" if flag.choices else _KINDS.get(flag.kind, "TEXT"))
             options |= {"metavar": metavar, "required": flag.required and not unset}
             options |= {"nargs": "+"} if flag.kind is list else {"type": flag.check or flag.kind}
-        target.add_argument(
-            flag.flag, **options
-        ).help = flag.help  # set later: some versions of argparse add a default of their own
+        action = target.add_argument(flag.flag, **options)
+        action.help = flag.help  # not before: some versions of argparse would add the default of a switch to it
 
 
 def fields_of(cls: type, names: Iterable[str] | None = None, **changed: Any) -> dict[str, Flag]:

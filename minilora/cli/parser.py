@@ -77,6 +77,9 @@ class Parser(argparse.ArgumentParser):
             if owners:
                 verb = next((word for word in words if word in owners), owners[0])
                 raise ConfigError(f"{flag}: comes after the command; write {self.prog} {verb} {flag}")
+            for alone in self._get_positional_actions():
+                if flag.strip("-").removesuffix("s") == alone.dest:
+                    raise ConfigError(f"{flag}: unknown flag; a {alone.dest} stands without one, in quotes")
             known = [name for name in self._option_string_actions if name.startswith("--")]
             raise ConfigError(
                 f"{flag}: unknown flag; the closest are {closest(flag, known)}; {self.prog} --help shows all of them"

@@ -126,6 +126,10 @@ def test_version(capsys):
         (["train", "--lora_alpha", "1"], "--lora_alpha: unknown flag; the closest are '--lora-alpha'"),
         (["train", "--output_dir", "x"], "--output_dir: unknown flag; the closest are '--out'"),
         (["--model", "m", "generate", "hi"], "--model: comes after the command; write minilora generate --model"),
+        (
+            ["generate", "--model", "m", "--prompt", "hi"],
+            "--prompt: unknown flag; a prompt stands without one, in quotes",
+        ),
         (["--steps=3"], "--steps: comes after the command; write minilora demo --steps"),
         (["fine-tune"], "command 'fine-tune' is unknown; the closest are 'train', all are demo, train"),
         (["generate", "--modle", "m", "hi"], "--modle: unknown flag; the closest are '--model'"),

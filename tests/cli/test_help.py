@@ -134,7 +134,7 @@ def test_the_help_is_readable(name):
     usage, _, rest = text.partition("\n\n")
     assert usage.startswith(f"usage: minilora {name}".rstrip()) and usage.count("\n") == 0 and len(usage) < 100
     body = rest.partition("\nexamples:\n")[0]
-    assert all(len(line) <= 80 for line in body.splitlines() if "Exit codes" not in line)
+    assert all(len(line) <= 80 for line in body.splitlines())
     words = " ".join(body.split()).replace("in Python also None", "")
     assert "``" not in text and "None" not in words and "%" not in text
     assert not re.search(r"all-\n", text)
@@ -243,6 +243,6 @@ def test_without_docstrings_the_commands_work():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0 and not done.stderr and "(default: 60)" in done.stdout

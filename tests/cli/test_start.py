@@ -26,7 +26,7 @@ def child(*words, **environment):
         if name not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
     }
     more = {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *words], env=kept | more, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *words], env=kept | more, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
