@@ -29,7 +29,7 @@ except ImportError:  # pragma: no cover: Windows
 
 __all__ = ["allow", "bounded"]
 
-SECONDS = 10  # of processor time, for one rendering
+SECONDS = 5  # of processor time, for one rendering
 MEMORY = 2_000_000_000  # bytes
 LONGEST = 64_000_000  # letters of one result
 _Work = Callable[[Any], Any]
@@ -90,6 +90,7 @@ def _serve(work: _Work, items: Iterable[Any], read: int, write: int) -> None:  #
         with os.fdopen(write, "wb") as results:
             for item in items:
                 results.write(_answer(work, item))
+                results.flush()
         code = 0
     except BaseException:
         pass

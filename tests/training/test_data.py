@@ -36,7 +36,9 @@ def make_tokenizer():
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
         special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"} | special
-        backend.add_special_tokens(["<added>", "<|im_end|>"])  # as Llama's start token: what a template renders must not get it again
+        backend.add_special_tokens(
+            ["<added>", "<|im_end|>"]
+        )  # as Llama's start token: what a template renders must not get it again
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=puts, special_tokens=[(name, backend.token_to_id(name)) for name in ("<added>", "<|im_end|>")]
         )
@@ -324,7 +326,11 @@ def test_prompt_and_completion_are_one_exchange(tokenizer):
 def test_prompt_and_completion_without_a_template(make_tokenizer, bos):
     """The start token is the tokenizer's own, whatever it calls its start token; the end token comes once, and is learnt."""
     tokenizer = make_tokenizer(None, bos_token=bos)
-    for prompt, completion in (("2+2=", "4"), ("2+2=", "4<|im_end|>"), ("<added>2+2=" if bos == "<added>" else "2+2=", "4")):
+    for prompt, completion in (
+        ("2+2=", "4"),
+        ("2+2=", "4<|im_end|>"),
+        ("<added>2+2=" if bos == "<added>" else "2+2=", "4"),
+    ):
         example = encode({"prompt": prompt, "completion": completion}, tokenizer, 512)
         assert said(example, tokenizer) == [("<added>2+2=", False), ("4<|im_end|>", True)]
 
