@@ -7,7 +7,7 @@ Next file: ``training/data.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.errors import DataError
@@ -160,7 +160,7 @@ def _layouts(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iter
     most = max_length * max(map(len, tokenizer.get_vocab()))
     done = 0
     try:
-        for found in bounded(lambda record: asdict(_laid_out(record, tokenizer, ends, most)), chats):
+        for found in bounded(lambda record: vars(_laid_out(record, tokenizer, ends, most)), chats):
             done += 1
             yield Layout(**found)
     except DataError as error:
@@ -169,10 +169,11 @@ def _layouts(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iter
 
 def _laid_out(record: Record, tokenizer: Any, ends: Sequence[str], most: int) -> Layout:
     """The layout of a record. Arguments of tool calls are objects, or where the template fails over those, their text as JSON."""
-    talk, other = conversation(record), conversation(record, arguments_as_text=True)
+    talk = conversation(record)
     try:
         return lay_out(talk, Template(tokenizer, talk.options, ends), most)
     except DataError:
+        other = conversation(record, arguments_as_text=True)
         if talk == other:
             raise
     return lay_out(other, Template(tokenizer, other.options, ends), most)
