@@ -143,6 +143,7 @@ def _train_options() -> list[tuple[str, type, Any, str]]:
         "out": "run folder",
         "target_modules": "names, one regex, or all-linear",
         "prompts": "asked before and after, for the report",
+        "date": "the day that the chat template takes for today, as 2025-01-31",
         "quant": "none, or a format: nf4, nf3, int8 ...",
         "dtype": "float32, bfloat16 or float16",
         "resume": "go on with the run in --out, to the same bits",

@@ -17,6 +17,7 @@ import torch
 from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.files.write import write_file
+from minilora.hf.dates import check_date, date_of, dated
 from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
@@ -29,7 +30,7 @@ from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.config import QuantConfig
 from minilora.report.inspect import adapters_in, memory_table, parameter_table, spectrum, update_ratios
 from minilora.report.page import render
-from minilora.training.data import Encoded, encode_all, read_jsonl, split
+from minilora.training.data import Encoded, encode_all, read_jsonl, split, unused
 from minilora.training.guards import context_length
 from minilora.training.loop import TrainConfig, train
 from minilora.training.memory import memory_mb
@@ -53,6 +54,7 @@ class Job:
         eval_share: share of the data held out for evaluation, in [0, 1).
         resume: go on with the run that lies in ``out``, to the same bits. overwrite: remove it and begin anew.
         prompts: asked before and after training, for the report. max_new_tokens: of each answer.
+        date: the day that the chat template takes for today, as 2025-01-31; "" for today.
         lora, training: the configs.
 
     Raises:
@@ -69,6 +71,7 @@ class Job:
     eval_share: float = 0.1
     prompts: Sequence[str] = ()
     max_new_tokens: int = 48
+    date: str = ""
     resume: bool = False
     overwrite: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -86,6 +89,7 @@ class Job:
             validate.flag(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)
+        check_date(self.date)
         for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
@@ -123,7 +127,7 @@ def fine_tune(
     records = read_jsonl(job.data)
     match(skeleton(job.model), job.lora)  # a mistyped target shows now, before any weight is read
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
-    tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
+    tokenizer, model = dated(load_tokenizer(job.model), job.date), load_model(job.model, DTYPES[job.dtype])
     examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -139,6 +143,7 @@ def fine_tune(
 
     asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
     options: dict[str, Any] = {"resume": job.resume, "overwrite": job.overwrite, "say": say}
+    options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
     steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
     clock.lap("train")
     after = answers(model, tokenizer, job.prompts, job.max_new_tokens)
@@ -157,11 +162,13 @@ def _encoded(
     length = min(job.max_length, context or job.max_length)
     if length < job.max_length:
         say(f"max_length={job.max_length} is more than the context of {job.model}: {length} tokens are the most")
+    if passed := unused(records):
+        say(f"not used: {', '.join(f'{key!r} of {count} lines' for key, count in passed.most_common(5))}")
     learn, held = split(records, job.eval_share, job.training.seed)
-    examples = encode_all(learn, tokenizer, length)
+    examples = encode_all(learn, tokenizer, length, say)
     evaluation = encode_all(held, tokenizer, length) if held else []
     cut = sum(example.truncated for example in (*examples, *evaluation))
-    dropped = len(records) - len(examples) - len(evaluation)
+    dropped = len(records) - len({example.where for example in (*examples, *evaluation)})
     if cut or dropped:
         say(
             f"max_length={length}: {cut} examples lose their end, {dropped} are left out because nothing to learn is left of them"
