@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from minilora.errors import ConfigError
 from minilora.files import validate
+from minilora.hf.dates import check_date
 from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
 from minilora.quant.codebooks import CODEBOOKS
@@ -36,6 +37,7 @@ class Job:
         eval_share: share of the examples that is held out for evaluation, in [0, 1).
         prompts: texts that are asked before and after training, for the report.
         max_new_tokens: tokens that an answer to a prompt may have.
+        date: day that the chat template takes for today, as 2025-01-31; "" is the real today.
         resume: go on with the run that lies in ``out``, to the same bits.
         overwrite: remove the run that lies in ``out``, and begin anew.
         lora: what to adapt.
@@ -55,6 +57,7 @@ class Job:
     eval_share: float = 0.1
     prompts: Sequence[str] = ()
     max_new_tokens: int = 48
+    date: str = ""
     resume: bool = False
     overwrite: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -72,6 +75,7 @@ class Job:
             validate.flag(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)
+        check_date(self.date)
         for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")

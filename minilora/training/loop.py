@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,9 +26,10 @@ from minilora.store.load import save_adapter
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.data import Encoded, micro_batches
 from minilora.training.guards import check_adapter, check_examples
+from minilora.training.lock import held
 from minilora.training.losses import evaluate
 from minilora.training.memory import is_out_of_memory, memory_mb
-from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, restore
+from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.signals import Wish, caught
 from minilora.training.step import gradients, why_not_begun
@@ -49,6 +50,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
+    notes: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the active adapter in place; the finished one lies in ``folder``.
 
@@ -60,6 +62,7 @@ def train(
         sample: returns (prompt, answer), asked at every evaluation. watch: called with every record that is logged.
         resume: go on from the newest checkpoint that verifies, to the same bits (from the start if there is none yet).
         overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
+        notes: as ``resume.meaning``: what may be why the examples are others when the run is gone on with.
 
     Returns:
         The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds``, or ``step,
@@ -67,8 +70,8 @@ def train(
 
     Raises:
         StateError: something would not train, or not be saved, by name; or the first gradient is zero or not finite.
-        DataError: an example that cannot be used, by its place. CheckpointError: a run lies in the folder, or the checkpoint is
-        another run's. Nothing is left then.
+        DataError: an example that cannot be used, by its place. CheckpointError: a run lies in the folder or goes on in it, or the
+        checkpoint is another run's. Nothing is left then.
         TrainingError: ``max_skipped`` steps in a row were skipped. OutOfMemory: a step does not fit. Interrupted: by a signal. The last
         good state is saved then.
     """
@@ -77,14 +80,17 @@ def train(
     check_examples(model, examples, pad_id)
     if evaluation:
         check_examples(model, evaluation, pad_id, "evaluation")
-    run = _Run(model, named, examples, config, Path(folder), pad_id, evaluation, sample, watch, say)
-    if overwrite:
-        clear(run.folder)
-    run.start(resume)
-    with caught() as wish:
-        run.go(wish)
-    model.eval()
-    save_adapter(model, run.folder, run.adapter)
+    run = _Run(model, named, examples, config, Path(folder), pad_id, evaluation, sample, watch, say, notes or {})
+    with held(run.folder, say):
+        if overwrite:
+            clear(run.folder)
+        elif not resume:
+            refuse_left(run.folder)  # another run may have come and gone since
+        run.start(resume)
+        with caught() as wish:
+            run.go(wish)
+        model.eval()
+        save_adapter(model, run.folder, run.adapter)
     return run.records
 
 
@@ -108,6 +114,7 @@ class _Run:
     sample: Callable[[], tuple[str, str]] | None
     watch: Callable[[dict[str, Any]], None] | None
     say: Callable[[str], None]
+    notes: Mapping[str, str]
     step: int = 0
     good: int = 0
     saved: int = 0
@@ -123,7 +130,7 @@ class _Run:
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}
         bits = {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
-        self.meaning = meaning(self.model, self.adapter, schedule, data, bits)
+        self.meaning = meaning(self.model, self.adapter, schedule, data, bits, self.notes)
         self.begin = time.monotonic()
 
     def start(self, resume: bool) -> None:

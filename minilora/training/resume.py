@@ -24,8 +24,9 @@ from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
 from minilora.training.checkpoint import Checkpoint, own_checkpoints, read_checkpoint, steps
 from minilora.training.data import Encoded
+from minilora.training.lock import refuse_held
 
-__all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "restore"]
+__all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
 
 LOG_FILE = "log.jsonl"
 _LEFT = (LOG_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)  # what a run leaves beside its checkpoints
@@ -37,13 +38,19 @@ _KEYS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
 
 
 def claim(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ``CheckpointError`` if a run lies in the folder and nobody said what to do with it; nothing is changed."""
+    """Raise ``CheckpointError`` if a run goes on in the folder, or lies there and nobody said what to do with it; nothing is changed."""
     if resume and overwrite:
         raise ConfigError("resume and overwrite are both set; wanted one: go on with the run, or begin anew")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out={str(folder)!r} is a file; wanted a folder for the run")
-    left = _left(folder)
-    if left and not (resume or overwrite):
+    refuse_held(folder)
+    if not (resume or overwrite):
+        refuse_left(folder)
+
+
+def refuse_left(folder: Path) -> None:
+    """Raise ``CheckpointError`` if a run lies in the folder."""
+    if left := _left(folder):
         raise CheckpointError(
             f"{folder}: holds a run already ({left[0]}); go on with it by --resume (resume=True), replace it by --overwrite "
             "(overwrite=True), or choose another folder"
@@ -94,12 +101,14 @@ def meaning(
     training: Mapping[str, Any],
     data: Mapping[str, Sequence[Encoded]],
     bits: Mapping[str, Any],
+    notes: Mapping[str, str],
 ) -> dict[str, Any]:
     """What a run depends on, as JSON: change any of it, and it is another run.
 
     Args:
         name: of the adapter. training: settings that change a step. data: sets of examples by what they are for.
         bits: settings that change the order of its sums alone: another value is told, and allowed.
+        notes: what may be why the data are others: ``date``, the day that the chat template printed.
     """
     here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     here["device"] = next(model.parameters()).device.type
@@ -109,6 +118,7 @@ def meaning(
         "data": {what: _hash(examples) for what, examples in data.items()},
         "base": base_of(model, name),
         "bits": {**bits, **here},
+        "notes": dict(notes),
     }
     return json.loads(json.dumps(found))
 
@@ -126,10 +136,12 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
         keys = sorted(now[part].keys() | then[part].keys())
         if changed := [key for key in keys if now[part].get(key) != then[part].get(key)]:
             here, there = (_short(side[part].get(changed[0])) for side in (now, then))
+            cause = _cause(now["notes"], then.get("notes", {})) if part == "data" else ""
             raise CheckpointError(
-                f"{where}: another {words}: {changed[0]} is {here}, in the checkpoint {there}; set it back, or begin anew with --overwrite"
+                f"{where}: another {words}: {changed[0]} is {here}, in the checkpoint {there}; {cause}set it back, or begin anew with "
+                "--overwrite"
             )
-    if now["base"] != then["base"]:
+    if {key: now["base"].get(key) for key in then["base"]} != then["base"]:  # an older minilora remembered less
         raise CheckpointError(
             f"{where}: another base model: its weights, dtype or packing are not those of the checkpoint; load the same one, or begin "
             "anew with --overwrite"
@@ -139,6 +151,17 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
             say(
                 f"{key} is {value}, in the checkpoint {then['bits'].get(key)}: the same run, but its last bits may differ"
             )
+
+
+def _cause(now: Mapping[str, str], then: Mapping[str, str]) -> str:
+    """Why the data may be others, and the way out."""
+    if now.get("date") == then.get("date"):
+        return ""
+    was = then.get("date", "")
+    return (
+        f"the chat template prints the date, which is {now.get('date', 'another one')} now and was {was or 'another one'}: give --date "
+        f"{was or 'and the day on which the run began'} (date=...), or "
+    )
 
 
 def _short(value: Any) -> str:
