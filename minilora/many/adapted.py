@@ -188,7 +188,7 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
     """A weight that two layers share must change in both, or saving and reloading would give another model."""
     for path in folded:
         base = adapters.slots[path].base
-        others = [other for other in sharers(model, base.weight) if other not in folded]  # type: ignore[union-attr]
+        others = [other for other in sharers(model, base._parameters["weight"]) if other not in folded]  # type: ignore[union-attr]
         if others:
             raise StateError(
                 f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
@@ -196,12 +196,18 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
 
 
 def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
-    """Layers that shared a weight share the merged one (both hold the same update)."""
-    first: dict[int, nn.Module] = {}
+    """Layers that shared a weight share the merged one. Raises ``StateError`` where their updates make two of it."""
+    first: dict[int, str] = {}
     for path, layer in layers.items():
-        twin = first.setdefault(id(adapters.slots[path].base.weight), layer)  # type: ignore[union-attr]
-        if twin is not layer:
-            layer.weight = twin.weight
+        twin = first.setdefault(id(adapters.slots[path].base._parameters["weight"]), path)  # type: ignore[union-attr]
+        if twin == path:
+            continue
+        if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
+            raise StateError(
+                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call minilora.untie(model) "
+                "first, or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
+            )
+        layer._parameters["weight"] = layers[twin]._parameters["weight"]
 
 
 def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]) -> MergeReport:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.linear.layers import embed_scale
+from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import Adapters, Slot, adapters_of
 
@@ -93,8 +94,15 @@ class MixedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for models that look at its dtype."""
-        return self.base.weight  # type: ignore[return-value]
+        """For models that look at its dtype; one weight cannot be another one for every row, so nobody computes with it."""
+        stored: Tensor = self.base.weight  # type: ignore[assignment]
+        return shown_weight(_refuse_to_read, stored.shape, stored.dtype, stored.device)
+
+
+def _refuse_to_read() -> Tensor:
+    raise StateError(
+        "a layer's weight is read by its model and the layer not called, so it cannot differ from row to row; use set_adapter instead"
+    )
 
 
 def _low_rank(slot: Slot, name: str) -> tuple[Tensor, Tensor] | None:

@@ -55,7 +55,7 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
     state: dict[str, Any] = {
         "quant_type": kind,
         "blocksize": weight.blocksize,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": next((name for name, kind in _DTYPES.items() if kind == weight.dtype), "float32"),
         "shape": list(weight.shape),
     }
     tensors = {"": weight.packed.reshape(-1, 1), ".absmax": weight.absmax, ".quant_map": weight.book.table()}

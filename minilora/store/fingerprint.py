@@ -52,7 +52,7 @@ def _parameters_hash(model: nn.Module) -> str:
 
 def _sample(layer: nn.Module) -> list[str] | None:
     """``[dtype or "packed", values as hexadecimal little-endian fp32]``; None where the weight is not at hand."""
-    weight = layer.weight
+    weight = layer._parameters.get("weight")
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
     in_features, out_features = in_out_features(layer)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import dense_weight, product
+from minilora.linear.layers import compute_dtype, dense_weight, is_quantized, product
 from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
@@ -51,13 +51,13 @@ class DoRALinear(LoRALinear):
 
     def _base_dtype(self) -> torch.dtype:
         """What the innermost layer takes: its weight's dtype; a packed one takes fp32."""
-        return self.weight.dtype if self.weight.is_floating_point() else torch.float32
+        return torch.float32 if is_quantized(self.innermost) else compute_dtype(self.innermost)
 
     def forward(self, x: Tensor) -> Tensor:
         shown = self.base_layer(x)
         plain = self.innermost(x) if isinstance(self.base_layer, Adapter) else shown
-        if self.bias is not None:
-            plain = plain - self.bias.to(plain.dtype)
+        if (bias := self.innermost.bias) is not None:
+            plain = plain - bias.to(plain.dtype)  # type: ignore[operator,union-attr]
         ratio = (self.lora_magnitude_vector / self.row_norms()).to(plain.dtype)
         return shown + (ratio - 1) * plain + ratio * self.update(self.lora_dropout(x))
 

@@ -63,6 +63,6 @@ class TiedRows(Tied):
     def forward(self, x: Tensor) -> Tensor:
         source: TokenRows = self.source
         logits, rows = self.base_layer(x), x @ source.trainable_tokens_delta.to(x.dtype).T
-        if self.bias is not None:
-            rows = rows + self.bias[source.token_indices].to(rows.dtype)
+        if (bias := getattr(self.innermost, "bias", None)) is not None:
+            rows = rows + bias[source.token_indices].to(rows.dtype)
         return logits.index_copy(-1, source.token_indices, rows)
