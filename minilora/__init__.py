@@ -32,6 +32,7 @@ from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
 from minilora.store.export import export_adapter
 from minilora.store.load import load_adapter, save_adapter
+from minilora.training.check import check_adapter
 from minilora.training.optim import lora_plus_groups
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "add_weighted_adapter",
     "batch_adapters",
     "calibrate",
+    "check_adapter",
     "delete_adapter",
     "export_adapter",
     "get_peft_model",

@@ -7,16 +7,16 @@ else asks the three functions here and always gets ``[out, in]``. Next file: ``l
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import TargetError
+from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, flowing_dtype, is_transformed, product_dtype, quant_linear
-from minilora.linear.packed import QuantLinear, is_conv1d, rows_of, take_hooks
+from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_hooks
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -29,7 +29,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
 
 
-class Frozen(nn.Module):
+class Frozen(Front):
     """Put in front of the class of a dense layer (``in_front``): while its weight is frozen, a dtype that the processor cannot multiply
     is multiplied in fp32. Everything else goes its usual way.
     """
@@ -40,32 +40,24 @@ class Frozen(nn.Module):
             return super().forward(x)
         return lora_linear(x, frozen_weight(self), self.bias)  # type: ignore[arg-type]
 
-    def __reduce__(self) -> tuple:
-        return revive, (Frozen, type(self).__mro__[2]), self.__dict__
 
+class CastsBias(Front):
+    """Put in front of the class of a layer whose half-precision bias trains: it is kept in fp32, where small steps are not lost, and the
+    layer sees it in the dtype of its weight.
+    """
 
-@functools.cache
-def extended(front: Any, old: Any) -> Any:
-    """``old`` with ``front`` before it, under the old name, by which modules are looked up; the same class each time."""
-    return type(old.__name__, (front, old), {"__module__": old.__module__, "__doc__": old.__doc__})
-
-
-def revive(front: Any, old: Any) -> Any:
-    """An empty object of the extended class: copies and pickles find the class that was extended by its name, and start from here."""
-    new = extended(front, old)
-    return new.__new__(new)
-
-
-def is_on_top(front: type, module: nn.Module) -> bool:
-    """Whether an object's class is still the one that ``front`` was put before, and nobody has extended it since."""
-    return type(module).__mro__[1] is front  # (extended, front, the class it was, ...)
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as ``forward`` uses it."""
+        held, weight = self._parameters.get("bias"), self._parameters.get("weight")
+        return held if held is None or weight is None or held.dtype == weight.dtype else held.to(weight.dtype)
 
 
 def in_front(model: nn.Module) -> None:
     """Give dense frozen layers the class ``Frozen`` where that can help: on a CPU without bf16 products, or with an fp16 weight."""
     for layer in model.modules():
         if (type(layer) is nn.Linear or (is_conv1d(layer) and not isinstance(layer, Frozen))) and _is_slow(layer):
-            layer.__class__ = extended(Frozen, type(layer))  # type: ignore[arg-type]
+            put_in_front(layer, Frozen)
 
 
 def _is_slow(layer: nn.Module) -> bool:
@@ -74,10 +66,9 @@ def _is_slow(layer: nn.Module) -> bool:
 
 
 def take_back(model: nn.Module) -> None:
-    """Undo ``in_front``."""
+    """Undo ``in_front``, and take every other front of a layer away."""
     for layer in model.modules():
-        if is_on_top(Frozen, layer):
-            layer.__class__ = type(layer).__mro__[2]
+        take_from_front(layer, Frozen, CastsBias)
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:
@@ -133,8 +124,14 @@ def carries(layer: nn.Module, x: Tensor) -> bool:
         return False
     if isinstance(layer, QuantLinear):
         return type(layer).forward is QuantLinear.forward
-    known = type(layer).forward in _PRODUCTS or is_conv1d(layer)
-    return known and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+    return is_plain(layer) and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the ``forward`` of its class is known to be the product with the weight, and nothing else."""
+    return type(layer).forward in _PRODUCTS or (
+        is_conv1d(layer) and type(layer).__module__ == "transformers.pytorch_utils"
+    )
 
 
 def calls_only_forward(module: nn.Module) -> bool:
@@ -167,6 +164,12 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     """
     like = _dense_like(layer) if isinstance(layer, QuantLinear) else layer
     new = copy.copy(like)
+    for name in (
+        "forward",
+        "_old_forward",
+        "_hf_hook",
+    ):  # bound to the old object; accelerate's move tensors between devices
+        new.__dict__.pop(name, None)
     own = nn.Parameter(weight.t().contiguous() if is_conv1d(like) else weight, requires_grad=False)
     new._parameters = {**like._parameters, "weight": own}
     if bias is not None:
@@ -181,7 +184,7 @@ def _dense_like(layer: QuantLinear) -> nn.Module:
             *((layer.out_features, layer.in_features) if layer.conv1d else (layer.in_features, layer.out_features))
         )
     dense._parameters["bias"] = layer.bias
-    take_hooks(dense, layer)
+    take_hooks(dense, hooks_of(layer))
     return dense.train(layer.training)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,10 @@ from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
 
-__all__ = ["QuantLinear", "dtype_after", "is_conv1d", "rows_of", "take_hooks"]
+__all__ = ["QuantLinear", "dtype_after", "hooks_of", "is_conv1d", "rows_of", "take_hooks"]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")  # fmt: skip
+          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 _FORMAT = "_extra_state"  # what torch calls it in a state dict
 
 
@@ -73,7 +74,7 @@ class QuantLinear(nn.Module):
         """Quantize a ``Linear`` or ``Conv1D``; bias and hooks are carried over as they are. Arguments and errors as ``quantize``."""
         kind = type(layer) if is_conv1d(layer) else None
         packed = cls(quantize(rows_of(layer), config, name, importance), layer.bias, kind)  # type: ignore[arg-type]
-        take_hooks(packed, layer)
+        take_hooks(packed, hooks_of(layer))
         return packed
 
     @property
@@ -96,14 +97,18 @@ class QuantLinear(nn.Module):
         shape = torch.Size((self.out_features, self.in_features))
         if self.conv1d is None:
             return shown_weight(lambda: dequantize(self.quantized()), shape, self.dtype, codes.device, stored=True)
-        return shown_weight(lambda: dequantize(self.quantized()).t(), shape[::-1], self.dtype, codes.device, stored=True)
+        return shown_weight(
+            lambda: dequantize(self.quantized()).t(), shape[::-1], self.dtype, codes.device, stored=True
+        )
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a ``QuantizedTensor`` over the same memory."""
         codes = self._parameters["weight"]
         if codes is None or codes.dtype != torch.uint8:
             kind = "nothing" if codes is None else codes.dtype
-            raise QuantizationError(f"a packed layer holds {kind} where its uint8 codes were; something wrote over them, pack it again")
+            raise QuantizationError(
+                f"a packed layer holds {kind} where its uint8 codes were; something wrote over them, pack it again"
+            )
         absmax = self.absmax if self.double_quant else _floats(self.absmax)
         nested = None if self.nested_absmax is None else _floats(self.nested_absmax)
         offset = None if self.nested_offset is None else _floats(self.nested_offset)
@@ -151,7 +156,9 @@ def _refuse_other_format(path: str, said: Tensor, own: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError):
         other = ["a format that cannot be read"]
     if other:
-        raise QuantizationError(f"{path or 'weight'}: the state has {'; '.join(other)}; pack the model as the saved one was")
+        raise QuantizationError(
+            f"{path or 'weight'}: the state has {'; '.join(other)}; pack the model as the saved one was"
+        )
 
 
 def dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -159,9 +166,15 @@ def dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torc
     return fn(torch.empty(0, dtype=dtype, device=device)).dtype
 
 
-def take_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` the hooks of the layer whose place it takes: the same dictionaries, so that a handle still removes its hook."""
-    new.__dict__.update({name: old.__dict__[name] for name in _HOOKS if name in old.__dict__})
+def hooks_of(layer: nn.Module) -> dict[str, Any]:
+    """The dictionaries that hold the hooks on calls of this layer: the very objects, so that a handle still removes its hook."""
+    return {name: layer.__dict__[name] for name in _HOOKS}
+
+
+def take_hooks(new: nn.Module, hooks: dict[str, Any] | None) -> None:
+    """Give ``new`` the hooks of the layer whose place it takes; None for no hooks at all."""
+    own = hooks if hooks is not None else {name: OrderedDict() for name in _HOOKS}
+    new.__dict__.update(own, _is_full_backward_hook=True if own["_backward_hooks"] else None)
 
 
 def _stored(values: Tensor) -> nn.Parameter:

@@ -78,7 +78,9 @@ def shown_weight(
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return make()  # what is not used is left out of the graph
-    made: Any = torch.Tensor._make_wrapper_subclass(ShownWeight, shape, dtype=dtype, device=device, requires_grad=trains)  # type: ignore[attr-defined]
+    made: Any = torch.Tensor._make_wrapper_subclass(
+        ShownWeight, shape, dtype=dtype, device=device, requires_grad=trains
+    )  # type: ignore[attr-defined]
     made.make, made._is_param = make, stored
     return made
 
@@ -88,7 +90,17 @@ def _dense(weight: Any) -> Tensor:
         return weight.make()
 
 
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__set__"}
+_IN_PLACE = {
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__ifloordiv__",
+    "__imod__",
+    "__ipow__",
+    "__set__",
+}
 _SETTINGS = ("__set__", "requires_grad_", "resize_")  # change more than the numbers
 
 

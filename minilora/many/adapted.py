@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from minilora.errors import StateError
 from minilora.linear.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
 from minilora.lora.adapter import Adapter
+from minilora.lora.bases import refuse_to_replace
+from minilora.lora.copies import in_given_dtype
 from minilora.lora.slots import Adapters, Slot, adapters_of, detach, own_parameters
 from minilora.lora.tying import sharers
 from minilora.quant.config import QuantConfig
@@ -116,6 +118,8 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     adapters.check_stack([*adapters.active, *chosen], chosen)
     folded = {path: held for path, slot in adapters.slots.items() if (held := _adapters_at(slot, chosen))}
     _refuse_nonfinite(adapters, chosen)
+    for path in folded:
+        refuse_to_replace(path, adapters.slots[path].base)  # type: ignore[arg-type]
     layers: dict[str, nn.Module] = {}
     losses: dict[str, tuple[float, float]] = {}
     try:
@@ -240,6 +244,12 @@ def unload(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
     adapters.active = adapters.merged = adapters.merged if keep_merged else ()
     adapters.show()
+    for slot in adapters.slots.values():  # what trained whole stays, in the dtype that the model has
+        for value in (slot.kept[name] for name in adapters.merged if name in slot.kept):
+            if isinstance(value, nn.Parameter):
+                value.data = value.data.to(slot.base.dtype)  # type: ignore[arg-type]
+            else:
+                in_given_dtype(value)
     detach(model)
     return model
 

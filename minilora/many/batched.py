@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.linear.layers import embed_scale
+from minilora.linear.packed import take_hooks
 from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import Adapters, Slot, adapters_of
@@ -63,6 +64,7 @@ class MixedLayer(nn.Module):
         self.usual: nn.Module = getattr(slot.parent, slot.attr)
         self.base: nn.Module = slot.base  # type: ignore[assignment]
         self.is_table = isinstance(slot.base, nn.Embedding)
+        take_hooks(self, slot.hooks)
         self.scale = embed_scale(self.base)
         pairs = [_low_rank(slot, name) for name in names]
         known = next((pair for pair in pairs if pair is not None), None)
@@ -79,7 +81,7 @@ class MixedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = _rows.get()
         if rows is None:
-            return self.usual(x)
+            return self.usual.forward(x)  # its hooks are on this layer
         pick, base = rows.pick(x), self.base(x)
         if self.A is None:
             return base

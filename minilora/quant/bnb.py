@@ -66,7 +66,7 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
             "nested_offset": float(weight.nested_offset),
         }
         tensors |= {".nested_absmax": weight.nested_absmax, ".nested_quant_map": dynamic_map()}
-    tensors[f".{_STATE}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f".{_STATE}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
     return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -106,7 +106,7 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTens
         )
     if absmax.dtype != torch.uint8:
         raise CheckpointError(f"{name}.absmax: is {absmax.dtype} although its scales are nested; wanted uint8")
-    offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+    offset = torch.tensor([state["nested_offset"]], dtype=torch.float32, device="cpu")
     return QuantizedTensor(
         packed, absmax, shape, dtype, book, state["blocksize"], _finite(nested, name + ".nested_absmax"), offset
     )
