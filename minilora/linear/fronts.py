@@ -42,7 +42,8 @@ def revive(fronts: tuple, kind: Any) -> Any:
 def put_in_front(module: nn.Module, front: type[Front]) -> None:
     """Put ``front`` before the module's class; once."""
     if not isinstance(module, front):
-        module.__class__ = extended(front, type(module))
+        kind: Any = type(module)
+        module.__class__ = extended(front, kind)  # type: ignore[arg-type]
 
 
 def is_on_top(front: type[Front], module: nn.Module) -> bool:

@@ -55,7 +55,7 @@ def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None,
         )
     if not x.is_floating_point():
         raise QuantizationError(
-            f"x is {x.dtype}, wanted a floating dtype; a model that casts to the dtype of a packed parameter asks layer.weight.dtype instead"
+            f"x is {x.dtype}, wanted a floating dtype; to cast to what a packed layer computes in, ask layer.weight.dtype"
         )
     x = x.to(flowing_dtype(x))
     if is_transformed():

@@ -32,7 +32,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def rows_of(layer: nn.Module) -> Tensor:
     """The weight of a dense layer as ``[out, in]``, detached, over the same memory."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     return weight.t() if is_conv1d(layer) else weight
 
 

@@ -20,15 +20,16 @@ from minilora.errors import StateError
 
 __all__ = ["ShownWeight", "shown_weight"]
 
+_TENSOR: Any = Tensor
 _ASKED = {
-    getattr(Tensor, name).__get__
+    getattr(_TENSOR, name).__get__
     for name in (
         "dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda", "is_cpu", "is_sparse",
         "is_mps", "is_xpu", "is_nested", "is_quantized", "is_mkldnn", "itemsize",
     )
 } | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__,
      Tensor.get_device, Tensor.nelement, torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
-_ALONE = {Tensor.data.__get__, Tensor.detach}  # the same weight without its gradient
+_ALONE = {_TENSOR.data.__get__, Tensor.detach}  # the same weight without its gradient
 _POINTERS = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_, Tensor.set_}
 
 
@@ -51,14 +52,14 @@ class ShownWeight(Tensor):
             return f"ShownWeight({list(args[0].shape)}, {args[0].dtype})"
         if func in _POINTERS:
             raise StateError(
-                f"{getattr(func, '__name__', func)}: the weight of a packed or adapted layer has no memory of its own; merge or unpack the layer first"
+                f"{getattr(func, '__name__', func)}: a packed or adapted layer has no dense weight in memory; merge or unpack it first"
             )
         if _writes(func, args, kwargs):
             return _write(func, args, kwargs)
         return func(*tree_map_only(ShownWeight, _dense, args), **tree_map_only(ShownWeight, _dense, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """For what comes past Python's functions, from C++."""
         return func(*tree_map_only(ShownWeight, _dense, args), **tree_map_only(ShownWeight, _dense, kwargs or {}))
 
@@ -80,7 +81,7 @@ def shown_weight(
         return make()  # what is not used is left out of the graph
     made: Any = torch.Tensor._make_wrapper_subclass(
         ShownWeight, shape, dtype=dtype, device=device, requires_grad=trains
-    )  # type: ignore[attr-defined]
+    )
     made.make, made._is_param = make, stored
     return made
 
@@ -108,7 +109,8 @@ def _writes(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether this function would write into a shown weight: in place, which its name says, or as ``out``."""
     name, out = getattr(func, "__name__", ""), kwargs.get("out")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-    held = (*(args[:1] if in_place else ()), *(out if isinstance(out, (tuple, list)) else (out,)))
+    first = args[:1] or tuple(kwargs.values())[:1]  # nn.init names it
+    held = (*(first if in_place else ()), *(out if isinstance(out, (tuple, list)) else (out,)))
     return any(isinstance(each, ShownWeight) for each in held)
 
 

@@ -113,7 +113,7 @@ class Adapter(nn.Module, ABC):
             dropout = getattr(adapter, "lora_dropout", None)
             if dropout is not None and dropout.training and not isinstance(dropout, nn.Identity):
                 raise StateError(
-                    f"an adapted layer ({self.in_features} to {self.out_features}) is not called by its model, which reads the weight, where "
+                    f"an adapted layer ({self.in_features} to {self.out_features}) is not called, its weight is read, where "
                     "lora_dropout cannot reach; set lora_dropout=0, or exclude the layer (exclude_modules)"
                 )
         inner = self.innermost

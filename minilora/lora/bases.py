@@ -40,7 +40,7 @@ def refuse_not_a_weight(path: str, layer: nn.Module) -> None:
         )
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         raise TargetError(
-            f"{path}: max_norm={layer.max_norm:g} rewrites the table while it is read, so it is not frozen; renormalize it once and set max_norm=None"
+            f"{path}: max_norm={layer.max_norm:g} rewrites the table while it is read; renormalize it once and set max_norm=None"
         )
     if is_more_than_its_weight(layer):
         what = "an embedding's rows" if isinstance(layer, nn.Embedding) else "x W^T + b"

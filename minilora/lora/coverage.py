@@ -1,4 +1,4 @@
-"""How much of a model an adapter covers: of all weights that are multiplied with, the ones that it changes. Next file: ``lora/slots.py``."""
+"""How much of a model an adapter covers: of all weights that are multiplied with, those it changes. Next file: ``lora/slots.py``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def coverage(model: nn.Module) -> tuple[list[str], list[str]]:
     shown = {path: value for name in adapters.active for path, value in adapters.named(name).items()}
     around = {path for path, value in shown.items() if isinstance(value, Adapter)}
     whole = [path for path, value in shown.items() if isinstance(value, nn.Module) and not isinstance(value, Adapter)]
-    covered, others = [], []
+    covered: list[str] = []
+    others: list[str] = []
     with adapters.bare():
         for path in linear_weights(model):
             trained = path in around or any(path == copy or path.startswith(copy + ".") for copy in whole)

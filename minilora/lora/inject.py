@@ -58,7 +58,7 @@ def build(
         modules = dict(model.named_modules(remove_duplicate=False))
         tables = [path for path in found.targets if isinstance(modules[path], nn.Embedding)]
         for path in tables:  # first, for they bring their tied heads along
-            values |= adapt_embedding(model, path, modules[path], config, kind or config.variant)  # type: ignore[arg-type]
+            values |= adapt_embedding(model, path, modules[path], config, kind or config.variant)
         for path in found.targets:
             layer = modules[path]
             if path in values:

@@ -87,7 +87,7 @@ def copy_modules(model: nn.Module, paths: Sequence[str], config: LoraConfig) -> 
         ]
         if tables and isinstance(module, nn.Embedding):
             raise TargetError(
-                f"modules_to_save: {path} shares its weight with {tables[0]}, which would not change; set ensure_weight_tying=True to train "
+                f"modules_to_save: {path} shares its weight with {tables[0]}, which would not change; set ensure_weight_tying=True, to train "
                 "them as one, or minilora.untie(model) first"
             )
         values[path] = trained_copy(module)
@@ -116,8 +116,8 @@ def trained_rows(
         TargetError: ``ensure_weight_tying``, and a tied layer is to train other rows than its table.
     """
     layer = model.get_submodule(path)
-    if isinstance(tied := made.get(path), Tied):
-        if list(indices) == tied.source.token_indices.tolist():
+    if isinstance(known := made.get(path), Tied):
+        if list(indices) == known.source.token_indices.tolist():
             return {}
         if config.ensure_weight_tying:
             raise TargetError(

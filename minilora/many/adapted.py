@@ -208,8 +208,8 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
             continue
         if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
             raise StateError(
-                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call minilora.untie(model) "
-                "first, or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
+                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call minilora.untie(model) first"
+                ", or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
             )
         layer._parameters["weight"] = layers[twin]._parameters["weight"]
 

@@ -117,7 +117,9 @@ def _loss(outputs: Any) -> Tensor:
 def _judge(
     model: nn.Module, values: Mapping[str, nn.Module], gradients: Mapping[int, Tensor | None], run: Callable[[], Any]
 ) -> AdapterCheck:
-    alive, zero, silent = [], [], []
+    alive: list[str] = []
+    zero: list[str] = []
+    silent: list[str] = []
     for path, value in values.items():
         got = [g for p in own_parameters(value) if (g := gradients.get(id(p))) is not None]
         (silent if not got else alive if any(bool(g.any()) for g in got) else zero).append(path)

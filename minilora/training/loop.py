@@ -23,12 +23,11 @@ from minilora.files.write import append_line, remove, write_file
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.load import save_adapter
-from minilora.training.checkpoint import prune, save_checkpoint
-from minilora.training.data import Encoded, micro_batches
 from minilora.training.check import refuse_dead
-from minilora.training.data import collate
+from minilora.training.checkpoint import prune, save_checkpoint
+from minilora.training.data import Encoded, collate, micro_batches
 from minilora.training.guards import check_examples, check_parameters
-from minilora.training.losses import evaluate
+from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed

@@ -21,7 +21,6 @@ from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
 
-
 _NOTHING = 1e-6  # of the sum of two squared norms: what rounding leaves of a difference that is zero
 
 
@@ -61,7 +60,7 @@ class DoRALinear(LoRALinear):
         shown = self.base_layer(x)
         plain = self.innermost(x) if isinstance(self.base_layer, Adapter) else shown
         if (bias := self.innermost.bias) is not None:
-            plain = plain - bias.to(plain.dtype)  # type: ignore[operator,union-attr]
+            plain = plain - bias.to(plain.dtype)
         ratio, moves = (each.to(plain.dtype) for each in self._ratio())
         return shown + (ratio - 1) * plain + ratio * moves * self.update(self.lora_dropout(x))
 
