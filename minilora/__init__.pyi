@@ -36,6 +36,7 @@ from minilora.quant.quantized import QuantizedTensor as QuantizedTensor
 from minilora.store.export import export_adapter as export_adapter
 from minilora.store.load import load_adapter as load_adapter
 from minilora.store.load import save_adapter as save_adapter
+from minilora.training.check import check_adapter as check_adapter
 from minilora.training.optim import lora_plus_groups as lora_plus_groups
 
 __version__: str

@@ -14,18 +14,20 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import compute_dtype, is_on_top
+from minilora.linear.fronts import Front, is_on_top, put_in_front, take_from_front
+from minilora.linear.layers import compute_dtype
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
+from minilora.lora.copies import in_given_dtype
 from minilora.lora.inject import inject
-from minilora.lora.slots import adapters_of, has_adapters, own_parameters
+from minilora.lora.slots import adapters_of, has_adapters, own_parameters, unwrapped
 from minilora.many import adapted, batched, combine, hotswap
 from minilora.store import load as checkpoint
 
 __all__ = ["PeftModel", "get_peft_model"]
 
 
-class PeftModel(nn.Module):
+class PeftModel(Front):
     """What a model gains with adapters. It is never built directly: use ``get_peft_model`` or ``PeftModel.from_pretrained``."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -256,10 +258,14 @@ def get_peft_model(
     _refuse_second(model)
     inject(model, peft_config, adapter_name, variant)
     if not autocast_adapter_dtype:
-        for adapter in adapters_of(model).named(adapter_name).values():
-            if isinstance(adapter, Adapter):
-                for parameter in own_parameters(adapter):
-                    parameter.data = parameter.data.to(compute_dtype(adapter.innermost))
+        for path, value in adapters_of(model).named(adapter_name).items():
+            if isinstance(value, Adapter):
+                for parameter in own_parameters(value):
+                    parameter.data = parameter.data.to(compute_dtype(value.innermost))
+            elif isinstance(value, nn.Module):
+                in_given_dtype(value)
+            else:
+                value.data = value.data.to(adapters_of(model).slots[path].base.dtype)  # type: ignore[arg-type]
     return _extend(model)
 
 
@@ -273,22 +279,21 @@ def _refuse_second(model: nn.Module) -> None:
         raise StateError(f"the model has adapters {names} already; unload() or merge_and_unload() them first")
 
 
+class _Generates(PeftModel):
+    """For a model that has ``generate``; one without it must not seem to have it."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
+        with nullcontext() if adapter_names is None else batched.batch_adapters(self, adapter_names):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
 def _extend(model: nn.Module) -> nn.Module:
     """Put ``PeftModel`` in front of the object's class, under the old name: transformers looks classes up by name."""
-    if isinstance(model, PeftModel):  # its adapters were taken out by the plain function
-        return model
-    old = type(model)
-    own: dict[str, Any] = {"__module__": old.__module__, "__doc__": old.__doc__}
-    if hasattr(old, "generate"):  # a model without it must not seem to have it
-        own["generate"] = _generate
-    model.__class__ = type(old.__name__, (PeftModel, old), own)
+    inner = unwrapped(model)
+    if not isinstance(inner, PeftModel):  # its adapters may have been taken out by the plain function
+        put_in_front(inner, _Generates if hasattr(inner, "generate") else PeftModel)
     return model
-
-
-def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-    """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
-    with nullcontext() if adapter_names is None else batched.batch_adapters(self, adapter_names):
-        return super(PeftModel, self).generate(*args, **kwargs)
 
 
 def _refuse_extended(model: nn.Module) -> None:
@@ -301,5 +306,5 @@ def _refuse_extended(model: nn.Module) -> None:
 
 
 def _restore(model: nn.Module) -> nn.Module:
-    model.__class__ = type(model).__mro__[2]  # as in ``take_back``
+    take_from_front(model, PeftModel)
     return model

@@ -179,7 +179,7 @@ def parse_tensors(raw: bytearray, where: object) -> tuple[dict[str, Tensor], dic
 def _tensor(raw: bytearray, entry: Entry) -> Tensor:
     count = math.prod(entry.shape)
     if not count:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     if entry.begin % entry.dtype.itemsize:
         raw, entry = raw[entry.begin : entry.begin + count * entry.dtype.itemsize], Entry(entry.dtype, entry.shape, 0)
     return torch.frombuffer(raw, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)

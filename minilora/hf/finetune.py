@@ -21,6 +21,7 @@ from minilora.hf.generate import answers
 from minilora.hf.job import DTYPE_NAMES, Job
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
+from minilora.lora.coverage import coverage
 from minilora.lora.match import match
 from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model
@@ -138,6 +139,10 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     model = get_peft_model(model, job.lora)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
+    covered, others = coverage(model)
+    left = sorted({path.rsplit(".", 1)[-1] for path in others})
+    rest = f"; not {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
+    say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear weights{rest}")
     return model
 
 

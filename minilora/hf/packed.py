@@ -19,6 +19,7 @@ from minilora.files.parse import parse_tensors
 from minilora.files.read import read_bytes
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
 from minilora.linear.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.lora.bases import refuse_nested
 from minilora.lora.slots import has_adapters
 from minilora.qlora.kbit import dtype_on_disk
 from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes
@@ -35,6 +36,7 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise StateError(
             "the model carries adapters; save them with save_adapter, and the packed base before injecting"
         )
+    refuse_nested(model)
     packed = {path: module for path, module in model.named_modules() if is_quantized(module)}
     if not packed:
         raise StateError("the model has no packed layer; call quantize_model first")

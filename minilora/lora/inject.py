@@ -6,7 +6,6 @@ model exactly as it was. Next file: ``quant/codebooks.py``.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 
@@ -16,9 +15,20 @@ from minilora.errors import ConfigError, StateError, TargetError
 from minilora.linear.layers import in_front, is_quantized
 from minilora.lora.adapter import Adapter, variant
 from minilora.lora.config import LoraConfig
+from minilora.lora.copies import keep_bias_in_fp32
 from minilora.lora.match import match
-from minilora.lora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
-from minilora.lora.tying import adapt_embedding, train_rows
+from minilora.lora.slots import (
+    Adapters,
+    Slot,
+    Value,
+    adapters_of,
+    attach,
+    detach,
+    has_adapters,
+    own_parameters,
+    unwrapped,
+)
+from minilora.lora.tying import adapt_embedding, copy_biases, copy_modules, trained_rows
 
 
 def build(
@@ -33,6 +43,7 @@ def build(
         TargetError: as ``match``, or an embedding that cannot take the variant. StateError: the name is taken.
     """
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
+    model = unwrapped(model)
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"the config is a {type(config).__name__}; wanted a LoraConfig of minilora")
     check_adapter_name(adapter_name)
@@ -45,24 +56,24 @@ def build(
         found = match(model, config)
         values: dict[str, Value] = {}
         modules = dict(model.named_modules(remove_duplicate=False))
+        tables = [path for path in found.targets if isinstance(modules[path], nn.Embedding)]
+        for path in tables:  # first, for they bring their tied heads along
+            values |= adapt_embedding(model, path, modules[path], config, kind or config.variant)
         for path in found.targets:
             layer = modules[path]
-            if isinstance(layer, nn.Embedding):
-                values |= adapt_embedding(model, path, layer, config, kind or config.variant)
-            elif make.replaces_base and path in adapters.slots and not is_quantized(layer):
+            if path in values:
+                continue
+            if make.replaces_base and path in adapters.slots and not is_quantized(layer):
                 raise TargetError(
                     f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"
                 )
             else:
                 values[path] = make(layer, config, path)
         for path, indices in found.tokens.items():
-            if path in values:
+            if path in found.targets:
                 raise TargetError(f"{path} is in target_modules and in trainable_token_indices; choose one of them")
-            values |= train_rows(model, path, indices)
-        for path in found.saved:
-            values[path] = copy.deepcopy(model.get_submodule(path)).requires_grad_(True)
-        for path in found.biases:
-            values[path] = nn.Parameter(model.get_parameter(path).detach().clone())
+            values |= trained_rows(model, path, indices, values, config)
+        values |= copy_modules(model, found.saved, config) | copy_biases(model, found.biases)
     for value in values.values():
         if isinstance(value, nn.Module) and value.training != model.training:
             value.train(model.training)
@@ -92,6 +103,7 @@ def place(
 
     Whatever stops it half way, an interrupt included, leaves the model as it was.
     """
+    model = unwrapped(model)
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
     kept = [value for slot in adapters.slots.values() for value in slot.kept.values()]
     parameters = [*model.parameters(), *(parameter for value in kept for parameter in own_parameters(value))]
@@ -107,6 +119,9 @@ def place(
         _fill_slots(adapters, slots, adapter_name, values, activate)
         adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
         in_front(model)
+        for slot in slots.values():
+            if isinstance(slot.base, nn.Parameter):
+                keep_bias_in_fp32(slot.parent)
         if activate:
             adapters.activate([adapter_name])
         else:

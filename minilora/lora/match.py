@@ -15,7 +15,9 @@ from minilora.errors import StateError, TargetError, nearest
 from minilora.linear.layers import is_linear, is_quantized
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
+from minilora.lora.bases import is_more_than_its_weight, is_read_by_parent, refuse_nested, refuse_not_a_weight
 from minilora.lora.config import LoraConfig, pattern_matches
+from minilora.lora.slots import unwrapped
 from minilora.lora.targets import Selection, ends_with, layer_index, select
 
 ALL_LINEAR = "all-linear"
@@ -40,6 +42,8 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
         TargetError: an entry matches nothing (with the closest names), a match is no linear layer, is shared between two places,
             or nothing is left to adapt.
     """
+    model = unwrapped(model)
+    refuse_nested(model)
     modules = {path: module for path, module in model.named_modules() if path}
     saved = _saved(modules, config)
     targets = _wanted(model, modules, config)
@@ -82,9 +86,13 @@ def default_targets(model: nn.Module) -> Selection:
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of every linear layer but the output head."""
+    """Paths of every linear layer but the output head, those that are more than their weight (routers), and those known to be read only."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [path for path, module in model.named_modules() if path and is_linear(module) and module is not output]
+    modules = dict(model.named_modules())
+    linear = [path for path, module in modules.items() if path and is_linear(module) and module is not output]
+    return [
+        path for path in linear if not is_read_by_parent(modules, path) and not is_more_than_its_weight(modules[path])
+    ]
 
 
 def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
@@ -120,6 +128,7 @@ def refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Itera
                 f"; name its linear layers, such as {inside[0]!r}" if inside else "; wanted Linear, Conv1D or Embedding"
             )
             raise TargetError(f"{path} is a {type(module).__name__}, which takes no adapter{hint}")
+        refuse_not_a_weight(path, module)
     places: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         first = places.setdefault(id(module), path)
@@ -172,23 +181,26 @@ def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig)
                 "trainable_token_indices as a list wants a model with get_input_embeddings(); give {'name': [...]} instead"
             )
     for path in by_path:
-        if not isinstance(modules[path], nn.Embedding):
+        if not (isinstance(modules[path], nn.Embedding) or is_linear(modules[path])):
             raise TargetError(
-                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding"
+                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding, or an output head"
             )
-    return by_path
+        refuse_not_a_weight(path, modules[path])
+    # Tables first: they bring along what is tied to them.
+    return dict(sorted(by_path.items(), key=lambda item: not isinstance(modules[item[0]], nn.Embedding)))
 
 
 def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
     """Paths of the bias parameters that train (those of a copied module train in the copy)."""
     if config.bias not in ("all", "lora_only"):
         return []
-    every = [
-        path
-        for path, parameter in model.named_parameters()
-        if path.rsplit(".", 1)[-1] == "bias" and parameter.is_floating_point()
-    ]
-    every = [path for path in every if not any(path.startswith(place + ".") for place in saved)]
-    if config.bias == "all":
-        return every
-    return [path for path in every if path.rpartition(".")[0] in targets] if config.bias == "lora_only" else []
+    held: dict[int, list[str]] = {}  # one bias may belong to several modules, and trains in all of them
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                held.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    chosen = [paths for paths in held.values() if any(path.rsplit(".", 1)[-1] == "bias" for path in paths)]
+    chosen = [paths for paths in chosen if not any(p.startswith(place + ".") for p in paths for place in saved)]
+    if config.bias == "lora_only":
+        chosen = [paths for paths in chosen if any(path.rpartition(".")[0] in targets for path in paths)]
+    return [path for paths in chosen for path in paths]

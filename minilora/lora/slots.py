@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from minilora.errors import StateError, nearest
 from minilora.linear.layers import take_back
+from minilora.linear.packed import hooks_of, take_hooks
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
 
@@ -40,6 +42,13 @@ class Slot:
     base: Value
     kept: dict[str, Value] = field(default_factory=dict)
     merged: nn.Module | None = None
+    hooks: dict[str, Any] | None = (
+        None  # on calls of what stands in the slot, whatever that is: they belong to the place
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, nn.Module):
+            self.hooks = hooks_of(self.base)
 
     def show(self, names: Sequence[str], folded: Collection[str] = (), parent: nn.Module | None = None) -> None:
         """Put the named adapters into the slot, the first innermost; those in ``folded`` are in the merged layer already.
@@ -54,9 +63,13 @@ class Slot:
                 continue
             if isinstance(above, Adapter):
                 above._modules["base_layer"] = value  # type: ignore[assignment]
+            if isinstance(value, nn.Module):
+                take_hooks(value, None)
             _follow(value, place)
             value = above
         _follow(value, place)
+        if isinstance(value, nn.Module):
+            take_hooks(value, self.hooks)
         if self.attr in place._modules and isinstance(value, nn.Module):
             place._modules[self.attr] = value  # what setattr does, without its search for other kinds of attribute
         else:
@@ -220,7 +233,14 @@ def has_adapters(model: nn.Module) -> bool:
         raise StateError(
             f"the model is a {type(model).__name__}; wanted a torch module, such as hf.load_model(name) returns"
         )
-    return _ATTRIBUTE in model.__dict__
+    return _ATTRIBUTE in unwrapped(model).__dict__
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile(model)`` returned, whose paths have no ``_orig_mod`` in them; any other model itself."""
+    while set(model._modules) == {"_orig_mod"}:
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    return model
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -229,15 +249,15 @@ def adapters_of(model: nn.Module) -> Adapters:
         raise StateError(
             f"{type(model).__name__} has no adapters; call minilora.inject(model, LoraConfig(...)) or get_peft_model first"
         )
-    return model.__dict__[_ATTRIBUTE]
+    return unwrapped(model).__dict__[_ATTRIBUTE]
 
 
 def attach(model: nn.Module, adapters: Adapters) -> None:
     """Bind the record to the model (it is no submodule and never enters a state dict)."""
-    model.__dict__[_ATTRIBUTE] = adapters
+    unwrapped(model).__dict__[_ATTRIBUTE] = adapters
 
 
 def detach(model: nn.Module) -> None:
     """Forget the record: the model is a plain model again, with whatever its slots hold now."""
     take_back(model)
-    del model.__dict__[_ATTRIBUTE]
+    del unwrapped(model).__dict__[_ATTRIBUTE]

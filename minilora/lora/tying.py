@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,16 +10,21 @@ from torch import nn
 from minilora.errors import TargetError
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
-from minilora.lora.slots import Value
-from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
-from minilora.lora.variants.tokens import TiedRows, TokenRows
+from minilora.lora.copies import share_parameters, trained_bias, trained_copy
+from minilora.lora.slots import Value, unwrapped
+from minilora.lora.variants.embedding import LoRAEmbedding, Tied, TiedEmbedding, TiedHead
+from minilora.lora.variants.tokens import HeadRows, TiedRows, TiedTable, TokenRows
 
-__all__ = ["adapt_embedding", "sharers", "train_rows", "untie"]
+__all__ = ["adapt_embedding", "copy_biases", "copy_modules", "sharers", "trained_rows", "untie"]
 
 
 def sharers(model: nn.Module, parameter: Any) -> list[str]:
     """Paths of the modules that hold this very parameter."""
-    return [path for path, module in model.named_modules() if any(p is parameter for p in module._parameters.values())]
+    return [
+        path
+        for path, module in unwrapped(model).named_modules()
+        if any(p is parameter for p in module._parameters.values())
+    ]
 
 
 def adapt_embedding(
@@ -40,15 +45,90 @@ def adapt_embedding(
             f"{path} shares its weight with {tied[0]}; set ensure_weight_tying=True to adapt both alike, or minilora.untie(model) first"
         )
     adapter = LoRAEmbedding(layer, config, path)
-    return {path: adapter, **{other: TiedHead(model.get_submodule(other), adapter) for other in tied}}
+    return {path: adapter, **_twins(model, tied, adapter, TiedEmbedding, TiedHead)}
 
 
-def train_rows(model: nn.Module, path: str, indices: Sequence[int]) -> dict[str, Value]:
-    """Trained rows of an embedding, shared with a head that is tied to it (as PEFT shares them)."""
+def _twins(
+    model: nn.Module, paths: Sequence[str], source: Adapter, table: type[Tied], head: type[Tied]
+) -> dict[str, Value]:
+    """What goes around the other modules that hold the same weight: ``table`` around embeddings, ``head`` around linear layers."""
+    layers = {path: model.get_submodule(path) for path in paths}
+    return {path: (table if isinstance(layer, nn.Embedding) else head)(layer, source) for path, layer in layers.items()}
+
+
+def copy_modules(model: nn.Module, paths: Sequence[str], config: LoraConfig) -> dict[str, Value]:
+    """Copies of the modules that train whole, and with ``ensure_weight_tying`` of the modules tied to them, which share the copy's numbers.
+
+    Raises:
+        TargetError: one object stands in several places, or shares its weight with another table (T5's ``shared``, which the model may
+            never call) and the config does not say to share the change.
+    """
+    places = [(path, module) for path, module in model.named_modules(remove_duplicate=False)]
+    values: dict[str, Value] = {}
+    for path in paths:
+        if path in values:
+            continue
+        module = model.get_submodule(path)
+        if again := [other for other, same in places if same is module and other != path]:
+            raise TargetError(f"modules_to_save: {path} and {again[0]} are one shared module; give each its own copy")
+        own = {id(parameter) for parameter in module.parameters()}
+        inside = {id(part) for part in module.modules()}
+        twins = [
+            other
+            for other, part in model.named_modules()
+            if id(part) not in inside and own & {id(parameter) for parameter in part._parameters.values()}
+        ]
+        if config.ensure_weight_tying:
+            values[path] = new = trained_copy(module)
+            values |= dict(zip(twins, share_parameters(new, module, map(model.get_submodule, twins)), strict=True))
+            continue
+        tables = [
+            other for other in twins if isinstance(model.get_submodule(other), nn.Embedding) and other not in paths
+        ]
+        if tables and isinstance(module, nn.Embedding):
+            raise TargetError(
+                f"modules_to_save: {path} shares its weight with {tables[0]}, which would not change; set "
+                "ensure_weight_tying=True, to train them as one, or minilora.untie(model) first"
+            )
+        values[path] = trained_copy(module)
+    return values
+
+
+def copy_biases(model: nn.Module, paths: Sequence[str]) -> dict[str, Value]:
+    """Copies of the biases that train; a bias that several modules share stays one."""
+    made: dict[int, nn.Parameter] = {}
+    for path in paths:
+        bias = model.get_parameter(path)
+        if id(bias) not in made:
+            made[id(bias)] = trained_bias(bias)
+    return {path: made[id(model.get_parameter(path))] for path in paths}
+
+
+def trained_rows(
+    model: nn.Module, path: str, indices: Sequence[int], made: Mapping[str, Value], config: LoraConfig
+) -> dict[str, Value]:
+    """Trained rows of an embedding, shared with all that is tied to it (as PEFT shares them); or those of an output head.
+
+    Args:
+        made: what there is of the adapter already. A head that came along with its table keeps that one's rows if they are the same.
+
+    Raises:
+        TargetError: ``ensure_weight_tying``, and a tied layer is to train other rows than its table.
+    """
     layer = model.get_submodule(path)
+    if isinstance(known := made.get(path), Tied):
+        if list(indices) == known.source.token_indices.tolist():
+            return {}
+        if config.ensure_weight_tying:
+            raise TargetError(
+                f"trainable_token_indices: {path} is tied to a table of which other rows train; name the same rows, or set "
+                "ensure_weight_tying=False"
+            )
+    if not isinstance(layer, nn.Embedding):
+        return {path: HeadRows(layer, indices, path)}
     adapter = TokenRows(layer, indices, path)
     tied = [other for other in sharers(model, layer.weight) if other != path]
-    return {path: adapter, **{other: TiedRows(model.get_submodule(other), adapter) for other in tied}}
+    return {path: adapter, **_twins(model, tied, adapter, TiedTable, TiedRows)}
 
 
 def untie(model: nn.Module) -> nn.Module:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from minilora.errors import StateError
 from minilora.linear.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
 from minilora.lora.adapter import Adapter
+from minilora.lora.bases import refuse_to_replace
+from minilora.lora.copies import in_given_dtype
 from minilora.lora.slots import Adapters, Slot, adapters_of, detach, own_parameters
 from minilora.lora.tying import sharers
 from minilora.quant.config import QuantConfig
@@ -116,6 +118,8 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     adapters.check_stack([*adapters.active, *chosen], chosen)
     folded = {path: held for path, slot in adapters.slots.items() if (held := _adapters_at(slot, chosen))}
     _refuse_nonfinite(adapters, chosen)
+    for path in folded:
+        refuse_to_replace(path, adapters.slots[path].base)  # type: ignore[arg-type]
     layers: dict[str, nn.Module] = {}
     losses: dict[str, tuple[float, float]] = {}
     try:
@@ -188,7 +192,7 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
     """A weight that two layers share must change in both, or saving and reloading would give another model."""
     for path in folded:
         base = adapters.slots[path].base
-        others = [other for other in sharers(model, base.weight) if other not in folded]  # type: ignore[union-attr]
+        others = [other for other in sharers(model, base._parameters["weight"]) if other not in folded]  # type: ignore[union-attr]
         if others:
             raise StateError(
                 f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
@@ -196,12 +200,18 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
 
 
 def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
-    """Layers that shared a weight share the merged one (both hold the same update)."""
-    first: dict[int, nn.Module] = {}
+    """Layers that shared a weight share the merged one. Raises ``StateError`` where their updates make two of it."""
+    first: dict[int, str] = {}
     for path, layer in layers.items():
-        twin = first.setdefault(id(adapters.slots[path].base.weight), layer)  # type: ignore[union-attr]
-        if twin is not layer:
-            layer.weight = twin.weight
+        twin = first.setdefault(id(adapters.slots[path].base._parameters["weight"]), path)  # type: ignore[union-attr]
+        if twin == path:
+            continue
+        if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
+            raise StateError(
+                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call "
+                "minilora.untie(model) first, or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
+            )
+        layer._parameters["weight"] = layers[twin]._parameters["weight"]
 
 
 def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]) -> MergeReport:
@@ -234,6 +244,12 @@ def unload(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
     adapters.active = adapters.merged = adapters.merged if keep_merged else ()
     adapters.show()
+    for slot in adapters.slots.values():  # what trained whole stays, in the dtype that the model has
+        for value in (slot.kept[name] for name in adapters.merged if name in slot.kept):
+            if isinstance(value, nn.Parameter):
+                value.data = value.data.to(slot.base.dtype)  # type: ignore[arg-type]
+            else:
+                in_given_dtype(value)
     detach(model)
     return model
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.linear.layers import embed_scale
+from minilora.linear.packed import take_hooks
+from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import Adapters, Slot, adapters_of
 
@@ -62,6 +64,7 @@ class MixedLayer(nn.Module):
         self.usual: nn.Module = getattr(slot.parent, slot.attr)
         self.base: nn.Module = slot.base  # type: ignore[assignment]
         self.is_table = isinstance(slot.base, nn.Embedding)
+        take_hooks(self, slot.hooks)
         self.scale = embed_scale(self.base)
         pairs = [_low_rank(slot, name) for name in names]
         known = next((pair for pair in pairs if pair is not None), None)
@@ -78,7 +81,7 @@ class MixedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = _rows.get()
         if rows is None:
-            return self.usual(x)
+            return self.usual.forward(x)  # its hooks are on this layer
         pick, base = rows.pick(x), self.base(x)
         if self.A is None:
             return base
@@ -93,8 +96,15 @@ class MixedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for models that look at its dtype."""
-        return self.base.weight  # type: ignore[return-value]
+        """For models that look at its dtype; one weight cannot be another one for every row, so nobody computes with it."""
+        stored: Tensor = self.base.weight  # type: ignore[assignment]
+        return shown_weight(_refuse_to_read, stored.shape, stored.dtype, stored.device)
+
+
+def _refuse_to_read() -> Tensor:
+    raise StateError(
+        "a layer's weight is read by its model and the layer not called, so it cannot differ from row to row; use set_adapter instead"
+    )
 
 
 def _low_rank(slot: Slot, name: str) -> tuple[Tensor, Tensor] | None:

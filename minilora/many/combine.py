@@ -23,7 +23,7 @@ from minilora.files import validate
 from minilora.lora.adapter import Adapter
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import Adapters, Value, adapters_of, own_parameters
+from minilora.lora.slots import Adapters, Value, adapters_of, own_parameters, unwrapped
 from minilora.lora.targets import exactly
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.residual import ResidualLoRA
@@ -204,7 +204,7 @@ def _scaled_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 def _known_paths(model: nn.Module) -> list[str]:
     with adapters_of(model).bare():
-        return [path for path, _ in model.named_modules() if path]
+        return [path for path, _ in unwrapped(model).named_modules() if path]
 
 
 def _scaling(adapter: Any) -> float:
@@ -227,7 +227,7 @@ def _sum(
 ) -> Tensor:
     """The weighted sum of pruned tensors; with ``elect`` only of values with the majority's sign, divided by their number."""
     stack = torch.stack([_pruned(tensor, pruning, density or 1.0) for tensor in tensors])
-    factor = torch.tensor(list(weights), device=stack.device).view(-1, *[1] * (stack.dim() - 1))
+    factor = torch.tensor(list(weights), dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.dim() - 1))
     if not elect:
         return (stack * factor).sum(0)
     votes = stack.sum(0) if majority == "total" else stack.sign().sum(0)
@@ -241,6 +241,6 @@ def _pruned(tensor: Tensor, pruning: str | None, density: float) -> Tensor:
         return tensor
     if pruning == "random":
         return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
-    kept = torch.zeros(tensor.numel(), device=tensor.device)
+    kept = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     kept[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
     return tensor * kept.view_as(tensor)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minilora.errors import QuantizationError
 from minilora.lora.match import ALL_LINEAR
+from minilora.lora.slots import unwrapped
 from minilora.lora.targets import Selection
 from minilora.qlora.quantize_model import quantizable_paths
 
@@ -46,13 +47,13 @@ def calibrate(
             rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
             if kept[0] is not None and len(kept[0]) == len(rows):
                 rows = rows[kept[0]]
-            sums[path] = sums.get(path, torch.zeros((), device=rows.device)) + rows.square().sum(0)
+            sums[path] = sums.get(path, torch.zeros((), dtype=torch.float32, device=rows.device)) + rows.square().sum(0)
             counts[path] = counts.get(path, 0) + len(rows)
 
         return hook
 
     paths = quantizable_paths(model, target_modules)
-    handles = [model.get_submodule(path).register_forward_pre_hook(listen(path)) for path in paths]
+    handles = [unwrapped(model).get_submodule(path).register_forward_pre_hook(listen(path)) for path in paths]
     training = model.training
     model.eval()
     try:

@@ -58,7 +58,7 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
     state: dict[str, Any] = {
         "quant_type": kind,
         "blocksize": weight.blocksize,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": next((name for name, kind in _DTYPES.items() if kind == weight.dtype), "float32"),
         "shape": list(weight.shape),
     }
     tensors = {"": weight.packed.reshape(-1, 1), ".absmax": weight.absmax, ".quant_map": weight.book.table()}
@@ -69,7 +69,7 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
             "nested_offset": float(weight.nested_offset),
         }
         tensors |= {".nested_absmax": weight.nested_absmax, ".nested_quant_map": dynamic_map()}
-    tensors[f".{_STATE}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f".{_STATE}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
     return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -107,7 +107,7 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTens
             f"{name}.nested_quant_map: is not bitsandbytes' table of 256 levels; it was not written by bitsandbytes"
         )
     _of((torch.uint8,), absmax, name + ".absmax")
-    offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+    offset = torch.tensor([state["nested_offset"]], dtype=torch.float32, device="cpu")
     return QuantizedTensor(
         packed, absmax, shape, dtype, book, state["blocksize"], _finite(nested, name + ".nested_absmax"), offset
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
-from minilora.lora.slots import adapters_of, has_adapters
+from minilora.lora.slots import adapters_of, has_adapters, unwrapped
 from minilora.quant.quantized import decode_range
 
 __all__ = ["differs", "fingerprint", "is_fingerprint"]
@@ -32,6 +32,7 @@ _CLOSE = 0.9  # relative error that two bits per weight stay under; unrelated we
 
 def fingerprint(model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
     """What to remember of the bare ``model`` under adapters at ``paths``: JSON values ``parameters`` and ``samples``."""
+    model = unwrapped(model)
     with adapters_of(model).bare() if has_adapters(model) else nullcontext():
         chosen = sorted(paths)
         chosen = [chosen[at * len(chosen) // _LAYERS] for at in range(_LAYERS)] if len(chosen) > _LAYERS else chosen
@@ -41,7 +42,8 @@ def fingerprint(model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
 
 def _parameters_hash(model: nn.Module) -> str:
     lines = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    for named, module in model.named_modules(remove_duplicate=False):
+        path = named.replace("._orig_mod", "")  # of a part that torch.compile wrapped
         for name, tensor in module._parameters.items():
             if tensor is not None and not (is_linear(module) and name != "bias"):
                 lines.append(f"{path}.{name} {list(tensor.shape)}")
@@ -52,7 +54,7 @@ def _parameters_hash(model: nn.Module) -> str:
 
 def _sample(layer: nn.Module) -> list[str] | None:
     """``[dtype or "packed", values as hexadecimal little-endian fp32]``; None where the weight is not at hand."""
-    weight = layer.weight
+    weight = layer._parameters.get("weight")
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
     in_features, out_features = in_out_features(layer)
@@ -61,7 +63,7 @@ def _sample(layer: nn.Module) -> list[str] | None:
     if isinstance(layer, QuantLinear):
         return [_PACKED, _hex(_decoded(layer, places, count))]
     rows, columns = zip(*(divmod(place, in_features) for place in places), strict=True)
-    values = dense_weight(layer)[torch.tensor(rows), torch.tensor(columns)]
+    values = dense_weight(layer)[torch.tensor(rows, device="cpu"), torch.tensor(columns, device="cpu")]
     kind = str(values.dtype).removeprefix("torch.")
     return [kind, _hex(values.float().tolist())] if kind in _DENSE else None
 
@@ -71,7 +73,7 @@ def _decoded(layer: QuantLinear, places: Sequence[int], count: int) -> list[floa
     scales, values = weight.scales(), []
     for place in places:
         start = place - place % weight.blocksize
-        block = torch.empty(min(weight.blocksize, count - start), device=scales.device)
+        block = torch.empty(min(weight.blocksize, count - start), dtype=torch.float32, device=scales.device)
         decode_range(weight, scales, start, block)
         values.append(block[place - start].item())
     return values
@@ -104,7 +106,7 @@ def differs(remembered: Mapping[str, Any], found: Mapping[str, Any]) -> str | No
         if path not in found["samples"]:
             continue
         here, now = found["samples"][path]
-        before, after = (torch.tensor(_floats(text)) for text in (values, now))
+        before, after = (torch.tensor(_floats(text), dtype=torch.float32, device="cpu") for text in (values, now))
         if _PACKED in (kind, here):
             error, size = error + float((before - after).square().sum()), size + float(before.square().sum())
         elif not _same(before, kind, after, here):

@@ -21,7 +21,7 @@ from minilora.lora.adapter import Adapter, variant
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build, place
 from minilora.lora.match import ALL_LINEAR, match
-from minilora.lora.slots import Value, adapters_of, has_adapters, own_parameters
+from minilora.lora.slots import Value, adapters_of, has_adapters, own_parameters, unwrapped
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.store.adapter_files import (
     CONFIG_FILE,
@@ -150,7 +150,7 @@ def refuse_other_base(model: nn.Module, stored: Stored, allow: bool = False) -> 
     """Raise ``CheckpointError`` if the adapter remembers another base model than this one."""
     if stored.base is None or allow:
         return
-    known = dict(model.named_modules())
+    known = dict(unwrapped(model).named_modules())
     found = fingerprint(model, [path for path in stored.base["samples"] if path in known])
     if point := differs(stored.base, found):
         raise CheckpointError(
@@ -163,7 +163,7 @@ def _refuse_huge(model: nn.Module, config: LoraConfig, stored: Stored) -> None:
     """Compare the ranks of a config with the file before memory is taken for them: a few bytes of JSON could ask for all of it."""
     with adapters_of(model).bare() if has_adapters(model) else nullcontext():
         targets = match(model, config).targets
-        sizes = {path: sum(in_out_features(model.get_submodule(path))) for path in targets}
+        sizes = {path: sum(in_out_features(unwrapped(model).get_submodule(path))) for path in targets}
     there = sum(tensor.numel() for tensor in stored.tensors.values())
     ranks = {path: config.for_module(path)[0] for path in targets}
     if sum(ranks[path] * sizes[path] for path in targets) <= _MODEST + 2 * there:

@@ -21,7 +21,7 @@ from minilora.linear.layers import is_conv1d
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
 from minilora.lora.match import ALL_LINEAR, default_targets
-from minilora.lora.slots import Value, adapters_of
+from minilora.lora.slots import Value, adapters_of, unwrapped
 from minilora.lora.targets import ends_with, exactly
 from minilora.store.adapter_files import (
     CONFIG_FILE,
@@ -56,7 +56,8 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
             own = {f"{owner}{inner}.{attr}": value}
         else:
             own = {f"{path}.{name}": tensor for name, tensor in value.state_dict().items()}
-        tensors.update({PREFIX + name: tensor.detach() for name, tensor in own.items()})
+        # A part that torch.compile wrapped is found at another path and is called the same in a file.
+        tensors.update({PREFIX + name.replace("._orig_mod", ""): tensor.detach() for name, tensor in own.items()})
     return tensors
 
 
@@ -117,7 +118,7 @@ def made_with_of(values: Mapping[str, Value]) -> str:
 
 def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     """The content of ``adapter_config.json``: the user's config with what the model decided (targets, orientation, base name)."""
-    adapters = adapters_of(model)
+    adapters, model = adapters_of(model), unwrapped(model)
     adapters.check([adapter_name])
     config = adapters.configs[adapter_name]
     content = config.to_dict()

@@ -20,7 +20,7 @@ __all__ = ["IGNORED", "Encoded", "collate", "encode", "encode_all", "micro_batch
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
     """``(training, evaluation)``: a random ``share`` in [0, 1) of the records, at least one if ``share`` > 0, is held out."""
     held = min(len(records) - 1, max(1, round(share * len(records)))) if share > 0 else 0
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(records), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
     return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]
 
 
@@ -44,8 +44,8 @@ def micro_batches(examples: Sequence[Encoded], batch_size: int, seed: int, start
 
 
 def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator, device="cpu").tolist()
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

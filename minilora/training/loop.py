@@ -23,11 +23,12 @@ from minilora.files.write import append_line, remove, write_file
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.load import save_adapter
+from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
-from minilora.training.data import Encoded, micro_batches
-from minilora.training.guards import check_adapter, check_examples
+from minilora.training.data import Encoded, collate, micro_batches
+from minilora.training.guards import check_examples, check_parameters
 from minilora.training.lock import held
-from minilora.training.losses import evaluate
+from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
@@ -76,7 +77,7 @@ def train(
         good state is saved then.
     """
     claim(Path(folder), resume, overwrite)
-    named = check_adapter(model)
+    named = check_parameters(model)
     check_examples(model, examples, pad_id)
     if evaluation:
         check_examples(model, evaluation, pad_id, "evaluation")
@@ -209,6 +210,8 @@ class _Run:
         if not self.good and (problem or norm == 0):
             remove(self.folder, [LOG_FILE])  # a run that has not begun leaves nothing
             raise StateError(why_not_begun(problem))
+        if not self.good:
+            self.look_for_dead(batches[0])
         if problem:
             self.skip(problem)
             return
@@ -239,6 +242,16 @@ class _Run:
                 "seconds": time.monotonic() - self.begin,
             }
         )
+
+    def look_for_dead(self, examples: Sequence[Encoded]) -> None:
+        """After the first backward pass: refuse a layer that the loss does not depend on, and say what this step left open."""
+        try:
+            found = refuse_dead(self.model, lambda: token_losses(self.model, collate(examples, self.pad_id)))
+        except StateError:
+            remove(self.folder, [LOG_FILE])
+            raise
+        if found.zero or found.unreached:
+            self.say(str(found))
 
     def skip(self, problem: str) -> None:
         """Leave a step out, say so, and stop when there were too many in a row."""

@@ -16,7 +16,7 @@ from minilora.lora.config import LoraConfig as Config
 from minilora.lora.slots import Slot
 from minilora.store.export import TARGETS, export_adapter, export_folder
 from minilora.training.data import IGNORED, Encoded
-from minilora.training.guards import check_adapter, check_examples, context_length, refuse_nonfinite
+from minilora.training.guards import check_examples, check_parameters, context_length, refuse_nonfinite
 from minilora.training.loop import TrainConfig, train
 
 PAD, LAYERS = 63, ["q_proj", "up_proj"]
@@ -88,7 +88,7 @@ def test_a_model_without_an_adapter_is_refused(make_llama, tmp_path):
 )
 def test_all_that_an_adapter_trains_is_allowed_and_trains(adapted, tmp_path, fields):
     model = adapted(**fields)
-    own = check_adapter(model)
+    own = check_parameters(model)
     before = {name: p.detach().clone() for name, p in own.items()}
     run(model, tmp_path, steps=4, lr=0.01)
     assert {name for name, p in own.items() if not torch.equal(p, before[name])} >= {n for n in own if "lora_B" in n}
@@ -101,8 +101,8 @@ def test_an_optimizer_that_was_made_first_is_found(make_mlp):
     with pytest.raises(
         StateError, match=r"first\.lora_A is not in the optimizer \(4 of 4 are not\); inject the adapter"
     ):
-        check_adapter(model, optimizer)
-    own = check_adapter(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+        check_parameters(model, optimizer)
+    own = check_parameters(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
     assert list(own) == ["first.lora_A", "first.lora_B", "last.lora_A", "last.lora_B"]
 
 
