@@ -15,6 +15,7 @@ from minilora.errors import StateError, TargetError, nearest
 from minilora.linear.layers import is_linear, is_quantized
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
+from minilora.lora.bare import Bare
 from minilora.lora.config import LoraConfig, pattern_matches
 from minilora.lora.targets import Selection, ends_with, layer_index, select
 
@@ -40,9 +41,10 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
         TargetError: an entry matches nothing (with the closest names), a match is no linear layer, is shared between two places,
             or nothing is left to adapt.
     """
-    modules = {path: module for path, module in model.named_modules() if path}
+    bare = Bare(model)
+    modules = {path: module for path, module in bare.named_modules() if path}
     saved = _saved(modules, config)
-    targets = _wanted(model, modules, config)
+    targets = _wanted(bare, modules, config)
     if config.exclude_modules is not None:
         excluded = set(select(modules, config.exclude_modules, "exclude_modules"))
         targets = [path for path in targets if path not in excluded]
@@ -50,28 +52,28 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
     targets = _in_layers(targets, config)
     if not targets:
         raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
-    refuse_unfit(model, modules, targets)
+    refuse_unfit(bare, modules, targets)
     _refuse_idle_patterns(config, targets)
     return Match(
-        tuple(targets), tuple(saved), tuple(_biases(model, config, targets, saved)), _tokens(model, modules, config)
+        tuple(targets), tuple(saved), tuple(_biases(bare, config, targets, saved)), _tokens(bare, modules, config)
     )
 
 
-def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+def _wanted(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         heads = _HEADS.get(config.task_type or "", ())
-        return [path for path in linear_paths(model) if not any(ends_with(path, head) for head in heads)]
+        return [path for path in linear_paths(bare) if not any(ends_with(path, head) for head in heads)]
     if wanted is not None:
         return select(modules, wanted, "target_modules")
-    default = default_targets(model)
+    default = default_targets(bare)
     if isinstance(default, str):
         return select(modules, default, "target_modules")
     present = [entry for entry in default if any(ends_with(path, entry) for path in modules)]
     return select(modules, present or default, "target_modules")
 
 
-def default_targets(model: nn.Module) -> Selection:
+def default_targets(model: nn.Module | Bare) -> Selection:
     """What ``target_modules=None`` means for this architecture. Raises ``TargetError`` for one that the table lacks."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in DEFAULT_TARGETS:
@@ -81,7 +83,7 @@ def default_targets(model: nn.Module) -> Selection:
     return DEFAULT_TARGETS[kind]
 
 
-def linear_paths(model: nn.Module) -> list[str]:
+def linear_paths(model: nn.Module | Bare) -> list[str]:
     """Paths of every linear layer but the output head."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return [path for path, module in model.named_modules() if path and is_linear(module) and module is not output]
@@ -106,7 +108,7 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     return saved
 
 
-def refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
+def refuse_unfit(model: nn.Module | Bare, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
     wanted = set(targets)
     for path in targets:
         module = modules[path]
@@ -155,7 +157,7 @@ def _in_layers(targets: list[str], config: LoraConfig) -> list[str]:
     return [path for path, index in index_of.items() if index in chosen or path in named]
 
 
-def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, Sequence[int]]:
+def _tokens(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, Sequence[int]]:
     """Embedding path to the rows that train."""
     wanted = config.trainable_token_indices
     if wanted is None:
@@ -165,7 +167,7 @@ def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig)
             path: ids for name, ids in wanted.items() for path in select(modules, [name], "trainable_token_indices")
         }
     else:
-        table = getattr(model, "get_input_embeddings", lambda: None)()
+        table = bare.get_input_embeddings()
         by_path = {path: wanted for path, module in modules.items() if module is table}
         if not by_path:
             raise TargetError(
@@ -179,13 +181,13 @@ def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig)
     return by_path
 
 
-def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
+def _biases(bare: Bare, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
     """Paths of the bias parameters that train (those of a copied module train in the copy)."""
     if config.bias not in ("all", "lora_only"):
         return []
     every = [
         path
-        for path, parameter in model.named_parameters()
+        for path, parameter in bare.named_parameters()
         if path.rsplit(".", 1)[-1] == "bias" and parameter.is_floating_point()
     ]
     every = [path for path in every if not any(path.startswith(place + ".") for place in saved)]

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import TargetError
-from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
+from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.slots import Value
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
@@ -17,14 +18,21 @@ from minilora.lora.variants.tokens import TiedRows, TokenRows
 __all__ = ["adapt_embedding", "sharers", "train_rows", "untie"]
 
 
-def sharers(model: nn.Module, parameter: Any) -> list[str]:
+def sharers(bare: Bare, parameter: Any) -> list[str]:
     """Paths of the modules that hold this very parameter."""
-    return [path for path, module in model.named_modules() if any(p is parameter for p in module._parameters.values())]
+    return holders(bare).get(id(parameter), [])
 
 
-def adapt_embedding(
-    model: nn.Module, path: str, layer: nn.Embedding, config: LoraConfig, kind: str
-) -> dict[str, Value]:
+def holders(bare: Bare) -> dict[int, list[str]]:
+    """The id of each parameter to the paths of the modules that hold it: one walk over the model."""
+    found: dict[int, list[str]] = {}
+    for path, module in bare.named_modules():
+        for _, parameter in bare.parameters_of(module):
+            found.setdefault(id(parameter), []).append(path)
+    return found
+
+
+def adapt_embedding(bare: Bare, path: str, layer: nn.Embedding, config: LoraConfig, kind: str) -> dict[str, Value]:
     """LoRA on an embedding, and with ``ensure_weight_tying`` the same update on a head that is tied to it.
 
     Raises:
@@ -34,31 +42,33 @@ def adapt_embedding(
         raise TargetError(
             f"{path} is an Embedding, which takes plain LoRA only; leave it out, or give it an adapter of its own"
         )
-    tied = [other for other in sharers(model, layer.weight) if other != path]
+    tied = [other for other in sharers(bare, layer.weight) if other != path]
     if tied and not config.ensure_weight_tying:
         raise TargetError(
             f"{path} shares its weight with {tied[0]}; set ensure_weight_tying=True to adapt both alike, or minilora.untie(model) first"
         )
     adapter = LoRAEmbedding(layer, config, path)
-    return {path: adapter, **{other: TiedHead(model.get_submodule(other), adapter) for other in tied}}
+    return {path: adapter, **{other: TiedHead(bare.get_submodule(other), adapter) for other in tied}}
 
 
-def train_rows(model: nn.Module, path: str, indices: Sequence[int]) -> dict[str, Value]:
+def train_rows(bare: Bare, path: str, indices: Sequence[int]) -> dict[str, Value]:
     """Trained rows of an embedding, shared with a head that is tied to it (as PEFT shares them)."""
-    layer = model.get_submodule(path)
+    layer = bare.get_submodule(path)
     adapter = TokenRows(layer, indices, path)
-    tied = [other for other in sharers(model, layer.weight) if other != path]
-    return {path: adapter, **{other: TiedRows(model.get_submodule(other), adapter) for other in tied}}
+    tied = [other for other in sharers(bare, layer.weight) if other != path]
+    return {path: adapter, **{other: TiedRows(bare.get_submodule(other), adapter) for other in tied}}
 
 
 def untie(model: nn.Module) -> nn.Module:
     """Give the output head a weight of its own (a copy) and say so in ``model.config``; does nothing to a model that ties nothing."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    inner: Any = head.innermost if isinstance(head, Adapter) else head
-    if inner is not None and len(sharers(model, inner.weight)) > 1:
-        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=inner.weight.requires_grad)
+    bare = Bare(model)
+    head: Any = bare.get_output_embeddings()
     config: Any = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
-        if part is not None and hasattr(part, "tie_word_embeddings"):
-            part.tie_word_embeddings = False
+    with LOCK, Change() as change:
+        if head is not None and len(sharers(bare, head.weight)) > 1:
+            weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+            change.item(head._parameters, "weight", weight)
+        for part in (config, getattr(config, "text_config", None)):
+            if part is not None and hasattr(part, "tie_word_embeddings"):
+                change.put(part, "tie_word_embeddings", False)
     return model

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError
 from minilora.linear.layers import extended, revive
+from minilora.lora.change import LOCK, Change
 from minilora.lora.slots import has_adapters
 
 __all__ = ["checkpoint_activations", "dtype_on_disk", "prepare_model_for_kbit_training"]
@@ -62,14 +63,18 @@ def prepare_model_for_kbit_training(
         raise ConfigError(f"upcast={upcast!r}: wanted 'norms', 'all' (as PEFT) or 'none'")
     if has_adapters(model):
         raise StateError("the model has adapters, which this would freeze; call it before get_peft_model")
-    model.requires_grad_(False)
-    for module in model.modules() if upcast == "norms" else ():
-        if type(module).__name__.lower().endswith("norm") and _halves(module) and not next(module.children(), None):
-            _raise(module)
-    for parameter in _halves(model) if upcast == "all" else ():
-        parameter.data = parameter.data.float()
-    if use_gradient_checkpointing:
-        checkpoint_activations(model, gradient_checkpointing_kwargs)
+    with LOCK, Change() as change:
+        for parameter in model.parameters():
+            change.put(parameter, "requires_grad", False)
+        for module in model.modules() if upcast == "norms" else ():
+            if type(module).__name__.lower().endswith("norm") and _halves(module) and not next(module.children(), None):
+                _raise(change, module)
+        for parameter in _halves(model) if upcast == "all" else ():
+            change.put(parameter, "data", parameter.data.float())
+        if use_gradient_checkpointing:
+            for module in model.modules():
+                change.watch(module)
+            checkpoint_activations(model, gradient_checkpointing_kwargs)
     return model
 
 
@@ -96,9 +101,13 @@ def _halves(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.dtype in _HALF]
 
 
-def _raise(norm: Any) -> None:
+def _raise(change: Change, norm: Any) -> None:
     kind = norm.weight.dtype
-    norm.float()
+    for parameter in norm.parameters():
+        change.put(parameter, "data", parameter.data.float())
+    for name, buffer in norm.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            change.item(norm._buffers, name, buffer.float())
     if not isinstance(norm, _InFloat32):
-        norm.__class__ = extended(_InFloat32, type(norm))  # type: ignore[arg-type]
-        norm.given_dtype = kind
+        change.put(norm, "__class__", extended(_InFloat32, type(norm)))  # type: ignore[arg-type]
+        change.put(norm, "given_dtype", kind)
