@@ -18,7 +18,7 @@ from minilora.linear.layers import compute_dtype, is_on_top
 from minilora.lora.adapter import Adapter
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import build_new, inject, place
+from minilora.lora.inject import build_new, inject, place_in
 from minilora.lora.slots import adapters_of, has_adapters, own_parameters
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.store import load as checkpoint
@@ -87,7 +87,7 @@ class PeftModel(nn.Module):
             allow_other_base=allow_other_base,
         )
         with LOCK, Change() as change:
-            place(change, model, stored.config, adapter_name, values, stored.variant, trainable=is_trainable)
+            place_in(change, model, stored.config, adapter_name, values, stored.variant, trainable=is_trainable)
             _extend(change, model)
             change.train(model, is_trainable)
         return model
@@ -276,7 +276,7 @@ def get_peft_model(
             for parameter in own_parameters(value):
                 parameter.data = parameter.data.to(compute_dtype(value.innermost))
     with LOCK, Change() as change:
-        place(change, model, peft_config, adapter_name, values, variant)
+        place_in(change, model, peft_config, adapter_name, values, variant)
         _extend(change, model)
     return model
 

@@ -89,7 +89,6 @@ def check_adapter_name(name: str) -> None:
 
 
 def place(
-    change: Change,
     model: nn.Module,
     config: LoraConfig,
     adapter_name: str,
@@ -100,12 +99,29 @@ def place(
 ) -> None:
     """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model.
 
+    Whatever stops it half way, an interrupt included, leaves the model as it was.
+
     Args:
         trainable: whether its parameters train; default if it is active.
 
     Raises:
         StateError: the name was taken since, or what is shown now and the new adapter cannot be added.
     """
+    with LOCK, Change() as change:
+        place_in(change, model, config, adapter_name, values, kind, activate, trainable)
+
+
+def place_in(
+    change: Change,
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    values: Mapping[str, Value],
+    kind: str | None = None,
+    activate: bool = True,
+    trainable: bool | None = None,
+) -> None:
+    """``place`` as a part of a change."""
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
     adapters.check_new(adapter_name)
     if not has_adapters(model):
@@ -155,8 +171,7 @@ def inject(
             Nothing has changed then.
     """
     values = build_new(model, config, adapter_name, variant)
-    with LOCK, Change() as change:
-        place(change, model, config, adapter_name, values, variant, activate)
+    place(model, config, adapter_name, values, variant, activate)
     return model
 
 

@@ -22,7 +22,6 @@ from minilora.errors import ConfigError, StateError, nearest
 from minilora.files import validate
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
-from minilora.lora.change import LOCK, Change
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import Adapters, Value, adapters_of
@@ -90,8 +89,7 @@ def add_weighted_adapter(
     with torch.no_grad():
         for path, value in values.items():
             _fill(value, by_path[path], combination_type, density, majority_sign_method)
-    with LOCK, Change() as change:
-        place(change, model, config, adapter_name, values, "lora", activate=False)
+    place(model, config, adapter_name, values, "lora", activate=False)
 
 
 def _check(

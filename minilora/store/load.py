@@ -89,8 +89,7 @@ def load_adapter(
     stored, values, report = prepare_adapter(
         model, folder, adapter_name, strict, config, expect_sha256, allow_other_base
     )
-    with LOCK, Change() as change:
-        place(change, model, stored.config, adapter_name, values, stored.variant, activate, is_trainable and activate)
+    place(model, stored.config, adapter_name, values, stored.variant, activate, is_trainable and activate)
     return report
 
 
