@@ -16,8 +16,8 @@ from minilora.linear.layers import is_linear, is_quantized
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
 from minilora.lora.bare import Bare
-from minilora.lora.config import LoraConfig, pattern_matches
-from minilora.lora.targets import Selection, ends_with, layer_index, select
+from minilora.lora.config import LoraConfig
+from minilora.lora.targets import Selection, ends_with, inside, layer_index, select
 
 ALL_LINEAR = "all-linear"
 # A new task head is trained whole: PEFT's rule by task type.
@@ -48,7 +48,8 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
     if config.exclude_modules is not None:
         excluded = set(select(modules, config.exclude_modules, "exclude_modules"))
         targets = [path for path in targets if path not in excluded]
-    targets = [path for path in targets if not any(path == place or path.startswith(place + ".") for place in saved)]
+    copied = set(saved)
+    targets = [path for path in targets if not inside(path, copied)]
     targets = _in_layers(targets, config)
     if not targets:
         raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
@@ -95,11 +96,10 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     if not names and not heads:
         return []
     saved = select(modules, (*names, *heads), "modules_to_save")
+    copied = set(saved)
     for path in saved:
-        if outer := [place for place in saved if path.startswith(place + ".")]:
-            raise TargetError(
-                f"modules_to_save: {path} lies in {outer[0]}, which is copied whole; name only one of them"
-            )
+        if (outer := inside(path.rpartition(".")[0], copied)) is not None:
+            raise TargetError(f"modules_to_save: {path} lies in {outer}, which is copied whole; name only one of them")
         if packed := [name for name, module in modules[path].named_modules() if is_quantized(module)]:
             raise TargetError(
                 f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole; "
@@ -133,9 +133,10 @@ def refuse_unfit(model: nn.Module | Bare, modules: dict[str, nn.Module], targets
 
 def _refuse_idle_patterns(config: LoraConfig, targets: list[str]) -> None:
     """A pattern that no adapted layer matches is a typo, and its rank or alpha would silently not apply."""
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            if not any(pattern_matches(key, path) for path in targets):
+    for field, keys in (("rank_pattern", config.rank_keys), ("alpha_pattern", config.alpha_keys)):
+        meant = {key for path in targets for key in keys.all(path)} if keys.keys else set()
+        for key in keys.keys:
+            if key not in meant:
                 known = {path.rsplit(".", 1)[-1] for path in targets}
                 raise TargetError(
                     f"{field} key {key!r} matches no adapted layer; their names are {nearest(key, known)}"
@@ -190,7 +191,6 @@ def _biases(bare: Bare, config: LoraConfig, targets: list[str], saved: list[str]
         for path, parameter in bare.named_parameters()
         if path.rsplit(".", 1)[-1] == "bias" and parameter.is_floating_point()
     ]
-    every = [path for path in every if not any(path.startswith(place + ".") for place in saved)]
-    if config.bias == "all":
-        return every
-    return [path for path in every if path.rpartition(".")[0] in targets] if config.bias == "lora_only" else []
+    copied, adapted = set(saved), set(targets)
+    every = [path for path in every if not inside(path, copied)]
+    return [path for path in every if config.bias == "all" or path.rpartition(".")[0] in adapted]

@@ -18,7 +18,6 @@ from minilora.errors import CheckpointError
 from minilora.linear.layers import in_out_features
 from minilora.lora.adapter import Adapter, variant
 from minilora.lora.bare import Bare
-from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build, place
 from minilora.lora.match import ALL_LINEAR, match
