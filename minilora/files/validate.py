@@ -8,6 +8,8 @@ from typing import Any
 
 from minilora.errors import ConfigError
 
+# A module's name: as a regular expression it means the same, the dot aside, so it need not be one.
+PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _LARGEST = 1e30  # a larger alpha overflows fp32 with the first weight
 _MOST = 2**31 - 1  # no tensor has a longer side
 
@@ -99,7 +101,7 @@ def pattern(name: str, value: object) -> dict[str, Any]:
         raise ConfigError(f"{name}={value!r}: wanted a dict of module-name pattern to number")
     for key in value:
         try:
-            re.compile(key)
+            PLAIN.fullmatch(key) or re.compile(key)
         except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{name} key {key!r} is not a regular expression ({error}); escape its special signs"

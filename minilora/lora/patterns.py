@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-__all__ = ["Patterns"]
+from minilora.files.validate import PLAIN
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+__all__ = ["Patterns"]
 
 
 class Patterns:
@@ -25,7 +25,7 @@ class Patterns:
         self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._expressions: list[tuple[int, re.Pattern[str]]] = []
         for number, key in enumerate(self.keys):
-            if _NAME.fullmatch(key):
+            if PLAIN.fullmatch(key):
                 dots = tuple(place for place, sign in enumerate(key) if sign == ".")
                 self._names.setdefault(len(key), {}).setdefault(dots, {})[key] = number
             else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.parse import parse_json, parse_tensors
 from minilora.files.read import read_files
+from minilora.files.validate import PLAIN
 from minilora.lora.config import LoraConfig, unknown_keys
 from minilora.quant.finite import is_finite
 from minilora.store.fingerprint import is_fingerprint
@@ -35,7 +36,6 @@ SEAL_FILE = "minilora.json"
 PREFIX = "base_model.model."
 VARIANT = "minilora_variant"  # in the metadata of the weights file
 MADE_WITH = "minilora_made_with"  # likewise: ``Adapter.made_with`` of all layers
-PLAIN = re.compile(r"[A-Za-z0-9_.-]+")  # a module's name, which means the same as a regular expression and without one
 _PURPOSES = {
     CONFIG_FILE: "the adapter's config",
     WEIGHTS_FILE: "the adapter's weights",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.files.parse import tensor_bytes
+from minilora.files.validate import PLAIN
 from minilora.files.write import write_files
 from minilora.linear.layers import is_conv1d
 from minilora.lora.adapter import Adapter
@@ -26,7 +27,6 @@ from minilora.lora.targets import ends_with, exactly
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
-    PLAIN,
     PREFIX,
     VARIANT,
     WEIGHTS_FILE,
