@@ -7,10 +7,10 @@ PEFT 0.21.2, and reads and writes PEFT's ``adapter_config.json`` (``lora/config_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,10 @@ from typing import Any
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files import validate
 from minilora.lora import config_file
+from minilora.lora.patterns import Patterns
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-
-def pattern_matches(key: str, path: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module at ``path``: it matches the end, whole components."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 @dataclass(frozen=True)
@@ -177,10 +173,19 @@ class LoraConfig:
     def for_module(self, path: str) -> tuple[int, int | float]:
         """``(r, lora_alpha)`` of the module at ``path`` after the patterns (PEFT's rule: first key that matches the end)."""
 
-        def chosen(pattern: Mapping[str, Any], default: Any) -> Any:
-            return next((value for key, value in pattern.items() if pattern_matches(key, path)), default)
+        rank, alpha = self.rank_keys.first(path), self.alpha_keys.first(path)
+        r = self.r if rank is None else self.rank_pattern[rank]
+        return r, self.lora_alpha if alpha is None else self.alpha_pattern[alpha]
 
-        return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
+    @functools.cached_property
+    def rank_keys(self) -> Patterns:
+        """The keys of ``rank_pattern``, to be asked which one means a path."""
+        return Patterns(self.rank_pattern)
+
+    @functools.cached_property
+    def alpha_keys(self) -> Patterns:
+        """The keys of ``alpha_pattern``."""
+        return Patterns(self.alpha_pattern)
 
     def scaling(self, path: str) -> float:
         """The factor of the update at ``path``: ``lora_alpha / r``; with rsLoRA ``lora_alpha / sqrt(r)``."""

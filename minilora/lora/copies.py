@@ -20,7 +20,7 @@ from minilora.linear.layers import CastsBias, is_quantized
 from minilora.linear.ops import product_dtype
 from minilora.linear.packed import dtype_after
 
-__all__ = ["in_given_dtype", "keep_bias_in_fp32", "share_parameters", "trained_bias", "trained_copy"]
+__all__ = ["in_given_dtype", "keep_bias_in_fp32", "share_parameters", "trained", "trained_bias"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -51,9 +51,9 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALF else x
 
 
-def trained_copy(module: nn.Module) -> nn.Module:
-    """A copy that shares nothing with ``module``, all of it trained, its half-precision parameters in fp32."""
-    new = copy.deepcopy(module).requires_grad_(True)
+def trained(new: nn.Module) -> nn.Module:
+    """A copy of a module, all of it trained from now on, its half-precision parameters in fp32."""
+    new.requires_grad_(True)
     if halves := [p.dtype for p in new.parameters() if p.dtype in _HALF]:
         new.float()
         put_in_front(new, _TrainsInFp32)

@@ -9,27 +9,32 @@ from torch import nn
 
 from minilora.errors import TargetError
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
+from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
-from minilora.lora.copies import share_parameters, trained_bias, trained_copy
-from minilora.lora.slots import Value, unwrapped
+from minilora.lora.copies import share_parameters, trained, trained_bias
+from minilora.lora.slots import Value
 from minilora.lora.variants.embedding import LoRAEmbedding, Tied, TiedEmbedding, TiedHead
 from minilora.lora.variants.tokens import HeadRows, TiedRows, TiedTable, TokenRows
 
 __all__ = ["adapt_embedding", "copy_biases", "copy_modules", "sharers", "trained_rows", "untie"]
 
 
-def sharers(model: nn.Module, parameter: Any) -> list[str]:
+def sharers(bare: Bare, parameter: Any) -> list[str]:
     """Paths of the modules that hold this very parameter."""
-    return [
-        path
-        for path, module in unwrapped(model).named_modules()
-        if any(p is parameter for p in module._parameters.values())
-    ]
+    return holders(bare).get(id(parameter), [])
 
 
-def adapt_embedding(
-    model: nn.Module, path: str, layer: nn.Embedding, config: LoraConfig, kind: str
-) -> dict[str, Value]:
+def holders(bare: Bare) -> dict[int, list[str]]:
+    """The id of each parameter to the paths of the modules that hold it: one walk over the model."""
+    found: dict[int, list[str]] = {}
+    for path, module in bare.named_modules():
+        for _, parameter in bare.parameters_of(module):
+            found.setdefault(id(parameter), []).append(path)
+    return found
+
+
+def adapt_embedding(bare: Bare, path: str, layer: nn.Embedding, config: LoraConfig, kind: str) -> dict[str, Value]:
     """LoRA on an embedding, and with ``ensure_weight_tying`` the same update on a head that is tied to it.
 
     Raises:
@@ -39,73 +44,71 @@ def adapt_embedding(
         raise TargetError(
             f"{path} is an Embedding, which takes plain LoRA only; leave it out, or give it an adapter of its own"
         )
-    tied = [other for other in sharers(model, layer.weight) if other != path]
+    tied = [other for other in sharers(bare, layer.weight) if other != path]
     if tied and not config.ensure_weight_tying:
         raise TargetError(
             f"{path} shares its weight with {tied[0]}; set ensure_weight_tying=True to adapt both alike, or minilora.untie(model) first"
         )
     adapter = LoRAEmbedding(layer, config, path)
-    return {path: adapter, **_twins(model, tied, adapter, TiedEmbedding, TiedHead)}
+    return {path: adapter, **_twins(bare, tied, adapter, TiedEmbedding, TiedHead)}
 
 
-def _twins(
-    model: nn.Module, paths: Sequence[str], source: Adapter, table: type[Tied], head: type[Tied]
-) -> dict[str, Value]:
+def _twins(bare: Bare, paths: Sequence[str], source: Adapter, table: type[Tied], head: type[Tied]) -> dict[str, Value]:
     """What goes around the other modules that hold the same weight: ``table`` around embeddings, ``head`` around linear layers."""
-    layers = {path: model.get_submodule(path) for path in paths}
+    layers = {path: bare.get_submodule(path) for path in paths}
     return {path: (table if isinstance(layer, nn.Embedding) else head)(layer, source) for path, layer in layers.items()}
 
 
-def copy_modules(model: nn.Module, paths: Sequence[str], config: LoraConfig) -> dict[str, Value]:
+def copy_modules(bare: Bare, paths: Sequence[str], config: LoraConfig) -> dict[str, Value]:
     """Copies of the modules that train whole, and with ``ensure_weight_tying`` of the modules tied to them, which share the copy's numbers.
 
     Raises:
         TargetError: one object stands in several places, or shares its weight with another table (T5's ``shared``, which the model may
             never call) and the config does not say to share the change.
     """
-    places = [(path, module) for path, module in model.named_modules(remove_duplicate=False)]
+    places = list(bare.named_modules(remove_duplicate=False)) if paths else []
     values: dict[str, Value] = {}
     for path in paths:
         if path in values:
             continue
-        module = model.get_submodule(path)
+        module = bare.get_submodule(path)
         if again := [other for other, same in places if same is module and other != path]:
             raise TargetError(f"modules_to_save: {path} and {again[0]} are one shared module; give each its own copy")
-        own = {id(parameter) for parameter in module.parameters()}
-        inside = {id(part) for part in module.modules()}
+        inside = {id(part): part for other, part in places if other == path or other.startswith(f"{path}.")}
+        own = {id(parameter) for part in inside.values() for _, parameter in bare.parameters_of(part)}
         twins = [
             other
-            for other, part in model.named_modules()
-            if id(part) not in inside and own & {id(parameter) for parameter in part._parameters.values()}
+            for other, part in bare.named_modules()
+            if id(part) not in inside and any(id(parameter) in own for _, parameter in bare.parameters_of(part))
         ]
         if config.ensure_weight_tying:
-            values[path] = new = trained_copy(module)
-            values |= dict(zip(twins, share_parameters(new, module, map(model.get_submodule, twins)), strict=True))
+            values[path] = new = trained(bare.deepcopy(path))
+            values |= dict(zip(twins, share_parameters(new, module, map(bare.get_submodule, twins)), strict=True))
             continue
         tables = [
-            other for other in twins if isinstance(model.get_submodule(other), nn.Embedding) and other not in paths
+            other for other in twins if isinstance(bare.get_submodule(other), nn.Embedding) and other not in paths
         ]
         if tables and isinstance(module, nn.Embedding):
             raise TargetError(
                 f"modules_to_save: {path} shares its weight with {tables[0]}, which would not change; set "
                 "ensure_weight_tying=True, to train them as one, or minilora.untie(model) first"
             )
-        values[path] = trained_copy(module)
+        values[path] = trained(bare.deepcopy(path))
     return values
 
 
-def copy_biases(model: nn.Module, paths: Sequence[str]) -> dict[str, Value]:
+def copy_biases(bare: Bare, paths: Sequence[str]) -> dict[str, Value]:
     """Copies of the biases that train; a bias that several modules share stays one."""
     made: dict[int, nn.Parameter] = {}
     for path in paths:
-        bias = model.get_parameter(path)
+        bias = bare.get_parameter(path)
         if id(bias) not in made:
             made[id(bias)] = trained_bias(bias)
-    return {path: made[id(model.get_parameter(path))] for path in paths}
+    return {path: made[id(bare.get_parameter(path))] for path in paths}
 
 
 def trained_rows(
-    model: nn.Module, path: str, indices: Sequence[int], made: Mapping[str, Value], config: LoraConfig
+    bare: Bare, path: str, indices: Sequence[int], made: Mapping[str, Value], config: LoraConfig
 ) -> dict[str, Value]:
     """Trained rows of an embedding, shared with all that is tied to it (as PEFT shares them); or those of an output head.
 
@@ -115,7 +118,7 @@ def trained_rows(
     Raises:
         TargetError: ``ensure_weight_tying``, and a tied layer is to train other rows than its table.
     """
-    layer = model.get_submodule(path)
+    layer = bare.get_submodule(path)
     if isinstance(known := made.get(path), Tied):
         if list(indices) == known.source.token_indices.tolist():
             return {}
@@ -127,18 +130,20 @@ def trained_rows(
     if not isinstance(layer, nn.Embedding):
         return {path: HeadRows(layer, indices, path)}
     adapter = TokenRows(layer, indices, path)
-    tied = [other for other in sharers(model, layer.weight) if other != path]
-    return {path: adapter, **_twins(model, tied, adapter, TiedTable, TiedRows)}
+    tied = [other for other in sharers(bare, layer.weight) if other != path]
+    return {path: adapter, **_twins(bare, tied, adapter, TiedTable, TiedRows)}
 
 
 def untie(model: nn.Module) -> nn.Module:
     """Give the output head a weight of its own (a copy) and say so in ``model.config``; does nothing to a model that ties nothing."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    inner: Any = head.innermost if isinstance(head, Adapter) else head
-    if inner is not None and len(sharers(model, inner.weight)) > 1:
-        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=inner.weight.requires_grad)
+    bare = Bare(model)
+    head: Any = bare.get_output_embeddings()
     config: Any = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
-        if part is not None and hasattr(part, "tie_word_embeddings"):
-            part.tie_word_embeddings = False
+    with LOCK, Change() as change:
+        if head is not None and len(sharers(bare, head.weight)) > 1:
+            weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+            change.item(head._parameters, "weight", weight)
+        for part in (config, getattr(config, "text_config", None)):
+            if part is not None and hasattr(part, "tie_word_embeddings"):
+                change.put(part, "tie_word_embeddings", False)
     return model

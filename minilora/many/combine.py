@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, StateError, nearest
 from minilora.files import validate
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import Adapters, Value, adapters_of, own_parameters, unwrapped
+from minilora.lora.slots import Adapters, Value, adapters_of
 from minilora.lora.targets import exactly
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.residual import ResidualLoRA
@@ -75,7 +76,7 @@ def add_weighted_adapter(
         record.configs[adapters[0]],
         r=rank,
         lora_alpha=rank,
-        target_modules=exactly(tuple(by_path), _known_paths(model)),
+        target_modules=exactly(tuple(by_path), [path for path, _ in Bare(model).named_modules() if path]),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -89,9 +90,6 @@ def add_weighted_adapter(
         for path, value in values.items():
             _fill(value, by_path[path], combination_type, density, majority_sign_method)
     place(model, config, adapter_name, values, "lora", activate=False)
-    for value in values.values():
-        for parameter in own_parameters(value):
-            parameter.requires_grad_(False)
 
 
 def _check(
@@ -200,11 +198,6 @@ def _scaled_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """``(A, B)`` in the orientation of the stored factors, with ``B A`` the whole update, start factors included."""
     A, B = adapter.as_lora()
     return (B.T, A.T) if isinstance(adapter, LoRAEmbedding) else (A, B)
-
-
-def _known_paths(model: nn.Module) -> list[str]:
-    with adapters_of(model).bare():
-        return [path for path, _ in unwrapped(model).named_modules() if path]
 
 
 def _scaling(adapter: Any) -> float:

@@ -17,6 +17,7 @@ from minilora.errors import ConfigError, StateError
 from minilora.linear.fronts import Front, put_in_front
 from minilora.linear.packed import dtype_after
 from minilora.lora.bases import refuse_nested
+from minilora.lora.change import LOCK, Change
 from minilora.lora.slots import has_adapters
 
 __all__ = ["checkpoint_activations", "dtype_on_disk", "prepare_model_for_kbit_training"]
@@ -69,14 +70,18 @@ def prepare_model_for_kbit_training(
     if has_adapters(model):
         raise StateError("the model has adapters, which this would freeze; call it before get_peft_model")
     refuse_nested(model)
-    model.requires_grad_(False)
-    for module in model.modules() if upcast == "norms" else ():
-        if _is_norm(module) and _halves(module):
-            _raise(module)
-    for parameter in _halves(model) if upcast == "all" else ():
-        parameter.data = parameter.data.float()
-    if use_gradient_checkpointing:
-        checkpoint_activations(model, gradient_checkpointing_kwargs)
+    with LOCK, Change() as change:
+        for parameter in model.parameters():
+            change.put(parameter, "requires_grad", False)
+        for module in model.modules() if upcast == "norms" else ():
+            if _is_norm(module) and _halves(module):
+                _raise(change, module)
+        for parameter in _halves(model) if upcast == "all" else ():
+            change.put(parameter, "data", parameter.data.float())
+        if use_gradient_checkpointing:
+            for module in model.modules():
+                change.watch(module)
+            checkpoint_activations(model, gradient_checkpointing_kwargs)
     return model
 
 
@@ -109,8 +114,14 @@ def _halves(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.dtype in _HALF]
 
 
-def _raise(norm: Any) -> None:
+def _raise(change: Change, norm: Any) -> None:
     kind = norm.weight.dtype
-    norm.float()
-    put_in_front(norm, _InFloat32)
-    norm.given_dtype = kind
+    for parameter in norm.parameters():
+        change.put(parameter, "data", parameter.data.float())
+    for name, buffer in norm.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            change.item(norm._buffers, name, buffer.float())
+    if not isinstance(norm, _InFloat32):
+        change.keep(norm, "__class__")
+        put_in_front(norm, _InFloat32)
+    change.put(norm, "given_dtype", kind)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minilora.errors import QuantizationError, StateError, TargetError
 from minilora.linear.layers import QuantLinear, dense_weight, is_linear, is_quantized
 from minilora.lora.bases import refuse_nested, refuse_to_replace
+from minilora.lora.change import LOCK, Change
 from minilora.lora.inject import slot_at
 from minilora.lora.match import ALL_LINEAR, linear_paths, refuse_unfit
 from minilora.lora.slots import has_adapters, unwrapped
@@ -57,13 +58,9 @@ def quantize_model(
         QuantLinear.from_linear(slot.base, config, slot.path + ".weight", (importance or {}).get(slot.path))  # type: ignore[arg-type]
         for slot in slots
     ]
-    try:
+    with LOCK, Change() as change:
         for slot, layer in zip(slots, packed, strict=True):
-            setattr(slot.parent, slot.attr, layer.train(model.training))
-    except BaseException:
-        for slot in slots:
-            setattr(slot.parent, slot.attr, slot.base)
-        raise
+            change.item(slot.parent._modules, slot.attr, layer.train(model.training))
     return model
 
 

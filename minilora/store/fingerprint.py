@@ -11,14 +11,13 @@ import hashlib
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
-from minilora.lora.slots import adapters_of, has_adapters, unwrapped
+from minilora.lora.bare import Bare
 from minilora.quant.quantized import decode_range
 
 __all__ = ["differs", "fingerprint", "is_fingerprint"]
@@ -32,20 +31,18 @@ _CLOSE = 0.9  # relative error that two bits per weight stay under; unrelated we
 
 def fingerprint(model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
     """What to remember of the bare ``model`` under adapters at ``paths``: JSON values ``parameters`` and ``samples``."""
-    model = unwrapped(model)
-    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
-        chosen = sorted(paths)
-        chosen = [chosen[at * len(chosen) // _LAYERS] for at in range(_LAYERS)] if len(chosen) > _LAYERS else chosen
-        samples = {path: found for path in chosen if (found := _sample(model.get_submodule(path)))}
-        return {"parameters": _parameters_hash(model), "samples": samples}
+    bare, chosen = Bare(model), sorted(paths)
+    chosen = [chosen[at * len(chosen) // _LAYERS] for at in range(_LAYERS)] if len(chosen) > _LAYERS else chosen
+    samples = {path: found for path in chosen if (found := _sample(bare.get_submodule(path)))}
+    return {"parameters": _parameters_hash(bare), "samples": samples}
 
 
-def _parameters_hash(model: nn.Module) -> str:
+def _parameters_hash(bare: Bare) -> str:
     lines = []
-    for named, module in model.named_modules(remove_duplicate=False):
+    for named, module in bare.named_modules(remove_duplicate=False):
         path = named.replace("._orig_mod", "")  # of a part that torch.compile wrapped
-        for name, tensor in module._parameters.items():
-            if tensor is not None and not (is_linear(module) and name != "bias"):
+        for name, tensor in bare.parameters_of(module):
+            if not (is_linear(module) and name != "bias"):
                 lines.append(f"{path}.{name} {list(tensor.shape)}")
         if is_linear(module):
             lines.append(f"{path}.weight {list(in_out_features(module)[::-1])}")

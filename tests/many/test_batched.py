@@ -303,7 +303,6 @@ CHANGES = {
     "set_adapter": lambda model, folder: set_adapter(model, "b"),
     "delete_adapter": lambda model, folder: delete_adapter(model, "b"),
     "inject": lambda model, folder: inject(model, lora(["first"]), "new"),
-    "inject aside": lambda model, folder: inject(model, lora(["first"]), "new", activate=False),
     "merge": lambda model, folder: merge(model, ["b"]),
     "load_adapter": lambda model, folder: load_adapter(model, folder, "new"),
     "disabled": lambda model, folder: disabled(model).__enter__(),
@@ -547,7 +546,7 @@ def test_two_threads_never_get_each_others_rows(tiny, eager_switching, snapshot)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     before = snapshot(tiny)
     assert hammer(tiny, x, 5000) == 0
-    assert snapshot(tiny) == before and adapters_of(tiny).mixing == 0
+    assert snapshot(tiny) == before and adapters_of(tiny).blocks == ()
 
 
 def test_the_model_is_a_peft_model_all_the_while(make_mlp, randomize, x):

@@ -410,7 +410,7 @@ def test_a_failed_merge_leaves_the_model_as_it_was(adapted, make_llama, randomiz
     def work(model):
         merge(model, requantize=requantize)
 
-    from minilora.many import adapted as merging
+    from minilora.many import merging
 
     assert every_failure(make, work, merging, "_merged_layer", snapshot) == 4
     assert every_failure(make, work, Slot, "show", snapshot) >= 4
