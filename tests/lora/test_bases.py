@@ -239,7 +239,8 @@ def test_packing_and_unpacking_carry_hooks(randomize):
 
 
 @pytest.mark.parametrize(
-    "dropout", [nn.AlphaDropout(0.5), nn.Sequential(nn.Dropout(0.5)), type("Mine", (nn.Dropout,), {})(0.5), nn.Dropout(1.0)]
+    "dropout",
+    [nn.AlphaDropout(0.5), nn.Sequential(nn.Dropout(0.5)), type("Mine", (nn.Dropout,), {})(0.5), nn.Dropout(1.0)],
 )
 def test_a_replaced_dropout_is_called(dropout):
     model = minilora.inject(Net(nn.Linear(IN, OUT)), config("inner", init_lora_weights=False, lora_dropout=0.1))
@@ -307,5 +308,7 @@ def test_dora_on_a_row_of_zeros_and_on_one_that_cancels():
     with torch.no_grad():
         adapter.lora_A[0], adapter.lora_B[3] = base.weight[3], torch.tensor([-1 / adapter.scaling, 0, 0, 0])
     torch.testing.assert_close(adapter(x)[:, 3], base(x)[:, 3])
-    torch.testing.assert_close(adapter(x), F.linear(x, base.weight + adapter.delta_weight(), base.bias), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        adapter(x), F.linear(x, base.weight + adapter.delta_weight(), base.bias), rtol=1e-4, atol=1e-5
+    )
     assert torch.isfinite(adapter.delta_weight()).all()

@@ -103,7 +103,9 @@ def test_what_would_not_train_at_all_is_refused_first():
 
 
 def test_coverage_counts_all_that_is_multiplied_with():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "mlp": nn.Linear(6, 8), "table": nn.Embedding(9, 6)})
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(6, 2), "mlp": nn.Linear(6, 8), "table": nn.Embedding(9, 6)}
+    )
     minilora.inject(model, config("mlp"))
     covered, others = coverage(model)
     assert covered == ["mlp"] and others == ["attention.in_proj_weight", "attention.out_proj"]

@@ -16,7 +16,7 @@ from minilora.lora.config import LoraConfig as Config
 from minilora.lora.slots import Slot
 from minilora.store.export import TARGETS, export_adapter, export_folder
 from minilora.training.data import IGNORED, Encoded
-from minilora.training.guards import check_parameters, check_examples, context_length, refuse_nonfinite
+from minilora.training.guards import check_examples, check_parameters, context_length, refuse_nonfinite
 from minilora.training.loop import TrainConfig, train
 
 PAD, LAYERS = 63, ["q_proj", "up_proj"]
