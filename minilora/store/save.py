@@ -33,7 +33,7 @@ from minilora.store.adapter_files import (
     not_finite,
     seal,
 )
-from minilora.store.fingerprint import fingerprint
+from minilora.store.fingerprint import brought_by, fingerprint
 
 __all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 
@@ -93,7 +93,8 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
     """What an adapter's file remembers of the model under it (``fingerprint``)."""
     values = adapters_of(model).named(adapter_name)
-    return fingerprint(model, [path for path, value in values.items() if isinstance(value, Adapter)])
+    paths = [path for path, value in values.items() if isinstance(value, Adapter)]
+    return fingerprint(model, paths, brought_by(model, values))
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:
