@@ -1,21 +1,33 @@
-"""Embeddings and the heads tied to them: a change of the table is shared with the head, or refused, never half applied."""
+"""Weights that several modules share: a change of one is shared with the others, or refused, never half applied."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from minilora.errors import TargetError
+from minilora.errors import StateError, TargetError
+from minilora.linear.layers import dense_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
 from minilora.lora.copies import share_parameters, trained_bias, trained_copy
-from minilora.lora.slots import Value, unwrapped
+from minilora.lora.slots import Adapters, Value, unwrapped
 from minilora.lora.variants.embedding import LoRAEmbedding, Tied, TiedEmbedding, TiedHead
 from minilora.lora.variants.tokens import HeadRows, TiedRows, TiedTable, TokenRows
 
-__all__ = ["adapt_embedding", "copy_biases", "copy_modules", "sharers", "trained_rows", "untie"]
+__all__ = [
+    "adapt_embedding",
+    "copy_biases",
+    "copy_modules",
+    "refuse_parted",
+    "refuse_shared",
+    "share_again",
+    "sharers",
+    "trained_rows",
+    "untie",
+]
 
 
 def sharers(model: nn.Module, parameter: Any) -> list[str]:
@@ -87,7 +99,7 @@ def copy_modules(model: nn.Module, paths: Sequence[str], config: LoraConfig) -> 
         ]
         if tables and isinstance(module, nn.Embedding):
             raise TargetError(
-                f"modules_to_save: {path} shares its weight with {tables[0]}, which would not change; set ensure_weight_tying=True, to train "
+                f"modules_to_save: {path} shares its weight with {tables[0]}, which would stay; set ensure_weight_tying=True to train "
                 "them as one, or minilora.untie(model) first"
             )
         values[path] = trained_copy(module)
@@ -129,6 +141,54 @@ def trained_rows(
     adapter = TokenRows(layer, indices, path)
     tied = [other for other in sharers(model, layer.weight) if other != path]
     return {path: adapter, **_twins(model, tied, adapter, TiedTable, TiedRows)}
+
+
+def refuse_shared(model: nn.Module, adapters: Adapters, folded: Mapping[str, Any]) -> None:
+    """A weight that two layers share must change in both, or saving and reloading would give another model."""
+    for path in folded:
+        base = adapters.slots[path].base
+        others = [other for other in sharers(model, base._parameters["weight"]) if other not in folded]  # type: ignore[union-attr]
+        if others:
+            raise StateError(
+                f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
+            )
+
+
+def refuse_parted(model: nn.Module, adapters: Adapters, names: Sequence[str]) -> None:
+    """A copy whose weight another module shared and does not change with: saved and loaded, a tied model would have only one of them."""
+    copies = {
+        path: value
+        for path, slot in adapters.slots.items()
+        for name in names
+        if isinstance(value := slot.kept.get(name), nn.Module) and not isinstance(value, Adapter)
+    }
+    for path, value in copies.items():
+        base: nn.Module = adapters.slots[path].base  # type: ignore[assignment]
+        inside = {id(part) for part in base.modules()}
+        for old, new in zip(base.parameters(), value.parameters(), strict=True):
+            for other in sharers(model, old):
+                twin = copies.get(other)
+                together = twin is not None and any(parameter is new for parameter in twin.parameters())
+                if not together and id(model.get_submodule(other)) not in inside:
+                    raise StateError(
+                        f"{path} is trained as a copy, and {other}, which shared its weight, is not the same one; a tied model cannot hold "
+                        "both, so call minilora.untie(model) first, or train them as one with ensure_weight_tying=True"
+                    )
+
+
+def share_again(adapters: Adapters, layers: Mapping[str, nn.Module]) -> None:
+    """Layers that shared a weight share the merged one. Raises ``StateError`` where their updates make two of it."""
+    first: dict[int, str] = {}
+    for path, layer in layers.items():
+        twin = first.setdefault(id(adapters.slots[path].base._parameters["weight"]), path)  # type: ignore[union-attr]
+        if twin == path:
+            continue
+        if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
+            raise StateError(
+                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call "
+                "minilora.untie(model) first, or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
+            )
+        layer._parameters["weight"] = layers[twin]._parameters["weight"]
 
 
 def untie(model: nn.Module) -> nn.Module:

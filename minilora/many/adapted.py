@@ -20,7 +20,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.bases import refuse_to_replace
 from minilora.lora.copies import in_given_dtype
 from minilora.lora.slots import Adapters, Slot, adapters_of, detach, own_parameters
-from minilora.lora.tying import sharers
+from minilora.lora.tying import refuse_parted, refuse_shared, share_again
 from minilora.quant.config import QuantConfig
 from minilora.quant.finite import is_finite
 
@@ -124,10 +124,11 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     losses: dict[str, tuple[float, float]] = {}
     try:
         with adapters.bare():
-            _refuse_shared(model, adapters, folded)
+            refuse_shared(model, adapters, folded)
+            refuse_parted(model, adapters, chosen)
         for path, adapters_here in folded.items():
             layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize)
-        _share_again(adapters, layers)
+        share_again(adapters, layers)
         for path, layer in layers.items():
             adapters.slots[path].merged = layer
         adapters.merged = chosen
@@ -186,32 +187,6 @@ def _moved_bias(base: nn.Module, shifts: Sequence[Tensor]) -> Tensor:
     shift = torch.stack(list(shifts)).sum(0)
     bias: Tensor | None = base.bias  # type: ignore[assignment]
     return shift.to(compute_dtype(base)) if bias is None else (bias.float() + shift).to(bias.dtype)
-
-
-def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[Adapter]]) -> None:
-    """A weight that two layers share must change in both, or saving and reloading would give another model."""
-    for path in folded:
-        base = adapters.slots[path].base
-        others = [other for other in sharers(model, base._parameters["weight"]) if other not in folded]  # type: ignore[union-attr]
-        if others:
-            raise StateError(
-                f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
-            )
-
-
-def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
-    """Layers that shared a weight share the merged one. Raises ``StateError`` where their updates make two of it."""
-    first: dict[int, str] = {}
-    for path, layer in layers.items():
-        twin = first.setdefault(id(adapters.slots[path].base._parameters["weight"]), path)  # type: ignore[union-attr]
-        if twin == path:
-            continue
-        if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
-            raise StateError(
-                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call minilora.untie(model) first"
-                ", or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
-            )
-        layer._parameters["weight"] = layers[twin]._parameters["weight"]
 
 
 def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]) -> MergeReport:

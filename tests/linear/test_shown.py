@@ -115,7 +115,7 @@ def test_parameters_are_found_by_their_names():
 def test_codes_that_something_wrote_over_are_refused():
     layer = packed()
     layer._parameters["weight"] = nn.Parameter(torch.zeros(OUT, IN), requires_grad=False)
-    with pytest.raises(QuantizationError, match="holds torch.float32 where its uint8 codes were"):
+    with pytest.raises(QuantizationError, match=r"holds torch.float32 where its uint8 codes were"):
         layer(x_of(2))
 
 
@@ -144,7 +144,7 @@ def test_a_state_of_another_format_is_refused(other, words):
 
 def test_a_state_that_names_its_layer():
     model, other = nn.Sequential(packed()), nn.Sequential(packed("fp4"))
-    with pytest.raises(QuantizationError, match="^0: the state has format=nf4"):
+    with pytest.raises(QuantizationError, match=r"^0: the state has format=nf4"):
         other.load_state_dict(model.state_dict())
 
 

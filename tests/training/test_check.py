@@ -76,7 +76,7 @@ def test_an_expert_without_a_token_is_told_and_not_refused():
 
 def test_a_copy_that_gets_no_gradient_is_refused():
     model = minilora.inject(Parts(), config("used", modules_to_save=["idle"]))
-    with pytest.raises(StateError, match="idle of 2 trained layers.*take it out of modules_to_save"):
+    with pytest.raises(StateError, match=r"idle of 2 trained layers.*take it out of modules_to_save"):
         check_adapter(model, X)
 
 
