@@ -147,7 +147,7 @@ class PeftModel(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Make a new adapter from others (``minilora.combine``) and keep it aside."""
+        """Make a new adapter from others (``minilora.many.combine``) and keep it aside."""
         combine.add_weighted_adapter(
             self, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
         )
