@@ -17,6 +17,7 @@ this holds in every thread and beside every handler that a program has installed
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, MutableMapping
 from functools import partial
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 # One change at a time, whatever its thread or model. It is never held while a model runs, nor while what is new is built. Always taken in
 # one ``with`` together with a change: alone, an error that a trace function raises at the end of its block would leave it taken.
 LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a forked process gets a model between two changes, and the lock free
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 _ABSENT: Any = object()
 
 

@@ -71,6 +71,7 @@ class Merged:
     """Layers with the updates of adapters ``names`` inside, by path, not yet in the model."""
 
     names: tuple[str, ...]
+    folded: dict[str, list[Adapter]]
     layers: dict[str, nn.Module]
     report: MergeReport
 
@@ -80,7 +81,7 @@ def merged_layers(model: nn.Module, names: Sequence[str] | None = None, requanti
     adapters = adapters_of(model)
     chosen = tuple(adapters.active if names is None else [names] if isinstance(names, str) else names)
     _check_merge(adapters, chosen)
-    folded = {path: held for path, slot in list(adapters.slots.items()) if (held := _adapters_at(slot, chosen))}
+    folded = _folded(adapters, chosen)
     _refuse_nonfinite(adapters, chosen)
     _refuse_shared(model, adapters, folded)
     layers: dict[str, nn.Module] = {}
@@ -90,7 +91,7 @@ def merged_layers(model: nn.Module, names: Sequence[str] | None = None, requanti
     for path, adapters_here in folded.items():
         layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize)
     _share_again(adapters, layers)
-    return Merged(chosen, layers, _report(layers, losses))
+    return Merged(chosen, folded, layers, _report(layers, losses))
 
 
 def _check_merge(adapters: Adapters, names: Sequence[str]) -> None:
@@ -107,6 +108,10 @@ def put_in(change: Change, model: nn.Module, merged: Merged) -> None:
     adapters = adapters_of(model)
     _check_merge(adapters, merged.names)
     adapters.refuse_while_mixing()
+    if _folded(adapters, merged.names) != merged.folded:
+        raise StateError(
+            f"adapters {list(merged.names)} were changed by another thread while they were merged; merge again"
+        )
     for path, layer in merged.layers.items():
         change.put(adapters.slots[path], "merged", layer)
     change.put(adapters, "merged", merged.names)
@@ -123,8 +128,13 @@ def _refuse_nonfinite(adapters: Adapters, names: Sequence[str]) -> None:
                 )
 
 
-def _adapters_at(slot: Slot, names: Sequence[str]) -> list[Adapter]:
-    return [value for name in names if isinstance(value := slot.kept.get(name), Adapter)]
+def _folded(adapters: Adapters, names: Sequence[str]) -> dict[str, list[Adapter]]:
+    """Path to the adapters of these names there, where there are any."""
+    found = {
+        path: [value for name in names if isinstance(value := slot.kept.get(name), Adapter)]
+        for path, slot in list(adapters.slots.items())
+    }
+    return {path: values for path, values in found.items() if values}
 
 
 def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tuple[nn.Module, tuple[float, float]]:

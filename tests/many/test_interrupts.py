@@ -5,9 +5,7 @@ each call, the slow one every line.
 """
 
 import hashlib
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,34 +23,9 @@ from minilora.many.hotswap import hotswap_adapter
 from minilora.qlora.calibrate import calibrate
 from minilora.qlora.kbit import prepare_model_for_kbit_training
 from minilora.store.load import load_adapter, restore_adapter
+from tests.interrupt import Interrupt
 
-ROOT = str(Path(minilora.__file__).parent)
 QUICK = 40  # lines tried of each call in the quick test
-
-
-class Interrupt:
-    """Inside the block ``KeyboardInterrupt`` comes before line number ``at`` of those in minilora's files; counts them."""
-
-    def __init__(self, at=0):
-        self.at, self.lines, self.where = at, 0, ""
-
-    def __enter__(self):
-        sys.settrace(self.call)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-    def call(self, frame, event, argument):
-        return self.line if frame.f_code.co_filename.startswith(ROOT) else None
-
-    def line(self, frame, event, argument):
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise KeyboardInterrupt  # a trace function that raises is taken off
-        return self.line
 
 
 # ---- models
