@@ -165,6 +165,7 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     """
     like = _dense_like(layer) if isinstance(layer, QuantLinear) else layer
     new = copy.copy(like)
+    take_from_front(new, Frozen)
     for name in (
         "forward",
         "_old_forward",

@@ -21,8 +21,9 @@ __all__ = [
     "adapt_embedding",
     "copy_biases",
     "copy_modules",
-    "refuse_parted",
+    "has_parted",
     "refuse_shared",
+    "say_untied",
     "share_again",
     "sharers",
     "trained_rows",
@@ -154,26 +155,26 @@ def refuse_shared(model: nn.Module, adapters: Adapters, folded: Mapping[str, Any
             )
 
 
-def refuse_parted(model: nn.Module, adapters: Adapters, names: Sequence[str]) -> None:
-    """A copy whose weight another module shared and does not change with: saved and loaded, a tied model would have only one of them."""
+def has_parted(model: nn.Module, adapters: Adapters, names: Sequence[str]) -> bool:
+    """Whether one of these adapters trains a copy whose weight another module shared, and which is not the same one any more."""
     copies = {
         path: value
         for path, slot in adapters.slots.items()
         for name in names
         if isinstance(value := slot.kept.get(name), nn.Module) and not isinstance(value, Adapter)
     }
-    for path, value in copies.items():
-        base: nn.Module = adapters.slots[path].base  # type: ignore[assignment]
-        inside = {id(part) for part in base.modules()}
-        for old, new in zip(base.parameters(), value.parameters(), strict=True):
-            for other in sharers(model, old):
-                twin = copies.get(other)
-                together = twin is not None and any(parameter is new for parameter in twin.parameters())
-                if not together and id(model.get_submodule(other)) not in inside:
-                    raise StateError(
-                        f"{path} is trained as a copy, and {other}, which shared its weight, is not the same one; a tied model cannot hold "
-                        "both, so call minilora.untie(model) first, or train them as one with ensure_weight_tying=True"
-                    )
+    with adapters.bare():
+        for path, value in copies.items():
+            base: nn.Module = adapters.slots[path].base  # type: ignore[assignment]
+            inside = {id(part) for part in base.modules()}
+            for old, new in zip(base.parameters(), value.parameters(), strict=True):
+                others = [
+                    other for other in sharers(model, old) if id(unwrapped(model).get_submodule(other)) not in inside
+                ]
+                twins = [copies.get(other, nn.Identity()) for other in others]
+                if not all(any(parameter is new for parameter in twin.parameters()) for twin in twins):
+                    return True
+    return False
 
 
 def share_again(adapters: Adapters, layers: Mapping[str, nn.Module]) -> None:
@@ -197,6 +198,11 @@ def untie(model: nn.Module) -> nn.Module:
     inner: Any = head.innermost if isinstance(head, Adapter) else head
     if inner is not None and len(sharers(model, inner.weight)) > 1:
         inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=inner.weight.requires_grad)
+    return say_untied(model)
+
+
+def say_untied(model: nn.Module) -> nn.Module:
+    """Say in ``model.config`` that nothing is tied: saved and loaded, a tied model would have only one of two weights."""
     config: Any = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         if part is not None and hasattr(part, "tie_word_embeddings"):

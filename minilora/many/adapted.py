@@ -20,7 +20,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.bases import refuse_to_replace
 from minilora.lora.copies import in_given_dtype
 from minilora.lora.slots import Adapters, Slot, adapters_of, detach, own_parameters
-from minilora.lora.tying import refuse_parted, refuse_shared, share_again
+from minilora.lora.tying import has_parted, refuse_shared, say_untied, share_again
 from minilora.quant.config import QuantConfig
 from minilora.quant.finite import is_finite
 
@@ -125,7 +125,6 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     try:
         with adapters.bare():
             refuse_shared(model, adapters, folded)
-            refuse_parted(model, adapters, chosen)
         for path, adapters_here in folded.items():
             layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize)
         share_again(adapters, layers)
@@ -219,6 +218,8 @@ def unload(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
     adapters.active = adapters.merged = adapters.merged if keep_merged else ()
     adapters.show()
+    if has_parted(model, adapters, adapters.merged):
+        say_untied(model)
     for slot in adapters.slots.values():  # what trained whole stays, in the dtype that the model has
         for value in (slot.kept[name] for name in adapters.merged if name in slot.kept):
             if isinstance(value, nn.Parameter):
