@@ -53,9 +53,10 @@ def is_on_top(front: type[Front], module: nn.Module) -> bool:
 
 def take_from_front(module: nn.Module, *fronts: type[Front]) -> None:
     """Undo ``put_in_front`` for these; where somebody has extended the class since then, it stays as it is."""
-    kind, others = type(module), []
-    while "_extends" in kind.__dict__:
-        front, kind = kind.__dict__["_extends"]
+    kind: Any = type(module)
+    others = []
+    while "_extends" in vars(kind):
+        front, kind = vars(kind)["_extends"]
         if not issubclass(front, fronts):
             others.append(front)
     for front in reversed(others):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minilora.errors import TargetError
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
-from minilora.linear.ops import cpu_has_bf16, flowing_dtype, is_transformed, product_dtype, quant_linear
+from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
 from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_hooks
 
 
@@ -96,7 +96,8 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight as ``[out, in]``, detached; shares memory with the layer unless it is quantized."""
     if isinstance(layer, QuantLinear):
-        return layer.quantized().dequantize()
+        whole = layer.quantized()
+        return dequantize(whole) if torch.compiler.is_compiling() or is_transformed() else whole.dequantize()
     if isinstance(layer, (nn.Linear, nn.Embedding)) or is_conv1d(layer):
         return rows_of(layer)
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
@@ -164,6 +165,7 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     """
     like = _dense_like(layer) if isinstance(layer, QuantLinear) else layer
     new = copy.copy(like)
+    take_from_front(new, Frozen)
     for name in (
         "forward",
         "_old_forward",

@@ -96,9 +96,9 @@ class QuantLinear(nn.Module):
             return codes  # type: ignore[return-value]
         shape = torch.Size((self.out_features, self.in_features))
         if self.conv1d is None:
-            return shown_weight(lambda: dequantize(self.quantized()), shape, self.dtype, codes.device, stored=True)
+            return shown_weight(lambda: dequantize(self.quantized()), shape, self.dtype, codes.device, stored=codes)
         return shown_weight(
-            lambda: dequantize(self.quantized()).t(), shape[::-1], self.dtype, codes.device, stored=True
+            lambda: dequantize(self.quantized()).t(), shape[::-1], self.dtype, codes.device, stored=codes
         )
 
     def quantized(self) -> QuantizedTensor:

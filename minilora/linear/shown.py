@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from minilora.errors import StateError
@@ -70,19 +70,23 @@ def shown_weight(
     dtype: torch.dtype,
     device: torch.device,
     trains: bool = False,
-    stored: bool = False,
+    stored: nn.Parameter | None = None,
 ) -> Tensor:
     """The answer of a layer: ``make()`` is the dense weight of that shape and dtype. A compiler or tracer gets it dense at once.
 
     Args:
-        trains: whether an adapter in it does. stored: it stands for a parameter of the layer, and ``get_parameter`` may return it.
+        trains: whether an adapter in it does.
+        stored: the parameter of the layer that it stands for: ``get_parameter`` may return it, and the marks that others put on that
+            (transformers notes what it has initialized) are seen on it.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return make()  # what is not used is left out of the graph
     made: Any = torch.Tensor._make_wrapper_subclass(
         ShownWeight, shape, dtype=dtype, device=device, requires_grad=trains
     )
-    made.make, made._is_param = make, stored
+    if stored is not None:
+        made.__dict__.update(stored.__dict__)
+    made.make, made._is_param = make, stored is not None
     return made
 
 

@@ -109,17 +109,24 @@ class Adapter(nn.Module, ABC):
         return [self, *(under._slot() if isinstance(under, Adapter) else ())]
 
     def _whole_weight(self) -> Tensor:
-        for adapter in self._slot():
-            dropout = getattr(adapter, "lora_dropout", None)
-            if dropout is not None and dropout.training and not isinstance(dropout, nn.Identity):
-                raise StateError(
-                    f"an adapted layer ({self.in_features} to {self.out_features}) is not called, its weight is read, where "
-                    "lora_dropout cannot reach; set lora_dropout=0, or exclude the layer (exclude_modules)"
-                )
+        if any(_drops(adapter) for adapter in self._slot()):
+            if (
+                torch.compiler.is_compiling()
+            ):  # asked for its dtype, most likely, and left out of the graph; a use of it shows
+                return torch.full_like(self.innermost.weight, torch.nan)  # type: ignore[arg-type]
+            raise StateError(
+                f"an adapted layer ({self.in_features} to {self.out_features}) is not called, its weight is read, where "
+                "lora_dropout cannot reach; set lora_dropout=0, or exclude the layer (exclude_modules)"
+            )
         inner = self.innermost
         update = torch.stack([adapter.delta_weight() for adapter in self._slot()]).sum(0)
         whole = (dense_weight(inner).float() + update).to(compute_dtype(inner))
         return whole.t() if is_transposed(inner) else whole
+
+
+def _drops(adapter: nn.Module) -> bool:
+    dropout = getattr(adapter, "lora_dropout", None)
+    return dropout is not None and dropout.training and not isinstance(dropout, nn.Identity)
 
 
 def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:

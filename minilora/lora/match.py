@@ -181,10 +181,11 @@ def _tokens(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> di
             raise TargetError(
                 "trainable_token_indices as a list wants a model with get_input_embeddings(); give {'name': [...]} instead"
             )
+    head = bare.get_output_embeddings()
     for path in by_path:
-        if not (isinstance(modules[path], nn.Embedding) or is_linear(modules[path])):
+        if not (isinstance(modules[path], nn.Embedding) or (is_linear(modules[path]) and modules[path] is head)):
             raise TargetError(
-                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding, or an output head"
+                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding, or the output head"
             )
         refuse_not_a_weight(path, modules[path])
     # Tables first: they bring along what is tied to them.

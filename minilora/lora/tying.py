@@ -13,11 +13,21 @@ from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.copies import share_parameters, trained, trained_bias
-from minilora.lora.slots import Value
+from minilora.lora.slots import Adapters, Value
 from minilora.lora.variants.embedding import LoRAEmbedding, Tied, TiedEmbedding, TiedHead
 from minilora.lora.variants.tokens import HeadRows, TiedRows, TiedTable, TokenRows
 
-__all__ = ["adapt_embedding", "copy_biases", "copy_modules", "sharers", "trained_rows", "untie"]
+__all__ = [
+    "adapt_embedding",
+    "copy_biases",
+    "copy_modules",
+    "has_parted",
+    "holders",
+    "say_untied",
+    "sharers",
+    "trained_rows",
+    "untie",
+]
 
 
 def sharers(bare: Bare, parameter: Any) -> list[str]:
@@ -134,16 +144,41 @@ def trained_rows(
     return {path: adapter, **_twins(bare, tied, adapter, TiedTable, TiedRows)}
 
 
+def has_parted(bare: Bare, adapters: Adapters, names: Sequence[str]) -> bool:
+    """Whether one of these adapters trains a copy whose weight another module shared, and which is not the same one any more."""
+    copies = {
+        path: value
+        for path, slot in adapters.slots.items()
+        for name in names
+        if isinstance(value := slot.kept.get(name), nn.Module) and not isinstance(value, Adapter)
+    }
+    held_by = holders(bare) if copies else {}
+    for path, value in copies.items():
+        base: nn.Module = adapters.slots[path].base  # type: ignore[assignment]
+        inside = set(map(id, base.modules()))
+        for old, new in zip(base.parameters(), value.parameters(), strict=True):
+            others = [other for other in held_by.get(id(old), ()) if id(bare.get_submodule(other)) not in inside]
+            twins = [copies.get(other, nn.Identity()) for other in others]
+            if not all(any(parameter is new for parameter in twin.parameters()) for twin in twins):
+                return True
+    return False
+
+
+def say_untied(change: Change, model: nn.Module) -> None:
+    """Say in ``model.config`` that nothing is tied: saved and loaded, a tied model would have only one of two weights."""
+    config: Any = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and hasattr(part, "tie_word_embeddings"):
+            change.put(part, "tie_word_embeddings", False)
+
+
 def untie(model: nn.Module) -> nn.Module:
     """Give the output head a weight of its own (a copy) and say so in ``model.config``; does nothing to a model that ties nothing."""
     bare = Bare(model)
     head: Any = bare.get_output_embeddings()
-    config: Any = getattr(model, "config", None)
     with LOCK, Change() as change:
         if head is not None and len(sharers(bare, head.weight)) > 1:
             weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
             change.item(head._parameters, "weight", weight)
-        for part in (config, getattr(config, "text_config", None)):
-            if part is not None and hasattr(part, "tie_word_embeddings"):
-                change.put(part, "tie_word_embeddings", False)
+        say_untied(change, model)
     return model

@@ -18,6 +18,7 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.copies import in_given_dtype
 from minilora.lora.slot import check_stack, own_parameters
 from minilora.lora.slots import adapters_of, detach
+from minilora.lora.tying import has_parted, say_untied
 from minilora.many.merging import MergeReport, merge, unmerge
 
 __all__ = [
@@ -97,6 +98,8 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
     change.put(adapters, "active", merged)
     change.put(adapters, "merged", merged)
     adapters.settle(change)
+    if has_parted(Bare(model), adapters, merged):
+        say_untied(change, model)
     for slot in adapters.slots.values():  # what trained whole stays, in the dtype that the model has
         for value in (slot.kept[name] for name in merged if name in slot.kept):
             if isinstance(value, Adapter):

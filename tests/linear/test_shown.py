@@ -112,6 +112,14 @@ def test_parameters_are_found_by_their_names():
         assert parameter.dtype == (torch.float32 if name == "bias" else torch.uint8)
 
 
+def test_marks_on_the_parameter_are_seen():
+    """transformers notes on a parameter that it is initialized, and looks before it draws another."""
+    layer = packed()
+    assert not hasattr(layer.weight, "_is_hf_initialized")
+    layer.codes._is_hf_initialized = True
+    assert layer.weight._is_hf_initialized
+
+
 def test_codes_that_something_wrote_over_are_refused():
     layer = packed()
     layer._parameters["weight"] = nn.Parameter(torch.zeros(OUT, IN), requires_grad=False)

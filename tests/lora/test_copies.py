@@ -226,3 +226,14 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(randomize, tmp_path):
     other = torch.compile(llama(), backend="eager")
     minilora.load_adapter(other, tmp_path)
     torch.testing.assert_close(logits(other), wanted)
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_copy_that_parts_from_its_twin_is_not_tied_again_by_saving(saved, randomize, tmp_path):
+    model = minilora.get_peft_model(llama(tied=True), config(modules_to_save=[saved]))
+    wanted = logits(randomize(model))
+    bare = model.merge_and_unload()
+    assert bare.config.tie_word_embeddings is False
+    bare.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4 * float(wanted.detach().abs().max()))

@@ -550,7 +550,7 @@ def test_3741_lora_bias_is_merged_unscaled_into_four_bits(llama, in_four_bits):
     ours = disturb(wrap(minilora, minilora.quantize_model(copy.deepcopy(llama)), **fields))
     theirs = disturb(wrap(peft, in_four_bits(llama), **fields))
     layer = adapters_in(ours)[PATH]
-    bias = layer.bias.detach().double().clone()
+    bias = layer.innermost.bias.detach().double().clone()
     exact = bias + layer.scaling * layer.lora_bias.detach().double()
     assert (exact - bias).norm() > WRONG
     ours.merge_adapter()

@@ -28,7 +28,7 @@ def made(base, kind, folder, bits=4):
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], **KINDS[kind])
     minilora.inject(model, config, variant="vera" if kind == "vera" else None)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1)
     minilora.save_adapter(model, folder)

@@ -418,7 +418,7 @@ def test_a_failed_merge_leaves_the_model_as_it_was(adapted, make_llama, randomiz
 
 
 def test_a_failed_quantize_model_leaves_the_model_as_it_was(make_llama, snapshot):
-    module = __import__("sys").modules["minilora.linear.layers"]
+    module = __import__("sys").modules["minilora.linear.packed"]
     assert every_failure(lambda: make_llama(0), quantize_model, module, "quantize", snapshot) == 14
     assert every_failure(lambda: make_llama(0), quantize_model, QuantLinear, "train", snapshot) == 14
 
