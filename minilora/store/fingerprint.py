@@ -56,7 +56,7 @@ def fingerprint(
         return whole if brought is None else {**whole, "tensors": prints(model, brought)}
 
 
-def brought_by(model: nn.Module, values: Mapping[str, Value]) -> dict[str, Sequence[int] | None]:
+def brought_by(values: Mapping[str, Value]) -> dict[str, Sequence[int] | None]:
     """Names of the bare model's tensors that an adapter's values stand for: all of one (None), or some of its rows."""
     found: dict[str, Sequence[int] | None] = {}
     for path, value in values.items():

@@ -22,6 +22,7 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.match import ALL_LINEAR, default_targets
 from minilora.lora.slots import Value, adapters_of
 from minilora.lora.targets import ends_with, exactly
+from minilora.lora.variants.tokens import TiedRows, TokenRows
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
@@ -93,8 +94,9 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
     """What an adapter's file remembers of the model under it (``fingerprint``)."""
     values = adapters_of(model).named(adapter_name)
-    paths = [path for path, value in values.items() if isinstance(value, Adapter)]
-    return fingerprint(model, paths, brought_by(model, values))
+    rows = (TokenRows, TiedRows)  # these bring a part of the table that they are around
+    paths = [path for path, value in values.items() if isinstance(value, Adapter) and not isinstance(value, rows)]
+    return fingerprint(model, paths, brought_by(values))
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -39,7 +39,7 @@ DENSE = ("float64", "float32", "float16", "bfloat16")
 CLOSE = 0.9  # relative error that two bits per weight stay under; unrelated weights have 1 or more, mostly 1.4
 _HASHED = 65_536  # values of a tensor, at least
 _VALUES, _MORE = 8, 64  # values that are kept of a tensor in one of many layers, and of one outside of them
-_PRINT = re.compile(r"(packed|[a-z0-9]+) ([0-9a-f]{16})? ((?:[0-9a-f]{8})*)")
+_PRINT = re.compile(r"([a-z0-9_]+) ([0-9a-f]{16})? ((?:[0-9a-f]{8})*)")
 _Brought = Mapping[str, Sequence[int] | None]
 
 
