@@ -21,17 +21,16 @@ FORMATS = ["%d %b %Y", "%Y-%m-%d", "%A, %-d. %B %y", "100%% at %H:%M:%S, 5% x%",
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("before", ["", "\n", "  \n  {% if true %}a{% endif %}\n"])
 def test_the_day_is_printed_as_strftime_prints_it(form, before):
+    """And all around it stays as it is, spaces and line ends too."""
     tokenizer = kinds.tokenizer_of("bytes")
-    source = before + "{% if strftime_now is defined %}[{{ strftime_now('FORM') }}]{% endif %}\n{{ messages[0].content }}"
+    source = (
+        before + "{% if strftime_now is defined %}[{{ strftime_now('FORM') }}]{% endif %}\n|{{ messages[0].content }}"
+    )
+    tokenizer.chat_template = source.replace("strftime_now('FORM')", repr(datetime.datetime(2024, 2, 9).strftime(form)))
+    wanted = tokenizer.apply_chat_template(TURNS, tokenize=False)
     tokenizer.chat_template = source.replace("FORM", form)
-    today = tokenizer.apply_chat_template(TURNS, tokenize=False)
     dated(tokenizer, "2024-02-09")
-    day = datetime.datetime(2024, 2, 9)
-    assert tokenizer.apply_chat_template(TURNS, tokenize=False).split("]")[0].split("[")[1] == day.strftime(form)
-    tokenizer.chat_template = source.replace("FORM", "")
-    assert (tokenizer.apply_chat_template(TURNS, tokenize=False).split("]")[1], today.split("[")[0]) == ("\nhi", today.split("[")[0])
-    dated(tokenizer, "2024-02-09")
-    assert tokenizer.apply_chat_template(TURNS, tokenize=False).split("[")[0] == today.split("[")[0]
+    assert tokenizer.apply_chat_template(TURNS, tokenize=False) == wanted
 
 
 def test_other_templates_stay_as_they_are():
@@ -91,6 +90,8 @@ def test_a_run_goes_on_on_another_day_if_it_is_told_the_first(job, monkeypatch):
     plain = finetune.dated
     monkeypatch.setattr(finetune, "dated", lambda tokenizer, date: plain(tokenizer, date or "2999-01-02"))
     words = f"another data set: training data is .*; the chat template prints the date, which is 2999-01-02 now and was {today}: give "
-    with pytest.raises(CheckpointError, match=f"{words}--date {today} .*, or set it back, or begin anew with --overwrite"):
+    with pytest.raises(
+        CheckpointError, match=f"{words}--date {today} .*, or set it back, or begin anew with --overwrite"
+    ):
         job(resume=True)
     assert job(resume=True, date=today).read_bytes() == first

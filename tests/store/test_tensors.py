@@ -20,7 +20,13 @@ TASK = {"r": 3, "lora_alpha": 12, "task_type": "SEQ_CLS"}
 def bert(seed=0, kind=torch.float32, **fields):
     """A classifier on BERT, whose pooler and head are drawn by ``seed``; all else is the same checkpoint's."""
     config = transformers.BertConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, vocab_size=70, num_labels=3, **fields
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=96,
+        vocab_size=70,
+        num_labels=3,
+        **fields,
     )
     torch.manual_seed(5)
     model = transformers.BertForSequenceClassification(config).eval()
@@ -54,7 +60,9 @@ def test_a_pooler_that_is_drawn_anew_is_named(tmp_path):
     """transformers draws it at every load; the head beside it is saved with the adapter."""
     save_adapter(get_peft_model(bert(), LoraConfig(**TASK, target_modules=["query"])), tmp_path)
     load_adapter(bert(), tmp_path)
-    said = refused(lambda: load_adapter(bert(1), tmp_path), "bert.pooler.dense.weight, bert.pooler.dense.bias hold other values")
+    said = refused(
+        lambda: load_adapter(bert(1), tmp_path), "bert.pooler.dense.weight, bert.pooler.dense.bias hold other values"
+    )
     assert "classifier" not in said and "save the base model too" in said
     load_adapter(bert(1), tmp_path, allow_other_base=True)
 
@@ -104,11 +112,16 @@ def test_in_another_dtype_a_tensor_is_the_same_one(tmp_path, before, after):
     refused(lambda: load_adapter(bert(1, kind=after), tmp_path), "bert.pooler.dense.weight")
 
 
-@pytest.mark.parametrize("how", [QuantConfig(), QuantConfig(double_quant=True), QuantConfig("nf2"), QuantConfig("int8")], ids=str)
+@pytest.mark.parametrize(
+    "how", [QuantConfig(), QuantConfig(double_quant=True), QuantConfig("nf2"), QuantConfig("int8")], ids=str
+)
 def test_a_packed_tensor_is_the_same_one(tmp_path, how):
     """The pooler is packed too, and may be so at either side."""
     config = LoraConfig(**TASK, target_modules=["query"])
-    makers = {"dense": bert, "packed": lambda seed=0: quantize_model(bert(seed), how, target_modules=["query", "dense"])}
+    makers = {
+        "dense": bert,
+        "packed": lambda seed=0: quantize_model(bert(seed), how, target_modules=["query", "dense"]),
+    }
     for name, make in makers.items():
         save_adapter(get_peft_model(make(), config), tmp_path / name)
         for load in makers.values():
