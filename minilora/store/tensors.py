@@ -2,9 +2,9 @@
 
 What no checkpoint holds (a pooler, the rows of tokens that were added) is drawn at random when a model is loaded, and drawn otherwise the
 next time. Kept of each tensor are its dtype, a hash, and a few values, which are compared where the dtype is another. Hashed are all
-values of a tensor of up to 65,536, and of a larger one as many, evenly apart, with one at least of every row and the last one of all: a
+values of a tensor of up to 32,768, and of a larger one as many, evenly apart, with one at least of every row and the last one of all: a
 row that was drawn anew is seen, a single number that was changed in a large tensor may not be. So it costs the reading of a few thousand
-places of a tensor and not of all of it (``benchmarks/loading.py``). Next file: ``store/fingerprint.py``.
+places of a tensor and not of all of it. Next file: ``store/fingerprint.py``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 PACKED = "packed"
 DENSE = ("float64", "float32", "float16", "bfloat16")
 CLOSE = 0.9  # relative error that two bits per weight stay under; unrelated weights have 1 or more, mostly 1.4
-_HASHED = 65_536  # values of a tensor, at least
+_HASHED = 32_768  # values of a tensor, at least
 _VALUES, _MORE = 8, 64  # values that are kept of a tensor in one of many layers, and of one outside of them
 _PRINT = re.compile(r"([a-z0-9_]+) ([0-9a-f]{16})? ((?:[0-9a-f]{8})*)")
 _Brought = Mapping[str, Sequence[int] | None]
@@ -123,13 +123,12 @@ def _hash(tensor: Tensor, rows: Collection[int]) -> str:
     flat = tensor.detach().reshape(-1)
     width = flat.numel() // len(tensor) if tensor.dim() > 1 and flat.numel() else 1
     step = max(1, min(width - 1, flat.numel() // _HASHED))
-    picked = torch.cat([flat[::step], flat[-1:]])
+    picked = flat if step == 1 else torch.cat([flat[::step], flat[-1:]])
     if rows:
         places = torch.arange(0, flat.numel(), step, device=flat.device)
-        of_row = torch.cat([places, places.new_tensor([flat.numel() - 1])]) // width
-        picked = picked[~torch.isin(of_row, torch.tensor(sorted(rows), device=flat.device))]
-    raw = picked.cpu().view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(raw, digest_size=8).hexdigest()
+        places = places if step == 1 else torch.cat([places, places.new_tensor([flat.numel() - 1])])
+        picked = picked[~torch.isin(places // width, torch.tensor(sorted(rows), device=flat.device))]
+    return hashlib.blake2b(picked.cpu().view(torch.uint8).numpy().data, digest_size=8).hexdigest()
 
 
 def _values(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) -> list[float]:
