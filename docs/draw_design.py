@@ -48,7 +48,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "store",
         "adapter folders: save, load, export",
-        ["save", "load", "fill", "adapter_files", "fingerprint", "export", "programs"],
+        ["save", "load", "fill", "adapter_files", "fingerprint", "tensors", "export", "programs"],
     ),
     ("many", "several adapters in one model", ["adapted", "merging", "batched", "combine", "hotswap"]),
     (

@@ -33,7 +33,7 @@ from minilora.store.adapter_files import (
     refuse_regexes,
 )
 from minilora.store.fill import LoadReport, fill
-from minilora.store.fingerprint import differs, fingerprint
+from minilora.store.fingerprint import differs, fingerprint, strange_tensors
 from minilora.store.save import adapter_state_dict, made_with_of, save_adapter, saved_config
 
 __all__ = [
@@ -163,7 +163,7 @@ def refuse_other_base(model: nn.Module, stored: Stored, allow: bool = False) -> 
         return
     known = dict(Bare(model).named_modules())
     found = fingerprint(model, [path for path in stored.base["samples"] if path in known])
-    if point := differs(stored.base, found):
+    if point := differs(stored.base, found) or strange_tensors(model, stored.base):
         raise CheckpointError(
             f"{stored.path}: was trained on another base model than this {type(model).__name__}: {point}; load its own, or pass "
             "allow_other_base=True (--allow-other-base)"

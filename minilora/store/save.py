@@ -24,6 +24,7 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.match import ALL_LINEAR, default_targets
 from minilora.lora.slots import Value, adapters_of, unwrapped
 from minilora.lora.targets import ends_with, exactly
+from minilora.lora.variants.tokens import TiedRows, TokenRows
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
@@ -34,7 +35,7 @@ from minilora.store.adapter_files import (
     not_finite,
     seal,
 )
-from minilora.store.fingerprint import fingerprint
+from minilora.store.fingerprint import brought_by, fingerprint
 
 __all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 
@@ -94,7 +95,9 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
     """What an adapter's file remembers of the model under it (``fingerprint``)."""
     values = adapters_of(model).named(adapter_name)
-    return fingerprint(model, [path for path, value in values.items() if isinstance(value, Adapter)])
+    rows = (TokenRows, TiedRows)  # these bring a part of the table that they are around
+    paths = [path for path, value in values.items() if isinstance(value, Adapter) and not isinstance(value, rows)]
+    return fingerprint(model, paths, brought_by(values))
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -14,9 +14,9 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from minilora.errors import DataError
-from minilora.training.bounded import LONGEST, allow
+from minilora.training.bounded import LONGEST, allow, bounded
 
-__all__ = ["Marked", "Span", "Template"]
+__all__ = ["Marked", "Span", "Template", "asked", "shared_length"]
 
 Span = tuple[int, int]  # letters of a text, the end not included
 Turns = Sequence[Mapping[str, Any]]
@@ -124,6 +124,16 @@ class Template:
     @cached_property
     def _ends(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, sorted(self.ends, key=len, reverse=True))) or "(?!)")
+
+
+def asked(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Each prompt as a user's turn with the generation prompt after it, rendered where a template that does not end is ended.
+
+    Raises:
+        DataError: the template failed, or refuses it.
+    """
+    template = Template(tokenizer, {}, ())
+    return list(bounded(lambda prompt: template.text([{"role": "user", "content": prompt}], prompt=True), prompts))
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -329,6 +329,21 @@ def test_the_same_examples_in_smaller_batches_are_the_same_run(whole, tmp_path):
     assert "going on after step 5" in said[1]
 
 
+def test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on(whole, tmp_path):
+    """Whatever it wants; and the first is none the worse for it."""
+    refused = []
+
+    def watch(record):
+        for fields in ({}, {"resume": True}):
+            with pytest.raises(CheckpointError, match=f"process {os.getpid()} is training there now") as caught:
+                run(fresh(), tmp_path, **fields)
+            refused.append(caught)
+
+    run(fresh(), tmp_path, evaluation=EXAMPLES[:2], watch=watch)
+    assert len(refused) > 9 and not (tmp_path / "run.lock").exists()
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
 def test_resume_and_overwrite_together_mean_nothing(tmp_path):
     with pytest.raises(ConfigError, match="resume and overwrite are both set"):
         train(fresh(), EXAMPLES, TrainConfig(), tmp_path, PAD, resume=True, overwrite=True)
