@@ -22,8 +22,9 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
     """The file's values by key. Raises ``ConfigError`` for a file that cannot be read, and for a key or value that no flag has."""
     import tomllib
 
+    raw = _bytes(path)
     try:
-        content = tomllib.loads(_text(path))
+        content = tomllib.loads(raw.decode("utf-8"))
     except (
         ValueError,
         RecursionError,
@@ -37,15 +38,15 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
     return content
 
 
-def _text(path: str) -> str:
-    """The file's text. A pipe, a device and what is larger than any settings are refused, and never waited for."""
+def _bytes(path: str) -> bytearray:
+    """The whole file. A pipe, a device and what is larger than any settings are refused, and never waited for."""
     try:
         with closing(disk.used.open(path)) as file:
             if file.size > _LONGEST:
                 raise ConfigError(
                     f"{path}: {file.size:,} bytes; at most {_LONGEST:,} are read; wanted lines such as steps = 60"
                 )
-            return file.read().decode("utf-8")
+            return file.read()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --config") from None
 

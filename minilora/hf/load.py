@@ -37,8 +37,12 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         CheckpointError: nothing loadable is there; the message says what was looked for. MissingPackageError: a package is missing.
     """
-    if is_packed_folder(place := resolve(name)):
+    _transformers()  # or say that it is not installed
+    place = resolve(name)
+    _refuse_folder(name, place)
+    if is_packed_folder(place):
         return load_packed(place, dtype)
+    read_config(place, name)  # a config that asks for a model without end is refused before one is built
     # A pickle can run code, so weights come from safetensors alone.
     model = _load("AutoModelForCausalLM", name, dtype=dtype, use_safetensors=True).eval()
     if name == SMOLLM2:  # adapters name their base, and a folder of this machine would mean nothing elsewhere

@@ -37,10 +37,8 @@ COLOURS = {
     "c5": ("#636b76", "#9ba3ad"),
 }
 SERIES = tuple(light for name, (light, _) in COLOURS.items() if re.fullmatch(r"c\d", name))
-SMALLEST, LARGEST = (
-    0.85,
-    1.1,
-)  # of its own size: below the first a picture scrolls, so that its type of 12 px stays above 10
+# Of its own size, how small and how large a page shows a picture: below, it scrolls, so that its type of 12 px stays above 10.
+SMALLEST, LARGEST = 0.85, 1.1
 _PX = 96 / 72  # CSS pixels of a point
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -76,13 +74,12 @@ def inline_svg(figure: Figure, words: str) -> str:
     markers = {node.attrib["id"]: node.attrib["d"] for node in root.iter() if {"id", "d"} <= node.attrib.keys()}
     tips = _tips(root, {name: getattr(artist, _HOVER) for name, artist in zip(names, told, strict=True)})
     width, height = (float(side) for side in root.attrib["viewBox"].split()[2:])
-    look = f"min-width:{SMALLEST * _PX * width:.0f}px;max-width:{LARGEST * _PX * width:.0f}px"
+    size = f"min-width:{SMALLEST * _PX * width:.0f}px;max-width:{LARGEST * _PX * width:.0f}px"
     drawn = filter(None, (_element(node, markers, tips.get(node, "")) for node in root.iter()))
-    alike = itertools.groupby(
-        drawn, key=lambda element: element[0]
-    )  # a look is said once for all that follow each other with it
+    # What several elements in a row have in common is said once.
+    alike = itertools.groupby(drawn, key=lambda element: element[0])
     body = "".join(f'<g style="{look}">{"".join(text for _, text in group)}</g>' for look, group in alike)
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html_text(words)}" style="{look}">{body}</svg>'
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html_text(words)}" style="{size}">{body}</svg>'
 
 
 def _standalone(figure: Figure) -> bytes:
@@ -91,11 +88,9 @@ def _standalone(figure: Figure) -> bytes:
 
     file, engine = io.BytesIO(), figure.get_layout_engine()
     with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing"
-        )  # it measures with a font of its own, which lacks some signs
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib measures with its own font, not the page's
         try:
-            if engine is not None:  # once: savefig would draw everything twice to lay it out twice
+            if engine is not None:  # once, where savefig would do it twice
                 engine.execute(figure)
                 figure.set_layout_engine(None)
             figure.savefig(file, format="svg", facecolor="none")

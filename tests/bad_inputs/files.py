@@ -281,7 +281,7 @@ BNB = [
     ("a state of text", bnb(put(STATE, torch.tensor(list(b"{x"), dtype=torch.uint8))), CheckpointError, f"w{STATE}: is not JSON", "; "),
     ("a state of floats", bnb(put(STATE, torch.zeros(9))), CheckpointError, f"w{STATE}: is no quant_state", "; "),
     ("a long state", bnb(put(STATE, torch.zeros(20_000, dtype=torch.uint8))), CheckpointError, f"w{STATE}: is no quant_state", "; "),
-    ("a list as state", bnb(put(STATE, torch.tensor(list(b"[1]"), dtype=torch.uint8))), CheckpointError, f"w{STATE}: [1] is not a state", "; "),
+    ("a list as state", bnb(put(STATE, torch.tensor(list(b"[1]"), dtype=torch.uint8))), CheckpointError, f"w{STATE}: is not JSON (holds a list", "; "),
     *((f"state {said}", bnb(None, said=said), CheckpointError, f"w{STATE}: ", "is not a state that minilora reads") for said in (
         {"blocksize": 0}, {"blocksize": "64"}, {"shape": [320]}, {"shape": [-5, 64]}, {"shape": [True, 64]}, {"dtype": "float8"}, {"quant_type": "fp4"}, {"nested_blocksize": 64},
         {"nested_offset": NAN}, {"nested_offset": None}, {"dtype": ["float32"]},

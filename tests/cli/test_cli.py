@@ -188,7 +188,7 @@ def test_train_names_what_is_missing(capsys, missing):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ConfigError("r=0: wanted\nmore"), 2, "minilora: r=0: wanted more"),
+        (ConfigError("r=0: wanted\nmore"), 2, "minilora: r=0: wanted\\nmore"),
         (CheckpointError("x: damaged"), 2, "minilora: x: damaged"),
         (RuntimeError("two\n  lines"), 1, "minilora: RuntimeError: two lines; run again with --debug"),
         (MemoryError(), 1, "minilora: MemoryError; run again with --debug"),

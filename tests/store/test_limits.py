@@ -1,7 +1,6 @@
 """What a hostile adapter, packed weight or model folder may do: be refused in one line, soon, before memory is taken."""
 
 import json
-import sys
 import time
 
 import pytest
@@ -179,7 +178,7 @@ def test_code_of_a_folder_is_not_run_and_nobody_is_asked(copy_of, monkeypatch):
     load_tokenizer(str(place))  # a tokenizer that transformers knows lies there, and is taken
     with pytest.raises(CheckpointError, match="model "):
         load_model(str(place))
-    assert not (place / "ran").exists() and "code" not in sys.modules
+    assert not (place / "ran").exists()
 
 
 def test_a_pickle_is_not_read(copy_of):
