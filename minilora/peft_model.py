@@ -161,7 +161,7 @@ class PeftModel(Front):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Make a new adapter from others (``minilora.combine``) and keep it aside."""
+        """Make a new adapter from others (``minilora.many.combine``) and keep it aside."""
         combine.add_weighted_adapter(
             self, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
         )
