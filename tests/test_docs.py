@@ -200,7 +200,7 @@ def test_a_settings_file_is_a_valid_job(tmp_path):
 
 
 def test_lines_of_data_are_understood(tmp_path):
-    from minilora.training.data import read_jsonl
+    from minilora.data.records import read_jsonl
 
     (lines,) = blocks("json")
     (tmp_path / "chats.jsonl").write_text(lines, encoding="utf-8")

@@ -105,7 +105,7 @@ def test_arrows(graph):
         ("many.combine", "minilora"),  # `from minilora import merge`
         ("report.page", "minilora.hf.load"),
         ("errors", "minilora.files.disk"),
-        ("training.data", "minilora.training.loop"),
+        ("data.batches", "minilora.training.loop"),
         ("lora.layer", "minilora.lora.variants.dora"),
         ("training.loop", "transformers"),
         ("training.loop", "matplotlib"),

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from minilora import __version__
+from minilora.data.encoding import encode_all
+from minilora.data.records import read_jsonl
 from minilora.demo import DATA
 from minilora.hf.finetune import DTYPES
 from minilora.hf.load import load_model, load_tokenizer
@@ -34,7 +36,6 @@ from minilora.qlora.kbit import checkpoint_activations
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.store.load import save_adapter
-from minilora.training.data import encode_all, read_jsonl
 
 __all__ = ["BenchJob", "contestant", "run"]
 

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from minilora.data.batches import split
+from minilora.data.encoding import Encoded, encode_all
+from minilora.data.records import read_jsonl, unused
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
@@ -28,7 +31,6 @@ from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
 from minilora.report.page import render
-from minilora.training.data import Encoded, encode_all, read_jsonl, split, unused
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minilora.training.template import asked
+from minilora.data.template import asked
 
 
 def answers(

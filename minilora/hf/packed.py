@@ -36,7 +36,7 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise StateError(
             "the model carries adapters; save them with save_adapter, and the packed base before injecting"
         )
-    refuse_nested(model)
+    refuse_nested(model.named_modules())
     packed = {path: module for path, module in model.named_modules() if is_quantized(module)}
     if not packed:
         raise StateError("the model has no packed layer; call quantize_model first")

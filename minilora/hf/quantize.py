@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from minilora.data.encoding import encode_all
+from minilora.data.records import read_jsonl
 from minilora.errors import ConfigError
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
@@ -15,7 +17,6 @@ from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.bnb import storable
 from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
-from minilora.training.data import encode_all, read_jsonl
 
 __all__ = ["quantize_to_folder"]
 

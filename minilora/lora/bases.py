@@ -8,7 +8,7 @@ Next file: ``lora/match.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -114,9 +114,9 @@ def is_read_by_parent(modules: Mapping[str, nn.Module], path: str) -> bool:
     return any(kind.endswith(ending) and attr in names for ending, names in READ_BY_PARENT.items())
 
 
-def refuse_nested(model: nn.Module) -> None:
+def refuse_nested(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Raise ``StateError`` where a part of the bare model carries adapters that belong to another record than the model's own."""
-    inside = [(path, module) for path, module in model.named_modules() if path]
+    inside = [(path, module) for path, module in modules if path]
     for path, module in inside:
         if isinstance(module, Adapter):
             raise StateError(

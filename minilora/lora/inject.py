@@ -44,8 +44,8 @@ def build(
     values: dict[str, Value] = {}
     modules = dict(bare.named_modules(remove_duplicate=False))
     for path in found.targets:  # tables first, for they bring their tied heads along
-        if isinstance(modules[path], nn.Embedding):
-            values |= adapt_embedding(bare, path, modules[path], config, kind or config.variant)
+        if isinstance(table := modules[path], nn.Embedding):
+            values |= adapt_embedding(bare, path, table, config, kind or config.variant)
     for path in found.targets:
         layer = modules[path]
         if path in values:

@@ -43,7 +43,7 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
             or nothing is left to adapt.
     """
     bare = Bare(model)
-    refuse_nested(bare)
+    refuse_nested(bare.named_modules())
     modules = {path: module for path, module in bare.named_modules() if path}
     saved = _saved(modules, config)
     targets = _wanted(bare, modules, config)

@@ -110,8 +110,8 @@ class MixedLayer(nn.Module):
     def weight(self) -> Tensor:
         """For models that look at its dtype; one weight cannot be another one for every row, so nobody computes with it."""
         if _rows_of(self.adapters) is None:
-            return self.usual.weight  # type: ignore[return-value]
-        stored: Tensor = self.base.weight  # type: ignore[assignment]
+            return self.usual.weight
+        stored: Tensor = self.base.weight
         return shown_weight(_refuse_to_read, stored.shape, stored.dtype, stored.device)
 
     def __getattr__(self, name: str) -> Any:

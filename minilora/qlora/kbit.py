@@ -69,7 +69,7 @@ def prepare_model_for_kbit_training(
         raise ConfigError(f"upcast={upcast!r}: wanted 'norms', 'all' (as PEFT) or 'none'")
     if has_adapters(model):
         raise StateError("the model has adapters, which this would freeze; call it before get_peft_model")
-    refuse_nested(model)
+    refuse_nested(model.named_modules())
     with LOCK, Change() as change:
         for parameter in model.parameters():
             change.put(parameter, "requires_grad", False)

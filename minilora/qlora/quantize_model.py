@@ -67,7 +67,7 @@ def quantize_model(
 def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     """Paths of the layers to quantize; one that is packed already is passed over by "all-linear" and refused by name."""
     model = unwrapped(model)
-    refuse_nested(model)
+    refuse_nested(model.named_modules())
     modules = {path: module for path, module in model.named_modules() if path}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         paths = [path for path in linear_paths(model) if not is_quantized(modules[path])]

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, StateError
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import Adapters, adapters_of, has_adapters, own_parameters
 from minilora.quant.finite import is_finite
-from minilora.training.data import IGNORED, Encoded
 
 __all__ = [
     "check_examples",

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from minilora.data.batches import collate, micro_batches
+from minilora.data.encoding import Encoded
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.write import append_line, remove, write_file
 from minilora.lora.slots import adapters_of
@@ -25,7 +27,6 @@ from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.load import save_adapter
 from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
-from minilora.training.data import Encoded, collate, micro_batches
 from minilora.training.guards import check_examples, check_parameters
 from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.data.encoding import Encoded
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.parse import parse_json
 from minilora.files.write import remove
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
 from minilora.training.checkpoint import Checkpoint, own_checkpoints, read_checkpoint, steps
-from minilora.training.data import Encoded
 from minilora.training.lock import refuse_held
 
 __all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]

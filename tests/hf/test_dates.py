@@ -12,7 +12,7 @@ from minilora.hf import finetune
 from minilora.hf.dates import date_of, dated
 from minilora.lora.config import LoraConfig
 from minilora.training.loop import TrainConfig
-from tests.training import kinds
+from tests.data import kinds
 
 TURNS = [{"role": "user", "content": "hi"}]
 FORMATS = ["%d %b %Y", "%Y-%m-%d", "%A, %-d. %B %y", "100%% at %H:%M:%S, 5% x%", "%j %U %p", ""]

@@ -10,12 +10,13 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, QuantConfig, inject, load_adapter, merge, quantize, quantize_model, save_adapter
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, QuantizationError, StateError
 from minilora.linear.layers import QuantLinear
 from minilora.lora.config import LoraConfig as Config
 from minilora.lora.slots import Slot
 from minilora.store.export import TARGETS, export_adapter, export_folder
-from minilora.training.data import IGNORED, Encoded
 from minilora.training.guards import check_examples, check_parameters, context_length, refuse_nonfinite
 from minilora.training.loop import TrainConfig, train
 

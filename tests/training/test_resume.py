@@ -20,8 +20,9 @@ import minilora
 import minilora.training.loop as loop
 import minilora.training.step as step_module
 from minilora import LoraConfig, QuantConfig, inject, quantize_model
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError, WriteError
-from minilora.training.data import IGNORED, Encoded
 from minilora.training.loop import TrainConfig, train
 from minilora.training.resume import newest
 from tests.models import Words

@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from minilora.data import encoding
+from minilora.data.encoding import encode_all
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
-from minilora.training import encoding
-from minilora.training.data import IGNORED, encode_all
-from tests.training import kinds
+from tests.data import kinds
 
 
 def user(content):

@@ -1,7 +1,6 @@
 """Training data: records in batches. Which examples a step sees is a function of (seed, step), so it can be found again at any step.
 
-Everything is read, checked and encoded before training, and no worker process draws anything. Reading is ``records.py``, encoding
-``encoding.py``; their names can be had from here. Next file: ``training/losses.py``.
+Everything is read, checked and encoded before training, and no worker process draws anything. Next file: ``training/losses.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minilora.training.encoding import IGNORED, Encoded, encode, encode_all
-from minilora.training.records import Record, read_jsonl, unused
+from minilora.data.encoding import IGNORED, Encoded
+from minilora.data.records import Record
 
-__all__ = ["IGNORED", "Encoded", "collate", "encode", "encode_all", "micro_batches", "read_jsonl", "split", "unused"]
+__all__ = ["collate", "micro_batches", "split"]
 
 
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -2,7 +2,7 @@
 
 A line is one of ``{"messages": [{"role", "content"}, ...]}``, ``{"prompt", "completion"}`` or ``{"text"}``. What else a line says and what
 would change a run is used (``fields.py``) or refused by name; notes that change nothing (``source``, ``id``) are passed over, and
-``unused`` counts them. Next file: ``training/fields.py``.
+``unused`` counts them. Next file: ``data/fields.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minilora.data.fields import check_messages, check_options, check_text
 from minilora.errors import DataError, nearest
 from minilora.files.parse import once
-from minilora.training.fields import check_messages, check_options, check_text
 
 __all__ = ["Record", "check_record", "read_jsonl", "unused"]
 

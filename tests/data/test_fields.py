@@ -8,10 +8,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from minilora.data import encoding
+from minilora.data.encoding import encode_all
+from minilora.data.records import read_jsonl, unused
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
-from minilora.training import encoding
-from minilora.training.data import IGNORED, encode_all, read_jsonl, unused
-from tests.training import kinds
+from tests.data import kinds
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -1,7 +1,7 @@
 """Records as examples: token ids, and labels that say which of them are learnt.
 
 Conversations go through the tokenizer's chat template (``layout.py``), everything through the tokenizer (``tokens.py``).
-Next file: ``training/data.py``.
+Next file: ``data/batches.py``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minilora.data.bounded import bounded
+from minilora.data.fields import conversation
+from minilora.data.layout import Layout, lay_out
+from minilora.data.records import Record, check_record
+from minilora.data.template import Template
+from minilora.data.tokens import IGNORED, Desk, Text
 from minilora.errors import DataError
-from minilora.training.bounded import bounded
-from minilora.training.fields import conversation
-from minilora.training.layout import Layout, lay_out
-from minilora.training.records import Record, check_record
-from minilora.training.template import Template
-from minilora.training.tokens import IGNORED, Desk, Text
 
 __all__ = ["IGNORED", "Encoded", "encode", "encode_all"]
 

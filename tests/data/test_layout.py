@@ -6,10 +6,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from minilora.data import encoding, layout
+from minilora.data.encoding import encode_all
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
-from minilora.training import encoding, layout
-from minilora.training.data import IGNORED, encode_all
-from tests.training import kinds
+from tests.data import kinds
 
 MORE = {
     # a loop that looks first, another one inside, and one over what is no turn

@@ -7,7 +7,7 @@ are rendered in a forked child, and what it renders comes back through a pipe.
 What is bounded: the processor time of one rendering (``SECONDS``; waiting does not count, so a busy machine changes nothing), the memory
 that a child may take beyond its parent's (``MEMORY``, where the system can say: Linux), and the length of what it returns. What is not:
 the number of renderings, and anything at all where a process cannot be forked (Windows): there templates run unbounded in this process.
-Next file: ``training/encoding.py``.
+Next file: ``data/encoding.py``.
 """
 
 from __future__ import annotations

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from minilora import MiniLoraError
+from minilora.data.batches import collate, micro_batches, split
+from minilora.data.encoding import Encoded, encode, encode_all
+from minilora.data.records import read_jsonl
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
-from minilora.training.data import IGNORED, Encoded, collate, encode, encode_all, micro_batches, read_jsonl, split
 from tests.models import CHATML
 
 tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
@@ -158,7 +161,7 @@ def test_the_whole_file_is_looked_at_first(tmp_path):
 
 @pytest.mark.parametrize(("over", "fits"), [(0, True), (1, False), (10_000, False)])
 def test_a_giant_line_is_read_no_further_than_the_cap(tmp_path, monkeypatch, over, fits):
-    monkeypatch.setattr("minilora.training.records.LONGEST_LINE", 1000)
+    monkeypatch.setattr("minilora.data.records.LONGEST_LINE", 1000)
     path = tmp_path / "giant.jsonl"
     line = json.dumps({"text": "a" * (1000 - len('{"text": ""}') + over)}).encode()
     path.write_bytes(GOOD + line)
