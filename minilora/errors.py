@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "for_terminal",
     "nearest",
     "printable",
+    "warn",
 ]
 
 # Control characters (escape sequences begin with one), and marks that turn the direction of text.
@@ -46,6 +49,14 @@ class MiniLoraError(Exception):
     def __init__(self, message: str = "") -> None:
         text = printable(str(message))
         super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}")
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn in one printable line that points at whoever called minilora, from however deep inside."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minilora":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(printable(message), category, stacklevel=level - 1)
 
 
 def printable(text: str) -> str:

@@ -22,7 +22,8 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.copies import in_given_dtype
 from minilora.lora.inject import build_new, inject, place_in
-from minilora.lora.slots import adapters_of, has_adapters, own_parameters, unwrapped
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of, has_adapters, unwrapped
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.store import load as checkpoint
 
@@ -195,18 +196,18 @@ class PeftModel(Front):
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False
-    ) -> adapted.MergeReport:
+    ) -> merging.MergeReport:
         """Fold adapters (default: the active ones) into the weights; prints and returns how much of the update survives.
 
         ``safe_merge`` is PEFT's: here every merge is checked before anything changes. ``unmerge_adapter`` is exact.
         """
-        report = adapted.merge(self, adapter_names, requantize)
+        report = merging.merge(self, adapter_names, requantize)
         print(report)
         return report
 
     def unmerge_adapter(self) -> None:
         """Put the original layers back, bit by bit the same."""
-        adapted.unmerge(self)
+        merging.unmerge(self)
 
     def merge_and_unload(
         self,

@@ -523,9 +523,9 @@ def test_a_page_shows_the_whole_file(scripts, module):
 
 def test_the_source_of_a_name_is_found(scripts):
     link = scripts["source_pages"].link
-    assert link("minilora", "merge") == "../folders/many/adapted.html#merge"
+    assert link("minilora", "merge") == "../folders/many/merging.html#merge"
     assert link("minilora", "PeftModel.active_adapter") == "../folders/peft_model.html#peftmodel"
-    assert link("minilora", "QuantLinear.from_linear") == "../folders/linear/layers.html#quantlinear"
+    assert link("minilora", "QuantLinear.from_linear") == "../folders/linear/packed.html#quantlinear"
 
 
 def test_a_docstring_becomes_markdown(scripts):

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from minilora.lora.change import LOCK, Change
-from minilora.lora.slots import Slot, adapters_of, has_adapters, unwrapped
+from minilora.lora.slot import Slot
+from minilora.lora.slots import adapters_of, has_adapters, unwrapped
 
 __all__ = ["Bare"]
 
@@ -25,8 +26,8 @@ class Bare:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model = unwrapped(model)
         self._slots: dict[str, Slot] = dict(adapters_of(model).slots) if has_adapters(model) else {}
+        self.model = unwrapped(model)
         self._bases = {(id(_home(self._slots, path)), slot.attr): slot.base for path, slot in self._slots.items()}
 
     @property
@@ -37,6 +38,10 @@ class Bare:
     def named_modules(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
         """Path and module, as ``nn.Module.named_modules``."""
         return self._walk(self.model, "", set() if remove_duplicate else None)
+
+    def parts_of(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """A module of the bare model and all in it, with their paths from there."""
+        return self._walk(module, "", set())
 
     def _walk(self, module: nn.Module, path: str, seen: set[int] | None) -> Iterator[tuple[str, nn.Module]]:
         if seen is not None:

@@ -8,6 +8,7 @@ Next file: ``lora/match.py``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -69,16 +70,15 @@ def is_more_than_its_weight(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     if weight is None or weight.is_meta:  # nothing to try it on
         return False
-    training, layer.training = layer.training, False
+    probe = copy.copy(layer)  # its weights are the layer's; the layer itself is not touched
+    probe.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            x, wanted = _trial(layer)
-            found: Any = layer.forward(x)
+            x, wanted = _trial(probe)
+            found: Any = probe.forward(x)
             return not _same(found, wanted)
     except Exception:  # whatever it wants, it is no product of x alone
         return True
-    finally:
-        layer.training = training
 
 
 def _trial(layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.copies import keep_bias_in_fp32
 from minilora.lora.match import match
-from minilora.lora.slots import Adapters, Slot, Value, adapters_of, attach, has_adapters, own_parameters, unwrapped
+from minilora.lora.slot import Slot, Value, own_parameters
+from minilora.lora.slots import Adapters, adapters_of, attach, has_adapters, unwrapped
 from minilora.lora.tying import adapt_embedding, copy_biases, copy_modules, trained_rows
 
 

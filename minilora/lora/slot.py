@@ -63,35 +63,37 @@ class Slot:
             if isinstance(above, Adapter):
                 change.item(above._modules, "base_layer", value)
             if isinstance(value, nn.Module):
-                _take_hooks(change, value, None)
+                self._take_hooks(change, value, False)
             _follow(change, value, place)
             value = above
         _follow(change, value, place)
         if isinstance(value, nn.Module):
-            _take_hooks(change, value, self.hooks if self.over is None else None)
+            self._take_hooks(change, value, self.over is None)
         if self.over is not None:
-            _take_hooks(change, self.over, self.hooks)
+            self._take_hooks(change, self.over, True)
         # What setattr does, without its search for other kinds of attribute.
         held: Any = place._modules if isinstance(value, nn.Module) else place._parameters
         change.item(held, self.attr, value if self.over is None else self.over)
+
+    def _take_hooks(self, change: Change, layer: nn.Module, stands: bool) -> None:
+        """What stands in the slot has the slot's hooks; what is under it has none, and no dictionary into which later ones would come."""
+        own, hooks = vars(layer), self.hooks or {}
+        if stands:
+            full = True if hooks["_backward_hooks"] else None
+            right = own["_is_full_backward_hook"] is full and all(own[name] is held for name, held in hooks.items())
+        else:
+            right = not any(own[name] or own[name] is hooks.get(name) for name in hooks_of(layer))
+        if right:
+            return
+        for name in (*hooks_of(layer), "_is_full_backward_hook"):
+            change.note(own, name)
+        take_hooks(layer, hooks if stands else None)
 
 
 def _follow(change: Change, value: Value, place: nn.Module) -> None:
     """What was aside while the model went from train to eval follows now."""
     if isinstance(value, nn.Module) and value.training != place.training:
         change.train(value, place.training)
-
-
-def _take_hooks(change: Change, layer: nn.Module, hooks: dict[str, Any] | None) -> None:
-    """``take_hooks``, where anything is to be done."""
-    own = vars(layer)
-    if hooks is None and not any(own[name] for name in hooks_of(layer)):
-        return
-    if hooks is not None and all(own[name] is held for name, held in hooks.items()):
-        return
-    for name in (*hooks_of(layer), "_is_full_backward_hook"):
-        change.note(own, name)
-    take_hooks(layer, hooks)
 
 
 def own_parameters(value: Value) -> Iterator[nn.Parameter]:

@@ -30,13 +30,10 @@ from minilora.lora.slot import Slot, Value, check_stack, own_parameters
 __all__ = [
     "Adapters",
     "Block",
-    "Slot",
-    "Value",
     "adapters_of",
     "attach",
     "detach",
     "has_adapters",
-    "own_parameters",
     "unwrapped",
 ]
 

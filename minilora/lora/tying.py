@@ -13,7 +13,8 @@ from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.copies import share_parameters, trained, trained_bias
-from minilora.lora.slots import Adapters, Value
+from minilora.lora.slot import Value
+from minilora.lora.slots import Adapters
 from minilora.lora.variants.embedding import LoRAEmbedding, Tied, TiedEmbedding, TiedHead
 from minilora.lora.variants.tokens import HeadRows, TiedRows, TiedTable, TokenRows
 
@@ -76,21 +77,20 @@ def copy_modules(bare: Bare, paths: Sequence[str], config: LoraConfig) -> dict[s
         TargetError: one object stands in several places, or shares its weight with another table (T5's ``shared``, which the model may
             never call) and the config does not say to share the change.
     """
-    places = list(bare.named_modules(remove_duplicate=False)) if paths else []
+    if not paths:
+        return {}
+    places: dict[int, list[str]] = {}
+    for path, part in bare.named_modules(remove_duplicate=False):
+        places.setdefault(id(part), []).append(path)
+    held_by = holders(bare)
     values: dict[str, Value] = {}
     for path in paths:
         if path in values:
             continue
         module = bare.get_submodule(path)
-        if again := [other for other, same in places if same is module and other != path]:
+        if again := [other for other in places[id(module)] if other != path]:
             raise TargetError(f"modules_to_save: {path} and {again[0]} are one shared module; give each its own copy")
-        inside = {id(part): part for other, part in places if other == path or other.startswith(f"{path}.")}
-        own = {id(parameter) for part in inside.values() for _, parameter in bare.parameters_of(part)}
-        twins = [
-            other
-            for other, part in bare.named_modules()
-            if id(part) not in inside and any(id(parameter) in own for _, parameter in bare.parameters_of(part))
-        ]
+        twins = _twins_of(bare, module, held_by)
         if config.ensure_weight_tying:
             values[path] = new = trained(bare.deepcopy(path))
             values |= dict(zip(twins, share_parameters(new, module, map(bare.get_submodule, twins)), strict=True))
@@ -105,6 +105,14 @@ def copy_modules(bare: Bare, paths: Sequence[str], config: LoraConfig) -> dict[s
             )
         values[path] = trained(bare.deepcopy(path))
     return values
+
+
+def _twins_of(bare: Bare, module: nn.Module, held_by: Mapping[int, Sequence[str]]) -> list[str]:
+    """Paths of the modules outside of this one that hold a parameter of it."""
+    inside = {id(part): part for _, part in bare.parts_of(module)}
+    shared = [held_by[id(parameter)] for part in inside.values() for _, parameter in bare.parameters_of(part)]
+    others = dict.fromkeys(path for paths in shared if len(paths) > 1 for path in paths)
+    return [path for path in others if id(bare.get_submodule(path)) not in inside]
 
 
 def copy_biases(bare: Bare, paths: Sequence[str]) -> dict[str, Value]:

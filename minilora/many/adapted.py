@@ -1,6 +1,6 @@
 """What can be done with a model that carries adapters: switch, disable, delete, take out, count.
 
-Merging, which can be had from here too, is ``many/merging.py``. Next file: that.
+Next file: ``many/merging.py``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from minilora.lora.copies import in_given_dtype
 from minilora.lora.slot import check_stack, own_parameters
 from minilora.lora.slots import adapters_of, detach
 from minilora.lora.tying import has_parted, say_untied
-from minilora.many.merging import MergeReport, merge, unmerge
 
 __all__ = [
-    "MergeReport",
     "count_parameters",
     "delete_adapter",
     "disabled",
-    "merge",
     "set_adapter",
     "unload",
-    "unmerge",
 ]
 
 

@@ -28,7 +28,8 @@ from minilora.linear.layers import embed_scale
 from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.change import LOCK, Change
-from minilora.lora.slots import Adapters, Block, Slot, adapters_of
+from minilora.lora.slot import Slot
+from minilora.lora.slots import Adapters, Block, adapters_of
 
 __all__ = ["BASE", "batch_adapters"]
 

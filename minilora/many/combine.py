@@ -24,7 +24,8 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import Adapters, Value, adapters_of
+from minilora.lora.slot import Value
+from minilora.lora.slots import Adapters, adapters_of
 from minilora.lora.targets import exactly
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.residual import ResidualLoRA

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
-from minilora.lora.slots import Value
+from minilora.lora.slot import Value
 from minilora.store.adapter_files import PREFIX, Stored
 from minilora.store.save import tensors_of
 

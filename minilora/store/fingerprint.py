@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
-from minilora.lora.slots import Value
+from minilora.lora.slot import Value
 from minilora.lora.variants.tokens import TokenRows
 from minilora.store.tensors import (
     CLOSE,

@@ -21,7 +21,8 @@ from minilora.lora.bare import Bare
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build, place
 from minilora.lora.match import ALL_LINEAR, match
-from minilora.lora.slots import Value, adapters_of
+from minilora.lora.slot import Value
+from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.store.adapter_files import (
     CONFIG_FILE,

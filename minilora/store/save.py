@@ -22,7 +22,8 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.config import LoraConfig
 from minilora.lora.match import ALL_LINEAR, default_targets
-from minilora.lora.slots import Value, adapters_of, unwrapped
+from minilora.lora.slot import Value
+from minilora.lora.slots import adapters_of, unwrapped
 from minilora.lora.targets import ends_with, exactly
 from minilora.lora.variants.tokens import TiedRows, TokenRows
 from minilora.store.adapter_files import (

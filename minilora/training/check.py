@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
-from minilora.lora.slots import Value, adapters_of, own_parameters, unwrapped
+from minilora.lora.slot import Value, own_parameters
+from minilora.lora.slots import adapters_of, unwrapped
 from minilora.training.guards import check_parameters
 
 __all__ = ["AdapterCheck", "check_adapter", "refuse_dead"]

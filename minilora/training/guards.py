@@ -16,7 +16,8 @@ from minilora.data.encoding import Encoded
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, StateError
 from minilora.lora.adapter import Adapter
-from minilora.lora.slots import Adapters, adapters_of, has_adapters, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import Adapters, adapters_of, has_adapters
 from minilora.quant.finite import is_finite
 
 __all__ = [

@@ -351,6 +351,7 @@ SETTINGS = {
     "double_quant": False,
     "dtype": "bfloat16",
     "max_length": 99,
+    "date": "2024-02-29",
     "eval_share": 0.25,
     "prompts": ["a b", "c"],
     "max_new_tokens": 7,

@@ -30,7 +30,8 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear
-from minilora.lora.slots import adapters_of, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of
 from minilora.many.adapted import disabled
 from minilora.many.batched import BASE, batch_adapters
 from minilora.many.combine import add_weighted_adapter

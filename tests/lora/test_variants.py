@@ -20,7 +20,8 @@ from minilora.errors import CheckpointError, ConfigError, StateError, TargetErro
 from minilora.linear.layers import dense_weight
 from minilora.lora.adapter import VARIANTS, register
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import adapters_of, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
 from minilora.lora.variants.loftq import calibrated, loftq
 from minilora.lora.variants.tokens import TokenRows

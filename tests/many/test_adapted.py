@@ -22,7 +22,8 @@ from minilora import (
 from minilora.errors import MiniLoraError, StateError
 from minilora.linear.layers import dense_weight
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import Adapters, Block, has_adapters, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import Adapters, Block, has_adapters
 from minilora.many.adapted import count_parameters, delete_adapter, disabled, unload
 from tests.models import adapted_paths, lora
 

@@ -24,7 +24,8 @@ from minilora import (
     unmerge,
 )
 from minilora.errors import StateError
-from minilora.lora.slots import adapters_of, has_adapters, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many.adapted import disabled, unload
 from minilora.many.batched import BASE, MixedLayer, batch_adapters
 from minilora.many.hotswap import hotswap_adapter

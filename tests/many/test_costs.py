@@ -3,6 +3,7 @@
 Steps are lines of Python, counted by a trace function, so that a busy machine changes nothing; ``benchmarks/cost.py`` has the seconds.
 """
 
+import gc
 import sys
 
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 import minilora
 from minilora import LoraConfig, delete_adapter, get_peft_model, inject, load_adapter, merge, save_adapter, set_adapter
 from minilora.lora.slots import adapters_of
-from minilora.many.adapted import count_parameters, disabled, unload, unmerge
+from minilora.many.adapted import count_parameters, disabled, unload
 from minilora.many.batched import batch_adapters
 from minilora.many.combine import add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter
+from minilora.many.merging import unmerge
 
 MOST = 5.0  # times the steps, for four times the work
 SAME = 1.1  # times the steps, where the work is the same
@@ -30,11 +32,14 @@ def steps(call):
         count += event == "line"
         return line
 
+    gc.collect()  # what other tests left behind ends now, and not while lines are counted
+    gc.disable()
     sys.settrace(line)
     try:
         call()
     finally:
         sys.settrace(None)
+        gc.enable()
     return count
 
 

@@ -455,7 +455,7 @@ def test_a_load_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, snaps
 
 
 def test_a_placement_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, randomize, snapshot, monkeypatch):
-    from minilora.lora.slots import Slot
+    from minilora.lora.slot import Slot
 
     plain = Slot.show
     for first in (False, True):

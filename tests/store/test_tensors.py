@@ -9,6 +9,7 @@ from torch import nn
 
 from minilora import LoraConfig, QuantConfig, get_peft_model, inject, load_adapter, quantize_model, save_adapter
 from minilora.errors import CheckpointError
+from minilora.lora.bare import Bare
 from minilora.many.hotswap import hotswap_adapter
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, read_adapter, seal
 from minilora.store.tensors import are_prints, other_tensors, prints
@@ -166,23 +167,23 @@ def test_one_value_of_every_row_is_hashed_and_the_last_of_all():
     for shape in ((3000, 40), (70_000, 1), (66_000, 2), (5, 30_000), (300, 300), (70_001,), (200, 3, 150)):
         model = nn.Module()
         model.register_parameter("w", nn.Parameter(torch.randn(*shape)))
-        said = prints(model, {})
-        assert other_tensors(model, said) == []
+        said = prints(Bare(model), {})
+        assert other_tensors(Bare(model), said) == []
         for row in (0, 1, shape[0] // 2, shape[0] - 2, shape[0] - 1):
             other = nn.Module()
             other.register_parameter("w", nn.Parameter(model.w.detach().clone()))
             other.w.data[row] += 1
-            assert other_tensors(other, said) == ["w"], (shape, row)
+            assert other_tensors(Bare(other), said) == ["w"], (shape, row)
         other.w.data.copy_(model.w)
         other.w.data.view(-1)[-1] += 1
-        assert other_tensors(other, said) == ["w"]
+        assert other_tensors(Bare(other), said) == ["w"]
     small = nn.Linear(60, 50)
-    said = prints(small, {})
+    said = prints(Bare(small), {})
     for at in (1, 1501, 2998):
         other = nn.Linear(60, 50)
         other.load_state_dict(small.state_dict())
         other.weight.data.view(-1)[at] += 1
-        assert other_tensors(other, said) == ["weight"]
+        assert other_tensors(Bare(other), said) == ["weight"]
 
 
 def test_tensors_of_every_dtype_and_of_no_size():
@@ -191,11 +192,11 @@ def test_tensors_of_every_dtype_and_of_no_size():
         model.register_buffer(str(kind).replace(".", "_"), torch.ones(5, 3).to(kind))
     model.register_buffer("none", torch.zeros(0, 4))
     model.register_buffer("one", torch.tensor(2.5))
-    said = json.loads(json.dumps(prints(model, {})))
-    assert are_prints(said) and len(said) == 8 and other_tensors(model, said) == []
+    said = json.loads(json.dumps(prints(Bare(model), {})))
+    assert are_prints(said) and len(said) == 8 and other_tensors(Bare(model), said) == []
     model.one += 1
     model.torch_int64[4, 2] = 7
-    assert other_tensors(model, said) == ["torch_int64", "one"]
+    assert other_tensors(Bare(model), said) == ["torch_int64", "one"]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_a_large_tensor_costs_little():
     """0.3 s for a gigabyte are allowed."""
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(torch.zeros(40_000, 1_600, dtype=torch.bfloat16)))  # 0.128 GB
-    prints(model, {})
+    prints(Bare(model), {})
     began = time.process_time()
-    prints(model, {})
+    prints(Bare(model), {})
     assert time.process_time() - began < 0.3 * 0.128

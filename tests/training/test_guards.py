@@ -15,7 +15,7 @@ from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, QuantizationError, StateError
 from minilora.linear.layers import QuantLinear
 from minilora.lora.config import LoraConfig as Config
-from minilora.lora.slots import Slot
+from minilora.lora.slot import Slot
 from minilora.store.export import TARGETS, export_adapter, export_folder
 from minilora.training.guards import check_examples, check_parameters, context_length, refuse_nonfinite
 from minilora.training.loop import TrainConfig, train
@@ -299,10 +299,10 @@ def test_a_model_that_is_not_finite_elsewhere_is_not_written(make_llama, tmp_pat
 def test_a_merged_model_that_is_not_finite_elsewhere_is_not_written(adapted, make_llama, tmp_path, monkeypatch, value):
     from minilora.hf import merge as merging
 
-    save_adapter(adapted(random=True), tmp_path / "adapter")
-    model = make_llama(0)
-    with torch.no_grad():
-        model.model.norm.weight[5] = value
+    trained, model = adapted(random=True), make_llama(0)
+    for each in (trained, model):  # the same base, or the adapter is refused for that
+        each.model.norm.weight.data[5] = value
+    save_adapter(trained, tmp_path / "adapter")
     monkeypatch.setattr(merging, "load_model", lambda name, dtype: model)
     with pytest.raises(
         StateError, match=r"model\.norm\.weight holds NaN or infinity, so the merged model is not written"
