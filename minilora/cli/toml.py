@@ -8,6 +8,7 @@ from typing import Any
 from minilora.cli.spelling import closest
 from minilora.errors import ConfigError
 from minilora.files import disk
+from minilora.files.read import refuse_path
 
 __all__ = ["REGEX_FLAGS", "read_toml"]
 
@@ -40,6 +41,7 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
 
 def _bytes(path: str) -> bytearray:
     """The whole file. A pipe, a device and what is larger than any settings are refused, and never waited for."""
+    refuse_path(path, ConfigError)
     try:
         with closing(disk.used.open(path)) as file:
             if file.size > _LONGEST:

@@ -28,6 +28,7 @@ class Job:
 
     Args:
         model: hub id, local folder, or "smollm2".
+        trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         data: JSONL file; each line has "messages", "prompt" and "completion", or "text".
         out: run folder, made if it is not there.
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
@@ -60,6 +61,7 @@ class Job:
     date: str = ""
     resume: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -71,7 +73,7 @@ class Job:
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite"):
+        for name in ("double_quant", "resume", "overwrite", "trust_remote_code"):
             validate.flag(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)

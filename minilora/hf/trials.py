@@ -22,6 +22,7 @@ class PlanJob:
 
     Args:
         model: hub id, local folder (its config.json is enough to predict), or "smollm2".
+        trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         r: rank of the update; lora_alpha is twice as much.
         lora_dropout: probability, in [0, 1), that an input of the adapter is dropped.
         target_modules: names of layers, one regular expression for the full path, or "all-linear".
@@ -48,6 +49,7 @@ class PlanJob:
     seq: int = 128
     gradient_checkpointing: bool = False
     threads: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
@@ -55,7 +57,7 @@ class PlanJob:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
         for name, least in (("batch", 1), ("seq", 2), ("threads", 0)):
             validate.whole(name, getattr(self, name), least)
-        for name in ("double_quant", "gradient_checkpointing"):
+        for name in ("double_quant", "gradient_checkpointing", "trust_remote_code"):
             validate.flag(name, getattr(self, name))
         validate.text("model", self.model)
         check_form(self.lora().target_modules, "target_modules")

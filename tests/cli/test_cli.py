@@ -354,6 +354,7 @@ SETTINGS = {
     "eval_share": 0.25,
     "prompts": ["a b", "c"],
     "max_new_tokens": 7,
+    "date": "2025-01-31",
     "resume": True,
     "overwrite": True,
     "r": 3,
@@ -408,7 +409,8 @@ def test_every_setting_arrives(job, tmp_path, name, by):
 
 
 def test_no_setting_is_forgotten_here():
-    assert set(train.settings()) == set(SETTINGS) | {"model", "data", "out"}
+    flag_alone = {"trust_remote_code"}  # no file may say it: tests/hf/test_trust.py
+    assert set(train.settings()) == set(SETTINGS) | {"model", "data", "out"} | flag_alone
 
 
 def test_toml_may_hold_everything_and_a_flag_wins(job, tmp_path):

@@ -303,7 +303,7 @@ def test_a_merged_model_that_is_not_finite_elsewhere_is_not_written(adapted, mak
     model = make_llama(0)
     with torch.no_grad():
         model.model.norm.weight[5] = value
-    monkeypatch.setattr(merging, "load_model", lambda name, dtype: model)
+    monkeypatch.setattr(merging, "load_model", lambda name, dtype, trust: model)
     with pytest.raises(
         StateError, match=r"model\.norm\.weight holds NaN or infinity, so the merged model is not written"
     ):
