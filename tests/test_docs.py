@@ -556,7 +556,9 @@ def test_a_fault_of_the_site_is_named(scripts, tmp_path, monkeypatch):
 
 
 def test_every_threat_names_tests_that_are_there():
-    rows = [row for row in PAGES["docs/threats.md"].splitlines() if row.startswith("| ") and not row.startswith("| what ")]
+    rows = [
+        row for row in PAGES["docs/threats.md"].splitlines() if row.startswith("| ") and not row.startswith("| what ")
+    ]
     assert len(rows) > 35
     for row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.rsplit("|", 2)[1])

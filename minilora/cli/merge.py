@@ -31,6 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.hf.finetune import DTYPES
     from minilora.hf.merge import merge_to_folder
 
-    options = {"dtype": DTYPES[arguments.dtype], "trust_remote_code": arguments.trust_remote_code, **trust_of(arguments)}
+    options = {
+        "dtype": DTYPES[arguments.dtype],
+        "trust_remote_code": arguments.trust_remote_code,
+        **trust_of(arguments),
+    }
     place = merge_to_folder(arguments.model, arguments.adapter, arguments.out, **options)
     say(f"merged model in {place}")

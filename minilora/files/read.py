@@ -29,7 +29,9 @@ def refuse_path(path: str | os.PathLike[str], kind: type[MiniLoraError] = Checkp
         disk.used.kind(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise kind(f"{os.fspath(path)[:200]}: is no path that can be used here ({reason}); choose another one") from None
+        raise kind(
+            f"{os.fspath(path)[:200]}: is no path that can be used here ({reason}); choose another one"
+        ) from None
 
 
 def read_bytes(path: str | os.PathLike[str], purpose: str) -> bytearray:

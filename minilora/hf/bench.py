@@ -111,7 +111,11 @@ def _batches(job: BenchJob) -> list[list[list[int]]]:
         ids = torch.randint(0, most, (wanted,), generator=torch.Generator().manual_seed(job.seed)).tolist()
     else:
         records = read_jsonl(DATA if job.data == "demo" else job.data)
-        found = [i for e in encode_all(records, load_tokenizer(job.model, job.trust_remote_code), _EVERY_TOKEN) for i in e.input_ids]
+        found = [
+            i
+            for e in encode_all(records, load_tokenizer(job.model, job.trust_remote_code), _EVERY_TOKEN)
+            for i in e.input_ids
+        ]
         ids = (found * -(-wanted // len(found)))[:wanted]
     return torch.tensor(ids).view(job.steps, job.batch, job.seq).tolist()
 

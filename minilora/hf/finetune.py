@@ -70,7 +70,9 @@ def fine_tune(
     claim(folder, job.resume, job.overwrite)
     records = read_jsonl(job.data)
     trust = job.trust_remote_code
-    match(skeleton(job.model, trust_remote_code=trust), job.lora)  # a mistyped target shows now, before any weight is read
+    match(
+        skeleton(job.model, trust_remote_code=trust), job.lora
+    )  # a mistyped target shows now, before any weight is read
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
     model = load_model(job.model, DTYPES[job.dtype], trust)

@@ -35,7 +35,10 @@ def merge_to_folder(
     """
     target = refuse_occupied(out)
     adapted = PeftModel.from_pretrained(
-        load_model(model, dtype, trust_remote_code), adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base
+        load_model(model, dtype, trust_remote_code),
+        adapter,
+        expect_sha256=expect_sha256,
+        allow_other_base=allow_other_base,
     )
     merged = adapted.merge_and_unload()
     if left := [path for path, module in merged.named_modules() if is_quantized(module)]:

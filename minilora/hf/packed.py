@@ -163,7 +163,9 @@ def _put_packed(model: nn.Module, path: str, weight: Any, tensors: dict[str, Ten
     except AttributeError:
         raise CheckpointError(f"{path[:200]}.weight: the model has no such layer; wrong config.json?") from None
     if not is_linear(old):
-        raise CheckpointError(f"{path}.weight: is packed, and the model has a {type(old).__name__} there; wrong config.json?")
+        raise CheckpointError(
+            f"{path}.weight: is packed, and the model has a {type(old).__name__} there; wrong config.json?"
+        )
     wanted = tuple(old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape)
     if tuple(weight.shape) != wanted:
         raise CheckpointError(f"{path}.weight: is {list(weight.shape)}, the model wants {list(wanted)}")

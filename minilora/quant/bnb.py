@@ -29,7 +29,12 @@ _BOOKS = {name: CODEBOOKS[name] for name in ON_DISK}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
 _STORAGES = (torch.uint8, *_FLOATS)  # bnb_4bit_quant_storage
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")  # and the state: what is appended to a weight's name
+_PARTS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+)  # and the state: what is appended to a weight's name
 _LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes about 200
 
 

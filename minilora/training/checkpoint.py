@@ -101,7 +101,9 @@ def read_checkpoint(place: Path, step: int) -> Checkpoint:
     files = read_files(place, _PURPOSES)
     try:
         state = parse_json(files[STATE_FILE])
-        good = _state_bytes(state) == files[STATE_FILE] and _is_int(state["version"], 1) and _is_int(state["step"], step)
+        good = (
+            _state_bytes(state) == files[STATE_FILE] and _is_int(state["version"], 1) and _is_int(state["step"], step)
+        )
         good = good and _is_meaning(state["meaning"])
         hashes = dict(state["files"])
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -102,7 +102,9 @@ def _is_record(record: Mapping[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -_LARGEST < value < _LARGEST  # not NaN, and no whole number beyond all floats
+    return (
+        type(value) in (int, float) and -_LARGEST < value < _LARGEST
+    )  # not NaN, and no whole number beyond all floats
 
 
 # ---- what must be the same
@@ -156,8 +158,8 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
             )
     if checkpoint.step > now["training"].get("steps", checkpoint.step):
         raise CheckpointError(
-            f"{where}: its step {checkpoint.step} is after the last of the run, {now['training']['steps']}; copy the folder again, or begin "
-            "anew with --overwrite"
+            f"{where}: its step {checkpoint.step} is after the last of the run, {now['training']['steps']}; copy the folder again, or "
+            "begin anew with --overwrite"
         )
     if {key: now["base"].get(key) for key in then["base"]} != then["base"]:  # an older minilora remembered less
         raise CheckpointError(
@@ -244,7 +246,8 @@ def restore(
                 strange.append(key)
     if strange:
         raise CheckpointError(
-            f"{checkpoint.path}: {strange[0][:200]} is missing here or there, or of another shape or dtype; load the model that it was trained on"
+            f"{checkpoint.path}: {strange[0][:200]} is missing here or there, or of another shape or dtype; load the "
+            "model that it was trained on"
         )
     with torch.no_grad():
         for key, tensor in checkpoint.weights.items():

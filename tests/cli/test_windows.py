@@ -103,7 +103,9 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
 def test_a_run_is_trained_and_gone_on_with(tmp_path, model_folder):
     """The whole command: chat template, training, checkpoints, report; then ``--resume``, and an answer."""
     pytest.importorskip("transformers")
-    (tmp_path / "data.jsonl").write_text('{"prompt": "hi", "completion": "yo"}\n{"prompt": "who?", "completion": "me"}\n')
+    (tmp_path / "data.jsonl").write_text(
+        '{"prompt": "hi", "completion": "yo"}\n{"prompt": "who?", "completion": "me"}\n'
+    )
     said = on_windows(
         """
         from minilora.cli import main

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import time
 import tracemalloc
 from types import SimpleNamespace
@@ -18,7 +19,9 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eb\r\x00\x7f"
 STEERS = set("\x00\x07\x1b\x7f\x9b\u202e\r")
 
 
-@pytest.mark.parametrize("kind", ["pipe", "zero", "random", "null", "folder", "link to a pipe", "link to itself", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "zero", "random", "null", "folder", "link to a pipe", "link to itself", "missing"]
+)
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, kind):
     place = tmp_path / "data.jsonl"
     make = {
@@ -111,11 +114,10 @@ def test_progress_shows_answers_that_steer_nothing(terminal):
         progress.watch({"step": 1, "eval_loss": 1.0, "prompt": HOSTILE, "answer": HOSTILE + "\n\ud800"})
         progress.watch({"step": 1, "skipped": HOSTILE, "seconds": 1.0})
         progress.say(HOSTILE + "\ud800")
-    mine = [line for line in stream.getvalue().splitlines() if "owned" in line]
-    assert len(mine) == 3
-    for line in mine:
-        line = line.replace("\x1b[2K", "").replace("\x1b[1A", "").replace("\r", "")  # of the bar, which rich moves
-        assert not STEERS & set(line.replace("\x1b[?25l", "").replace("\x1b[?25h", "")), line
+    shown = stream.getvalue()
+    assert shown.count("owned") == 4 and "\\ud800" in shown
+    mine = re.sub(r"\x1b\[(\?25[lh]|2K|1A|[\d;]*m)|\r", "", shown)  # the bar is moved and coloured by rich
+    assert not STEERS & set(mine)
 
 
 def test_an_answer_and_a_prompt_are_shown_as_text(monkeypatch, capsys, tmp_path):

@@ -15,7 +15,13 @@ from minilora.store.export import export_folder
 from minilora.training.lock import held
 from minilora.training.resume import claim
 
-IMPOSSIBLE = {"NUL": "a\x00b", "half of a pair": "a\ud800", "300 signs": "a" * 300, "300 bytes": "é" * 150, "a long path": "a/" * 3_000}
+IMPOSSIBLE = {
+    "NUL": "a\x00b",
+    "half of a pair": "a\ud800",
+    "300 signs": "a" * 300,
+    "300 bytes": "é" * 150,
+    "a long path": "a/" * 3_000,
+}
 ODD = {
     "240 signs": "a" * 240,
     "240 bytes": "é" * 120,

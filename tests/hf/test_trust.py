@@ -15,11 +15,11 @@ from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError
 
 pytest.importorskip("transformers")
-from minilora.hf import load_model, load_tokenizer  # noqa: E402
-from minilora.hf.auto import AutoPeftModelForCausalLM  # noqa: E402
-from minilora.hf.folders import read_config  # noqa: E402
-from minilora.hf.load import skeleton  # noqa: E402
-from minilora.hf.trials import PlanJob  # noqa: E402
+from minilora.hf import load_model, load_tokenizer
+from minilora.hf.auto import AutoPeftModelForCausalLM
+from minilora.hf.folders import read_config
+from minilora.hf.load import skeleton
+from minilora.hf.trials import PlanJob
 
 ROOT = Path(minilora.__file__).parents[1]
 CODE = """
@@ -191,7 +191,9 @@ def test_pickled_weights_are_refused_by_name(model_folder, tmp_path, name):
     shutil.copytree(model_folder, place)
     (place / "model.safetensors").unlink()
     (place / name).write_bytes(b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
-    with pytest.raises(CheckpointError, match=f"a pickle \\({name}\\), which can run code and is never read; .*save_pretrained"):
+    with pytest.raises(
+        CheckpointError, match=f"a pickle \\({name}\\), which can run code and is never read; .*save_pretrained"
+    ):
         load_model(str(place))
     assert not marker.exists()
 

@@ -54,16 +54,17 @@ def seal(place, base=None):
 def outcome(place, snapshot):
     model = plain()
     before = snapshot(model)
-    began = time.process_time()
+    began, said = time.process_time(), None
     try:
         load_adapter(model, place)
     except MiniLoraError as error:
-        assert time.process_time() - began < 4, str(error)[:200]  # 2 s where nothing else runs
-        assert str(error).isprintable() and len(str(error)) < 1_300
-        assert snapshot(model) == before
-        return "refused", None
-    assert time.process_time() - began < 4
-    return "loaded", model(torch.ones(6))
+        said = str(error)
+    assert time.process_time() - began < 4, said  # 2 s where nothing else runs
+    if said is None:
+        return "loaded", model(torch.ones(6))
+    assert said.isprintable() and len(said) < 1_300
+    assert snapshot(model) == before
+    return "refused", None
 
 
 def test_every_field_of_a_config_with_every_hostile_value(folder, snapshot):
@@ -79,13 +80,14 @@ def test_every_field_of_a_config_with_every_hostile_value(folder, snapshot):
             if result == "loaded":
                 loaded.append(key)
                 same = torch.equal(found, wanted)
-                assert same or key in ("lora_alpha", "r", "use_rslora", "alpha_pattern", "lora_dropout", "use_dora"), (key, value)
+                assert same or key in ("lora_alpha", "r", "use_rslora", "alpha_pattern", "lora_dropout", "use_dora"), (
+                    key,
+                    value,
+                )
     assert 0 < len(loaded) < 4 * len(config)
 
 
-@pytest.mark.parametrize(
-    "part", ["parameters", "samples", "tensors", "0", "more"]
-)
+@pytest.mark.parametrize("part", ["parameters", "samples", "tensors", "0", "more"])
 def test_every_part_of_a_seal_with_every_hostile_value(folder, snapshot, part):
     """A seal that remembers another base is refused, and one that remembers less is one of an older minilora."""
     place, wanted = folder
@@ -95,7 +97,9 @@ def test_every_part_of_a_seal_with_every_hostile_value(folder, snapshot, part):
         (changed["samples"] if part == "0" else changed)[part] = value
         seal(place, changed)
         result, found = outcome(place, snapshot)
-        assert result == "refused" or (part in ("samples", "tensors") and value == {} and torch.equal(found, wanted)), value
+        assert result == "refused" or (part in ("samples", "tensors") and value == {} and torch.equal(found, wanted)), (
+            value
+        )
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,8 @@ def test_a_state_of_a_million_entries(place, whole, snapshot):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"version":' * 5_000, "[" * 100_000, "9" * 5_000, '{"step":' + "9" * 5_000 + "}", "null", "", "\x00" * 9, "{}"]
+    "text",
+    ['{"version":' * 5_000, "[" * 100_000, "9" * 5_000, '{"step":' + "9" * 5_000 + "}", "null", "", "\x00" * 9, "{}"],
 )
 def test_a_state_that_is_none(place, whole, snapshot, text):
     (place / f"checkpoint-{AT}" / STATE_FILE).write_text(text)
@@ -244,7 +245,9 @@ TENSORS = {
     "bools": lambda tensors: tensors.update({first(tensors, ""): torch.ones(3, dtype=torch.bool)}),
     "float64": lambda tensors: tensors.update({k: t.double() for k, t in tensors.items()}),
     "many": lambda tensors: tensors.update({f"exp_avg/{at}": torch.zeros(0) for at in range(30_000)}),
-    "of nothing": lambda tensors: tensors.update({"/": torch.zeros(1), "step/": torch.ones(()), "exp_avg/": torch.ones(1)}),
+    "of nothing": lambda tensors: tensors.update(
+        {"/": torch.zeros(1), "step/": torch.ones(()), "exp_avg/": torch.ones(1)}
+    ),
 }
 
 
