@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from minilora.errors import CheckpointError, MissingPackageError
+from minilora.errors import CheckpointError, MissingPackageError, for_terminal
 from minilora.files.read import refuse_path
 from minilora.hf.folders import in_new_folder, read_config, refuse_pickles, unreadable
 from minilora.hf.packed import is_packed_folder, load_packed
@@ -147,7 +147,7 @@ def _find_gguf() -> Path:
 
 def _convert(source: Path, target: Path) -> None:
     transformers = _transformers()
-    print(f"converting {source.name} to {target.parent}, once (about 20 s)", file=sys.stderr)
+    print(for_terminal(f"converting {source.name} to {target.parent}, once (about 20 s)"), file=sys.stderr)
     for package in ("gguf", "accelerate"):  # transformers asks for both when it reads a GGUF file
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, printable
 from minilora.files import validate
 from minilora.files.parse import parse_json, parse_tensors
 from minilora.files.read import read_files, refuse_path
@@ -179,7 +179,9 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
         )
     if ignored:
         listed = ", ".join(repr(key[:60]) for key in ignored[:8])
-        warnings.warn(f"{path}: minilora does not know {listed} and ignores it, as PEFT would", stacklevel=4)
+        warnings.warn(
+            f"{printable(str(path))}: minilora does not know {listed} and ignores it, as PEFT would", stacklevel=4
+        )
     known = {key: value for key, value in content.items() if key not in foreign}
     return LoraConfig.from_dict(known, str(path)), ignored
 
