@@ -31,6 +31,7 @@ __all__ = [
 # Control characters (escape sequences begin with one), marks that turn the direction of text, and halves of pairs, which no stream takes.
 _STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 1200  # signs of a message
+_LONGEST_WORD = 100  # signs that are compared with known names
 
 
 class MiniLoraError(Exception):
@@ -120,5 +121,5 @@ class MissingPackageError(MiniLoraError, ImportError):
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """``word``'s closest spellings among ``known`` as a readable list, or the first few known names when none is close."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(word, names, n=count, cutoff=0.5) or names[:count]
+    close = difflib.get_close_matches(word[:_LONGEST_WORD], names, n=count, cutoff=0.5) or names[:count]
     return ", ".join(repr(name) for name in close) if close else "nothing"

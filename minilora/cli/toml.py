@@ -9,6 +9,7 @@ from minilora.cli.spelling import closest
 from minilora.errors import ConfigError
 from minilora.files import disk
 from minilora.files.read import refuse_path
+from minilora.files.validate import shown
 
 __all__ = ["REGEX_FLAGS", "read_toml"]
 
@@ -35,7 +36,7 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {closest(name, known)}")
         if not (_is_kind(value, known[name]) or (name in REGEX_FLAGS and isinstance(value, str))):
-            raise ConfigError(f"{path}: {name} = {value!r}; wanted {_KIND_WORDS[known[name]]}")
+            raise ConfigError(f"{path}: {name} = {shown(value)}; wanted {_KIND_WORDS[known[name]]}")
     return content
 
 

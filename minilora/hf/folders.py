@@ -10,13 +10,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minilora.errors import CheckpointError, MiniLoraError, WriteError
-from minilora.files.read import refuse_path
+from minilora.files.parse import parse_json
+from minilora.files.read import read_bytes, refuse_path
 from minilora.files.write import new_folder
 from minilora.training.memory import is_out_of_memory
 
 _MOST_LAYERS = 4096  # ten times the deepest that is known
 
-__all__ = ["in_new_folder", "read_config", "refuse_occupied", "refuse_pickles", "unreadable"]
+__all__ = ["in_new_folder", "read_config", "refuse_occupied", "refuse_odd_files", "refuse_pickles", "unreadable"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -57,6 +58,30 @@ def unreadable(name: str, error: Exception) -> Exception:
     return CheckpointError(
         f"model {name!r}: {kind}{reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
     )
+
+
+def refuse_odd_files(name: str, place: str) -> None:
+    """Raise ``CheckpointError`` for a local folder with a pipe or device in it, or whose index names weights outside of it.
+
+    transformers would wait for a pipe, read a device for ever, and open whatever path an index names.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"model {name!r}: {path.name} in it is a pipe or a device; wanted files")
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            named = set(parse_json(read_bytes(path, "the index of the weights"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"model {name!r}: {path.name} is no index of weights ({error}); copy it again"
+            ) from None
+        if far := [file for file in named if not isinstance(file, str) or Path(file).name != file]:
+            raise CheckpointError(
+                f"model {name!r}: {path.name} names {str(far[0])[:200]!r}; wanted files of the folder"
+            )
 
 
 def refuse_pickles(name: str, place: str) -> None:

@@ -68,7 +68,7 @@ class Job:
     def __post_init__(self) -> None:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
         for name in ("model", "data", "out"):
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
@@ -80,6 +80,6 @@ class Job:
         check_date(self.date)
         for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted a {kind.__name__}")
         for name in ("target_modules", "exclude_modules"):
             check_form(getattr(self.lora, name), name)

@@ -19,7 +19,7 @@ import torch
 
 from minilora.errors import CheckpointError, MissingPackageError, for_terminal
 from minilora.files.read import refuse_path
-from minilora.hf.folders import in_new_folder, read_config, refuse_pickles, unreadable
+from minilora.hf.folders import in_new_folder, read_config, refuse_odd_files, refuse_pickles, unreadable
 from minilora.hf.packed import is_packed_folder, load_packed
 
 SMOLLM2 = "smollm2"
@@ -100,10 +100,7 @@ def _refuse_folder(name: str, place: str) -> None:
         raise CheckpointError(
             f"model {name!r}: holds an adapter (adapter_config.json); name its base model here and the folder as the adapter"
         )
-    if Path(place).is_dir():
-        for path in sorted(Path(place).iterdir()):  # transformers would wait for a pipe, and read a device for ever
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise CheckpointError(f"model {name!r}: {path.name} in it is a pipe or a device; wanted files")
+    refuse_odd_files(name, place)
 
 
 def resolve(name: str) -> str:

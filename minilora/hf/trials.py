@@ -6,6 +6,7 @@ The texts under ``Args``, one line a field, are also what ``--help`` shows. Next
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from minilora.errors import ConfigError
 from minilora.files import validate
@@ -54,8 +55,8 @@ class PlanJob:
     def __post_init__(self) -> None:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
-        for name, least in (("batch", 1), ("seq", 2), ("threads", 0)):
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
+        for name, least in (("r", 1), ("batch", 1), ("seq", 2), ("threads", 0)):
             validate.whole(name, getattr(self, name), least)
         for name in ("double_quant", "gradient_checkpointing", "trust_remote_code"):
             validate.flag(name, getattr(self, name))
@@ -64,7 +65,7 @@ class PlanJob:
 
     def lora(self) -> LoraConfig:
         """The adapter's config."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        targets: Any = list(self.target_modules) if isinstance(self.target_modules, tuple) else self.target_modules
         return LoraConfig(
             r=self.r,
             lora_alpha=2 * self.r,

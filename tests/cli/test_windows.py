@@ -45,6 +45,7 @@ def on_windows(source, *words, libraries="torch alone", timeout=500):
     return done.stdout.decode("cp1252")
 
 
+@pytest.mark.slow
 def test_every_module_is_imported():
     for name in ("transformers", "peft", "accelerate", "matplotlib", "rich"):
         pytest.importorskip(name)
@@ -126,7 +127,11 @@ def test_a_run_is_trained_and_gone_on_with(tmp_path, model_folder):
 
 def test_what_is_hidden_is_hidden():
     """Or the tests above would show nothing."""
-    with pytest.raises(AssertionError, match="fcntl"):
-        on_windows("import fcntl")
-    with pytest.raises(AssertionError, match="O_NOFOLLOW"):
-        on_windows("os.O_NOFOLLOW")
+    said = on_windows("""
+        print([name for name in ("O_NOFOLLOW", "fork", "register_at_fork") if hasattr(os, name)], hasattr(signal, "SIGALRM"))
+        try:
+            import fcntl
+        except ImportError:
+            print("no fcntl", sys.stdout.encoding)
+    """)
+    assert said.split("\n")[:2] == ["[] False", "no fcntl cp1252"]

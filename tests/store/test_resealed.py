@@ -73,7 +73,7 @@ def test_every_field_of_a_config_with_every_hostile_value(folder, snapshot):
     config = json.loads((place / CONFIG_FILE).read_text())
     draw, loaded = random.Random(5), []
     for key in config:
-        for value in draw.sample(HOSTILE, 8):
+        for value in draw.sample(HOSTILE, 5):
             (place / CONFIG_FILE).write_text(json.dumps(config | {key: value}))
             seal(place)
             result, found = outcome(place, snapshot)
@@ -121,10 +121,10 @@ def test_a_seal_of_many_entries_is_read_soon(folder, snapshot, many):
 def test_500_000_unknown_keys_are_refused_soon(folder, snapshot):
     place, _ = folder
     (place / SEAL_FILE).unlink()
-    for count in (500_000, 2_000_000):  # what is read as JSON, and what is too long for it
-        config = json.loads((place / CONFIG_FILE).read_text()) if count == 500_000 else {}
-        text = json.dumps(config | dict.fromkeys(range(count), 1))
-        (place / CONFIG_FILE).write_text(text)
+    config = json.loads((place / CONFIG_FILE).read_text())
+    text = json.dumps(config | dict.fromkeys(range(500_000), 1))
+    for more in ("", " " * 10_000_000):  # what is read as JSON, and what is too long for it
+        (place / CONFIG_FILE).write_text(text + more)
         assert outcome(place, snapshot)[0] == "refused"
 
 

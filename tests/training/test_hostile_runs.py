@@ -130,7 +130,7 @@ def test_every_field_of_a_state_with_every_hostile_value(place, whole, snapshot)
     found = {"right": 0, "refused": 0}
     shutil.copytree(place, again := place.with_name("again"))
     for path in paths:
-        for value in draw.sample(HOSTILE, 3):
+        for value in draw.sample(HOSTILE, 2):
             seal(place / f"checkpoint-{AT}", lambda state, path=path, value=value: put(state, path, value))
             result = outcome(place, whole, snapshot)
             found[result] += 1
@@ -139,7 +139,7 @@ def test_every_field_of_a_state_with_every_hostile_value(place, whole, snapshot)
                 shutil.rmtree(place)
                 shutil.copytree(again, place)
             file.write_bytes(original)
-    assert found["refused"] > 60 and outcome(place, whole, snapshot) == "right", found
+    assert found["refused"] > 40 and outcome(place, whole, snapshot) == "right", found
 
 
 @pytest.mark.parametrize("part", ["training", "adapter", "data", "base", "bits", "notes", "more"])
