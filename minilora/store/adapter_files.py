@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -180,10 +181,19 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
     if ignored:
         listed = ", ".join(repr(key[:60]) for key in ignored[:8])
         warnings.warn(
-            f"{printable(str(path))}: minilora does not know {listed} and ignores it, as PEFT would", stacklevel=4
+            f"{printable(str(path))}: minilora does not know {listed} and ignores it, as PEFT would",
+            stacklevel=_caller(),
         )
     known = {key: value for key, value in content.items() if key not in foreign}
     return LoraConfig.from_dict(known, str(path)), ignored
+
+
+def _caller() -> int:
+    """The level of the first frame outside of minilora, as ``warnings.warn`` counts from the function that calls this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minilora":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
