@@ -79,9 +79,13 @@ def tokens(value: object) -> None:
 def layers(value: object) -> tuple[int, ...] | int | None:
     if value is None or (type(value) is int and 0 <= value <= _MOST):
         return value
-    several = isinstance(value, Sequence) and not isinstance(value, bytes)
-    if several and value and all(type(i) is int and 0 <= i <= _MOST for i in value):  # type: ignore[attr-defined]
-        return tuple(sorted(set(value)))  # type: ignore[arg-type]
+    if (
+        isinstance(value, Sequence)
+        and not isinstance(value, bytes)
+        and value
+        and all(type(i) is int and 0 <= i <= _MOST for i in value)
+    ):
+        return tuple(sorted(set(value)))
     raise ConfigError(
         f"layers_to_transform={shown(value)}: wanted a layer index >= 0 or a list of them, such as [0, 1]"
     )
