@@ -1,0 +1,3 @@
+FIELDS: dict = {}
+HEADS: dict = {}
+BATCHES: dict = {}
