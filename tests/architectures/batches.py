@@ -94,6 +94,8 @@ def images(config, names):
     whole = draw(ROWS, channels, height, width)
     frames = number(find(config, "num_frames"), 4)
     sizes = {"image_sizes": torch.tensor([[height, width]] * ROWS)} if "image_sizes" in names else {}
+    if "pixel_values_videos" in names and "pixel_values" not in names:
+        return [{"pixel_values_videos": draw(ROWS, n, channels, height, width)} for n in (frames, 16)]
     found += [
         {"pixel_values": whole, **sizes},
         {"pixel_values": draw(ROWS, 1, channels, height, width), **sizes},
@@ -133,6 +135,8 @@ def sounds(config, names):
                         values[mask] = torch.ones(ROWS, frames, dtype=torch.long)
                 found.append(values)
                 found.append({name: draw(*shape)})
+    if "audio_mel" in names:
+        found += [{"audio_mel": draw(ROWS, 64, mels), "audio_mel_mask": torch.zeros(ROWS, 64, dtype=torch.bool)}]
     if "input_values" in names:
         for shape in ((ROWS, 4000), (ROWS, 1, 4000), (ROWS, 128, 128), (ROWS, number(find(config, "max_length"), 64), mels), (ROWS, 12000), (ROWS, 64, mels)):
             found.append({"input_values": draw(*shape)})
@@ -193,8 +197,9 @@ def candidates(model):
     config, names = model.config, set(inspect.signature(model.forward).parameters)
     if config.model_type in BATCHES:
         yield BATCHES[config.model_type](config)
-    seen = images(config, names) if "pixel_values" in names else []
-    heard = sounds(config, names) if names & {"input_features", "input_values", "audio_features", "spectrogram"} else []
+        return
+    seen = images(config, names) if names & {"pixel_values", "pixel_values_videos"} else []
+    heard = sounds(config, names) if names & {"input_features", "input_values", "audio_features", "spectrogram", "audio_mel"} else []
     media = seen + heard
     read = texts(config, names) if "input_ids" in names else []
     decoder = {}
@@ -203,8 +208,6 @@ def candidates(model):
     if read:
         for each in media:
             yield from ({**values, **decoder} for values in with_media(model, config, names, each, read[0]))
-        if media and seen and heard:
-            pass
     for each in media:
         yield {**each, **decoder}
         if decoder:
@@ -217,6 +220,10 @@ def candidates(model):
         for width in dict.fromkeys((number(find(config, "hidden_size", "d_model"), 64), 64)):
             yield {"inputs_embeds": draw(ROWS, LENGTH, width)}
     first = next(iter(inspect.signature(model.forward).parameters))
+    if "grid_thw" in names and "pixel_values" not in names:
+        for temporal in dict.fromkeys((number(find(config, "temporal_patch_size"), 1), 1)):
+            size = number(find(config, "in_channels", "in_chans", "num_channels"), 3) * temporal * number(find(config, "patch_size"), 8) ** 2
+            yield {first: draw(ROWS * 16, size), "grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}
     if first in ("hidden_states", "x", "inputs", "past_values", "inputs_embeds", "embeddings"):
         yield {first: draw(ROWS, number(find(config, "context_length"), LENGTH), number(find(config, "num_input_channels"), 64))}
         yield {first: draw(ROWS, LENGTH, number(find(config, "hidden_size"), 64))}
@@ -266,7 +273,7 @@ def batch_for(model):
         ValueError: none of those tried is taken.
     """
     reasons = []
-    for batch in itertools.islice(candidates(model), 60):
+    for batch in itertools.islice(candidates(model), 40):
         found, why = fits(model, batch)
         if found is None:
             reasons.append(f"{why} [{', '.join(batch)}]")

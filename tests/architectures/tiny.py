@@ -55,7 +55,8 @@ RULES = [
     (r"(num_)?(experts_per_tok(en)?|moe_topk|moe_k|top_?k|num_selected_experts)", 2),
     (r".*(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)", 4),
     (r".*(first_k_dense_replace|n_shared_experts|num_shared_experts)", 1),
-    (r".*(key_value_heads|kv_heads|num_key_heads)", lambda old: 2 if old > 1 else old),
+    (r".*(key_value_heads|kv_heads|num_key_heads)", 2),
+    (r"qk_head_dim", 32),
     (r".*(num_value_heads)", 4),
     (r"mamba_(n|num)_heads", 8),
     (r".*(heads?|heads_per_layer|n_heads?|attention_heads?)", HEADS_),
@@ -63,6 +64,7 @@ RULES = [
     (r"rotary_dim", 8),
     (r"query_pre_attn_scalar", 16),
     (r"type_vocab_size", None),
+    (r"codebook_size|n_codes|num_codes", 64),
     (r".*vocab_size.*|.*num_embeddings|.*codebook_size", VOCABULARY),
     (r"num_feat_extract_layers", None),
     (r".*(layers|n_layer|depth|num_blocks|n_blocks|num_encoder_blocks)", LAYERS),
@@ -70,7 +72,7 @@ RULES = [
     (r".*image_size|crop_size|resolution|input_size", IMAGE),
     (r".*temporal_patch_size|spatial_merge_size|merge_size", None),
     (r".*patch_size", lambda old: PATCH if old > PATCH else old),
-    (r".*window_size", 4),
+    (r".*window_size", lambda old: IMAGE if old > 64 else 4),
     (r".*num_mel_bins|.*mel_dim|n_mels|n_mel_bins", 16),
     (r".*num_channels|in_chans|in_channels|audio_channels", None),
     (r".*(num_queries|num_query_tokens|num_image_tokens|mm_tokens_per_image|n_latents|num_latents)", 4),
@@ -120,6 +122,7 @@ def small_list(name: str, old: list, before: int | None, layers: int) -> list:
 
 
 ROPE = ("rope_parameters", "rope_scaling")
+MROPE = re.compile("vl|omni|glm4v|glm46v|glm_ocr|glm_image|glmga|glm4_?5v")  # sections stand in their code where the config has none
 LEFT = ("id2label", "label2id", "task_specific_params")
 DROPPED = ("out_features", "out_indices", "stage_names", "_out_features", "_out_indices")  # follow from the number of layers
 
@@ -145,6 +148,12 @@ def shrink(fields: dict) -> dict:
             new[name] = small_list(name, list(old), before, layers)
         else:
             new[name] = old
+    for name, old in fields.items():  # as many keys as queries stay as many
+        queries = name.replace("key_value_heads", "attention_heads").replace("num_key_heads", "num_value_heads")
+        if queries != name and isinstance(old, int) and fields.get(queries) == old:
+            new[name] = new[queries]
+    if isinstance(new.get("rope_parameters"), dict) and MROPE.search(str(new.get("model_type"))):
+        new["rope_parameters"]["mrope_section"] = [4, 2, 2]
     return tokens_inside(new)
 
 
