@@ -66,6 +66,7 @@ RULES = [
     (r"type_vocab_size", None),
     (r"codebook_size|n_codes|num_codes", 64),
     (r".*vocab_size.*|.*num_embeddings|.*codebook_size", VOCABULARY),
+    (r"attention_window", 4),
     (r"num_feat_extract_layers", None),
     (r".*(layers|n_layer|depth|num_blocks|n_blocks|num_encoder_blocks)", LAYERS),
     (r".*(max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx|context_length|block_size|seq_len|seq_length|sliding_window|local_attention|window_length|max_2d_position_embeddings|attention_chunk_size)", LENGTH),
@@ -100,6 +101,8 @@ def small_list(name: str, old: list, before: int | None, layers: int) -> list:
     """
     if name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         return (list(dict.fromkeys(old)) * layers)[:layers]
+    if name == "attention_window":
+        return [LAYERS * 2] * layers
     if not all(isinstance(x, int) for x in old):
         return old[:layers] if before and len(old) == before > layers else old
     if re.search(r"depths|num_blocks|block_repeats|blocks_per_stage|numb_of_layers", name):
