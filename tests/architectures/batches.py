@@ -13,7 +13,14 @@ from torch.utils._pytree import tree_leaves
 from tests.architectures.fields import BATCHES
 
 ROWS, LENGTH = 2, 8
-_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "video_token_id", "video_token_index")
+_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "audio_token_id",
+    "audio_token_index",
+    "video_token_id",
+    "video_token_index",
+)
 
 
 def draw(*shape, seed=1):
@@ -66,7 +73,12 @@ def text_ids(config, length=LENGTH, rows=ROWS):
     except Exception:
         size = find(config, "vocab_size", default=64)
     size = number(size, 64)
-    special = {v for part in configs(config) for k, v in vars(part).items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    special = {
+        v
+        for part in configs(config)
+        for k, v in vars(part).items()
+        if k.endswith(("token_id", "token_index")) and isinstance(v, int)
+    }
     allowed = torch.tensor([n for n in range(1, max(size - 1, 3)) if n not in special][:64] or [1])
     chosen = torch.randint(0, len(allowed), (rows, length), generator=torch.Generator().manual_seed(3))
     return allowed[chosen]
@@ -74,10 +86,13 @@ def text_ids(config, length=LENGTH, rows=ROWS):
 
 def images(config, names):
     """Several shapes of images: whole, patches with a grid, several for each row, a film."""
-    vision = next((part for part in list(configs(config))[::-1] if hasattr(part, "patch_size") and hasattr(part, "image_size")), config)
+    vision = next(
+        (part for part in list(configs(config))[::-1] if hasattr(part, "patch_size") and hasattr(part, "image_size")),
+        config,
+    )
     channels = number(find(vision, "num_channels", "in_channels", "in_chans", "num_image_channels"), 3) or 3
     side = find(vision, "image_size", "crop_size", "input_size", default=None) or find(config, "image_size", default=32)
-    height, width = (side if isinstance(side, (list, tuple)) and len(side) == 2 else (number(side, 32),) * 2)
+    height, width = side if isinstance(side, (list, tuple)) and len(side) == 2 else (number(side, 32),) * 2
     patch = number(find(vision, "patch_size", default=8), 8)
     found = []
     if "image_grid_thw" in names or "grid_thw" in names or "image_grid_hws" in names:
@@ -90,18 +105,28 @@ def images(config, names):
             grid = torch.tensor([[1, 4, 4]] * ROWS)
             name = next(n for n in ("image_grid_thw", "grid_thw", "image_grid_hws") if n in names)
             found.append({"pixel_values": pixels, name: grid if name != "image_grid_hws" else grid[:, 1:]})
-            found.append({"pixel_values": pixels.view(ROWS * 16, channels, patch, patch) if temporal == 1 else pixels, name: grid})
+            found.append(
+                {
+                    "pixel_values": pixels.view(ROWS * 16, channels, patch, patch) if temporal == 1 else pixels,
+                    name: grid,
+                }
+            )
     whole = draw(ROWS, channels, height, width)
     frames = number(find(config, "num_frames"), 4)
     sizes = {"image_sizes": torch.tensor([[height, width]] * ROWS)} if "image_sizes" in names else {}
     if "pixel_values_videos" in names and "pixel_values" not in names:
         return [{"pixel_values_videos": draw(ROWS, n, channels, height, width)} for n in (frames, 16)]
     found += [
+        *([{"pixel_values": draw(ROWS, 2, channels, height, width), **sizes}] if sizes else []),
         {"pixel_values": whole, **sizes},
+        *([{"pixel_values": whole}] if sizes else []),
         {"pixel_values": draw(ROWS, 1, channels, height, width), **sizes},
         {"pixel_values": draw(ROWS, frames, channels, height, width), **sizes},
         {"pixel_values": draw(ROWS, 2, channels, height, width), **sizes},
-        {"pixel_values": draw(ROWS, channels, 64, 64), **({"image_sizes": torch.tensor([[64, 64]] * ROWS)} if sizes else {})},
+        {
+            "pixel_values": draw(ROWS, channels, 64, 64),
+            **({"image_sizes": torch.tensor([[64, 64]] * ROWS)} if sizes else {}),
+        },
         {"pixel_values": draw(ROWS, channels, 224, 224)},
     ]
     if "aspect_ratio_ids" in names:
@@ -112,17 +137,36 @@ def images(config, names):
         })  # fmt: skip
     if "pixel_position_ids" in names or "image_position_ids" in names or "spatial_shapes" in names:
         flat = draw(ROWS, 16, channels * patch * patch)
-        places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2).repeat(ROWS, 1, 1)
+        places = (
+            torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1)
+            .view(1, 16, 2)
+            .repeat(ROWS, 1, 1)
+        )
         extra = {n: places for n in ("pixel_position_ids", "image_position_ids") if n in names}
         if "spatial_shapes" in names:
-            extra |= {"spatial_shapes": torch.tensor([[4, 4]] * ROWS), "pixel_attention_mask": torch.ones(ROWS, 16, dtype=torch.long)}
+            extra |= {
+                "spatial_shapes": torch.tensor([[4, 4]] * ROWS),
+                "pixel_attention_mask": torch.ones(ROWS, 16, dtype=torch.long),
+            }
         found.insert(0, {"pixel_values": flat, **extra})
     return found
 
 
 def sounds(config, names):
     """Waves, or spectrograms either way round."""
-    mels = number(find(config, "num_mel_bins", "n_mels", "input_feat_per_channel", "mel_dim", "feature_size", "input_dim", "num_mels"), 16)
+    mels = number(
+        find(
+            config,
+            "num_mel_bins",
+            "n_mels",
+            "input_feat_per_channel",
+            "mel_dim",
+            "feature_size",
+            "input_dim",
+            "num_mels",
+        ),
+        16,
+    )
     found = []
     name = next((n for n in ("input_features", "audio_features", "spectrogram") if n in names), None)
     length = number(find(config, "max_source_positions"), 32)
@@ -138,7 +182,14 @@ def sounds(config, names):
     if "audio_mel" in names:
         found += [{"audio_mel": draw(ROWS, 64, mels), "audio_mel_mask": torch.zeros(ROWS, 64, dtype=torch.bool)}]
     if "input_values" in names:
-        for shape in ((ROWS, 4000), (ROWS, 1, 4000), (ROWS, 128, 128), (ROWS, number(find(config, "max_length"), 64), mels), (ROWS, 12000), (ROWS, 64, mels)):
+        for shape in (
+            (ROWS, 4000),
+            (ROWS, 1, 4000),
+            (ROWS, 128, 128),
+            (ROWS, number(find(config, "max_length"), 64), mels),
+            (ROWS, 12000),
+            (ROWS, 64, mels),
+        ):
             found.append({"input_values": draw(*shape)})
     return found
 
@@ -149,9 +200,14 @@ def texts(config, names):
     values = {"input_ids": ids}
     if "attention_mask" in names:
         values["attention_mask"] = torch.ones_like(ids)
+    for name in ("qformer_input_ids", "qformer_attention_mask"):
+        if name in names:
+            values[name] = ids if name.endswith("ids") else torch.ones_like(ids)
     if "bbox" in names:
         values["bbox"] = torch.tensor([1, 2, 3, 5]).expand(ROWS, LENGTH, 4).clone()
     found = [values, {"input_ids": ids}]
+    if "image_attention_mask" in names:
+        values["image_attention_mask"] = torch.ones(ROWS, LENGTH, 1, dtype=torch.long)
     for rows in (64, 16):
         found.append({"input_ids": text_ids(config, rows)})
     return found
@@ -165,7 +221,9 @@ def with_media(model, config, names, media, text):
         yield {**text, **media}
         return
     count = None
-    get = getattr(model, f"get_{kind}_features", None) or getattr(getattr(model, "model", None), f"get_{kind}_features", None)
+    get = getattr(model, f"get_{kind}_features", None) or getattr(
+        getattr(model, "model", None), f"get_{kind}_features", None
+    )
     if get is not None:
         try:
             wanted = inspect.signature(get).parameters
@@ -178,6 +236,11 @@ def with_media(model, config, names, media, text):
         except Exception:
             count = None
     counts = [count // ROWS] if count else [4, 16, 1, 17, 64, 5, 8]
+    if "image_embeds_position_mask" in names:
+        count = number(find(config, "latent_query_num"), 4)
+        ids = torch.cat((torch.full((ROWS, count), 3), text["input_ids"]), 1)
+        places = (torch.arange(ids.shape[1]) < count).long().expand(ROWS, -1)
+        yield {**media, "input_ids": ids, "attention_mask": torch.ones_like(ids), "image_embeds_position_mask": places}
     for each in counts:
         ids = torch.cat((torch.full((ROWS, each), number(token)), text["input_ids"]), 1)
         values = {**text, **media, "input_ids": ids}
@@ -199,7 +262,11 @@ def candidates(model):
         yield BATCHES[config.model_type](config)
         return
     seen = images(config, names) if names & {"pixel_values", "pixel_values_videos"} else []
-    heard = sounds(config, names) if names & {"input_features", "input_values", "audio_features", "spectrogram", "audio_mel"} else []
+    heard = (
+        sounds(config, names)
+        if names & {"input_features", "input_values", "audio_features", "spectrogram", "audio_mel"}
+        else []
+    )
     media = seen + heard
     read = texts(config, names) if "input_ids" in names else []
     decoder = {}
@@ -207,7 +274,10 @@ def candidates(model):
         decoder = {"decoder_input_ids": text_ids(config, 6)}
     if read:
         for each in media:
-            yield from ({**values, **decoder} for values in with_media(model, config, names, each, read[0]))
+            for values in with_media(model, config, names, each, read[0]):
+                yield {**values, **decoder}
+                if decoder:
+                    yield values
     for each in media:
         yield {**each, **decoder}
         if decoder:
@@ -222,10 +292,18 @@ def candidates(model):
     first = next(iter(inspect.signature(model.forward).parameters))
     if "grid_thw" in names and "pixel_values" not in names:
         for temporal in dict.fromkeys((number(find(config, "temporal_patch_size"), 1), 1)):
-            size = number(find(config, "in_channels", "in_chans", "num_channels"), 3) * temporal * number(find(config, "patch_size"), 8) ** 2
+            size = (
+                number(find(config, "in_channels", "in_chans", "num_channels"), 3)
+                * temporal
+                * number(find(config, "patch_size"), 8) ** 2
+            )
             yield {first: draw(ROWS * 16, size), "grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}
     if first in ("hidden_states", "x", "inputs", "past_values", "inputs_embeds", "embeddings"):
-        yield {first: draw(ROWS, number(find(config, "context_length"), LENGTH), number(find(config, "num_input_channels"), 64))}
+        yield {
+            first: draw(
+                ROWS, number(find(config, "context_length"), LENGTH), number(find(config, "num_input_channels"), 64)
+            )
+        }
         yield {first: draw(ROWS, LENGTH, number(find(config, "hidden_size"), 64))}
         yield {first: draw(ROWS, LENGTH)}
 
@@ -273,7 +351,7 @@ def batch_for(model):
         ValueError: none of those tried is taken.
     """
     reasons = []
-    for batch in itertools.islice(candidates(model), 40):
+    for batch in itertools.islice(candidates(model), 100):
         found, why = fits(model, batch)
         if found is None:
             reasons.append(f"{why} [{', '.join(batch)}]")
@@ -285,4 +363,6 @@ def batch_for(model):
             if isinstance(loss, torch.Tensor) and loss.isfinite().all():
                 return both
         return batch
-    raise ValueError(reasons[0] if reasons else f"its forward wants {list(inspect.signature(model.forward).parameters)[:4]}")
+    raise ValueError(
+        reasons[0] if reasons else f"its forward wants {list(inspect.signature(model.forward).parameters)[:4]}"
+    )

@@ -32,8 +32,9 @@ class Trial:
     """One architecture: its bare model, a batch, an adapted model, and what that must compute.
 
     Attributes:
-        config: of the adapter. dead: layers that the loss does not depend on, which ``check_adapter`` refused and the config leaves out.
-        dense: the model with the updates in its weights.
+        config: of the adapter. dense: the model with the updates in its weights. wanted: what it computes.
+        trains: the mode for gradients; eval, unless the bare model has none there (RWKV writes in place).
+        refusal: what ``check_adapter`` said of layers that the loss does not depend on; the config leaves them out.
     """
 
     bare: nn.Module
@@ -43,7 +44,7 @@ class Trial:
     dense: nn.Module
     wanted: list
     covers: tuple[int, int]
-    dead: list = field(default_factory=list)
+    trains: bool
     refusal: str = ""
 
     def copy(self) -> nn.Module:
@@ -92,7 +93,9 @@ def randomize(model):
     generator = torch.Generator().manual_seed(5)
     for adapter in adapters(model).values():
         with torch.no_grad():
-            adapter.lora_A.copy_(torch.randn(adapter.lora_A.shape, generator=generator) / adapter.lora_A.shape[1] ** 0.5)
+            adapter.lora_A.copy_(
+                torch.randn(adapter.lora_A.shape, generator=generator) / adapter.lora_A.shape[1] ** 0.5
+            )
             adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * 0.2)
     return model
 
@@ -107,7 +110,9 @@ def with_updates(model, updates, trains=False):
     for path, delta in updates.items():
         layer = model.get_submodule(path)
         delta = delta if isinstance(layer, nn.Linear) else delta.t()
-        layer.weight = nn.Parameter((layer.weight.detach().double() + delta).to(layer.weight.dtype), requires_grad=trains)
+        layer.weight = nn.Parameter(
+            (layer.weight.detach().double() + delta).to(layer.weight.dtype), requires_grad=trains
+        )
     return model
 
 
@@ -115,13 +120,36 @@ def updates_of(model):
     return {path: update(adapter.lora_A, adapter.lora_B) for path, adapter in adapters(model).items()}
 
 
+def updates_in_peft(model):
+    """The same of a model of PEFT's."""
+    held = {path: module for path, module in model.named_modules() if len(getattr(module, "lora_A", ()))}
+    return {
+        path.removeprefix("base_model.model."): update(module.lora_A["default"].weight, module.lora_B["default"].weight)
+        for path, module in held.items()
+    }
+
+
+def same_updates(found, wanted) -> bool:
+    """Whether these are the same layers with the same updates, to the bit."""
+    return found.keys() == wanted.keys() and all(torch.equal(found[path], wanted[path]) for path in wanted)
+
+
 def gradients(model, batch, parameters):
-    """Of the loss that a loop would take, in eval mode; None where it does not depend on one."""
+    """Of the loss that a loop would take; None where it does not depend on one."""
     with torch.enable_grad():
         loss = _loss(batches.outputs(model, batch))
         if not loss.requires_grad:
             return [None] * len(parameters)
         return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def has_gradients(model, batch) -> bool:
+    """Whether the bare model can be differentiated in the mode that it is in."""
+    try:
+        gradients(model, batch, [p for p in model.parameters() if p.is_floating_point()])
+    except RuntimeError:
+        return False
+    return True
 
 
 def dead_layers(model, batch) -> list[str]:
@@ -131,27 +159,34 @@ def dead_layers(model, batch) -> list[str]:
     return [path for path, gradient in zip(held, found, strict=True) if gradient is None]
 
 
+def _are_dead(dense, batch, paths):
+    """Raise ``Wrong`` if the dense model's loss depends on one of these weights: then it is the adapter that is dead, and not the layer."""
+    found = gradients(dense, batch, [dense.get_submodule(path).weight for path in paths])
+    for path, gradient in zip(paths, found, strict=True):
+        if gradient is not None and gradient.any():
+            raise Wrong(f"{path}: the weight has a gradient and the adapter has none")
+
+
 def begin(model_type: str) -> Trial:
     """Build, adapt, and make the dense model beside it. Raises a minilora error where the adapter is refused."""
     bare = tiny.build(model_type)
     batch = batches.batch_for(bare)
     config = minilora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear")
-    adapted = minilora.inject(copy.deepcopy(bare), config)
-    randomize(adapted)
-    dead, refusal = dead_layers(adapted, batch), ""
-    if dead:
+    trains = not has_gradients(copy.deepcopy(bare), batch)
+    adapted, refusal = randomize(minilora.inject(copy.deepcopy(bare), config)), ""
+    if dead := dead_layers(adapted.train(trains), batch):
+        _are_dead(with_updates(copy.deepcopy(bare), updates_of(adapted), trains=True).train(trains), batch, dead)
         try:
             minilora.check_adapter(adapted, batch)
-        except minilora.MiniLoraError as error:
+        except minilora.MiniLoraError as error:  # otherwise they are experts without a token, which the check tells
             refusal = str(error)
-        if refusal:
-            config = minilora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", exclude_modules=dead)
-            adapted = minilora.inject(copy.deepcopy(bare), config)
-            randomize(adapted)
+            config = dataclasses.replace(config, exclude_modules=dead)
+            adapted = randomize(minilora.inject(copy.deepcopy(bare), config))
+    adapted.eval()
     dense = with_updates(copy.deepcopy(bare), updates_of(adapted))
     covered, others = coverage(adapted)
     counts = (len(covered), len(covered) + len(others))
-    return Trial(bare, batch, config, adapted, dense, call(dense, batch), counts, dead, refusal)
+    return Trial(bare, batch, config, adapted, dense, call(dense, batch), counts, trains, refusal)
 
 
 # ---- the checks
@@ -166,8 +201,9 @@ def law(trial):
 
 def alive(trial):
     """``check_adapter`` finds every layer alive, or names one that is not."""
-    report = minilora.check_adapter(trial.adapted, trial.batch)
-    silent = set(dead_layers(trial.adapted, trial.batch)) - set(report.unreached)
+    model = trial.again().train(trial.trains)
+    report = minilora.check_adapter(model, trial.batch)
+    silent = set(dead_layers(model, trial.batch)) - set(report.unreached)
     if silent:
         raise Wrong(f"no gradient and nothing said: {sorted(silent)[0]}")
     if trial.refusal:
@@ -176,12 +212,13 @@ def alive(trial):
 
 def step(trial):
     """Gradients of A and B are those that the dense model's weights say; one step moves the adapter and nothing else."""
-    held = adapters(trial.adapted)
-    dense = with_updates(trial.copy(), updates_of(trial.adapted), trains=True)
+    model = trial.again().train(trial.trains)
+    held = adapters(model)
+    dense = with_updates(trial.copy(), updates_of(model), trains=True).train(trial.trains)
     weights = [dense.get_submodule(path).weight for path in held]
     of_weights = gradients(dense, trial.batch, weights)
     parts = [part for adapter in held.values() for part in (adapter.lora_A, adapter.lora_B)]
-    found = gradients(trial.adapted, trial.batch, parts)
+    found = gradients(model, trial.batch, parts)
     largest = max((float(g.abs().max()) for g in found if g is not None), default=0.0)
     for (path, adapter), whole, *pair in zip(held.items(), of_weights, found[::2], found[1::2], strict=True):
         if (whole is None) != (pair[0] is None):
@@ -240,8 +277,7 @@ def reload(trial):
         minilora.save_adapter(trial.adapted, folder)
         model = trial.copy()
         minilora.load_adapter(model, folder)
-    ours, theirs = updates_of(trial.adapted), updates_of(model)
-    if ours.keys() != theirs.keys() or not all(torch.equal(ours[path], theirs[path]) for path in ours):
+    if not same_updates(updates_of(model), updates_of(trial.adapted)):
         raise Wrong("reloaded holds other numbers")
     equal(call(model, trial.batch), call(trial.adapted, trial.batch), CLOSE_TO_PEFT, "reloaded against saved")
 
@@ -250,7 +286,9 @@ def packed(trial):
     """In four bits it computes what the decoded weights compute, with and without an adapter."""
     model = minilora.quantize_model(trial.copy())
     decoded = {
-        path: module.quantized().dequantize() for path, module in model.named_modules() if isinstance(module, minilora.QuantLinear)
+        path: module.quantized().dequantize()
+        for path, module in model.named_modules()
+        if isinstance(module, minilora.QuantLinear)
     }
     dense = trial.copy()
     for path, weight in decoded.items():
@@ -260,7 +298,10 @@ def packed(trial):
     minilora.inject(model, trial.config)
     randomize(model)
     equal(
-        call(model, trial.batch), call(with_updates(dense, updates_of(model)), trial.batch), CLOSE, "packed and adapted against decoded"
+        call(model, trial.batch),
+        call(with_updates(dense, updates_of(model)), trial.batch),
+        CLOSE,
+        "packed and adapted against decoded",
     )
 
 
@@ -279,7 +320,9 @@ def both(trial, exchange):
         rest = [path for path in adapters(trial.adapted) if path.rpartition(".")[2] not in EXPERTS]
         if not rest or not exchange(trial, rest):
             raise Wrong("PEFT takes other layers for experts than is known")
-        raise PeftFault("takes layers named as experts for experts, and adapts bare parameters instead; the other layers are right")
+        raise PeftFault(
+            "takes layers named as experts for experts, and adapts bare parameters instead; the other layers are right"
+        )
 
 
 def peft_reads(trial):
@@ -291,7 +334,9 @@ def _peft_reads(trial, paths) -> bool:
     """False where PEFT adapts parameters of experts and not the layers that the file names."""
     import peft
 
-    ours = randomize(minilora.inject(trial.copy(), dataclasses.replace(trial.config, target_modules=paths, exclude_modules=None)))
+    ours = randomize(
+        minilora.inject(trial.copy(), dataclasses.replace(trial.config, target_modules=paths, exclude_modules=None))
+    )
     want = updates_of(ours)
     with tempfile.TemporaryDirectory() as folder:
         minilora.save_adapter(ours, folder)
@@ -302,15 +347,10 @@ def _peft_reads(trial, paths) -> bool:
             raise PeftFault(f"raises {type(error).__name__}: {one_line(error).partition('. ')[0]}") from error
     if model.peft_config["default"].target_parameters:
         return False
-    if far(got, call(ours, trial.batch)) > CLOSE_TO_PEFT:
-        found = {
-            path.removeprefix("base_model.model."): update(module.lora_A["default"].weight, module.lora_B["default"].weight)
-            for path, module in model.named_modules()
-            if len(getattr(module, "lora_A", ()))
-        }
-        if found.keys() == want.keys() and all(torch.equal(found[path], want[path]) for path in want):
-            raise PeftFault("holds the same update and computes something else than the law")
+    if not same_updates(updates_in_peft(model), want):
         raise Wrong("PEFT reads another adapter")
+    if far(got, call(ours, trial.batch)) > CLOSE_TO_PEFT:
+        raise PeftFault("holds the same update and computes something else than the law")
     return True
 
 
@@ -341,9 +381,16 @@ def _peft_writes(trial, paths) -> bool:
                     return False
             raise Wrong("parameters of experts are adapted, and minilora loads the file")
         minilora.load_adapter(model, folder)
+    if not same_updates(updates_of(model), updates_in_peft(theirs)):
+        raise Wrong("minilora reads another adapter than PEFT wrote")
     got = call(model, trial.batch)
     if far(got, want) > CLOSE_TO_PEFT:
-        equal(got, call(with_updates(trial.copy(), updates_of(model)), trial.batch), CLOSE, "loaded from PEFT against dense")
+        equal(
+            got,
+            call(with_updates(trial.copy(), updates_of(model)), trial.batch),
+            CLOSE,
+            "loaded from PEFT against dense",
+        )
         raise PeftFault("computes something else than the law")
     return True
 
@@ -381,6 +428,9 @@ def _examine(model_type: str) -> Outcome:
         trial = begin(model_type)
     except minilora.MiniLoraError as error:
         outcome.answers = dict.fromkeys(CHECKS, f"refused: {one_line(error)}")
+        return outcome
+    except Wrong as error:
+        outcome.answers = dict.fromkeys(CHECKS, f"WRONG: {one_line(error)}")
         return outcome
     except Exception as error:
         outcome.not_built = f"{type(error).__name__}: {one_line(error)}"

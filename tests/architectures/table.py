@@ -19,11 +19,11 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-import transformers
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from tests.architectures import checks, tiny
-from tests.architectures.checks import CHECKS, Outcome
+from tests.architectures import checks, tiny  # noqa: E402
+from tests.architectures.checks import CHECKS, Outcome  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
 WORDS = {
@@ -83,25 +83,31 @@ def page(found: list[Outcome]) -> str:
     """The whole file."""
     built = [outcome for outcome in found if not outcome.not_built]
     missing = [outcome for outcome in found if outcome.not_built]
-    counts = {name: collections.Counter(outcome.answers[name].partition(":")[0] for outcome in built) for name in CHECKS}
+    counts = {
+        name: collections.Counter(outcome.answers[name].partition(":")[0] for outcome in built) for name in CHECKS
+    }
     whole = sum(all(answer == "right" for answer in outcome.answers.values()) for outcome in built)
+    silent = sum(counts[name]["WRONG"] for name in CHECKS)
     lines = [
         "# Architectures",
         "",
         "<!-- written by `python tests/architectures/table.py`; do not edit -->",
         "",
-        f"transformers {transformers.__version__} lists {len(found)} model types that have a model. {len(built)} of them are built here, tiny and "
-        "from random numbers, and LoRA on all their linear layers is asked eight questions. "
-        f"{whole} are right in all eight. Nothing is silently wrong: what minilora does not do, it refuses by name.",
+        f"transformers {transformers.__version__} lists {len(found)} model types that have a model. {len(built)} of them are built here, "
+        "tiny and from random numbers, and LoRA on all their linear layers is asked eight questions. "
+        f"{whole} are right in all eight, and {silent} answers are silently wrong: what minilora does not do, it refuses by name.",
         "",
         "| question | " + " | ".join(KINDS.values()) + " |",
         "|-|" + "-:|" * len(KINDS),
-        *(f"| {name}: {WORDS[name]} | " + " | ".join(str(counts[name][kind]) for kind in KINDS) + " |" for name in CHECKS),
+        *(
+            f"| {name}: {WORDS[name]} | " + " | ".join(str(counts[name][kind]) for kind in KINDS) + " |"
+            for name in CHECKS
+        ),
         "",
-        "*Refused by name* is an error of minilora, before anything has changed, that says which layer, why, and the way out. For `alive` it is "
-        "a layer that the tiny batch does not reach (a tower without an image, a pooler that the loss does not use); the other questions are "
-        "then asked without it. *PEFT at fault* means that PEFT raises, or computes something else than the law; minilora is then held "
-        "to the law alone. Which numbers count as equal stands in `tests/architectures/checks.py`.",
+        "*Refused by name* is an error of minilora, before anything has changed, that says which layer, why, and the way out. For `alive` "
+        "it is a layer that the tiny batch does not reach (a tower without an image, a pooler that the loss does not use); the other "
+        "questions are then asked without it. *PEFT at fault* means that PEFT raises, or computes something else than the law; minilora is "
+        "then held to the law alone. Which numbers count as equal stands in `tests/architectures/checks.py`.",
         "",
         "## Built",
         "",
@@ -133,7 +139,9 @@ def main() -> int:
     found = outcomes(tiny.model_types(), arguments.jobs, print)
     PAGE.write_text(page(found), encoding="utf-8")
     wrong = [outcome.model_type for outcome in found if any(a.startswith("WRONG") for a in outcome.answers.values())]
-    print(f"{PAGE.relative_to(ROOT)}: {sum(not o.not_built for o in found)} built; silently wrong: {', '.join(wrong) or 'none'}")
+    print(
+        f"{PAGE.relative_to(ROOT)}: {sum(not o.not_built for o in found)} built; silently wrong: {', '.join(wrong) or 'none'}"
+    )
     return 1 if wrong else 0
 
 

@@ -4,7 +4,6 @@ The list is transformers' own, ``CONFIG_MAPPING`` and the mappings of its auto c
 names of config fields makes a config small; what the rule does not fit stands in ``fields.py``.
 """
 
-import functools
 import re
 import warnings
 
@@ -34,24 +33,25 @@ def model_types() -> list[str]:
 
 
 def model_class(config):
-    """The class with a head and a loss, or the bare one."""
-    for head in HEADS.get(config.model_type, AUTO), ("",):
-        for task in (head,) if isinstance(head, str) else head:
-            mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING" if task and task != "PRETRAINING" else f"MODEL{'_FOR_PRETRAINING' * bool(task)}_MAPPING")
-            if type(config) in mapping:
-                found = mapping[type(config)]
-                return found[0] if isinstance(found, tuple) else found
-    raise KeyError(config.model_type)
+    """The class with a head and a loss, or the bare one. Raises ``KeyError`` where the type stands in other mappings only."""
+    for task in (*HEADS.get(config.model_type, AUTO), None):
+        name = "MODEL_MAPPING" if task is None else f"MODEL_FOR_{task}_MAPPING"
+        mapping = getattr(modeling_auto, name)
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise KeyError(f"{config.model_type} has no head that is tried here")
 
 
 # What a field becomes, by the first pattern that its name matches; a callable gets the old value. None leaves it.
 WIDTH, INNER, HEADS_, LAYERS, VOCABULARY, LENGTH, IMAGE, PATCH = 64, 96, 4, 2, 128, 64, 32, 8
 RULES = [
     (r".*(token|tok)_?(id|index|idx)s?", None),
+    (r"n_groups?|topk_group|num_expert_group|mamba_n_groups", 1),
     (r".*_multiplier|scale|.*temperature|.*theta|.*_coefficient|.*_cost|.*max_distance|.*stride|.*ratio|.*factor|.*padding", None),
+    (r"upsample_groups", WIDTH),
     (r".*(kernel|kernel_size|d_conv|_groups)", None),
     (r"conv_kernel_size|depthwise_kernel.*", 3),
-    (r"n_groups?|topk_group|num_expert_group|mamba_n_groups", 1),
     (r"(num_)?(experts_per_tok(en)?|moe_topk|moe_k|top_?k|num_selected_experts)", 2),
     (r".*(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)", 4),
     (r".*(first_k_dense_replace|n_shared_experts|num_shared_experts)", 1),
@@ -69,7 +69,8 @@ RULES = [
     (r"attention_window", 4),
     (r"num_feat_extract_layers", None),
     (r".*(layers|n_layer|depth|num_blocks|n_blocks|num_encoder_blocks)", LAYERS),
-    (r".*(max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx|context_length|block_size|seq_len|seq_length|sliding_window|local_attention|window_length|max_2d_position_embeddings|attention_chunk_size)", LENGTH),
+    (r".*(max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx|context_length|block_size|seq_len|seq_length)", LENGTH),
+    (r".*(sliding_window|local_attention|window_length|max_2d_position_embeddings|attention_chunk_size)", LENGTH),
     (r".*image_size|crop_size|resolution|input_size", IMAGE),
     (r".*temporal_patch_size|spatial_merge_size|merge_size", None),
     (r".*patch_size", lambda old: PATCH if old > PATCH else old),
@@ -78,7 +79,8 @@ RULES = [
     (r".*num_channels|in_chans|in_channels|audio_channels", None),
     (r".*(num_queries|num_query_tokens|num_image_tokens|mm_tokens_per_image|n_latents|num_latents)", 4),
     (r".*(max_.*|num_frames.*)", None),
-    (r".*(intermediate_size|ffn_dim|d_ff|intermediate|ffn_hidden_size|mlp_dim|linear_units|inner|ff_dim|intermediate_dim|feedforward_dim|n_inner)", INNER),
+    (r".*(intermediate_size|ffn_dim|d_ff|intermediate|ffn_hidden_size|mlp_dim|linear_units|inner)", INNER),
+    (r".*(ff_dim|intermediate_dim|feedforward_dim|n_inner)", INNER),
     (r".*(size|dim|dims|width|channels?|filters|units|rank|d_model|n_embd|embed|dimension|features|d_state|hidden)", WIDTH),
 ]  # fmt: skip
 _RULES = [(re.compile(pattern), new) for pattern, new in RULES]
@@ -125,9 +127,17 @@ def small_list(name: str, old: list, before: int | None, layers: int) -> list:
 
 
 ROPE = ("rope_parameters", "rope_scaling")
-MROPE = re.compile("vl|omni|glm4v|glm46v|glm_ocr|glm_image|glmga|glm4_?5v")  # sections stand in their code where the config has none
+MROPE = re.compile(
+    "vl|omni|glm4v|glm46v|glm_ocr|glm_image|glmga|glm4_?5v"
+)  # sections stand in their code where the config has none
 LEFT = ("id2label", "label2id", "task_specific_params")
-DROPPED = ("out_features", "out_indices", "stage_names", "_out_features", "_out_indices")  # follow from the number of layers
+DROPPED = (
+    "out_features",
+    "out_indices",
+    "stage_names",
+    "_out_features",
+    "_out_indices",
+)  # follow from the number of layers
 
 
 def shrink(fields: dict) -> dict:
@@ -164,11 +174,18 @@ def tokens_inside(fields: dict) -> dict:
     """Special tokens inside the small vocabulary."""
     size = fields.get("vocab_size")
     size = size if isinstance(size, int) and size > 1 else VOCABULARY
-    taken = {v for k, v in fields.items() if re.search(r"(token|tok)_?(id|index)$", k) and isinstance(v, int) and v < size}
+    taken = {
+        v for k, v in fields.items() if re.search(r"(token|tok)_?(id|index)$", k) and isinstance(v, int) and v < size
+    }
     free = [n for n in range(size - 1, 0, -1) if n not in taken]
     seen: dict[int, int] = {}
     for name, value in fields.items():
-        if re.search(r"(token|tok)_?(id|index)$", name) and isinstance(value, int) and not isinstance(value, bool) and value >= size:
+        if (
+            re.search(r"(token|tok)_?(id|index)$", name)
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and value >= size
+        ):
             if value not in seen:
                 seen[value] = free.pop(0)
             fields[name] = seen[value]
@@ -210,10 +227,11 @@ def build(model_type: str, seed: int = 0):
         model = kind(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() < 2:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             elif parameter.is_floating_point():
-                fan = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan**0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / max(1, parameter[:1].numel()) ** 0.5
+                )
     return model
