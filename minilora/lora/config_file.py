@@ -57,7 +57,12 @@ def own_fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     for name in unknown_keys(content, names):
         raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, names)}")
     for name, value in content.items():
-        if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
+        if name in OUT_OF_SCOPE and value not in (
+            OUT_OF_SCOPE[name],
+            None,
+            False,
+            [],
+        ):  # PEFT writes target_parameters=[] for experts
             why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
             raise ConfigError(f"{name}={shown(value)}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
     return {name: value for name, value in content.items() if name in names and value is not None}
