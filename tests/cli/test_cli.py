@@ -351,7 +351,6 @@ SETTINGS = {
     "double_quant": False,
     "dtype": "bfloat16",
     "max_length": 99,
-    "date": "2024-02-29",
     "eval_share": 0.25,
     "prompts": ["a b", "c"],
     "max_new_tokens": 7,
