@@ -138,11 +138,9 @@ def loss_of(found):
     if isinstance(own := getattr(found, "loss", None), torch.Tensor):
         return own.sum()
     generator = torch.Generator().manual_seed(7)
-    parts = [
-        (t.float() * torch.randn(t.shape, generator=generator)).mean()
-        for t in batches.tensors(found)
-        if t.requires_grad
-    ]
+    # Drawn for each, so that a tensor without a gradient does not change what the others are multiplied with.
+    drawn = [(t, torch.randn(t.shape, generator=generator)) for t in batches.tensors(found)]
+    parts = [(t.float() * weight).mean() for t, weight in drawn if t.requires_grad]
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
