@@ -1,7 +1,7 @@
 """docs/architectures.md: what became of every architecture of the installed transformers.
 
 ``python tests/architectures/table.py`` examines them all on every core (``--jobs 2`` on two) and writes the file;
-``python tests/architectures/table.py llama t5`` prints the rows of these.
+``python tests/architectures/table.py llama t5`` examines these and puts their lines into it.
 """
 
 import argparse
@@ -9,8 +9,8 @@ import collections
 import concurrent.futures
 import multiprocessing
 import os
+import re
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,22 +79,37 @@ def row(outcome: Outcome) -> str:
     return f"| {cell(outcome.model_type)} | {cell(outcome.kind)} | {covered} of {whole} | {words} |"
 
 
-def page(found: list[Outcome]) -> str:
-    """The whole file."""
-    built = [outcome for outcome in found if not outcome.not_built]
-    missing = [outcome for outcome in found if outcome.not_built]
-    counts = {
-        name: collections.Counter(outcome.answers[name].partition(":")[0] for outcome in built) for name in CHECKS
+def read() -> tuple[dict[str, str], dict[str, str]]:
+    """Model type to its line, of those that are built and those that are not, as the page has them."""
+    sections = re.split(r"^## .*$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    found = []
+    for section in sections:
+        lines = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| model type")]
+        found.append({line[2:].partition(" |")[0].replace("\\", ""): line for line in lines})
+    return found[0], found[1]
+
+
+def answers(line: str) -> dict[str, str]:
+    """Check to the kind of its answer, of a line of what is built."""
+    said = re.findall(r"\*\*([^*]+)\*\* (\w+):", line)
+    return dict.fromkeys(CHECKS, "right") | {
+        name: kind for names, kind in said for name in names.replace("\\", "").split(", ")
     }
-    whole = sum(all(answer == "right" for answer in outcome.answers.values()) for outcome in built)
+
+
+def page(built: dict[str, str], missing: dict[str, str]) -> str:
+    """The whole file, from its lines: the counts are those of the lines."""
+    given = [answers(line) for line in built.values()]
+    counts = {name: collections.Counter(each[name] for each in given) for name in CHECKS}
+    whole = sum(set(each.values()) == {"right"} for each in given)
     silent = sum(counts[name]["WRONG"] for name in CHECKS)
     lines = [
         "# Architectures",
         "",
         "<!-- written by `python tests/architectures/table.py`; do not edit -->",
         "",
-        f"transformers {transformers.__version__} lists {len(found)} model types that have a model. {len(built)} of them are built here, "
-        "tiny and from random numbers, and LoRA on all their linear layers is asked eight questions. "
+        f"transformers {transformers.__version__} lists {len(built) + len(missing)} model types that have a model. {len(built)} of them "
+        "are built here, tiny and from random numbers, and LoRA on all their linear layers is asked eight questions. "
         f"{whole} are right in all eight, and {silent} answers are silently wrong: what minilora does not do, it refuses by name.",
         "",
         "| question | " + " | ".join(KINDS.values()) + " |",
@@ -113,35 +128,38 @@ def page(found: list[Outcome]) -> str:
         "",
         "| model type | class | adapted linear weights | answers |",
         "|-|-|-|-|",
-        *map(row, built),
+        *(built[name] for name in sorted(built)),
         "",
         "## Not built",
         "",
         "| model type | why |",
         "|-|-|",
-        *map(row, missing),
+        *(missing[name] for name in sorted(missing)),
         "",
     ]
     return "\n".join(lines)
 
 
+def lines_of(found: list[Outcome]) -> tuple[dict[str, str], dict[str, str]]:
+    """The lines of these, as ``read`` returns them."""
+    built = {outcome.model_type: row(outcome) for outcome in found if not outcome.not_built}
+    return built, {outcome.model_type: row(outcome) for outcome in found if outcome.not_built}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", help="print the rows of these model types instead of writing the page")
+    parser.add_argument("types", nargs="*", help="examine these model types only, and put their lines into the page")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
+    found = outcomes(arguments.types or tiny.model_types(), arguments.jobs, print)
+    built, missing = lines_of(found)
     if arguments.types:
-        settle()
-        for model_type in arguments.types:
-            start = time.perf_counter()
-            print(row(checks.examine(model_type)), f"  {time.perf_counter() - start:.1f} s")
-        return 0
-    found = outcomes(tiny.model_types(), arguments.jobs, print)
-    PAGE.write_text(page(found), encoding="utf-8")
-    wrong = [outcome.model_type for outcome in found if any(a.startswith("WRONG") for a in outcome.answers.values())]
-    print(
-        f"{PAGE.relative_to(ROOT)}: {sum(not o.not_built for o in found)} built; silently wrong: {', '.join(wrong) or 'none'}"
-    )
+        print(*built.values(), *missing.values(), sep="\n")
+        kept = [{name: line for name, line in part.items() if name not in arguments.types} for part in read()]
+        built, missing = kept[0] | built, kept[1] | missing
+    PAGE.write_text(page(built, missing), encoding="utf-8")
+    wrong = [name for name, line in built.items() if "WRONG" in answers(line).values()]
+    print(f"{PAGE.relative_to(ROOT)}: {len(built)} built; silently wrong: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0
 
 
