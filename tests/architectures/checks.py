@@ -145,12 +145,16 @@ def loss_of(found):
 
 
 def gradients(model, batch, parameters):
-    """Of the loss; None where it does not depend on one."""
+    """Of the loss; None where it does not depend on one. Reformer's layers write theirs into ``.grad`` while others are computed."""
     with torch.enable_grad():
         loss = loss_of(batches.outputs(model, batch))
         if not loss.requires_grad:
             return [None] * len(parameters)
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+        model.zero_grad()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = [p.grad if gradient is None else gradient for p, gradient in zip(parameters, found, strict=True)]
+        model.zero_grad()
+        return found
 
 
 def dead_layers(model, batch) -> list[str]:
