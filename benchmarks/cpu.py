@@ -25,7 +25,6 @@ from cpu_latency import rows_import, rows_latency
 from cpu_memory import rows_memory, rows_saved
 from cpu_steps import rows_step
 from record import RESULTS, stamp, write_csv
-from tables import cpu_table
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "quantize": rows_quantize,
@@ -71,8 +70,7 @@ def main(argv: list[str] | None = None) -> None:
                       f"{'' if row.reached() else ' MISSED'}  {row.note}", flush=True)  # fmt: skip
             print(f"  {name}: {time.monotonic() - began:.0f} s", flush=True)
     write_csv(arguments.out, lines, marks)
-    table = f"{', '.join(f'{key} {value}' for key, value in marks.items())}.\n\n{cpu_table(lines)}"
-    print(f"\n{table}\n\n{arguments.out}")
+    print(f"{', '.join(f'{key} {value}' for key, value in marks.items())}\n{arguments.out}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from cpu_steps import Steps, adapter_folder
 def rows_saved(setting: Setting) -> Iterator[Row]:
     """Bytes that autograd keeps because of the adapters, with dropout 0.05."""
     layers = setting.layers(4)
-    folder = adapter_folder(layers, 0.05)
     kept = {}
-    for name in ("floor", "ours", "peer"):
-        model = Steps(name, layers, torch.float32, False, folder)
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.model.parameters()}
-        kept[name] = float(_saved_bytes(model.loss, own))
+    with adapter_folder(layers, 0.05) as folder:
+        for name in ("floor", "ours", "peer"):
+            model = Steps(name, layers, torch.float32, False, folder)
+            own = {parameter.untyped_storage().data_ptr() for parameter in model.model.parameters()}
+            kept[name] = float(_saved_bytes(model.loss, own))
     added = {name: Sample([kept[name] - kept["floor"]], [kept[name] - kept["floor"]]) for name in ("ours", "peer")}
     note = f"SmolLM2, {layers} layers, fp32; the frozen model keeps {kept['floor'] / 1e6:.0f} MB"
     yield Row("activations saved by the adapters, dropout 0.05", "<= 0.333", "bytes", added, note)
@@ -62,10 +62,9 @@ print("PEAK", line("VmHWM") - before)
 def rows_memory(setting: Setting) -> Iterator[Row]:
     """Peak of a QLoRA step in a fresh process each, over what the loaded model holds before it."""
     layers = setting.layers(8)
-    folder = adapter_folder(layers, 0.05)
     samples = {name: Sample() for name in ("ours", "peer")}
-    for _ in range(setting.rounds if not setting.quick else 1):
-        for name, sample in samples.items():
+    with adapter_folder(layers, 0.05) as folder:
+        for name, sample in list(samples.items()) * setting.rounds:
             fields = {"here": str(Path(__file__).parent), "threads": torch.get_num_threads()}
             program = PEAK.format(library=name, layers=layers, folder=folder, **fields)
             peak = float(fresh_process(program).split("PEAK ")[1])

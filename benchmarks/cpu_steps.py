@@ -5,6 +5,7 @@ Both libraries load one adapter file and see the same tokens; their losses are c
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -47,9 +48,10 @@ def _pack_as_bitsandbytes(model: Any, dtype: torch.dtype) -> None:
         setattr(model.model.get_submodule(parent), name, new.to("cpu"))
 
 
-def adapter_folder(layers: int, dropout: float) -> str:
-    """An adapter with random A and B, which both libraries load."""
-    folder, model = tempfile.mkdtemp(prefix="minilora-bench-"), smollm2(layers, torch.float32)
+@contextlib.contextmanager
+def adapter_folder(layers: int, dropout: float) -> Iterator[str]:
+    """An adapter with random A and B, which both libraries load; its folder is removed after."""
+    model = smollm2(layers, torch.float32)
     config = minilora.LoraConfig(
         r=R, lora_alpha=2 * R, lora_dropout=dropout, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"
     )
@@ -58,8 +60,9 @@ def adapter_folder(layers: int, dropout: float) -> str:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.01, generator=draw)
-    model.save_pretrained(folder)
-    return folder
+    with tempfile.TemporaryDirectory(prefix="minilora-bench-") as folder:
+        model.save_pretrained(folder)
+        yield folder
 
 
 class Steps:
@@ -95,9 +98,9 @@ class Steps:
 def rows_step(setting: Setting, dtype: torch.dtype, packed: bool, layers: int, goals: dict[str, str]) -> Iterator[Row]:
     """Time of a step, and of what the adapters add to the frozen model; equal losses first."""
     layers = setting.layers(layers)
-    folder = adapter_folder(layers, 0.0)
     names = ["ours", "peer", *(["floor", *(["peer floor"] if packed else [])] if "overhead" in goals else [])]
-    models = {name: Steps(name, layers, dtype, packed, folder) for name in names}
+    with adapter_folder(layers, 0.0) as folder:
+        models = {name: Steps(name, layers, dtype, packed, folder) for name in names}
     first = {name: models[name].step() for name in ("ours", "peer")}
     if abs(first["ours"] - first["peer"]) > (1e-4 if dtype == torch.float32 else 3e-2) * first["peer"]:
         raise RuntimeError(f"the losses differ: {first}")

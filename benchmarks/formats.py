@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from record import RESULTS, stamp, write_csv
-from tables import formats_table
 
 import minilora
 from minilora.qlora.quantize_model import quantizable_paths
@@ -187,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     table = run(arguments.quick)
     write_csv(arguments.out, table, stamp("transformers"))
-    print(f"\n{formats_table(table)}\n\n{arguments.out}")
+    print(arguments.out)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,18 @@ __getattr__, __dir__, __all__ = lazy_names(
         ),
         "minilora.errors": ("MiniLoraError",),
         "minilora.hf.auto": ("AutoPeftModelForCausalLM",),  # the one that needs transformers
-        "minilora.linear.layers": ("QuantLinear",),
+        "minilora.linear.packed": ("QuantLinear",),
         "minilora.lora.adapter": ("Adapter",),
         "minilora.lora.config": ("LoraConfig",),
         "minilora.lora.inject": ("inject",),
         "minilora.lora.layer": ("LoRALinear",),
         "minilora.lora.tying": ("untie",),
         "minilora.lora.variants": ("register",),  # from there, so that our variants have their names before yours
-        "minilora.many.adapted": ("MergeReport", "delete_adapter", "merge", "set_adapter", "unload", "unmerge"),
+        "minilora.many.adapted": ("delete_adapter", "set_adapter", "unload"),
         "minilora.many.batched": ("batch_adapters",),
         "minilora.many.combine": ("add_weighted_adapter",),
         "minilora.many.hotswap": ("hotswap_adapter",),
+        "minilora.many.merging": ("MergeReport", "merge", "unmerge"),
         "minilora.peft_model": ("PeftModel", "get_peft_model"),
         "minilora.qlora.calibrate": ("calibrate",),
         "minilora.qlora.kbit": ("prepare_model_for_kbit_training",),
@@ -42,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "minilora.quant.quantized": ("QuantizedTensor",),
         "minilora.store.export": ("export_adapter",),
         "minilora.store.load": ("load_adapter", "save_adapter"),
+        "minilora.training.check": ("check_adapter",),
         "minilora.training.optim": ("lora_plus_groups",),
     },
 )

@@ -8,22 +8,22 @@ from minilora.compat import inject_adapter_in_model as inject_adapter_in_model
 from minilora.compat import set_peft_model_state_dict as set_peft_model_state_dict
 from minilora.errors import MiniLoraError as MiniLoraError
 from minilora.hf.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-from minilora.linear.layers import QuantLinear as QuantLinear
+from minilora.linear.packed import QuantLinear as QuantLinear
 from minilora.lora.adapter import Adapter as Adapter
 from minilora.lora.config import LoraConfig as LoraConfig
 from minilora.lora.inject import inject as inject
 from minilora.lora.layer import LoRALinear as LoRALinear
 from minilora.lora.tying import untie as untie
 from minilora.lora.variants import register as register
-from minilora.many.adapted import MergeReport as MergeReport
 from minilora.many.adapted import delete_adapter as delete_adapter
-from minilora.many.adapted import merge as merge
 from minilora.many.adapted import set_adapter as set_adapter
 from minilora.many.adapted import unload as unload
-from minilora.many.adapted import unmerge as unmerge
 from minilora.many.batched import batch_adapters as batch_adapters
 from minilora.many.combine import add_weighted_adapter as add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter as hotswap_adapter
+from minilora.many.merging import MergeReport as MergeReport
+from minilora.many.merging import merge as merge
+from minilora.many.merging import unmerge as unmerge
 from minilora.peft_model import PeftModel as PeftModel
 from minilora.peft_model import get_peft_model as get_peft_model
 from minilora.qlora.calibrate import calibrate as calibrate
@@ -36,6 +36,7 @@ from minilora.quant.quantized import QuantizedTensor as QuantizedTensor
 from minilora.store.export import export_adapter as export_adapter
 from minilora.store.load import load_adapter as load_adapter
 from minilora.store.load import save_adapter as save_adapter
+from minilora.training.check import check_adapter as check_adapter
 from minilora.training.optim import lora_plus_groups as lora_plus_groups
 
 __version__: str

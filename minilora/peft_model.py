@@ -7,31 +7,36 @@ is one call of a plain function, which works on any module and can be used witho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import compute_dtype, is_on_top
+from minilora.linear.fronts import Front, is_on_top, put_in_front, take_from_front
+from minilora.linear.layers import compute_dtype
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
+from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import inject
-from minilora.lora.slots import adapters_of, has_adapters, own_parameters
-from minilora.many import adapted, batched, combine, hotswap
+from minilora.lora.copies import in_given_dtype
+from minilora.lora.inject import build_new, inject, place_in
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of, has_adapters, unwrapped
+from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.store import load as checkpoint
 
 __all__ = ["PeftModel", "get_peft_model"]
 
 
-class PeftModel(nn.Module):
+class PeftModel(Front):
     """What a model gains with adapters. It is never built directly: use ``get_peft_model`` or ``PeftModel.from_pretrained``."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """``.to``, ``.half`` and the like reach what is aside too: inactive adapters, kept base layers, merged layers."""
         super()._apply(fn, recurse)
-        for slot in adapters_of(self).slots.values() if has_adapters(self) else ():
+        for slot in list(adapters_of(self).slots.values()) if has_adapters(self) else ():
             for value in (slot.base, slot.merged, *slot.kept.values()):
                 if isinstance(value, nn.Module):
                     value._apply(fn, recurse)
@@ -77,9 +82,19 @@ class PeftModel(nn.Module):
                 f"from_pretrained got a {type(model).__name__} first; wanted the loaded base model, then the adapter's folder"
             )
         _refuse_second(model)
-        allowed: dict[str, Any] = {"expect_sha256": expect_sha256, "allow_other_base": allow_other_base}
-        checkpoint.load_adapter(model, model_id, adapter_name, is_trainable, config=config, **allowed)
-        return _extend(model).train(is_trainable)
+        stored, values, _ = checkpoint.prepare_adapter(
+            model,
+            model_id,
+            adapter_name,
+            config=config,
+            expect_sha256=expect_sha256,
+            allow_other_base=allow_other_base,
+        )
+        with LOCK, Change() as change:
+            place_in(change, model, stored.config, adapter_name, values, stored.variant, trainable=is_trainable)
+            _extend(change, model)
+            change.train(model, is_trainable)
+        return model
 
     def save_pretrained(
         self,
@@ -156,11 +171,9 @@ class PeftModel(nn.Module):
         """Overwrite an adapter in place with the one in a folder; a compiled model stays compiled."""
         hotswap.hotswap_adapter(self, model_id, adapter_name)
 
-    @contextmanager
-    def batch_adapters(self, adapter_names: Sequence[str]) -> Iterator[None]:
+    def batch_adapters(self, adapter_names: Sequence[str]) -> AbstractContextManager[None]:
         """Inside the block row ``i`` of every batch gets adapter ``adapter_names[i]``; "__base__" means none."""
-        with batched.batch_adapters(self, adapter_names):
-            yield
+        return batched.batch_adapters(self, adapter_names)
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The forward; with ``adapter_names`` each row of the batch gets its own adapter."""
@@ -177,26 +190,24 @@ class PeftModel(nn.Module):
             )
         adapted.set_adapter(self, adapter_name)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The bare base model inside the block."""
-        with adapted.disabled(self):
-            yield
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """The bare base model inside the block, for every thread; ``adapter_names=["__base__"] * rows`` in a call is for that call."""
+        return adapted.disabled(self)
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False
-    ) -> adapted.MergeReport:
+    ) -> merging.MergeReport:
         """Fold adapters (default: the active ones) into the weights; prints and returns how much of the update survives.
 
         ``safe_merge`` is PEFT's: here every merge is checked before anything changes. ``unmerge_adapter`` is exact.
         """
-        report = adapted.merge(self, adapter_names, requantize)
+        report = merging.merge(self, adapter_names, requantize)
         print(report)
         return report
 
     def unmerge_adapter(self) -> None:
         """Put the original layers back, bit by bit the same."""
-        adapted.unmerge(self)
+        merging.unmerge(self)
 
     def merge_and_unload(
         self,
@@ -220,14 +231,23 @@ class PeftModel(nn.Module):
             raise StateError(
                 f"adapters {list(merged)} are merged already; unmerge_adapter() before merging {list(adapter_names)}"
             )
-        if not merged:
-            self.merge_adapter(adapter_names, requantize=requantize)
-        return _restore(adapted.unload(self, keep_merged=True))
+        new = None if merged else merging.merged_layers(self, adapter_names, requantize)
+        with LOCK, Change() as change:
+            if new is not None:
+                merging.put_in(change, self, new)
+            adapted.take_out(change, self, keep_merged=True)
+            _restore(change, self)
+        if new is not None:
+            print(new.report)
+        return self
 
     def unload(self) -> Any:
         """Take the adapters out and return the plain, unchanged base model. Raises ``StateError`` as ``merge_and_unload``."""
         _refuse_extended(self)
-        return _restore(adapted.unload(self))
+        with LOCK, Change() as change:
+            adapted.take_out(change, self, keep_merged=False)
+            _restore(change, self)
+        return self
 
     def get_base_model(self) -> Any:
         """The model itself (in PEFT it is another object; here nothing is wrapped)."""
@@ -254,13 +274,21 @@ def get_peft_model(
         StateError: the model has adapters already (PEFT would silently reset a trained one). TargetError: as ``inject``.
     """
     _refuse_second(model)
-    inject(model, peft_config, adapter_name, variant)
+    values = build_new(model, peft_config, adapter_name, variant)
     if not autocast_adapter_dtype:
-        for adapter in adapters_of(model).named(adapter_name).values():
-            if isinstance(adapter, Adapter):
-                for parameter in own_parameters(adapter):
-                    parameter.data = parameter.data.to(compute_dtype(adapter.innermost))
-    return _extend(model)
+        bare = Bare(model)
+        for path, value in values.items():
+            if isinstance(value, Adapter):
+                for parameter in own_parameters(value):
+                    parameter.data = parameter.data.to(compute_dtype(value.innermost))
+            elif isinstance(value, nn.Module):
+                in_given_dtype(value)
+            else:
+                value.data = value.data.to(bare.get_parameter(path).dtype)
+    with LOCK, Change() as change:
+        place_in(change, model, peft_config, adapter_name, values, variant)
+        _extend(change, model)
+    return model
 
 
 def _as_names(names: str | Sequence[str]) -> list[str]:
@@ -273,22 +301,21 @@ def _refuse_second(model: nn.Module) -> None:
         raise StateError(f"the model has adapters {names} already; unload() or merge_and_unload() them first")
 
 
-def _extend(model: nn.Module) -> nn.Module:
+class _Generates(PeftModel):
+    """For a model that has ``generate``; one without it must not seem to have it."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
+        with nullcontext() if adapter_names is None else batched.batch_adapters(self, adapter_names):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def _extend(change: Change, model: nn.Module) -> None:
     """Put ``PeftModel`` in front of the object's class, under the old name: transformers looks classes up by name."""
-    if isinstance(model, PeftModel):  # its adapters were taken out by the plain function
-        return model
-    old = type(model)
-    own: dict[str, Any] = {"__module__": old.__module__, "__doc__": old.__doc__}
-    if hasattr(old, "generate"):  # a model without it must not seem to have it
-        own["generate"] = _generate
-    model.__class__ = type(old.__name__, (PeftModel, old), own)
-    return model
-
-
-def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-    """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
-    with nullcontext() if adapter_names is None else batched.batch_adapters(self, adapter_names):
-        return super(PeftModel, self).generate(*args, **kwargs)
+    inner = unwrapped(model)
+    if not isinstance(inner, PeftModel):  # its adapters may have been taken out by the plain function
+        change.keep(inner, "__class__")
+        put_in_front(inner, _Generates if hasattr(inner, "generate") else PeftModel)
 
 
 def _refuse_extended(model: nn.Module) -> None:
@@ -300,6 +327,6 @@ def _refuse_extended(model: nn.Module) -> None:
         )
 
 
-def _restore(model: nn.Module) -> nn.Module:
-    model.__class__ = type(model).__mro__[2]  # as in ``take_back``
-    return model
+def _restore(change: Change, model: nn.Module) -> None:
+    change.keep(model, "__class__")
+    take_from_front(model, PeftModel)

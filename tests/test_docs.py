@@ -119,7 +119,7 @@ def test_an_example_runs_as_it_stands(tmp_path, name):
     said = done.stdout.split(f"{between}\n")[1:]
     assert len(said) == len(PYTHON[name])
     for code, output in zip(PYTHON[name], said, strict=True):
-        assert bool(output.strip()) is ("print" in code or "report" in code), code
+        assert bool(output.strip()) is ("print" in code or "report = " in code), code
         for folder in re.findall(r'save_(?:adapter\(model, |pretrained\()"([\w-]+)"', code):
             assert {path.name for path in (tmp_path / folder).iterdir()} == (PACKED if folder == "packed" else ADAPTER)
         losses = [float(line.split()[1]) for line in output.splitlines() if re.fullmatch(r"\d+ \d+\.\d+", line)]
@@ -200,7 +200,7 @@ def test_a_settings_file_is_a_valid_job(tmp_path):
 
 
 def test_lines_of_data_are_understood(tmp_path):
-    from minilora.training.data import read_jsonl
+    from minilora.data.records import read_jsonl
 
     (lines,) = blocks("json")
     (tmp_path / "chats.jsonl").write_text(lines, encoding="utf-8")
@@ -523,9 +523,9 @@ def test_a_page_shows_the_whole_file(scripts, module):
 
 def test_the_source_of_a_name_is_found(scripts):
     link = scripts["source_pages"].link
-    assert link("minilora", "merge") == "../folders/many/adapted.html#merge"
+    assert link("minilora", "merge") == "../folders/many/merging.html#merge"
     assert link("minilora", "PeftModel.active_adapter") == "../folders/peft_model.html#peftmodel"
-    assert link("minilora", "QuantLinear.from_linear") == "../folders/linear/layers.html#quantlinear"
+    assert link("minilora", "QuantLinear.from_linear") == "../folders/linear/packed.html#quantlinear"
 
 
 def test_a_docstring_becomes_markdown(scripts):
@@ -553,3 +553,15 @@ def test_a_fault_of_the_site_is_named(scripts, tmp_path, monkeypatch):
         "a.html: there is no c.html",
         "the search index has no minilora.lost",
     ]
+
+
+def test_every_threat_names_tests_that_are_there():
+    rows = [
+        row for row in PAGES["docs/threats.md"].splitlines() if row.startswith("| ") and not row.startswith("| what ")
+    ]
+    assert len(rows) > 35
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.rsplit("|", 2)[1])
+        assert named, row
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"

@@ -1,27 +1,28 @@
-"""The arrows: a room imports only from itself and the rooms before it, without a circle inside, and the core needs torch alone."""
+"""The arrows: a room imports only from itself and the rooms before it, without a circle inside, and the core needs torch alone.
 
-import ast
+The imports are read by grimp, wherever in a file they stand; no module is run.
+"""
+
+import copy
 import runpy
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "minilora"
+grimp = pytest.importorskip("grimp")
 
+ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the picture in the README, from the ground up: a room may import from itself and from those before it.
-ROOMS = runpy.run_path(str(PACKAGE.parent / "docs" / "draw_design.py"))["ROOMS"]
-RANKS = {name: rank for rank, (name, _, _) in enumerate(ROOMS)}
-# The package names what users need of every room, and one class of hf, lazily.
-RANKS |= {"__init__": RANKS["hf"], "__main__": RANKS["cli"]}
-KNOW_TRANSFORMERS = {"hf", "cli", "__main__"}
-# Package to the modules that may import it, wherever in the file.
+ROOMS = [name for name, _, _ in runpy.run_path(str(ROOT / "docs" / "draw_design.py"))["ROOMS"]]
+# Package to the rooms that may import it.
 RESTRICTED = {
-    "transformers": KNOW_TRANSFORMERS,
-    "tokenizers": KNOW_TRANSFORMERS,
-    "huggingface_hub": KNOW_TRANSFORMERS,
+    "transformers": {"hf", "cli"},
+    "tokenizers": {"hf", "cli"},
+    "huggingface_hub": {"hf", "cli"},
     "minilora_kernels": {"linear"},
     "triton": set(),
     "peft": {"hf"},  # to run beside it in a bench, in a process of its own
@@ -30,156 +31,134 @@ RESTRICTED = {
     "matplotlib": {"report"},
 }
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+
+@pytest.fixture(scope="module")
+def built():
+    return grimp.build_graph("minilora", "minilora_kernels", include_external_packages=True, cache_dir=None)
 
 
-def owner(path):
-    """The room that a file belongs to; a module on the floor is one by itself."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+@pytest.fixture
+def graph(built):
+    """The imports as they are; a test may add to them."""
+    return copy.deepcopy(built)
 
 
-def imported(tree):
-    """Full dotted names of all that a file imports, inside functions too; each with its line."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: write the import out, from minilora..."
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+def room(module):
+    return module.split(".")[1] if "." in module else module
 
 
-def own_module(name):
-    """Which module of minilora an imported name lies in: ``minilora.merge`` is a name of ``__init__``."""
-    rest = name.split(".")[1:]
-    return rest[0] if rest and rest[0] in RANKS else "__init__"
+def is_in(package, module):
+    return f"{module}.".startswith(f"{package}.")
 
 
-def faults(name, source):
-    """What is wrong with the imports of module ``name``."""
-    for target, line in imported(ast.parse(source)):
-        top = target.split(".")[0]
-        if name not in RESTRICTED.get(top, {name}):
-            yield f"line {line}: {name} must not import {top}"
-        if top == "minilora" and RANKS.get(own_module(target), 99) > RANKS[name]:
-            yield f"line {line}: {name} imports {own_module(target)}, which does not stand before it in docs/draw_design.py"
+def says(graph, importer, imported):
+    lines = [str(found["line_number"]) for found in graph.get_import_details(importer=importer, imported=imported)]
+    return f"{importer}, line {' and '.join(lines)}, imports {imported}"
 
 
-def test_the_package_is_found():
-    assert {"lora", "quant", "store"} <= {owner(path) for path in FILES}
+def against_the_order(graph):
+    """Every import, direct or through others, of a room that stands later."""
+    layers = [name for name in reversed(ROOMS) if f"minilora.{name}" in graph.modules]
+    for found in graph.find_illegal_dependencies_for_layers(layers=layers, containers={"minilora"}):
+        for route in found.routes:
+            chain = [sorted(route.heads)[0], *route.middle, sorted(route.tails)[0]]
+            yield "; ".join(says(graph, *arrow) for arrow in pairwise(chain))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_arrows(path):
-    name = owner(path)
-    assert name in RANKS, f"minilora/{name} is new: add it to ROOMS in docs/draw_design.py, after all that it imports"
-    assert list(faults(name, path.read_text(encoding="utf-8"))) == []
+def of_a_foreign_package(graph):
+    """Every import of a package by a room that must not know it."""
+    allowed = {
+        name: rooms for package, rooms in RESTRICTED.items() for name in graph.modules if is_in(package, name)
+    } | {"minilora": {"hf", "cli"}}  # the package names what lies in every room
+    for name, rooms in sorted(allowed.items()):
+        for importer in sorted(graph.find_modules_that_directly_import(name)):
+            if is_in("minilora", importer) and room(importer) not in rooms:
+                yield says(graph, importer, name)
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "words"),
-    [
-        ("quant", "from minilora.linear.ops import quant_linear", "quant imports linear"),
-        ("linear", "import minilora.lora.layer.inject", "linear imports lora"),
-        ("linear", "def f():\n    from minilora.store import load", "line 2: linear imports store"),
-        ("many", "from minilora import merge", "many imports __init__"),
-        (
-            "training",
-            "try:\n    import transformers\nexcept ImportError:\n    pass",
-            "training must not import transformers",
-        ),
-        ("linear", "def f():\n    import triton.language as tl", "linear must not import triton"),
-        ("lora", "from minilora_kernels.linear import forward", "lora must not import minilora_kernels"),
-        ("store", "from peft import LoraConfig", "store must not import peft"),
-        ("report", "from minilora.hf.load import load_model", "report imports hf"),
-        ("training", "def f():\n    import matplotlib.figure", "training must not import matplotlib"),
-    ],
-)
-def test_a_wrong_arrow_is_seen(name, source, words):
-    assert any(words in fault for fault in faults(name, source))
+def circles(graph):
+    """An import of every ring inside a room: of files, or of folders that import each other's files."""
+    for package in sorted(name for name in graph.modules if not graph.is_module_squashed(name)):
+        for arrow in sorted(graph.nominate_cycle_breakers(package)):
+            yield says(graph, *arrow)
+
+
+def faults(graph):
+    return [*against_the_order(graph), *of_a_foreign_package(graph), *circles(graph)]
+
+
+def test_every_module_has_a_room(graph):
+    found = {room(name) for name in graph.find_children("minilora")}
+    assert found - {"__main__"} == set(ROOMS), "add it to ROOMS in docs/draw_design.py, after all that it imports"
+
+
+def test_arrows(graph):
+    assert faults(graph) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
+    ("importer", "imported"),
     [
-        ("linear", "from minilora.quant.quantized import decode_range\ndef f():\n    import minilora_kernels"),
-        ("peft_model", "from minilora.many import adapted"),
-        ("quant", "from minilora.quant.config import QuantConfig"),
-        ("hf", "import transformers\nfrom minilora import LoraConfig"),
+        ("quant.blockwise", "minilora.linear.ops"),
+        ("linear.layers", "minilora.lora.inject"),
+        ("linear.fused", "minilora.store.load"),
+        ("many.combine", "minilora"),  # `from minilora import merge`
+        ("report.page", "minilora.hf.load"),
+        ("errors", "minilora.files.disk"),
+        ("data.batches", "minilora.training.loop"),
+        ("lora.layer", "minilora.lora.variants.dora"),
+        ("training.loop", "transformers"),
+        ("training.loop", "matplotlib"),
+        ("linear.ops", "triton"),
+        ("lora.layer", "minilora_kernels.linear"),
+        ("store.load", "peft"),
+        ("hf.load", "accelerate"),
     ],
 )
-def test_a_right_arrow_passes(name, source):
-    assert list(faults(name, source)) == []
+def test_a_wrong_arrow_is_seen(graph, importer, imported):
+    if imported not in graph.modules:
+        graph.add_module(imported, is_squashed=True)
+    graph.add_import(importer=f"minilora.{importer}", imported=imported, line_number=7, line_contents="")
+    assert any(f"minilora.{importer}, line 7, imports {imported}" in fault for fault in faults(graph)), faults(graph)
 
 
-def circle(arrows):
-    """Files that import each other in a ring, from ``{file: files that it imports}``; empty where there is none."""
-    left = {name: set(targets) for name, targets in arrows.items()}
-    while free := [name for name, targets in left.items() if not targets & left.keys()]:
-        for name in free:
-            del left[name]
-    return sorted(left)
-
-
-def module_of(path):
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_of(path): path for path in FILES}
-
-
-def lies_in(target):
-    """The module that an imported name lies in: ``minilora.files.write.write_file`` in ``minilora.files.write``."""
-    return target if target in MODULES else target.rpartition(".")[0]
-
-
-def test_no_circle_inside_a_room():
-    arrows = {
-        name: {lies_in(target) for target, _ in imported(ast.parse(path.read_text(encoding="utf-8")))} - {name}
-        for name, path in MODULES.items()
-        if name != "minilora"
-    }
-    assert circle(arrows) == []
-
-
-def test_a_circle_is_seen():
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
-
-
-KERNELS = PACKAGE.parent / "kernels" / "minilora_kernels"
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("linear.layers", "minilora.quant.quantized"),
+        ("linear.cuda", "minilora_kernels.linear"),
+        ("peft_model", "minilora.many.hotswap"),
+        ("hf.load", "transformers"),
+        ("hf.load", "minilora"),
+    ],
+)
+def test_a_right_arrow_passes(graph, importer, imported):
+    graph.add_import(importer=f"minilora.{importer}", imported=imported, line_number=7, line_contents="")
+    assert faults(graph) == []
 
 
 def test_kernels_is_no_package():
     """A top-level name ``kernels`` would hide the package of that name which transformers imports."""
-    assert not (KERNELS.parent / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)
-def test_kernels_import_torch_and_triton_only(path):
-    names = {name.split(".")[0] for name, _ in imported(ast.parse(path.read_text(encoding="utf-8")))}
-    foreign = names - sys.stdlib_module_names - {"torch", "triton", "minilora_kernels"}
-    assert foreign == set()
-
-
-def test_kernels_are_imported_inside_a_function():
-    [path] = PACKAGE.rglob("cuda.py")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert "minilora_kernels" not in {name for node in tree.body for name in imported_here(node)}
-
-
-def imported_here(node):
-    """Names that one statement at the top of a file imports."""
-    return {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+def test_kernels_import_torch_and_triton_only(graph):
+    kernels = [name for name in graph.modules if name.startswith("minilora_kernels")]
+    found = {used.split(".")[0] for name in kernels for used in graph.find_modules_directly_imported_by(name)}
+    assert len(kernels) > 5 and found - sys.stdlib_module_names == {"torch", "triton", "minilora_kernels"}
 
 
 TRAINS_ALONE = """
     import sys
 
-    for name in ("transformers", "tokenizers", "huggingface_hub", "triton", "peft", "bitsandbytes", "rich", "scipy", "matplotlib"):
+    optional = ("transformers", "tokenizers", "huggingface_hub", "triton", "peft", "bitsandbytes", "rich", "scipy",
+                "matplotlib")
+    for name in (*optional, "minilora_kernels"):
         sys.modules[name] = None  # importing it raises ImportError
 
     import torch
     import minilora
+    import minilora.linear.cuda  # imports the kernels when one is called, not before
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 5))
@@ -197,5 +176,5 @@ TRAINS_ALONE = """
 
 def test_the_core_trains_without_any_optional_package():
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(TRAINS_ALONE)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr

@@ -25,6 +25,8 @@ Path = str | os.PathLike[str]
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_LONGEST_LOCK = 32  # bytes; the number of a process
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # of flock, where a file system has none
 _LARGEST_WRITE = 1 << 30  # Linux writes at most 2 GiB at once
 
 
@@ -146,7 +148,10 @@ class Disk:
 
     def link(self, source: Path, target: Path) -> None:
         """A second name for one file; of a symbolic link, a second link."""
-        os.link(source, target, follow_symlinks=False)
+        if os.link in os.supports_follow_symlinks:
+            os.link(source, target, follow_symlinks=False)
+        else:  # pragma: no cover: Windows
+            os.link(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
         """Move within one folder or file system; a file that is there is replaced at once."""
@@ -196,15 +201,53 @@ class Disk:
                 return -1
             raise
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            if _lock(handle):
+                return handle
+        except OSError:
             os.close(handle)
-            return None if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else -1
-        return handle
+            return -1
+        os.close(handle)
+        return None
+
+    def hold(self, path: Path, content: bytes) -> int | None:
+        """Hold a file, made if need be, until ``unlock`` or the end of this process, and write into it. None if another one holds it.
+
+        -1 where files cannot be locked (network file systems, Windows). A file that holds more than a few bytes is somebody's, and
+        raises. Whoever holds the file may unlink it.
+        """
+        while fcntl is not None:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            try:
+                found = os.fstat(handle)
+                if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_LOCK:
+                    raise OSError(errno.EEXIST, "another file of that name is there", str(path))
+                if not _lock(handle):
+                    os.close(handle)
+                    return None
+                if os.path.lexists(path) and os.path.samestat(found, os.lstat(path)):
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, content, 0)
+                    return handle
+            except OSError as error:
+                os.close(handle)
+                if error.errno in _NO_LOCKS:
+                    return -1
+                raise
+            os.close(handle)  # its last holder has unlinked it just now
+        return -1
 
     def unlock(self, handle: int) -> None:
         if handle >= 0:
             os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether an open file could be locked; False if another one has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _flush(handle: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, StateError
 
-__all__ = ["Header", "parse_header", "parse_json", "parse_tensors", "tensor_bytes"]
+__all__ = ["Header", "once", "parse_header", "parse_json", "parse_tensors", "tensor_bytes"]
 
 LONGEST_JSON = 10_000_000  # bytes; a header of 100,000 tensors' names and no more
 MOST_TENSORS = 65_536
@@ -64,7 +64,7 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
     if len(raw) > LONGEST_JSON:
         raise ValueError(f"{len(raw):,} bytes of JSON; at most {LONGEST_JSON:,} are read")
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
@@ -78,7 +78,8 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
     return content
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of ``json.loads`` (``object_pairs_hook``). Raises ``ValueError`` for a key that comes twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()
@@ -178,7 +179,7 @@ def parse_tensors(raw: bytearray, where: object) -> tuple[dict[str, Tensor], dic
 def _tensor(raw: bytearray, entry: Entry) -> Tensor:
     count = math.prod(entry.shape)
     if not count:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     if entry.begin % entry.dtype.itemsize:
         raw, entry = raw[entry.begin : entry.begin + count * entry.dtype.itemsize], Entry(entry.dtype, entry.shape, 0)
     return torch.frombuffer(raw, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)

@@ -14,19 +14,23 @@ from typing import Any
 
 import torch
 
+from minilora.data.batches import split
+from minilora.data.encoding import Encoded, encode_all
+from minilora.data.records import read_jsonl, unused
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
+from minilora.hf.dates import date_of, dated
 from minilora.hf.generate import answers
 from minilora.hf.job import DTYPE_NAMES, Job
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
+from minilora.lora.coverage import coverage
 from minilora.lora.match import match
 from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
 from minilora.report.page import render
-from minilora.training.data import Encoded, encode_all, read_jsonl, split
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb
@@ -65,9 +69,13 @@ def fine_tune(
     clock, folder = _Clock(), Path(job.out)
     claim(folder, job.resume, job.overwrite)
     records = read_jsonl(job.data)
-    match(skeleton(job.model), job.lora)  # a mistyped target shows now, before any weight is read
+    trust = job.trust_remote_code
+    match(
+        skeleton(job.model, trust_remote_code=trust), job.lora
+    )  # a mistyped target shows now, before any weight is read
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
-    tokenizer, model = load_tokenizer(job.model), load_model(job.model, DTYPES[job.dtype])
+    tokenizer = dated(load_tokenizer(job.model, trust), job.date)
+    model = load_model(job.model, DTYPES[job.dtype], trust)
     examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -83,6 +91,7 @@ def fine_tune(
 
     asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
     options: dict[str, Any] = {"resume": job.resume, "overwrite": job.overwrite, "say": say}
+    options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
     steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
     clock.lap("train")
     after = answers(model, tokenizer, job.prompts, job.max_new_tokens)
@@ -101,11 +110,13 @@ def _encoded(
     length = min(job.max_length, context or job.max_length)
     if length < job.max_length:
         say(f"max_length={job.max_length} is more than the context of {job.model}: {length} tokens are the most")
+    if passed := unused(records):
+        say(f"not used: {', '.join(f'{key[:60]!r} of {count} lines' for key, count in passed.most_common(5))}")
     learn, held = split(records, job.eval_share, job.training.seed)
-    examples = encode_all(learn, tokenizer, length)
+    examples = encode_all(learn, tokenizer, length, say)
     evaluation = encode_all(held, tokenizer, length) if held else []
     cut = sum(example.truncated for example in (*examples, *evaluation))
-    dropped = len(records) - len(examples) - len(evaluation)
+    dropped = len(records) - len({example.where for example in (*examples, *evaluation)})
     if cut or dropped:
         say(
             f"max_length={length}: {cut} examples lose their end, {dropped} are left out because nothing to learn is left of them"
@@ -134,6 +145,10 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     model = get_peft_model(model, job.lora)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
+    covered, others = coverage(model)
+    left = sorted({path.rsplit(".", 1)[-1] for path in others})
+    rest = f"; not {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
+    say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear weights{rest}")
     return model
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from minilora.data.template import asked
+
 
 def answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48, temperature: float = 0.0
@@ -21,10 +23,13 @@ def answers(
 
     Returns:
         The new texts only, special tokens removed.
+
+    Raises:
+        DataError: the chat template fails, does not end, or refuses a prompt.
     """
     if not prompts:
         return []
-    texts = [_as_turn(tokenizer, prompt) for prompt in prompts] if tokenizer.chat_template else list(prompts)
+    texts = asked(tokenizer, prompts) if tokenizer.chat_template else list(prompts)
     # Generation goes on at the right end, so short prompts are padded on the left.
     encoded = tokenizer(
         texts, add_special_tokens=not tokenizer.chat_template, padding=True, padding_side="left", return_tensors="pt"
@@ -39,9 +44,3 @@ def answers(
     finally:
         model.train(training)
     return [tokenizer.decode(row[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() for row in out]
-
-
-def _as_turn(tokenizer: Any, prompt: str) -> str:
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )

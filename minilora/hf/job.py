@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from minilora.errors import ConfigError
 from minilora.files import validate
+from minilora.hf.dates import check_date
 from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
 from minilora.quant.codebooks import CODEBOOKS
@@ -27,6 +28,7 @@ class Job:
 
     Args:
         model: hub id, local folder, or "smollm2".
+        trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         data: JSONL file; each line has "messages", "prompt" and "completion", or "text".
         out: run folder, made if it is not there.
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
@@ -36,6 +38,7 @@ class Job:
         eval_share: share of the examples that is held out for evaluation, in [0, 1).
         prompts: texts that are asked before and after training, for the report.
         max_new_tokens: tokens that an answer to a prompt may have.
+        date: day that the chat template takes for today, as 2025-01-31; "" is the real today.
         resume: go on with the run that lies in ``out``, to the same bits.
         overwrite: remove the run that lies in ``out``, and begin anew.
         lora: what to adapt.
@@ -55,25 +58,28 @@ class Job:
     eval_share: float = 0.1
     prompts: Sequence[str] = ()
     max_new_tokens: int = 48
+    date: str = ""
     resume: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
         for name in ("model", "data", "out"):
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite"):
+        for name in ("double_quant", "resume", "overwrite", "trust_remote_code"):
             validate.flag(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)
+        check_date(self.date)
         for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted a {kind.__name__}")
         for name in ("target_modules", "exclude_modules"):
             check_form(getattr(self.lora, name), name)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from minilora.data.encoding import encode_all
+from minilora.data.records import read_jsonl
 from minilora.errors import ConfigError
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
@@ -15,7 +17,6 @@ from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.bnb import storable
 from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
-from minilora.training.data import encode_all, read_jsonl
 
 __all__ = ["quantize_to_folder"]
 
@@ -23,12 +24,18 @@ _CALIBRATION_LENGTH = 512  # tokens of an example that are read
 
 
 def quantize_to_folder(
-    model: str, out: str, config: QuantConfig, calibration: str | None = None, dtype: torch.dtype = torch.float32
+    model: str,
+    out: str,
+    config: QuantConfig,
+    calibration: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> int:
     """Load a model, pack its linear layers, and save it with its tokenizer; returns the bytes of its weights.
 
     Args:
         calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
+        trust_remote_code: as for ``load_model``.
 
     Raises:
         ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
@@ -43,7 +50,7 @@ def quantize_to_folder(
     if config.scale == "weighted" and calibration is None:
         raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
     records = read_jsonl(calibration) if calibration else []
-    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code), load_tokenizer(model, trust_remote_code)
     importance = None
     if config.scale == "weighted":
         examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH)

@@ -92,7 +92,7 @@ class _Pack(ConversionOps):
             layer = model.get_submodule(path)
             importance = (self.config.importance or {}).get(path)
             packed = quantize(weight if layer.conv1d is None else weight.t(), self.config.quant, name, importance)
-            stored |= {f"{path}.{part}": values for part, values in QuantLinear(packed).named_parameters()}
+            stored |= {f"{path}.{part}": values for part, values in QuantLinear(packed).state_dict().items()}
             layer._is_hf_initialized = True
             self.waiting.discard(path)
         return stored

@@ -164,7 +164,7 @@ def _all_alike(x: Tensor, weight: Weight, *parts: Tensor | None) -> bool:
 
 def _new_seed(drop: int) -> int:
     """From torch's generator, so that ``torch.manual_seed`` and gradient checkpointing reach it; none is drawn without dropout."""
-    return int(torch.randint(2**62, ())) if drop else 0
+    return int(torch.randint(2**62, (), device="cpu")) if drop else 0
 
 
 def _thin(values: Tensor, A: Tensor, drop: int, seed: int) -> Tensor:

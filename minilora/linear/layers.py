@@ -1,4 +1,4 @@
-"""Base layers: a frozen quantized linear layer, and the one place that knows which way round a weight lies.
+"""Base layers: the one place that knows which way round a weight lies, and what it takes to multiply with one.
 
 ``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, ``QuantLinear`` keeps packed codes. Everybody
 else asks the three functions here and always gets ``[out, in]``. Next file: ``linear/cuda.py``.
@@ -7,23 +7,16 @@ else asks the three functions here and always gets ``[out, in]``. Next file: ``l
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import TargetError
+from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
-from minilora.linear.ops import cpu_has_bf16, flowing_dtype, product_dtype, quant_linear
-from minilora.quant.blockwise import quantize
-from minilora.quant.config import QuantConfig
-from minilora.quant.quantized import QuantizedTensor
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's ``Conv1D``, known by its name and shape so that transformers need not be installed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "dim", int)() == 2
+from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
+from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_hooks
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -36,7 +29,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
 
 
-class Frozen(nn.Module):
+class Frozen(Front):
     """Put in front of the class of a dense layer (``in_front``): while its weight is frozen, a dtype that the processor cannot multiply
     is multiplied in fp32. Everything else goes its usual way.
     """
@@ -47,32 +40,24 @@ class Frozen(nn.Module):
             return super().forward(x)
         return lora_linear(x, frozen_weight(self), self.bias)  # type: ignore[arg-type]
 
-    def __reduce__(self) -> tuple:
-        return revive, (Frozen, type(self).__mro__[2]), self.__dict__
 
+class CastsBias(Front):
+    """Put in front of the class of a layer whose half-precision bias trains: it is kept in fp32, where small steps are not lost, and the
+    layer sees it in the dtype of its weight.
+    """
 
-@functools.cache
-def extended(front: Any, old: Any) -> Any:
-    """``old`` with ``front`` before it, under the old name, by which modules are looked up; the same class each time."""
-    return type(old.__name__, (front, old), {"__module__": old.__module__, "__doc__": old.__doc__})
-
-
-def revive(front: Any, old: Any) -> Any:
-    """An empty object of the extended class: copies and pickles find the class that was extended by its name, and start from here."""
-    new = extended(front, old)
-    return new.__new__(new)
-
-
-def is_on_top(front: type, module: nn.Module) -> bool:
-    """Whether an object's class is still the one that ``front`` was put before, and nobody has extended it since."""
-    return type(module).__mro__[1] is front  # (extended, front, the class it was, ...)
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as ``forward`` uses it."""
+        held, weight = self._parameters.get("bias"), self._parameters.get("weight")
+        return held if held is None or weight is None or held.dtype == weight.dtype else held.to(weight.dtype)
 
 
 def in_front(model: nn.Module) -> None:
     """Give dense frozen layers the class ``Frozen`` where that can help: on a CPU without bf16 products, or with an fp16 weight."""
     for layer in model.modules():
         if (type(layer) is nn.Linear or (is_conv1d(layer) and not isinstance(layer, Frozen))) and _is_slow(layer):
-            layer.__class__ = extended(Frozen, type(layer))  # type: ignore[arg-type]
+            put_in_front(layer, Frozen)
 
 
 def _is_slow(layer: nn.Module) -> bool:
@@ -81,79 +66,9 @@ def _is_slow(layer: nn.Module) -> bool:
 
 
 def take_back(model: nn.Module) -> None:
-    """Undo ``in_front``."""
+    """Undo ``in_front``, and take every other front of a layer away."""
     for layer in model.modules():
-        if is_on_top(Frozen, layer):
-            layer.__class__ = type(layer).__mro__[2]
-
-
-class QuantLinear(nn.Module):
-    """A frozen linear layer whose weight is stored as packed codes and scales (QLoRA section 3).
-
-    Codes and scales are ``uint8`` parameters that never train: ``.to(bfloat16)`` leaves them whole, DDP does not broadcast them, FSDP2
-    shards them. fp32 scales are therefore kept as their bytes.
-
-    Attributes:
-        weight: uint8 codes, ``[out, in * bits / 8]`` where a row divides evenly, else flat.
-        absmax: uint8; ``[blocks, 4]`` fp32 bytes, or ``[blocks]`` 8-bit codes with double quantization.
-        nested_absmax, nested_offset: uint8 fp32 bytes ``[n, 4]``, or None.
-        bias: ``[out]`` or None.
-        conv1d: the class to go back to when the layer becomes dense, where it was a ``Conv1D``; else None.
-    """
-
-    def __init__(
-        self, weight: QuantizedTensor, bias: nn.Parameter | None = None, conv1d: type[nn.Module] | None = None
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.book, self.blocksize, self.dtype = weight.book, weight.blocksize, weight.dtype
-        self.double_quant = weight.nested_absmax is not None
-        nested, offset = weight.nested_absmax, weight.nested_offset
-        self.weight, self.absmax = _stored(weight.packed), _stored(weight.absmax)
-        self.nested_absmax = None if nested is None else _stored(nested)
-        self.nested_offset = None if offset is None else _stored(offset)
-        self.bias = bias
-        self.conv1d = conv1d
-
-    @classmethod
-    def from_linear(
-        cls, layer: nn.Module, config: QuantConfig, name: str = "weight", importance: Tensor | None = None
-    ) -> QuantLinear:
-        """Quantize a ``Linear`` or ``Conv1D``; the bias is carried over as it is. Arguments and errors as ``quantize``."""
-        kind = type(layer) if is_conv1d(layer) else None
-        return cls(quantize(dense_weight(layer), config, name, importance), layer.bias, kind)  # type: ignore[arg-type]
-
-    @property
-    def format(self) -> str:
-        """The codebook's name."""
-        return self.book.name
-
-    def quantized(self) -> QuantizedTensor:
-        """The weight as a ``QuantizedTensor`` over the same memory."""
-        absmax = self.absmax if self.double_quant else _floats(self.absmax)
-        nested = None if self.nested_absmax is None else _floats(self.nested_absmax)
-        offset = None if self.nested_offset is None else _floats(self.nested_offset)
-        shape = torch.Size((self.out_features, self.in_features))
-        return QuantizedTensor(self.weight, absmax, shape, self.dtype, self.book, self.blocksize, nested, offset)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]`` in ``x``'s dtype."""
-        return quant_linear(x, self.quantized(), self.bias)
-
-    def extra_repr(self) -> str:
-        bits = f"{self.quantized().bits_per_weight:.3f}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits} bits"
-
-
-def _stored(values: Tensor) -> nn.Parameter:
-    """A frozen uint8 parameter; fp32 becomes its four bytes in a last dimension."""
-    held = values if values.dtype == torch.uint8 else values.unsqueeze(-1).view(torch.uint8)
-    return nn.Parameter(held, requires_grad=False)
-
-
-def _floats(stored: Tensor) -> Tensor:
-    """The fp32 values whose bytes ``_stored`` holds."""
-    return stored.view(torch.float32).squeeze(-1)
+        take_from_front(layer, Frozen, CastsBias)
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:
@@ -168,6 +83,11 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
 
 
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer's own ``weight`` is ``[in, out]``: a ``Conv1D``, packed or not."""
+    return is_conv1d(layer) or (isinstance(layer, QuantLinear) and layer.conv1d is not None)
+
+
 def compute_dtype(layer: nn.Module) -> torch.dtype:
     """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer)."""
     return layer.dtype if isinstance(layer, QuantLinear) else layer.weight.dtype  # type: ignore[return-value]
@@ -176,11 +96,10 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight as ``[out, in]``, detached; shares memory with the layer unless it is quantized."""
     if isinstance(layer, QuantLinear):
-        return layer.quantized().dequantize()
-    if isinstance(layer, (nn.Linear, nn.Embedding)):
-        return layer.weight.detach()
-    if is_conv1d(layer):
-        return layer.weight.detach().t()  # type: ignore[operator]
+        whole = layer.quantized()
+        return dequantize(whole) if torch.compiler.is_compiling() or is_transformed() else whole.dequantize()
+    if isinstance(layer, (nn.Linear, nn.Embedding)) or is_conv1d(layer):
+        return rows_of(layer)
     raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
 
 
@@ -200,16 +119,20 @@ def carries(layer: nn.Module, x: Tensor) -> bool:
     weight: Any = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.requires_grad or not (type(x) is Tensor or type(x) is nn.Parameter):
         return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not calls_only_forward(layer):
-        return False
-    if torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or not calls_only_forward(layer):
         return False
     if not x.is_floating_point() or x.device.type == "meta":
         return False
     if isinstance(layer, QuantLinear):
         return type(layer).forward is QuantLinear.forward
-    known = type(layer).forward in _PRODUCTS or is_conv1d(layer)
-    return known and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+    return is_plain(layer) and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the ``forward`` of its class is known to be the product with the weight, and nothing else."""
+    return type(layer).forward in _PRODUCTS or (
+        is_conv1d(layer) and type(layer).__module__ == "transformers.pytorch_utils"
+    )
 
 
 def calls_only_forward(module: nn.Module) -> bool:
@@ -237,30 +160,34 @@ def product(layer: nn.Module, x: Tensor) -> Tensor:
 def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
     """A new frozen layer like ``layer`` that holds ``weight`` ``[out, in]``; ``layer`` itself is untouched.
 
-    A quantized layer becomes the kind of dense layer that it was. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
+    Class, settings and hooks are the layer's. A quantized layer becomes the kind of dense layer that it was. ``bias`` replaces the
+    bias, which is otherwise shared with ``layer``.
     """
-    if isinstance(layer, nn.Embedding):
-        return _with_own_weight(layer, {"weight": nn.Parameter(weight, requires_grad=False)})
-    out_features, in_features = weight.shape
-    bias = layer.bias if bias is None else bias  # type: ignore[assignment]
-    kept = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-    conv1d = layer if is_conv1d(layer) else None
-    if isinstance(layer, QuantLinear) and layer.conv1d is not None:
-        with torch.device("meta"):
-            conv1d = layer.conv1d(out_features, in_features).train(layer.training)
-    if conv1d is not None:
-        parameters = {"weight": nn.Parameter(weight.t().contiguous(), requires_grad=False), "bias": kept}
-        return _with_own_weight(conv1d, parameters)
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), kept  # type: ignore[assignment]
-    return linear.train(layer.training)
-
-
-def _with_own_weight(layer: nn.Module, parameters: dict[str, nn.Parameter | None]) -> nn.Module:
-    """A shallow copy with other parameters: keeps the class and settings, whatever they are."""
-    new = copy.copy(layer)
-    new._parameters = parameters
+    like = _dense_like(layer) if isinstance(layer, QuantLinear) else layer
+    new = copy.copy(like)
+    take_from_front(new, Frozen)
+    for name in (
+        "forward",
+        "_old_forward",
+        "_hf_hook",
+    ):  # bound to the old object; accelerate's move tensors between devices
+        new.__dict__.pop(name, None)
+    own = nn.Parameter(weight.t().contiguous() if is_conv1d(like) else weight, requires_grad=False)
+    new._parameters = {**like._parameters, "weight": own}
+    if bias is not None:
+        new._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return new
+
+
+def _dense_like(layer: QuantLinear) -> nn.Module:
+    """A dense layer without memory, of the kind that was packed, with the packed one's bias and hooks."""
+    with torch.device("meta"):
+        dense = (layer.conv1d or nn.Linear)(
+            *((layer.out_features, layer.in_features) if layer.conv1d else (layer.in_features, layer.out_features))
+        )
+    dense._parameters["bias"] = layer.bias
+    take_hooks(dense, hooks_of(layer))
+    return dense.train(layer.training)
 
 
 def is_quantized(layer: nn.Module) -> TypeGuard[QuantLinear]:

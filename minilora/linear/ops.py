@@ -42,17 +42,24 @@ def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None,
         backend: "reference" (PyTorch), "triton" (the kernels), or None: the kernels where they can be had.
 
     Returns:
-        ``[..., out]`` in ``x``'s dtype. Differentiable once with respect to ``x`` and ``bias``.
+        ``[..., out]`` in ``x``'s dtype. Differentiable once with respect to ``x`` and ``bias``; inside a transform of ``torch.func`` or in
+        forward mode it is the reference, which has every derivative.
 
     Raises:
-        QuantizationError: the weight is not 2-D or ``x`` does not end in its ``in``. ConfigError: no such backend.
+        QuantizationError: the weight is not 2-D, ``x`` does not end in its ``in`` or is not floating. ConfigError: no such backend.
         MissingPackageError: "triton" without Triton.
     """
     if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise QuantizationError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}; wanted [..., in]"
         )
+    if not x.is_floating_point():
+        raise QuantizationError(
+            f"x is {x.dtype}, wanted a floating dtype; to cast to what a packed layer computes in, ask layer.weight.dtype"
+        )
     x = x.to(flowing_dtype(x))
+    if is_transformed():
+        return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     out: Tensor = _product(x.reshape(-1, x.shape[-1]), *_flatten(weight), transpose=True, bias=bias, backend=backend)
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -60,6 +67,16 @@ def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None,
 def quant_linear_reference(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """What ``quant_linear`` means, in one line; dense, slow, differentiable by torch itself."""
     return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ``jvp``) or forward mode is at work, which wants plain formulas."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``weight.dequantize(dtype)`` as an operator: a compiler can leave it out, and transforms of ``torch.func`` do not look inside."""
+    return _dense(*_flatten(weight), dtype=dtype or weight.dtype)
 
 
 def _flatten(weight: QuantizedTensor) -> tuple:
@@ -199,6 +216,18 @@ def _cast_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.stride(0) == 1 and rows.stride(1) != 1:
         return _cast_rows(rows.t(), dtype).t()
     return buffer("cast", rows.shape, rows.device, dtype).copy_(rows)
+
+
+@torch.library.custom_op("minilora::dequantize", mutates_args=())
+def _dense(packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float], blocksize: int,
+           rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    return _gather(packed, absmax, nested, offset, levels, blocksize, rows, columns).dequantize(dtype)
+
+
+@_dense.register_fake
+def _(packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float], blocksize: int,
+      rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    return packed.new_empty(rows, columns, dtype=dtype)
 
 
 @torch.library.custom_op("minilora::quant_matmul", mutates_args=())

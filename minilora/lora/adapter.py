@@ -15,10 +15,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError, nearest
-from minilora.linear.layers import in_out_features
+from minilora.linear.layers import compute_dtype, dense_weight, in_out_features, is_transposed
+from minilora.linear.shown import shown_weight
 from minilora.lora.config import LoraConfig
 
 __all__ = ["VARIANTS", "Adapter", "register", "variant"]
@@ -86,13 +88,45 @@ class Adapter(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight: some models look at ``layer.weight.dtype`` before they call a layer."""
-        return self.innermost.weight  # type: ignore[return-value]
+        """What a model sees that asks for the weight: the base layer's with every update of this slot, made when it is computed with."""
+        stored: Tensor = self.innermost.weight  # type: ignore[assignment]
+        trains = any(parameter.requires_grad for parameter in self.parameters())
+        return shown_weight(self._whole_weight, stored.shape, stored.dtype, stored.device, trains)
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return getattr(self.innermost, "bias", None)
+        """The base layer's bias with every update of this slot."""
+        bias: Tensor | None = getattr(self.innermost, "bias", None)
+        shifts = [shift for adapter in self._slot() if (shift := adapter.delta_bias()) is not None]
+        if not shifts:
+            return bias
+        whole = torch.stack(shifts).sum(0)
+        return whole.to(compute_dtype(self.innermost)) if bias is None else (bias.float() + whole).to(bias.dtype)
+
+    def _slot(self) -> list[Adapter]:
+        """This adapter and those under it."""
+        under = self.base_layer
+        return [self, *(under._slot() if isinstance(under, Adapter) else ())]
+
+    def _whole_weight(self) -> Tensor:
+        if any(_drops(adapter) for adapter in self._slot()):
+            if (
+                torch.compiler.is_compiling()
+            ):  # asked for its dtype, most likely, and left out of the graph; a use of it shows
+                return torch.full_like(self.innermost.weight, torch.nan)  # type: ignore[arg-type]
+            raise StateError(
+                f"an adapted layer ({self.in_features} to {self.out_features}) is not called, its weight is read, where "
+                "lora_dropout cannot reach; set lora_dropout=0, or exclude the layer (exclude_modules)"
+            )
+        inner = self.innermost
+        update = torch.stack([adapter.delta_weight() for adapter in self._slot()]).sum(0)
+        whole = (dense_weight(inner).float() + update).to(compute_dtype(inner))
+        return whole.t() if is_transposed(inner) else whole
+
+
+def _drops(adapter: nn.Module) -> bool:
+    dropout = getattr(adapter, "lora_dropout", None)
+    return dropout is not None and dropout.training and not isinstance(dropout, nn.Identity)
 
 
 def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:

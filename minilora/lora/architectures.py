@@ -131,3 +131,13 @@ DEFAULT_TARGETS: dict[str, Targets] = {
     for targets, model_types in rows.items()
     for model_type in model_types.split()
 }
+
+# Layers whose weight is read by the module around them, which does not call them: ending of that module's class name to names in it.
+# "all-linear" leaves them out; one that is named gets its adapter, and works through ``Adapter.weight``.
+READ_BY_PARENT: dict[str, tuple[str, ...]] = {
+    "MambaMixer": ("dt_proj",),  # mamba, falcon_mamba, jamba: time_step = dt_proj.weight @ ...
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MHAttentionMap": ("k_linear", "k_proj"),  # detr and its kin, for segmentation
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "LongcatFlashTopkRouter": ("classifier",),
+}

@@ -7,10 +7,10 @@ PEFT 0.21.2, and reads and writes PEFT's ``adapter_config.json`` (``lora/config_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,10 @@ from typing import Any
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files import validate
 from minilora.lora import config_file
+from minilora.lora.patterns import Patterns
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-
-def pattern_matches(key: str, path: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module at ``path``: it matches the end, whole components."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 @dataclass(frozen=True)
@@ -92,15 +88,17 @@ class LoraConfig:
         validate.positive("lora_alpha", self.lora_alpha)
         drop = self.lora_dropout
         if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0 <= drop < 1:
-            raise ConfigError(f"lora_dropout={drop!r}: wanted a probability in [0, 1); 0.05 is usual")
+            raise ConfigError(f"lora_dropout={validate.shown(drop)}: wanted a probability in [0, 1); 0.05 is usual")
         if self.bias not in BIAS_CHOICES:
-            raise ConfigError(f"bias={self.bias!r}: wanted one of {', '.join(map(repr, BIAS_CHOICES))}")
+            raise ConfigError(f"bias={validate.shown(self.bias)}: wanted one of {', '.join(map(repr, BIAS_CHOICES))}")
         put("task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(f"task_type={self.task_type!r}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}")
+            raise ConfigError(
+                f"task_type={validate.shown(self.task_type)}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}"
+            )
         if self.layer_replication is not None:
             raise ConfigError(
-                f"layer_replication={self.layer_replication!r}: {config_file.WHY_NOT['layer_replication']}"
+                f"layer_replication={validate.shown(self.layer_replication)}: {config_file.WHY_NOT['layer_replication']}"
             )
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out", "inference_mode"):
             validate.flag(name, getattr(self, name))
@@ -131,15 +129,14 @@ class LoraConfig:
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
-                f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform; give both"
+                f"layers_pattern={validate.shown(self.layers_pattern)} does nothing without layers_to_transform; give both"
             )
         put("loftq_config", validate.loftq(self.loftq_config))
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             put(name, validate.names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
-            raise ConfigError(
-                f"modules_to_save={self.modules_to_save!r}: wanted a list of names; write [{self.modules_to_save!r}]"
-            )
+            said = validate.shown(self.modules_to_save)
+            raise ConfigError(f"modules_to_save={said}: wanted a list of names; write [{said}]")
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
@@ -150,7 +147,7 @@ class LoraConfig:
             or (isinstance(init, str) and validate.pissa_rounds(init) is not None)
         ):
             raise ConfigError(
-                f"init_lora_weights={init!r}: wanted True, False, 'pissa_niter_N' or one of {', '.join(map(repr, words))}"
+                f"init_lora_weights={validate.shown(init)}: wanted True, False, 'pissa_niter_N' or one of {', '.join(map(repr, words))}"
             )
         if self.use_dora and self.variant != "dora":
             raise ConfigError(
@@ -177,10 +174,19 @@ class LoraConfig:
     def for_module(self, path: str) -> tuple[int, int | float]:
         """``(r, lora_alpha)`` of the module at ``path`` after the patterns (PEFT's rule: first key that matches the end)."""
 
-        def chosen(pattern: Mapping[str, Any], default: Any) -> Any:
-            return next((value for key, value in pattern.items() if pattern_matches(key, path)), default)
+        rank, alpha = self.rank_keys.first(path), self.alpha_keys.first(path)
+        r = self.r if rank is None else self.rank_pattern[rank]
+        return r, self.lora_alpha if alpha is None else self.alpha_pattern[alpha]
 
-        return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
+    @functools.cached_property
+    def rank_keys(self) -> Patterns:
+        """The keys of ``rank_pattern``, to be asked which one means a path."""
+        return Patterns(self.rank_pattern)
+
+    @functools.cached_property
+    def alpha_keys(self) -> Patterns:
+        """The keys of ``alpha_pattern``."""
+        return Patterns(self.alpha_pattern)
 
     def scaling(self, path: str) -> float:
         """The factor of the update at ``path``: ``lora_alpha / r``; with rsLoRA ``lora_alpha / sqrt(r)``."""

@@ -6,7 +6,6 @@ model exactly as it was. Next file: ``quant/codebooks.py``.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 
@@ -15,10 +14,14 @@ from torch import nn
 from minilora.errors import ConfigError, StateError, TargetError
 from minilora.linear.layers import in_front, is_quantized
 from minilora.lora.adapter import Adapter, variant
+from minilora.lora.bare import Bare
+from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
+from minilora.lora.copies import keep_bias_in_fp32
 from minilora.lora.match import match
-from minilora.lora.slots import Adapters, Slot, Value, adapters_of, attach, detach, has_adapters, own_parameters
-from minilora.lora.tying import adapt_embedding, train_rows
+from minilora.lora.slot import Slot, Value, own_parameters
+from minilora.lora.slots import Adapters, adapters_of, attach, has_adapters, unwrapped
+from minilora.lora.tying import adapt_embedding, copy_biases, copy_modules, trained_rows
 
 
 def build(
@@ -36,40 +39,47 @@ def build(
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"the config is a {type(config).__name__}; wanted a LoraConfig of minilora")
     check_adapter_name(adapter_name)
-    if adapter_name in adapters.configs:
-        raise StateError(
-            f"an adapter is called {adapter_name!r} already; choose another name, or delete_adapter({adapter_name!r}) first"
-        )
+    adapters.check_new(adapter_name)
     make = variant(kind or config.variant)
-    with adapters.bare():
-        found = match(model, config)
-        values: dict[str, Value] = {}
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for path in found.targets:
-            layer = modules[path]
-            if isinstance(layer, nn.Embedding):
-                values |= adapt_embedding(model, path, layer, config, kind or config.variant)
-            elif make.replaces_base and path in adapters.slots and not is_quantized(layer):
-                raise TargetError(
-                    f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"
-                )
-            else:
-                values[path] = make(layer, config, path)
-        for path, indices in found.tokens.items():
-            if path in values:
-                raise TargetError(f"{path} is in target_modules and in trainable_token_indices; choose one of them")
-            values |= train_rows(model, path, indices)
-        for path in found.saved:
-            values[path] = copy.deepcopy(model.get_submodule(path)).requires_grad_(True)
-        for path in found.biases:
-            values[path] = nn.Parameter(model.get_parameter(path).detach().clone())
+    found, bare = match(model, config), Bare(model)
+    values: dict[str, Value] = {}
+    modules = dict(bare.named_modules(remove_duplicate=False))
+    for path in found.targets:  # tables first, for they bring their tied heads along
+        if isinstance(table := modules[path], nn.Embedding):
+            values |= adapt_embedding(bare, path, table, config, kind or config.variant)
+    for path in found.targets:
+        layer = modules[path]
+        if path in values:
+            continue
+        if make.replaces_base and path in adapters.slots and not is_quantized(layer):
+            raise TargetError(
+                f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"
+            )
+        values[path] = make(layer, config, path)
+    adapted = set(found.targets)
+    for path, indices in found.tokens.items():
+        if path in adapted:
+            raise TargetError(f"{path} is in target_modules and in trainable_token_indices; choose one of them")
+        values |= trained_rows(bare, path, indices, values, config)
+    values |= copy_modules(bare, found.saved, config) | copy_biases(bare, found.biases)
     for value in values.values():
-        if isinstance(value, nn.Module) and value.training != model.training:
-            value.train(model.training)
+        if isinstance(value, nn.Module):
+            _set_mode(value, model.training)
         if isinstance(value, Adapter):
             for name in value.fixed:
                 value.get_parameter(name).requires_grad_(False)
     return values
+
+
+def _set_mode(value: nn.Module, mode: bool) -> None:
+    """Train or eval for what is new, and not for the base layer, which is the model's."""
+    if not isinstance(value, Adapter):
+        value.train(mode)
+        return
+    value.training = mode
+    for name, part in value.named_children():
+        if name != "base_layer":
+            part.train(mode)
 
 
 def check_adapter_name(name: str) -> None:
@@ -87,53 +97,63 @@ def place(
     values: Mapping[str, Value],
     kind: str | None = None,
     activate: bool = True,
+    trainable: bool | None = None,
 ) -> None:
     """Put what ``build`` made into the model, active or kept aside; the first adapter freezes the model.
 
     Whatever stops it half way, an interrupt included, leaves the model as it was.
+
+    Args:
+        trainable: whether its parameters train; default if it is active.
+
+    Raises:
+        StateError: the name was taken since, or what is shown now and the new adapter cannot be added.
     """
-    adapters = adapters_of(model) if has_adapters(model) else Adapters()
-    kept = [value for slot in adapters.slots.values() for value in slot.kept.values()]
-    parameters = [*model.parameters(), *(parameter for value in kept for parameter in own_parameters(value))]
-    trained = [parameter.requires_grad for parameter in parameters]
-    with adapters.bare():
-        modules = dict(model.named_modules(remove_duplicate=False))
-        slots = {path: adapters.slots.get(path) or slot_at(modules, path) for path in values}
-    bases, active = {path: slot.base for path, slot in slots.items()}, adapters.active
-    try:
-        if not has_adapters(model):
-            model.requires_grad_(False)
-            attach(model, adapters)
-        _fill_slots(adapters, slots, adapter_name, values, activate)
-        adapters.configs[adapter_name], adapters.variants[adapter_name] = config, kind or config.variant
-        in_front(model)
-        if activate:
-            adapters.activate([adapter_name])
-        else:
-            adapters.show()
-    except BaseException:
-        for path, base in bases.items():
-            slots[path].base = base
-        adapters.forget(adapter_name)
-        adapters.active = active
-        adapters.show()
-        if not adapters.configs:
-            detach(model)
-        for parameter, was in zip(parameters, trained, strict=True):
-            parameter.requires_grad_(was)
-        raise
+    with LOCK, Change() as change:
+        place_in(change, model, config, adapter_name, values, kind, activate, trainable)
 
 
-def _fill_slots(
-    adapters: Adapters, slots: Mapping[str, Slot], adapter_name: str, values: Mapping[str, Value], activate: bool
+def place_in(
+    change: Change,
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    values: Mapping[str, Value],
+    kind: str | None = None,
+    activate: bool = True,
+    trainable: bool | None = None,
 ) -> None:
+    """``place`` as a part of a change."""
+    model = unwrapped(model)
+    adapters = adapters_of(model) if has_adapters(model) else Adapters()
+    adapters.check_new(adapter_name)
+    if not has_adapters(model):
+        for parameter in model.parameters():
+            change.put(parameter, "requires_grad", False)
+        attach(change, model, adapters)
+    modules = dict(Bare(model).named_modules(remove_duplicate=False))
+    new = {path: slot_at(modules, path) for path in values if path not in adapters.slots}
+    if new:
+        change.put(adapters, "slots", adapters.slots | new)
     for path, value in values.items():
-        slot = adapters.slots[path] = slots[path]
-        slot.kept[adapter_name] = value
+        slot = adapters.slots[path]
+        change.item(slot.kept, adapter_name, value)
         if isinstance(value, Adapter) and value.replaces_base:
-            slot.base = value.base_layer
+            change.put(slot, "base", value.base_layer)
+    change.item(adapters.configs, adapter_name, config)
+    change.item(adapters.variants, adapter_name, kind or config.variant)
+    change.classes(model)
+    in_front(model)
+    for path in values:
+        if isinstance(adapters.slots[path].base, nn.Parameter):
+            keep_bias_in_fp32(adapters.slots[path].parent)
+    if activate:
+        adapters.activate(change, [adapter_name])
+    elif new:
+        adapters.settle(change)
+    for value in values.values():
         for parameter in own_parameters(value):
-            parameter.requires_grad_(activate)
+            parameter.requires_grad_(activate if trainable is None else trainable)
 
 
 def inject(
@@ -156,13 +176,19 @@ def inject(
         TargetError, StateError: as ``build``, and for a variant that packs the base layer itself where it is packed already.
             Nothing has changed then.
     """
+    values = build_new(model, config, adapter_name, variant)
+    place(model, config, adapter_name, values, variant, activate)
+    return model
+
+
+def build_new(model: nn.Module, config: LoraConfig, adapter_name: str, variant: str | None) -> dict[str, Value]:
+    """``build`` for an adapter that no file fills. Raises as ``inject``."""
     values = build(model, config, adapter_name, variant)
     for path, value in values.items():
         if isinstance(value, Adapter) and value.replaces_base and not value.base_replaced:
             what = f"{path}: is packed already, and {type(value).__name__} packs its base layer itself, to make up for the error"
             raise TargetError(f"{what}; give it the dense model (a saved adapter may be loaded onto a packed one)")
-    place(model, config, adapter_name, values, variant, activate)
-    return model
+    return values
 
 
 def slot_at(modules: Mapping[str, nn.Module], path: str) -> Slot:

@@ -72,8 +72,8 @@ class LoRALinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self._modules["base_layer"]  # nn.Module's own look-up is slow
         dropout: Any = self._modules["lora_dropout"]
-        if type(self).update is LoRALinear.update and calls_only_forward(dropout) and carries(base, x):
-            p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        if type(self).update is LoRALinear.update and _is_known(dropout) and carries(base, x):
+            p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
             bias = base.bias if self.lora_bias is None else self._whole_bias()  # the same in one function: ``fused.py``
             return lora_linear(x, frozen_weight(base), bias, self.lora_A, self.lora_B, self.scaling, p)
         return base(x) + self.update(dropout(x))
@@ -111,10 +111,16 @@ class LoRALinear(Adapter):
         return f"r={self.r}, scaling={self.scaling:g}"
 
 
+def _is_known(dropout: Any) -> bool:
+    """Whether ``lora_linear`` can drop as this module does; a subclass, another kind or one that drops all is called instead."""
+    kind = type(dropout)
+    return (kind is nn.Identity or (kind is nn.Dropout and 0 <= dropout.p < 1)) and calls_only_forward(dropout)
+
+
 def _uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
     """Uniform in +-1/sqrt(fan_in), as ``nn.Linear`` starts (kaiming with a = sqrt(5)), rounding included."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
-    return torch.empty(shape).uniform_(-bound, bound)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
 
 
 def _fp32(values: Tensor, drawn_in: torch.dtype, device: torch.device) -> nn.Parameter:

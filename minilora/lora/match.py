@@ -15,8 +15,10 @@ from minilora.errors import StateError, TargetError, nearest
 from minilora.linear.layers import is_linear, is_quantized
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
-from minilora.lora.config import LoraConfig, pattern_matches
-from minilora.lora.targets import Selection, ends_with, layer_index, select
+from minilora.lora.bare import Bare
+from minilora.lora.bases import is_more_than_its_weight, is_read_by_parent, refuse_nested, refuse_not_a_weight
+from minilora.lora.config import LoraConfig
+from minilora.lora.targets import Selection, ends_with, inside, layer_index, select
 
 ALL_LINEAR = "all-linear"
 # A new task head is trained whole: PEFT's rule by task type.
@@ -40,38 +42,41 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
         TargetError: an entry matches nothing (with the closest names), a match is no linear layer, is shared between two places,
             or nothing is left to adapt.
     """
-    modules = {path: module for path, module in model.named_modules() if path}
+    bare = Bare(model)
+    refuse_nested(bare.named_modules())
+    modules = {path: module for path, module in bare.named_modules() if path}
     saved = _saved(modules, config)
-    targets = _wanted(model, modules, config)
+    targets = _wanted(bare, modules, config)
     if config.exclude_modules is not None:
         excluded = set(select(modules, config.exclude_modules, "exclude_modules"))
         targets = [path for path in targets if path not in excluded]
-    targets = [path for path in targets if not any(path == place or path.startswith(place + ".") for place in saved)]
+    copied = set(saved)
+    targets = [path for path in targets if not inside(path, copied)]
     targets = _in_layers(targets, config)
     if not targets:
         raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
-    refuse_unfit(model, modules, targets)
+    refuse_unfit(bare, modules, targets)
     _refuse_idle_patterns(config, targets)
     return Match(
-        tuple(targets), tuple(saved), tuple(_biases(model, config, targets, saved)), _tokens(model, modules, config)
+        tuple(targets), tuple(saved), tuple(_biases(bare, config, targets, saved)), _tokens(bare, modules, config)
     )
 
 
-def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+def _wanted(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         heads = _HEADS.get(config.task_type or "", ())
-        return [path for path in linear_paths(model) if not any(ends_with(path, head) for head in heads)]
+        return [path for path in linear_paths(bare) if not any(ends_with(path, head) for head in heads)]
     if wanted is not None:
         return select(modules, wanted, "target_modules")
-    default = default_targets(model)
+    default = default_targets(bare)
     if isinstance(default, str):
         return select(modules, default, "target_modules")
     present = [entry for entry in default if any(ends_with(path, entry) for path in modules)]
     return select(modules, present or default, "target_modules")
 
 
-def default_targets(model: nn.Module) -> Selection:
+def default_targets(model: nn.Module | Bare) -> Selection:
     """What ``target_modules=None`` means for this architecture. Raises ``TargetError`` for one that the table lacks."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in DEFAULT_TARGETS:
@@ -81,10 +86,14 @@ def default_targets(model: nn.Module) -> Selection:
     return DEFAULT_TARGETS[kind]
 
 
-def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of every linear layer but the output head."""
+def linear_paths(model: nn.Module | Bare) -> list[str]:
+    """Paths of every linear layer but the output head, those that are more than their weight (routers), and those known to be read only."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [path for path, module in model.named_modules() if path and is_linear(module) and module is not output]
+    modules = dict(model.named_modules())
+    linear = [path for path, module in modules.items() if path and is_linear(module) and module is not output]
+    return [
+        path for path in linear if not is_read_by_parent(modules, path) and not is_more_than_its_weight(modules[path])
+    ]
 
 
 def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
@@ -93,11 +102,10 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     if not names and not heads:
         return []
     saved = select(modules, (*names, *heads), "modules_to_save")
+    copied = set(saved)
     for path in saved:
-        if outer := [place for place in saved if path.startswith(place + ".")]:
-            raise TargetError(
-                f"modules_to_save: {path} lies in {outer[0]}, which is copied whole; name only one of them"
-            )
+        if (outer := inside(path.rpartition(".")[0], copied)) is not None:
+            raise TargetError(f"modules_to_save: {path} lies in {outer}, which is copied whole; name only one of them")
         if packed := [name for name, module in modules[path].named_modules() if is_quantized(module)]:
             raise TargetError(
                 f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole; "
@@ -106,7 +114,7 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     return saved
 
 
-def refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
+def refuse_unfit(model: nn.Module | Bare, modules: dict[str, nn.Module], targets: Iterable[str]) -> None:
     wanted = set(targets)
     for path in targets:
         module = modules[path]
@@ -120,6 +128,7 @@ def refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Itera
                 f"; name its linear layers, such as {inside[0]!r}" if inside else "; wanted Linear, Conv1D or Embedding"
             )
             raise TargetError(f"{path} is a {type(module).__name__}, which takes no adapter{hint}")
+        refuse_not_a_weight(path, module)
     places: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         first = places.setdefault(id(module), path)
@@ -131,9 +140,10 @@ def refuse_unfit(model: nn.Module, modules: dict[str, nn.Module], targets: Itera
 
 def _refuse_idle_patterns(config: LoraConfig, targets: list[str]) -> None:
     """A pattern that no adapted layer matches is a typo, and its rank or alpha would silently not apply."""
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            if not any(pattern_matches(key, path) for path in targets):
+    for field, keys in (("rank_pattern", config.rank_keys), ("alpha_pattern", config.alpha_keys)):
+        meant = {key for path in targets for key in keys.all(path)} if keys.keys else set()
+        for key in keys.keys:
+            if key not in meant:
                 known = {path.rsplit(".", 1)[-1] for path in targets}
                 raise TargetError(
                     f"{field} key {key!r} matches no adapted layer; their names are {nearest(key, known)}"
@@ -155,7 +165,7 @@ def _in_layers(targets: list[str], config: LoraConfig) -> list[str]:
     return [path for path, index in index_of.items() if index in chosen or path in named]
 
 
-def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, Sequence[int]]:
+def _tokens(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, Sequence[int]]:
     """Embedding path to the rows that train."""
     wanted = config.trainable_token_indices
     if wanted is None:
@@ -165,30 +175,35 @@ def _tokens(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig)
             path: ids for name, ids in wanted.items() for path in select(modules, [name], "trainable_token_indices")
         }
     else:
-        table = getattr(model, "get_input_embeddings", lambda: None)()
+        table = bare.get_input_embeddings()
         by_path = {path: wanted for path, module in modules.items() if module is table}
         if not by_path:
             raise TargetError(
                 "trainable_token_indices as a list wants a model with get_input_embeddings(); give {'name': [...]} instead"
             )
+    head = bare.get_output_embeddings()
     for path in by_path:
-        if not isinstance(modules[path], nn.Embedding):
+        if not (isinstance(modules[path], nn.Embedding) or (is_linear(modules[path]) and modules[path] is head)):
             raise TargetError(
-                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding"
+                f"trainable_token_indices: {path} is a {type(modules[path]).__name__}; wanted an Embedding, or the output head"
             )
-    return by_path
+        refuse_not_a_weight(path, modules[path])
+    # Tables first: they bring along what is tied to them.
+    return dict(sorted(by_path.items(), key=lambda item: not isinstance(modules[item[0]], nn.Embedding)))
 
 
-def _biases(model: nn.Module, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
+def _biases(bare: Bare, config: LoraConfig, targets: list[str], saved: list[str]) -> list[str]:
     """Paths of the bias parameters that train (those of a copied module train in the copy)."""
     if config.bias not in ("all", "lora_only"):
         return []
-    every = [
-        path
-        for path, parameter in model.named_parameters()
-        if path.rsplit(".", 1)[-1] == "bias" and parameter.is_floating_point()
-    ]
-    every = [path for path in every if not any(path.startswith(place + ".") for place in saved)]
-    if config.bias == "all":
-        return every
-    return [path for path in every if path.rpartition(".")[0] in targets] if config.bias == "lora_only" else []
+    held: dict[int, list[str]] = {}  # one bias may belong to several modules, and trains in all of them
+    for path, module in bare.named_modules():
+        for name, parameter in bare.parameters_of(module):
+            if parameter.is_floating_point():
+                held.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    chosen = [paths for paths in held.values() if any(path.rsplit(".", 1)[-1] == "bias" for path in paths)]
+    copied, adapted = set(saved), set(targets)
+    chosen = [paths for paths in chosen if not any(inside(path, copied) for path in paths)]
+    if config.bias == "lora_only":
+        chosen = [paths for paths in chosen if any(path.rpartition(".")[0] in adapted for path in paths)]
+    return [path for paths in chosen for path in paths]

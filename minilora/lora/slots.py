@@ -1,72 +1,54 @@
-"""Slots: the places of a model that adapters change, and the one record of what sits in each.
+"""The slots of one model, and the one record of what sits in each.
 
-A slot is an attribute of a parent module: a linear layer, a module of which a full copy is trained, or a bias. What sits in it *is* the
-state: the base value (no adapter), an adapter around it (active), an adapter around an adapter (several active). Switching puts another
-object into the slot; nothing is copied, added or asked in ``forward``, and a disabled adapter costs exactly nothing. Adapters that are
-not active are kept here, outside the module tree. Next file: ``lora/match.py``.
+Switching puts another object into a slot; nothing is copied, added or asked in ``forward``, and a disabled adapter costs exactly nothing.
+Adapters that are not active are kept here, outside the module tree.
+
+Threads. Whatever reads (saving, counting, loading beside) reads the record and leaves the slots alone; an adapter that is added or
+deleted aside touches no slot that shows another one. A forward that runs meanwhile is right. What changes the adapters that are shown
+(``set_adapter``, merging, ``disable_adapter``, unloading) changes the model for all threads, slot by slot: a forward that runs just then
+may meet some layers as they were and some as they are. Threads that want different adapters at the same time name them with
+the call (``many/batched.py``; "__base__" there is the bare model). Next file: ``lora/bare.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from minilora.errors import StateError, nearest
 from minilora.linear.layers import take_back
 from minilora.lora.adapter import Adapter
+from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
+from minilora.lora.slot import Slot, Value, check_stack, own_parameters
 
-Value = nn.Module | nn.Parameter
+__all__ = [
+    "Adapters",
+    "Block",
+    "adapters_of",
+    "attach",
+    "detach",
+    "has_adapters",
+    "unwrapped",
+]
+
 _ATTRIBUTE = "_minilora_adapters"
 
 
-@dataclass
-class Slot:
-    """One place: ``parent.attr``, found at ``path`` of the bare model.
+@dataclass(eq=False)
+class Block:
+    """A ``with`` block that shows the model in another way: without adapters, or (``mixes``) with an adapter for each row.
 
-    Attributes:
-        base: what was there before.
-        kept: by adapter name, what goes there instead: an ``Adapter`` (goes around what is there), a trained copy of a module, or a
-            trained copy of a bias (these two replace it).
-        merged: a layer with adapters folded in, standing in for ``base``; None when nothing is merged.
+    It counts while it is ``open``. Closing is one write, so it cannot fail, whichever thread or context does it.
     """
 
-    path: str
-    parent: nn.Module
-    attr: str
-    base: Value
-    kept: dict[str, Value] = field(default_factory=dict)
-    merged: nn.Module | None = None
-
-    def show(self, names: Sequence[str], folded: Collection[str] = (), parent: nn.Module | None = None) -> None:
-        """Put the named adapters into the slot, the first innermost; those in ``folded`` are in the merged layer already.
-
-        ``parent`` is where a bias goes when the layer that it belonged to has been replaced.
-        """
-        value: Value = self.merged if folded and self.merged is not None else self.base
-        place = parent or self.parent
-        for name in (*folded, *(name for name in names if name not in folded)) if folded else names:
-            above = self.kept.get(name)
-            if above is None or (name in folded and isinstance(above, Adapter)):
-                continue
-            if isinstance(above, Adapter):
-                above._modules["base_layer"] = value  # type: ignore[assignment]
-            _follow(value, place)
-            value = above
-        _follow(value, place)
-        if self.attr in place._modules and isinstance(value, nn.Module):
-            place._modules[self.attr] = value  # what setattr does, without its search for other kinds of attribute
-        else:
-            setattr(place, self.attr, value)
-
-
-def _follow(value: Value, place: nn.Module) -> None:
-    """What was aside while the model went from train to eval follows now."""
-    if isinstance(value, nn.Module) and value.training != place.training:
-        value.train(place.training)
+    mixes: bool = False
+    open: bool = True
 
 
 class Adapters:
@@ -74,7 +56,7 @@ class Adapters:
 
     Attributes:
         slots: by path. configs, variants: by adapter name. active: names in the slots now, innermost first. merged: names folded
-            into the layers.
+            into the layers. blocks: the ``with`` blocks that run now, on any thread.
     """
 
     def __init__(self) -> None:
@@ -83,14 +65,26 @@ class Adapters:
         self.variants: dict[str, str] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self._bare = 0  # how many ``bare`` blocks we are in
-        self.mixing = 0  # calls in ``batched`` that run now, on any thread
-        self.mixable: set[str] = set()  # names that those calls may use
+        self.blocks: tuple[Block, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model is in none of the blocks that the model is in."""
+        return vars(self) | {"blocks": ()}
+
+    @property
+    def mixing(self) -> bool:
+        """Whether a batch with an adapter for each row runs, on whatever thread."""
+        return any(block.open and block.mixes for block in self.blocks)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a ``bare`` block runs, on whatever thread."""
+        return any(block.open and not block.mixes for block in self.blocks)
 
     def named(self, name: str) -> dict[str, Value]:
         """Path to what adapter ``name`` keeps there. Raises ``StateError`` if there is no such adapter."""
         self.check([name])
-        return {path: slot.kept[name] for path, slot in self.slots.items() if name in slot.kept}
+        return {path: slot.kept[name] for path, slot in list(self.slots.items()) if name in slot.kept}
 
     def check(self, names: Iterable[str]) -> None:
         """Raise ``StateError`` for a name that no adapter has."""
@@ -104,114 +98,96 @@ class Adapters:
         if twice := [name for name in names if list(names).count(name) > 1]:
             raise StateError(f"adapter {twice[0]!r} is named twice; name it once")
 
+    def check_new(self, name: str) -> None:
+        """Raise ``StateError`` for a name that an adapter has."""
+        if name in self.configs:
+            raise StateError(
+                f"an adapter is called {name!r} already; choose another name, or delete_adapter({name!r}) first"
+            )
+
     def refuse_while_mixing(self) -> None:
         """Raise ``StateError`` while a batch with an adapter for each row runs, on whatever thread: its layers are in the slots."""
         if self.mixing:
             raise StateError("a batch that mixes adapters is running; change the adapters after it")
 
-    def check_stack(self, names: Sequence[str], merged: Collection[str]) -> None:
-        """Raise ``StateError`` where an adapter that reads the base weight would find another one's update in it, or in a copy."""
-        if not merged and len(names) < 2:
-            return
-        for path, slot in self.slots.items():
-            shown = [name for name in names if name in slot.kept and name not in merged]
-            folded = [name for name in merged if name in slot.kept]
-            reads = [name for name in shown if isinstance(value := slot.kept[name], Adapter) and value.reads_base]
-            if reads and folded:
-                raise StateError(
-                    f"{path}: adapter {reads[0]!r} reads the base weight, in which {folded[0]!r} is merged; unmerge first"
-                )
-            copies = [name for name in (*folded, *shown) if not isinstance(slot.kept[name], Adapter)]
-            owner = self.slots.get(path.rpartition(".")[0])
-            if (
-                copies
-                and isinstance(slot.base, nn.Parameter)
-                and owner
-                and any(_shifts_bias(owner.kept.get(n)) for n in merged)
-            ):
-                raise StateError(
-                    f"{path}: adapter {copies[0]!r} trains this bias, and a merged lora_bias moves it; merge them one by one"
-                )
-            if len(copies) > 1:
-                raise StateError(
-                    f"{path}: adapters {copies} each train a copy of it, and copies cannot be added; activate one of them"
-                )
-
-    def forget(self, name: str) -> None:
+    def forget(self, change: Change, name: str) -> None:
         """Take adapter ``name`` out of the record; slots that are left empty go, with their base put back."""
         for slot in self.slots.values():
-            slot.kept.pop(name, None)
-        for path in [path for path, slot in self.slots.items() if not slot.kept]:
-            self.slots.pop(path).show(())
-        self.configs.pop(name, None)
-        self.variants.pop(name, None)
-        self.active = tuple(other for other in self.active if other != name)
-        self.show()
+            change.drop(slot.kept, name)
+        empty = {path for path, slot in self.slots.items() if not slot.kept}
+        for path in empty:
+            self.slots[path].show(change, (), parent=self.home(path))
+        if empty:
+            change.put(self, "slots", {path: slot for path, slot in self.slots.items() if path not in empty})
+        change.drop(self.configs, name)
+        change.drop(self.variants, name)
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Show exactly these adapters (their sum, on top of what is merged) and make exactly their parameters trainable."""
+    def activate(self, change: Change, names: Sequence[str]) -> None:
+        """Show exactly these adapters (their sum, on top of what is merged), and make them trainable and no other."""
         self.check_set(names)
         self.refuse_while_mixing()
-        self.check_stack(names, self.merged)
-        self.active = tuple(names)
-        for slot in self.slots.values():
-            for name, value in slot.kept.items():
+        check_stack(self.slots, names, self.merged)
+        for slot in self.slots.values():  # only what comes or goes: the others are frozen since they went
+            for name in dict.fromkeys((*self.active, *names)):
+                if (value := slot.kept.get(name)) is None:
+                    continue
                 for parameter in own_parameters(value):
-                    parameter.requires_grad_(name in names)
-        self.show()
+                    change.put(parameter, "requires_grad", name in names)
+                if name not in names and isinstance(value, Adapter):  # holds on to nothing that it stood on
+                    change.item(value._modules, "base_layer", slot.base)
+        change.put(self, "active", tuple(names))
+        self.settle(change)
 
-    def show(self) -> None:
-        """Bring the slots in line with ``active`` and ``merged``; what trains does not change."""
-        self.refuse_while_mixing()
-        active, merged = ((), ()) if self._bare else (self.active, self.merged)
+    def settle(self, change: Change) -> None:
+        """Bring the slots in line with ``active``, ``merged`` and ``blocks``; what trains does not change."""
+        (active, merged), mixing = ((), ()) if self.is_bare else (self.active, self.merged), self.mixing
         for slot in self.slots.values():
+            if not mixing:
+                change.put(slot, "over", None)
             if isinstance(slot.base, nn.Module):
-                slot.show(active, merged)
+                slot.show(change, active, merged)
         for path, slot in self.slots.items():
-            if isinstance(slot.base, nn.Parameter):  # a bias belongs to whatever layer stands there now
-                owner = self.slots.get(path.rpartition(".")[0])
-                layer = None if owner is None else owner.merged if merged and owner.merged is not None else owner.base
-                slot.show(active, merged, layer if isinstance(layer, nn.Module) else None)
+            if isinstance(slot.base, nn.Parameter):
+                slot.show(change, active, merged, self.home(path, bool(merged)))
 
-    @property
-    def is_bare(self) -> bool:
-        """Whether a ``bare`` block runs."""
-        return self._bare > 0
+    def home(self, path: str, merged: bool = False) -> nn.Module:
+        """The module that a slot lies in: a bias belongs to whatever layer stands there now."""
+        slot, owner = self.slots[path], self.slots.get(path.rpartition(".")[0])
+        if not isinstance(slot.base, nn.Parameter) or owner is None:
+            return slot.parent
+        layer = owner.merged if merged and owner.merged is not None else owner.base
+        return layer if isinstance(layer, nn.Module) else slot.parent
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """The model without any adapter, merged ones included, while the block runs; one inside another costs nothing."""
-        self.refuse_while_mixing()
-        self._bare += 1
+        """The model without any adapter, merged ones included, while the block runs; one inside another costs nothing.
+
+        It is the model that changes, so every thread sees it. Raises ``StateError`` while a batch mixes adapters.
+        """
+        block = Block()
         try:
-            if self._bare == 1:
-                self.show()
-            yield
+            try:  # twice, so that an interrupt on the way out cannot leave the model bare
+                with LOCK, Change() as change:
+                    self.refuse_while_mixing()
+                    change.put(self, "blocks", (*self.blocks, block))
+                    self.settle(change)
+                yield
+            finally:
+                self.leave(block)
         finally:
-            self._bare -= 1
-            if not self._bare:
-                try:
-                    self.show()
-                except BaseException:  # a Ctrl-C in the middle of it: the slots come first
-                    self.show()
-                    raise
+            self.leave(block)
 
-
-def _shifts_bias(value: Value | None) -> bool:
-    return isinstance(value, Adapter) and value.delta_bias() is not None
-
-
-def own_parameters(value: Value) -> Iterator[nn.Parameter]:
-    """The parameters that train: of an adapter all but its base layer's, of a copy all, a bias itself."""
-    if isinstance(value, nn.Parameter):
-        yield value
-    elif isinstance(value, Adapter):
-        yield from (p for name, p in value._parameters.items() if p is not None and name not in value.fixed)
-        for name, part in value._modules.items():
-            if name != "base_layer" and part is not None and (part._parameters or part._modules):
-                yield from part.parameters()
-    else:
-        yield from value.parameters()
+    def leave(self, block: Block) -> None:
+        """Close a block, and show what the model shows without it. Closing it again does nothing."""
+        block.open = False
+        if LOCK._is_owned():  # type: ignore[attr-defined]
+            # The garbage collector ends an abandoned generator in the middle of a change on this very thread: right after that change.
+            threading.Thread(target=self.leave, args=(block,)).start()
+            return
+        with LOCK, Change() as change:
+            if not all(other.open for other in self.blocks):
+                change.put(self, "blocks", tuple(other for other in self.blocks if other.open))
+                self.settle(change)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -220,7 +196,14 @@ def has_adapters(model: nn.Module) -> bool:
         raise StateError(
             f"the model is a {type(model).__name__}; wanted a torch module, such as hf.load_model(name) returns"
         )
-    return _ATTRIBUTE in model.__dict__
+    return _ATTRIBUTE in unwrapped(model).__dict__
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile(model)`` returned, whose paths have no ``_orig_mod`` in them; any other model itself."""
+    while set(model._modules) == {"_orig_mod"}:
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    return model
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -229,15 +212,16 @@ def adapters_of(model: nn.Module) -> Adapters:
         raise StateError(
             f"{type(model).__name__} has no adapters; call minilora.inject(model, LoraConfig(...)) or get_peft_model first"
         )
-    return model.__dict__[_ATTRIBUTE]
+    return unwrapped(model).__dict__[_ATTRIBUTE]
 
 
-def attach(model: nn.Module, adapters: Adapters) -> None:
+def attach(change: Change, model: nn.Module, adapters: Adapters) -> None:
     """Bind the record to the model (it is no submodule and never enters a state dict)."""
-    model.__dict__[_ATTRIBUTE] = adapters
+    change.item(unwrapped(model).__dict__, _ATTRIBUTE, adapters)
 
 
-def detach(model: nn.Module) -> None:
+def detach(change: Change, model: nn.Module) -> None:
     """Forget the record: the model is a plain model again, with whatever its slots hold now."""
+    change.classes(model)
     take_back(model)
-    del model.__dict__[_ATTRIBUTE]
+    change.drop(unwrapped(model).__dict__, _ATTRIBUTE)

@@ -8,7 +8,7 @@ of adapter libraries. Next file: ``lora/match.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from minilora.errors import ConfigError, TargetError, nearest
 
@@ -18,6 +18,19 @@ Selection = Sequence[str] | str
 def ends_with(path: str, entry: str) -> bool:
     """Whether ``entry`` names ``path`` by whole dotted components."""
     return path == entry or path.endswith("." + entry)
+
+
+def endings(path: str) -> Iterator[str]:
+    """All that can name ``path`` by whole dotted components: itself and what follows each dot in it."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def inside(path: str, places: Collection[str]) -> str | None:
+    """The outermost of ``places`` that is ``path`` or holds it; None if none does."""
+    parts = path.split(".")
+    return next((place for place in (".".join(parts[: n + 1]) for n in range(len(parts))) if place in places), None)
 
 
 def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
@@ -44,12 +57,15 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
         if not chosen:
             raise TargetError(f"{field}={wanted!r} matches no full path; paths look like {nearest(wanted, known)}")
         return chosen
+    entries = set(wanted)
+    named = {path: entries.intersection(endings(path)) for path in known}
+    meant = set().union(*named.values())
     for entry in wanted:
-        if not any(ends_with(path, entry) for path in known):
+        if entry not in meant:
             raise TargetError(
                 f"{field} entry {entry!r} matches nothing; the closest names are {nearest(entry, _names(known))}"
             )
-    return [path for path in known if any(ends_with(path, entry) for entry in wanted)]
+    return [path for path in known if named[path]]
 
 
 def check_form(wanted: Selection | None, field: str) -> None:

@@ -1,38 +1,56 @@
 """A different adapter for every row of a batch, in one forward.
 
-While such a batch runs, each adapted slot holds a ``MixedLayer`` with the factors of all adapters stacked. It picks each row's factors
-and takes one batched product; there is no loop over adapters. Which adapter a row wants comes with the call, in a context variable, so
-threads that serve different batches at the same time cannot mix them up.
+While such a batch runs, each adapted slot holds a ``MixedLayer`` in front of its usual content. For a call that named adapters it picks
+each row's factors out of a stack and takes one batched product; there is no loop over adapters. The stacks are built for the call, from
+the adapters that the call names and no other. Which adapter a row wants belongs to one model and one context: it comes in a context
+variable, as the rows of a block, so neither another thread's forward nor another model's sees it.
+
+A block covers the code that runs in its context, tasks and ``asyncio.to_thread`` started inside it included, as long as it is open.
+Of several blocks of one model the innermost counts. A generator that holds a block and is stepped from several contexts (a web server
+steps it from a thread each time) has its rows in the first of them only: name the adapters with each call there,
+``model(x, adapter_names=[...])``. However it ends, closed elsewhere or by the garbage collector, its block ends with it.
 Next file: ``training/loop.py``.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.linear.layers import embed_scale
+from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
-from minilora.lora.slots import Adapters, Slot, adapters_of
+from minilora.lora.change import LOCK, Change
+from minilora.lora.slot import Slot
+from minilora.lora.slots import Adapters, Block, adapters_of
 
 __all__ = ["BASE", "batch_adapters"]
 
 BASE = "__base__"  # the name that stands for no adapter
-_LOCK = threading.RLock()  # installing and removing mixed layers; never held during a forward
+Factors = tuple[Tensor, Tensor]
 
 
-@dataclass
-class _Rows:
-    """The rows of the running call: index of each row's adapter in the stacks, kept once per device."""
+@dataclass(eq=False, kw_only=True)
+class Rows(Block):
+    """The rows of one block: whose they are, each row's place in the stacks, and the stacks.
 
-    index: list[int]
+    Attributes:
+        stacks: by path of the slot ``(A [names + 1, r, in], B [names + 1, out, r])``: scaled, ranks filled up with zeros, the last row zero
+            for the base; None where none of the names adapts the layer.
+        on: ``index`` as a tensor, kept once per device.
+    """
+
+    adapters: Adapters
+    index: Sequence[int]
+    mixes: bool = True
+    stacks: dict[str, Factors | None] = field(default_factory=dict)
     on: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def pick(self, x: Tensor) -> Tensor:
@@ -47,57 +65,143 @@ class _Rows:
         return self.on[x.device].repeat_interleave(repeats) if repeats > 1 else self.on[x.device]
 
 
-_rows: ContextVar[_Rows | None] = ContextVar("minilora_batch_rows", default=None)
+# Every block that this context is in, outermost first, closed ones of other contexts among them.
+_blocks: ContextVar[tuple[Rows, ...]] = ContextVar("minilora_batch_rows", default=())
+
+
+def _rows_of(adapters: Adapters) -> Rows | None:
+    """The innermost open block of this context for the model with this record."""
+    for rows in reversed(_blocks.get()):
+        if rows.adapters is adapters and rows.open:
+            return rows
+    return None
 
 
 class MixedLayer(nn.Module):
     """Stands in a slot during mixed batches: the usual content for calls that name no adapters, the base plus picked rows for others.
 
-    Attributes:
-        A: ``[adapters + 1, r, in]``, B: ``[adapters + 1, out, r]``: scaled, ranks filled up with zeros, the last row zero for the base.
+    Its parameters and children are the usual content's own, so a state dict that another thread takes meanwhile is the usual one.
     """
 
-    def __init__(self, slot: Slot, names: Sequence[str]) -> None:
+    def __init__(self, adapters: Adapters, slot: Slot) -> None:
         super().__init__()
-        self.usual: nn.Module = getattr(slot.parent, slot.attr)
-        self.base: nn.Module = slot.base  # type: ignore[assignment]
-        self.is_table = isinstance(slot.base, nn.Embedding)
-        self.scale = embed_scale(self.base)
-        pairs = [_low_rank(slot, name) for name in names]
-        known = next((pair for pair in pairs if pair is not None), None)
-        self.A: Tensor | None = None
-        if known is None:  # nobody adapts this layer: every row gets the base
-            return
-        r = max(len(pair[0]) for pair in pairs if pair is not None)
-        self.A = known[0].new_zeros(len(names) + 1, r, known[0].shape[1])
-        self.B = known[1].new_zeros(len(names) + 1, known[1].shape[0], r)
-        for place, pair in enumerate(pairs):
-            if pair is not None:
-                self.A[place, : len(pair[0])], self.B[place, :, : len(pair[0])] = pair
+        usual: nn.Module = slot.parent._modules[slot.attr]  # type: ignore[assignment]
+        own = self.__dict__  # not through setattr, which would make them children
+        own.update(adapters=adapters, path=slot.path, usual=usual, base=slot.base, scale=embed_scale(slot.base))  # type: ignore[arg-type]
+        own.update({name: usual.__dict__[name] for name in ("_parameters", "_buffers", "_modules", "training")})
+        own["_non_persistent_buffers_set"] = usual._non_persistent_buffers_set
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = _rows.get()
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = _rows_of(self.adapters)
         if rows is None:
-            return self.usual(x)
-        pick, base = rows.pick(x), self.base(x)
-        if self.A is None:
+            return self.usual(x, *args, **kwargs)
+        pick, base = rows.pick(x), self.base(x, *args, **kwargs)
+        if (stack := rows.stacks.get(self.path)) is None:
             return base
-        flat = x.reshape(len(pick), -1) if self.is_table else x.reshape(len(pick), -1, x.shape[-1])
-        if self.is_table:
-            thin = self.B[pick[:, None], flat].to(base.dtype)
-            update = torch.bmm(thin, self.A[pick].to(base.dtype)) * self.scale
+        A, B = stack
+        if isinstance(self.base, nn.Embedding):
+            thin = B[pick[:, None], x.reshape(len(pick), -1)].to(base.dtype)
+            update = torch.bmm(thin, A[pick].to(base.dtype)) * self.scale
         else:
-            thin = torch.bmm(flat, self.A[pick].to(x.dtype).transpose(1, 2))
-            update = torch.bmm(thin, self.B[pick].to(x.dtype).transpose(1, 2))
+            thin = torch.bmm(x.reshape(len(pick), -1, x.shape[-1]), A[pick].to(x.dtype).transpose(1, 2))
+            update = torch.bmm(thin, B[pick].to(x.dtype).transpose(1, 2))
         return base + update.view_as(base)
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for models that look at its dtype."""
-        return self.base.weight  # type: ignore[return-value]
+        """For models that look at its dtype; one weight cannot be another one for every row, so nobody computes with it."""
+        if _rows_of(self.adapters) is None:
+            return self.usual.weight
+        stored: Tensor = self.base.weight
+        return shown_weight(_refuse_to_read, stored.shape, stored.dtype, stored.device)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks a layer for (sizes, a bias) is what its usual content answers."""
+        if "usual" not in self.__dict__:  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.usual, name)
 
 
-def _low_rank(slot: Slot, name: str) -> tuple[Tensor, Tensor] | None:
+def _refuse_to_read() -> Tensor:
+    raise StateError(
+        "a layer's weight is read by its model and the layer not called, so it cannot differ from row to row; use set_adapter instead"
+    )
+
+
+@contextmanager
+def batch_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside the block every forward of this context gives row ``i`` of the batch the adapter ``names[i]``; "__base__" means none.
+
+    The values are the adapters' at the start of the block.
+
+    Raises:
+        StateError: an unknown name, training mode, merged adapters, a model without adapters in a ``disable_adapter`` block, or an adapter
+            whose update is no low-rank product (DoRA).
+    """
+    adapters = adapters_of(model)
+    if not names:
+        raise StateError("no adapter names; wanted one for each row of the batch")
+    if model.training:
+        raise StateError("batches that mix adapters are for inference; call model.eval() first")
+    wanted = list(dict.fromkeys(name for name in names if name != BASE))
+    rows = Rows(adapters=adapters, index=[len(wanted) if name == BASE else wanted.index(name) for name in names])
+    try:
+        try:  # twice, so that an interrupt on the way out cannot leave the block open
+            with LOCK, Change() as change:
+                _enter(change, adapters, rows, wanted)
+            _blocks.set((*(other for other in _blocks.get() if other.open), rows))
+            yield
+        finally:
+            _leave(rows)
+    finally:
+        _leave(rows)
+
+
+def _enter(change: Change, adapters: Adapters, rows: Rows, names: Sequence[str]) -> None:
+    """Build the block's stacks; put mixed layers into the slots that have none, for the first of the blocks that run now all."""
+    adapters.check(names)
+    if adapters.is_bare:
+        raise StateError("adapters are disabled here; leave disable_adapter() before mixing adapters in a batch")
+    if adapters.merged:
+        raise StateError(f"adapters {list(adapters.merged)} are merged; unmerge before mixing adapters in a batch")
+    for path, slot in adapters.slots.items():
+        if shown := [
+            name for name in adapters.active if name in slot.kept and not isinstance(slot.kept[name], Adapter)
+        ]:
+            raise StateError(
+                f"adapter {shown[0]!r} is active and trains a copy of {path}, which every row would get; activate another"
+            )
+        rows.stacks[path] = _stack(slot, names)
+    first = not adapters.mixing
+    for slot in adapters.slots.values():
+        if isinstance(slot.base, nn.Module) and (first or slot.over is None):
+            change.put(slot, "over", MixedLayer(adapters, slot))
+    change.put(adapters, "blocks", (*adapters.blocks, rows))
+    adapters.settle(change)
+
+
+def _leave(rows: Rows) -> None:
+    """Close the block, wherever this runs, and forget it in this context. Closing it again does nothing."""
+    rows.adapters.leave(rows)
+    _blocks.set(tuple(other for other in _blocks.get() if other.open))
+
+
+def _stack(slot: Slot, names: Sequence[str]) -> Factors | None:
+    """The factors of these adapters at one slot, stacked; None where none of them has any."""
+    pairs = [_low_rank(slot, name) for name in names]
+    known = next((pair for pair in pairs if pair is not None), None)
+    if known is None:
+        return None
+    r = max(len(pair[0]) for pair in pairs if pair is not None)
+    A = known[0].new_zeros(len(names) + 1, r, known[0].shape[1])
+    B = known[1].new_zeros(len(names) + 1, known[1].shape[0], r)
+    for place, pair in enumerate(pairs):
+        if pair is not None:
+            A[place, : len(pair[0])], B[place, :, : len(pair[0])] = pair
+    return A, B
+
+
+def _low_rank(slot: Slot, name: str) -> Factors | None:
     """The adapter's scaled factors at this slot; None where it has none."""
     value = slot.kept.get(name)
     if value is None:
@@ -111,77 +215,3 @@ def _low_rank(slot: Slot, name: str) -> tuple[Tensor, Tensor] | None:
     except StateError as error:
         raise StateError(f"adapter {name!r}, {slot.path}: {error}") from None
     return A.detach(), B.detach()
-
-
-@contextmanager
-def batch_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside the block every forward of this thread gives row ``i`` of the batch the adapter ``names[i]``; "__base__" means none.
-
-    Raises:
-        StateError: an unknown name, training mode, merged adapters, or an adapter whose update is no low-rank product (DoRA).
-    """
-    adapters = adapters_of(model)
-    adapters.check(name for name in names if name != BASE)
-    if not names:
-        raise StateError("no adapter names; wanted one for each row of the batch")
-    if model.training:
-        raise StateError("batches that mix adapters are for inference; call model.eval() first")
-    order = list(adapters.configs)
-    index = [len(order) if name == BASE else order.index(name) for name in names]
-    _enter(adapters, set(names) - {BASE})
-    token = _rows.set(_Rows(index))
-    try:
-        yield
-    finally:
-        _rows.reset(token)
-        _leave(adapters)
-
-
-def _enter(adapters: Adapters, names: set[str]) -> None:
-    """Put mixed layers into the slots for the first of the calls that run now."""
-    with _LOCK:
-        if adapters.is_bare:
-            raise StateError("adapters are disabled here; leave disable_adapter() before mixing adapters in a batch")
-        if adapters.merged:
-            raise StateError(f"adapters {list(adapters.merged)} are merged; unmerge before mixing adapters in a batch")
-        if adapters.mixing and not names <= adapters.mixable:
-            raise StateError(
-                f"adapters {sorted(names)}: the batches that run now were prepared without one of them; try again after them"
-            )
-        if not adapters.mixing:
-            adapters.mixable = _install(adapters, names)
-        adapters.mixing += 1
-
-
-def _install(adapters: Adapters, wanted: set[str]) -> set[str]:
-    """Build a mixed layer for every slot from the adapters that can be mixed, ``wanted`` among them; returns their names."""
-    for path, slot in adapters.slots.items():
-        if shown := [
-            name for name in adapters.active if name in slot.kept and not isinstance(slot.kept[name], Adapter)
-        ]:
-            raise StateError(
-                f"adapter {shown[0]!r} is active and trains a copy of {path}, which every row would get; activate another"
-            )
-    able = set(adapters.configs)
-    for slot in adapters.slots.values():
-        for name in slot.kept:
-            try:
-                _low_rank(slot, name)
-            except StateError:
-                if name in wanted:
-                    raise
-                able.discard(name)
-    order = [name if name in able else "" for name in adapters.configs]
-    modules = [slot for slot in adapters.slots.values() if isinstance(slot.base, nn.Module)]
-    # Built anew each time: parameters can change in ways that leave no trace (a fused optimizer, writes to .data).
-    layers = [MixedLayer(slot, order).eval() for slot in modules]
-    for slot, layer in zip(modules, layers, strict=True):
-        setattr(slot.parent, slot.attr, layer)
-    return able
-
-
-def _leave(adapters: Adapters) -> None:
-    with _LOCK:
-        adapters.mixing -= 1
-        if not adapters.mixing:
-            adapters.show()

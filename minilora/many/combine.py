@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, StateError, nearest
 from minilora.files import validate
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import Adapters, Value, adapters_of, own_parameters
+from minilora.lora.slot import Value
+from minilora.lora.slots import Adapters, adapters_of
 from minilora.lora.targets import exactly
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.residual import ResidualLoRA
@@ -75,7 +77,7 @@ def add_weighted_adapter(
         record.configs[adapters[0]],
         r=rank,
         lora_alpha=rank,
-        target_modules=exactly(tuple(by_path), _known_paths(model)),
+        target_modules=exactly(tuple(by_path), [path for path, _ in Bare(model).named_modules() if path]),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -89,9 +91,6 @@ def add_weighted_adapter(
         for path, value in values.items():
             _fill(value, by_path[path], combination_type, density, majority_sign_method)
     place(model, config, adapter_name, values, "lora", activate=False)
-    for value in values.values():
-        for parameter in own_parameters(value):
-            parameter.requires_grad_(False)
 
 
 def _check(
@@ -202,11 +201,6 @@ def _scaled_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     return (B.T, A.T) if isinstance(adapter, LoRAEmbedding) else (A, B)
 
 
-def _known_paths(model: nn.Module) -> list[str]:
-    with adapters_of(model).bare():
-        return [path for path, _ in model.named_modules() if path]
-
-
 def _scaling(adapter: Any) -> float:
     return adapter.scaling
 
@@ -227,7 +221,7 @@ def _sum(
 ) -> Tensor:
     """The weighted sum of pruned tensors; with ``elect`` only of values with the majority's sign, divided by their number."""
     stack = torch.stack([_pruned(tensor, pruning, density or 1.0) for tensor in tensors])
-    factor = torch.tensor(list(weights), device=stack.device).view(-1, *[1] * (stack.dim() - 1))
+    factor = torch.tensor(list(weights), dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.dim() - 1))
     if not elect:
         return (stack * factor).sum(0)
     votes = stack.sum(0) if majority == "total" else stack.sign().sum(0)
@@ -241,6 +235,6 @@ def _pruned(tensor: Tensor, pruning: str | None, density: float) -> Tensor:
         return tensor
     if pruning == "random":
         return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
-    kept = torch.zeros(tensor.numel(), device=tensor.device)
+    kept = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     kept[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
     return tensor * kept.view_as(tensor)

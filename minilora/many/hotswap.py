@@ -5,16 +5,17 @@ A new scaling is folded into B, and a smaller rank is filled up with zeros, so t
 
 from __future__ import annotations
 
+import copy
 import os
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, StateError
+from minilora.lora.change import LOCK, Change
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
-from minilora.store.fill import all_or_nothing
 from minilora.store.load import WEIGHTS_FILE, load_values, read_adapter, refuse_other_base
 
 __all__ = ["hotswap_adapter"]
@@ -70,23 +71,25 @@ def hotswap_adapter(
             raise CheckpointError(
                 f"{where}: {path} starts from another part of the weight than the present adapter; use load_adapter"
             )
-    held = (getattr(old, name) for old in present.values() if isinstance(old, LoRALinear) for name in old.file_names)
-    with all_or_nothing(tensor for tensor in held if tensor is not None):
+    with LOCK, Change() as change:
+        adapters.check([adapter_name])
         for path, old in present.items():
-            new = incoming.get(path)
             assert isinstance(old, LoRALinear)  # checked above
-            _overwrite(old, new if isinstance(new, LoRALinear) else None)
+            new = incoming.get(path)
+            for name, values in _in_scaling_of(old, new if isinstance(new, LoRALinear) else None).items():
+                change.overwrite(getattr(old, name), values)
 
 
-def _overwrite(old: LoRALinear, new: LoRALinear | None) -> None:
-    """Every saved tensor of ``old`` from ``new``, B and its bias in ``old``'s scaling."""
-    old.reset()
-    if new is None:
-        return
-    ratio = new.scaling / old.scaling
-    old.lora_A.zero_()[: new.r] = new.lora_A
-    old.lora_B[:, : new.r] = new.lora_B * ratio
-    if old.lora_bias is not None and new.lora_bias is not None:
-        old.lora_bias.copy_(new.lora_bias * ratio)
-    for name in old.file_names.keys() - {"lora_A", "lora_B", "lora_bias"}:
-        getattr(old, name).copy_(getattr(new, name))
+def _in_scaling_of(old: LoRALinear, new: LoRALinear | None) -> dict[str, Tensor]:
+    """What every saved tensor of ``old`` becomes: ``new``'s, B and its bias in ``old``'s scaling; without ``new`` no update at all."""
+    again = copy.deepcopy(old, {id(old.base_layer): old.base_layer})
+    again.reset()
+    if new is not None:
+        ratio = new.scaling / old.scaling
+        again.lora_A.zero_()[: new.r] = new.lora_A
+        again.lora_B[:, : new.r] = new.lora_B * ratio
+        if again.lora_bias is not None and new.lora_bias is not None:
+            again.lora_bias.copy_(new.lora_bias * ratio)
+        for name in old.file_names.keys() - {"lora_A", "lora_B", "lora_bias"}:
+            getattr(again, name).copy_(getattr(new, name))
+    return {name: tensor for name in old.file_names if (tensor := getattr(again, name)) is not None}

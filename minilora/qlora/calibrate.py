@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError
+from minilora.lora.change import Change
 from minilora.lora.match import ALL_LINEAR
+from minilora.lora.slots import unwrapped
 from minilora.lora.targets import Selection
 from minilora.qlora.quantize_model import quantizable_paths
 
@@ -46,29 +48,31 @@ def calibrate(
             rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
             if kept[0] is not None and len(kept[0]) == len(rows):
                 rows = rows[kept[0]]
-            sums[path] = sums.get(path, torch.zeros((), device=rows.device)) + rows.square().sum(0)
+            sums[path] = sums.get(path, torch.zeros((), dtype=torch.float32, device=rows.device)) + rows.square().sum(0)
             counts[path] = counts.get(path, 0) + len(rows)
 
         return hook
 
     paths = quantizable_paths(model, target_modules)
-    handles = [model.get_submodule(path).register_forward_pre_hook(listen(path)) for path in paths]
-    training = model.training
-    model.eval()
+    change = Change()
     try:
-        for batch in batches:
-            if not isinstance(batch, (Tensor, Mapping)):
-                raise QuantizationError(
-                    f"calibrate: a batch is a {type(batch).__name__}; wanted token ids [batch, length], or a dict of arguments"
-                )
-            options = dict(batch) if isinstance(batch, Mapping) else {}
-            mask = options.get("attention_mask")
-            kept[0] = None if mask is None else mask.reshape(-1).bool()
-            model(**options) if options else model(batch)
+        try:  # twice, so that an interrupt on the way out cannot leave a hook
+            for path in paths:
+                change.item(unwrapped(model).get_submodule(path)._forward_pre_hooks, "minilora.calibrate", listen(path))  # type: ignore[arg-type]
+            change.train(model, False)
+            for batch in batches:
+                if not isinstance(batch, (Tensor, Mapping)):
+                    raise QuantizationError(
+                        f"calibrate: a batch is a {type(batch).__name__}; wanted token ids [batch, length], or a dict of arguments"
+                    )
+                options = dict(batch) if isinstance(batch, Mapping) else {}
+                mask = options.get("attention_mask")
+                kept[0] = None if mask is None else mask.reshape(-1).bool()
+                model(**options) if options else model(batch)
+        finally:
+            change.take_back()
     finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+        change.take_back()
     silent = [path for path in paths if not counts.get(path)]
     if silent:
         raise QuantizationError(f"calibrate: {silent[0]} saw no input; give at least one batch that runs every layer")

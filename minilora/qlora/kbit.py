@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError
-from minilora.linear.layers import extended, revive
+from minilora.linear.fronts import Front, put_in_front
+from minilora.linear.packed import dtype_after
+from minilora.lora.bases import refuse_nested
+from minilora.lora.change import LOCK, Change
 from minilora.lora.slots import has_adapters
 
 __all__ = ["checkpoint_activations", "dtype_on_disk", "prepare_model_for_kbit_training"]
@@ -22,17 +25,21 @@ __all__ = ["checkpoint_activations", "dtype_on_disk", "prepare_model_for_kbit_tr
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class _InFloat32(nn.Module):
-    """Put in front of a norm's class: computes in its own dtype and hands on the one that it was given."""
+class _InFloat32(Front):
+    """Put in front of a norm's class: computes in its own dtype and hands on the one that it was given.
+
+    A model that casts to the norm's own dtype (Mamba) gives it fp32, and gets back what the norm had before it was raised.
+    """
 
     given_dtype: torch.dtype
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = super().forward(x.to(self.weight.dtype), *args, **kwargs)  # type: ignore[arg-type]
-        return out.to(x.dtype)
+        return out.to(self.given_dtype if x.dtype == torch.float32 else x.dtype)
 
-    def __reduce__(self) -> tuple:
-        return revive, (_InFloat32, type(self).__mro__[2]), self.__dict__
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.given_dtype = dtype_after(fn, self.given_dtype, self.weight.device)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)
 
 
 def dtype_on_disk(module: nn.Module) -> torch.dtype | None:
@@ -62,14 +69,19 @@ def prepare_model_for_kbit_training(
         raise ConfigError(f"upcast={upcast!r}: wanted 'norms', 'all' (as PEFT) or 'none'")
     if has_adapters(model):
         raise StateError("the model has adapters, which this would freeze; call it before get_peft_model")
-    model.requires_grad_(False)
-    for module in model.modules() if upcast == "norms" else ():
-        if type(module).__name__.lower().endswith("norm") and _halves(module) and not next(module.children(), None):
-            _raise(module)
-    for parameter in _halves(model) if upcast == "all" else ():
-        parameter.data = parameter.data.float()
-    if use_gradient_checkpointing:
-        checkpoint_activations(model, gradient_checkpointing_kwargs)
+    refuse_nested(model.named_modules())
+    with LOCK, Change() as change:
+        for parameter in model.parameters():
+            change.put(parameter, "requires_grad", False)
+        for module in model.modules() if upcast == "norms" else ():
+            if _is_norm(module) and _halves(module):
+                _raise(change, module)
+        for parameter in _halves(model) if upcast == "all" else ():
+            change.put(parameter, "data", parameter.data.float())
+        if use_gradient_checkpointing:
+            for module in model.modules():
+                change.watch(module)
+            checkpoint_activations(model, gradient_checkpointing_kwargs)
     return model
 
 
@@ -92,13 +104,24 @@ def checkpoint_activations(model: Any, options: dict[str, Any] | None = None) ->
         model.enable_input_require_grads()
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """By its name (LayerNorm, LlamaRMSNorm, MambaRMSNormGated): one that holds its weight itself and computes nothing else."""
+    named = "norm" in type(module).__name__.lower() and not isinstance(module, (nn.Linear, nn.Embedding))
+    return named and "weight" in module._parameters and not next(module.children(), None)
+
+
 def _halves(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.dtype in _HALF]
 
 
-def _raise(norm: Any) -> None:
+def _raise(change: Change, norm: Any) -> None:
     kind = norm.weight.dtype
-    norm.float()
+    for parameter in norm.parameters():
+        change.put(parameter, "data", parameter.data.float())
+    for name, buffer in norm.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            change.item(norm._buffers, name, buffer.float())
     if not isinstance(norm, _InFloat32):
-        norm.__class__ = extended(_InFloat32, type(norm))  # type: ignore[arg-type]
-        norm.given_dtype = kind
+        change.keep(norm, "__class__")
+        put_in_front(norm, _InFloat32)
+    change.put(norm, "given_dtype", kind)

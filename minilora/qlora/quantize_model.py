@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from minilora.errors import QuantizationError, StateError, TargetError
 from minilora.linear.layers import QuantLinear, dense_weight, is_linear, is_quantized
+from minilora.lora.bases import refuse_nested, refuse_to_replace
+from minilora.lora.change import LOCK, Change
 from minilora.lora.inject import slot_at
 from minilora.lora.match import ALL_LINEAR, linear_paths, refuse_unfit
-from minilora.lora.slots import has_adapters
+from minilora.lora.slots import has_adapters, unwrapped
 from minilora.lora.targets import Selection, select
 from minilora.quant.blockwise import check_quantizable
 from minilora.quant.config import QuantConfig, quant_config
@@ -45,29 +47,27 @@ def quantize_model(
     config = quant_config(config)
     paths = quantizable_paths(model, target_modules)
     for path in paths:  # all of them before the first is replaced
-        check_quantizable(dense_weight(model.get_submodule(path)), path + ".weight")
+        check_quantizable(dense_weight(unwrapped(model).get_submodule(path)), path + ".weight")
         if config.scale == "weighted" and path not in (importance or {}):
             raise QuantizationError(
                 f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"
             )
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
     slots = [slot_at(modules, path) for path in paths]
     packed = [
         QuantLinear.from_linear(slot.base, config, slot.path + ".weight", (importance or {}).get(slot.path))  # type: ignore[arg-type]
         for slot in slots
     ]
-    try:
+    with LOCK, Change() as change:
         for slot, layer in zip(slots, packed, strict=True):
-            setattr(slot.parent, slot.attr, layer.train(model.training))
-    except BaseException:
-        for slot in slots:
-            setattr(slot.parent, slot.attr, slot.base)
-        raise
+            change.item(slot.parent._modules, slot.attr, layer.train(model.training))
     return model
 
 
 def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     """Paths of the layers to quantize; one that is packed already is passed over by "all-linear" and refused by name."""
+    model = unwrapped(model)
+    refuse_nested(model.named_modules())
     modules = {path: module for path, module in model.named_modules() if path}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         paths = [path for path in linear_paths(model) if not is_quantized(modules[path])]
@@ -78,6 +78,8 @@ def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
         raise TargetError(
             f"{tables[0]} is an Embedding, whose rows are looked up one by one; quantize linear layers only"
         )
+    for path in paths:
+        refuse_to_replace(path, modules[path])
     if packed := [path for path in paths if is_quantized(modules[path])]:
         raise TargetError(f"{packed[0]} is quantized already; leave it out of target_modules")
     if not paths:

@@ -7,12 +7,10 @@ Next file: ``quant/lookup.py``.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from minilora.errors import QuantizationError
+from minilora.errors import QuantizationError, warn
 from minilora.quant.codebooks import constant, dynamic_map
 
 NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
@@ -37,10 +35,9 @@ def has_outlier(absmax: Tensor, name: str) -> bool:
     above = (padded.amax(1) / usual).nan_to_num(nan=0.0)
     if not bool((above > _OUTLIER).any()):
         return False
-    warnings.warn(
+    warn(
         f"{name}: a scale is {float(above.max()):.3g} times as large as most around it, so the scales of this tensor stay in fp32; "
-        "those of the others are packed",
-        stacklevel=3,
+        "those of the others are packed"
     )
     return True
 

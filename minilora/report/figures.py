@@ -41,7 +41,7 @@ __all__ = [
 
 STEP, NATS, RATIO = "optimizer step", "loss (nats per token)", "‖ΔW‖ / ‖W‖"
 CURVES = {  # key of a record: what it is, and the label of its axis
-    "lr": ("Learning rate", "factor of each update"),
+    "lr": ("Learning rate", "learning rate"),
     "grad_norm": ("Gradient norm", "L2 norm, all trained parameters"),
     "tokens_per_s": ("Throughput", "tokens per second"),
     "rss_mb": ("Memory of the process", "resident memory (MB)"),

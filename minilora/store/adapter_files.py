@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, warn
 from minilora.files import validate
 from minilora.files.parse import parse_json, parse_tensors
-from minilora.files.read import read_files
+from minilora.files.read import read_files, refuse_path
 from minilora.lora.config import LoraConfig, unknown_keys
 from minilora.quant.finite import is_finite
 from minilora.store.fingerprint import is_fingerprint
@@ -101,6 +100,7 @@ def read_adapter(
         CheckpointError: a file is missing, damaged, or holds what no adapter holds; the message names it. ConfigError: likewise a field.
     """
     place = Path(folder)
+    refuse_path(place)
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; wanted one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     _refuse_pickle(place)
@@ -178,7 +178,7 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
         )
     if ignored:
         listed = ", ".join(repr(key[:60]) for key in ignored[:8])
-        warnings.warn(f"{path}: minilora does not know {listed} and ignores it, as PEFT would", stacklevel=4)
+        warn(f"{path}: minilora does not know {listed} and ignores it, as PEFT would")
     known = {key: value for key, value in content.items() if key not in foreign}
     return LoraConfig.from_dict(known, str(path)), ignored
 

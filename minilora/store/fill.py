@@ -5,8 +5,7 @@ Next file: ``peft_model.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
-from minilora.lora.slots import Value, adapters_of, has_adapters
+from minilora.lora.bare import Bare
+from minilora.lora.change import LOCK, Change
+from minilora.lora.slot import Value
 from minilora.store.adapter_files import PREFIX, Stored
 from minilora.store.save import tensors_of
 
-__all__ = ["LoadReport", "all_or_nothing", "fill"]
+__all__ = ["LoadReport", "fill"]
 
 _SHOWN = 3  # names in a message
 
@@ -38,8 +39,8 @@ def fill(
     model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool, fresh: bool = False
 ) -> LoadReport:
     """Copy the file's tensors into adapters after comparing every name and shape; ``fresh`` ones are in no model yet."""
-    own = tensors_of(values)
-    tensors = {key: tensor for key, tensor in stored.tensors.items() if not _is_base_weight(model, key, tensor)}
+    own, bare = tensors_of(values), Bare(model)
+    tensors = {key: tensor for key, tensor in stored.tensors.items() if not _is_base_weight(bare, key, tensor)}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
     if strict and missing:
@@ -61,23 +62,14 @@ def fill(
             raise CheckpointError(f"{stored.path}: {key} is {kind}; wanted float32, float16 or bfloat16")
     fitting = sorted(own.keys() & tensors.keys() - set(wrong))
     _refuse_unequal_twins(own, tensors, fitting, stored.path)
-    with nullcontext() if fresh else all_or_nothing(own[key] for key in fitting):
+    if fresh:
         for key in fitting:
             own[key].copy_(tensors[key])
+    else:
+        with LOCK, Change() as change:
+            for key in fitting:
+                change.overwrite(own[key], tensors[key])
     return LoadReport(missing, extra, wrong)
-
-
-@contextmanager
-def all_or_nothing(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Tensors that are overwritten in the block get their values back if something stops it, an interrupt included."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, values in before:
-                tensor.copy_(values)
-        raise
 
 
 def _refuse_unequal_twins(
@@ -94,13 +86,15 @@ def _refuse_unequal_twins(
             )
 
 
-def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
+def _is_base_weight(bare: Bare, key: str, tensor: Tensor) -> bool:
     """Whether this is the unchanged weight of an adapted embedding, which PEFT saves along: it must be the model's own."""
     path, _, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
     if name != "weight":
         return False
-    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
-        own = dict(model.named_parameters(remove_duplicate=False)).get(f"{path}.weight")
+    try:
+        own = bare.get_parameter(f"{path}.weight")
+    except AttributeError:
+        own = None
     if own is None or own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
         raise CheckpointError(
             f"{key}: the file brings another base weight than the model has; load that base model, or resize this one"

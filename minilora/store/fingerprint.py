@@ -1,49 +1,92 @@
 """What an adapter remembers of its base model, so that another one of the same shapes is refused and not silently made worse.
 
-Kept are a hash of every parameter's name and shape (as dense weights, so that packing changes nothing) and a few values of some adapted
-layers. In another dtype the values are compared after the coarser one's rounding: exactly. Of a packed base they can only be close, so a
-close relative of the base (a fine-tuned one) is told apart only between dense models. Next file: ``store/save.py``.
+Kept are a hash of every parameter's name and shape (as dense weights, so that packing changes nothing), a few values of some adapted
+layers, and a print of every tensor that the adapter does not bring itself (``tensors.py``). In another dtype values are compared after
+the coarser one's rounding: exactly. Of a packed base they can only be close, so a close relative of the base (a fine-tuned one) is told
+apart only between dense models. Next file: ``store/save.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import struct
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
-from minilora.lora.slots import adapters_of, has_adapters
-from minilora.quant.quantized import decode_range
+from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
+from minilora.lora.slot import Value
+from minilora.lora.variants.tokens import TokenRows
+from minilora.store.tensors import (
+    CLOSE,
+    DENSE,
+    PACKED,
+    are_prints,
+    decoded,
+    floats,
+    hexadecimal,
+    other_tensors,
+    prints,
+    same,
+)
 
-__all__ = ["differs", "fingerprint", "is_fingerprint"]
+__all__ = ["brought_by", "differs", "fingerprint", "is_fingerprint", "strange_tensors"]
 
 _LAYERS = 8  # layers that are sampled
 _VALUES = 16  # of each
-_PACKED = "packed"
-_DENSE = ("float64", "float32", "float16", "bfloat16")
-_CLOSE = 0.9  # relative error that two bits per weight stay under; unrelated weights have 1 or more, mostly 1.4
+_SHOWN = 3  # names in a message
 
 
-def fingerprint(model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
-    """What to remember of the bare ``model`` under adapters at ``paths``: JSON values ``parameters`` and ``samples``."""
-    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
-        chosen = sorted(paths)
-        chosen = [chosen[at * len(chosen) // _LAYERS] for at in range(_LAYERS)] if len(chosen) > _LAYERS else chosen
-        samples = {path: found for path in chosen if (found := _sample(model.get_submodule(path)))}
-        return {"parameters": _parameters_hash(model), "samples": samples}
+def fingerprint(
+    model: nn.Module, paths: Sequence[str], brought: Mapping[str, Sequence[int] | None] | None = None
+) -> dict[str, Any]:
+    """What to remember of the bare ``model`` under adapters at ``paths``: JSON values ``parameters`` and ``samples``.
+
+    With ``brought``, what the adapter's file brings itself (``brought_by``), the prints of all other ``tensors`` too.
+    """
+    bare, chosen = Bare(model), sorted(paths)
+    chosen = [chosen[at * len(chosen) // _LAYERS] for at in range(_LAYERS)] if len(chosen) > _LAYERS else chosen
+    samples = {path: found for path in chosen if (found := _sample(bare.get_submodule(path)))}
+    whole = {"parameters": _parameters_hash(bare), "samples": samples}
+    return whole if brought is None else {**whole, "tensors": prints(bare, brought)}
 
 
-def _parameters_hash(model: nn.Module) -> str:
+def brought_by(values: Mapping[str, Value]) -> dict[str, Sequence[int] | None]:
+    """Names of the bare model's tensors that an adapter's values stand for: all of one (None), or some of its rows."""
+    found: dict[str, Sequence[int] | None] = {}
+    for path, value in values.items():
+        if isinstance(value, TokenRows):
+            found[f"{path}.weight"] = value.token_indices.tolist()
+        elif isinstance(value, nn.Parameter):
+            found[path] = None
+        elif not isinstance(value, Adapter):
+            found |= {f"{path}.{name}": None for name in value.state_dict()}
+    return found
+
+
+def strange_tensors(model: nn.Module, remembered: Mapping[str, Any]) -> str | None:
+    """Which tensors of the bare ``model`` are not those that a fingerprint remembers, in words; None if all are."""
+    names = other_tensors(Bare(model), remembered.get("tensors", {}))
+    if not names:
+        return None
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    held = "holds" if len(names) == 1 else "hold"
+    return (
+        f"{', '.join(names[:_SHOWN])}{more} {held} other values (what a checkpoint does not hold is drawn at random: save the base model "
+        "too, and load that one)"
+    )
+
+
+def _parameters_hash(bare: Bare) -> str:
     lines = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, tensor in module._parameters.items():
-            if tensor is not None and not (is_linear(module) and name != "bias"):
+    for named, module in bare.named_modules(remove_duplicate=False):
+        path = named.replace("._orig_mod", "")  # of a part that torch.compile wrapped
+        for name, tensor in bare.parameters_of(module):
+            if not (is_linear(module) and name != "bias"):
                 lines.append(f"{path}.{name} {list(tensor.shape)}")
         if is_linear(module):
             lines.append(f"{path}.weight {list(in_out_features(module)[::-1])}")
@@ -52,45 +95,32 @@ def _parameters_hash(model: nn.Module) -> str:
 
 def _sample(layer: nn.Module) -> list[str] | None:
     """``[dtype or "packed", values as hexadecimal little-endian fp32]``; None where the weight is not at hand."""
-    weight = layer.weight
+    weight = layer._parameters.get("weight")
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
     in_features, out_features = in_out_features(layer)
     count = in_features * out_features
     places = [(at * 2_654_435_761 + 12_345) % count for at in range(_VALUES)]
     if isinstance(layer, QuantLinear):
-        return [_PACKED, _hex(_decoded(layer, places, count))]
+        return [PACKED, hexadecimal(decoded(layer, places, count))]
     rows, columns = zip(*(divmod(place, in_features) for place in places), strict=True)
-    values = dense_weight(layer)[torch.tensor(rows), torch.tensor(columns)]
+    values = dense_weight(layer)[torch.tensor(rows, device="cpu"), torch.tensor(columns, device="cpu")]
     kind = str(values.dtype).removeprefix("torch.")
-    return [kind, _hex(values.float().tolist())] if kind in _DENSE else None
-
-
-def _decoded(layer: QuantLinear, places: Sequence[int], count: int) -> list[float]:
-    weight = layer.quantized()
-    scales, values = weight.scales(), []
-    for place in places:
-        start = place - place % weight.blocksize
-        block = torch.empty(min(weight.blocksize, count - start), device=scales.device)
-        decode_range(weight, scales, start, block)
-        values.append(block[place - start].item())
-    return values
-
-
-def _hex(values: Sequence[float]) -> str:
-    return struct.pack(f"<{len(values)}f", *values).hex()
+    return [kind, hexadecimal(values.float().tolist())] if kind in DENSE else None
 
 
 def is_fingerprint(value: Any) -> bool:
     """Whether a JSON value has the form that ``fingerprint`` gives it."""
-    if not isinstance(value, dict) or value.keys() != {"parameters", "samples"}:
+    if not isinstance(value, dict) or value.keys() - {"tensors"} != {"parameters", "samples"}:
+        return False
+    if not are_prints(value.get("tensors", {})):
         return False
     parameters, samples = value["parameters"], value["samples"]
     return isinstance(parameters, str) and isinstance(samples, dict) and all(map(_is_sample, samples.values()))
 
 
 def _is_sample(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or value[0] not in (_PACKED, *_DENSE):
+    if not isinstance(value, list) or len(value) != 2 or value[0] not in (PACKED, *DENSE):
         return False
     return isinstance(value[1], str) and re.fullmatch(rf"([0-9a-f]{{8}}){{{_VALUES}}}", value[1]) is not None
 
@@ -104,24 +134,10 @@ def differs(remembered: Mapping[str, Any], found: Mapping[str, Any]) -> str | No
         if path not in found["samples"]:
             continue
         here, now = found["samples"][path]
-        before, after = (torch.tensor(_floats(text)) for text in (values, now))
-        if _PACKED in (kind, here):
+        before, after = (torch.tensor(floats(text), dtype=torch.float32, device="cpu") for text in (values, now))
+        if PACKED in (kind, here):
             error, size = error + float((before - after).square().sum()), size + float(before.square().sum())
-        elif not _same(before, kind, after, here):
+        elif not same(before, kind, after, here):
             at = int((before != after).nonzero()[0])
             return f"{path}.weight holds {after[at].item():.6g} where the adapter remembers {before[at].item():.6g}"
-    return "its weights are not those that were packed" if error > _CLOSE**2 * size else None
-
-
-def _same(before: Tensor, kind: str, after: Tensor, here: str) -> bool:
-    """Whether dense values agree once both are rounded to the coarser of their dtypes."""
-    for name in {kind, here} & {"float16", "bfloat16"}:
-        dtype = getattr(torch, name)
-        before, after = before.to(dtype).float(), after.to(dtype).float()
-    tolerance = 2**-7 if {kind, here} == {"float16", "bfloat16"} else 0.0
-    return torch.allclose(before, after, rtol=tolerance, atol=0.0, equal_nan=True)
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    raw = bytes.fromhex(text)
-    return struct.unpack(f"<{len(raw) // 4}f", raw)
+    return "its weights are not those that were packed" if error > CLOSE**2 * size else None

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError
 from minilora.linear.layers import in_out_features
 from minilora.lora.adapter import Adapter, variant
+from minilora.lora.bare import Bare
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build, place
 from minilora.lora.match import ALL_LINEAR, match
-from minilora.lora.slots import Value, adapters_of, has_adapters, own_parameters
+from minilora.lora.slot import Value
+from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.store.adapter_files import (
     CONFIG_FILE,
@@ -33,7 +34,7 @@ from minilora.store.adapter_files import (
     refuse_regexes,
 )
 from minilora.store.fill import LoadReport, fill
-from minilora.store.fingerprint import differs, fingerprint
+from minilora.store.fingerprint import differs, fingerprint, strange_tensors
 from minilora.store.save import adapter_state_dict, made_with_of, save_adapter, saved_config
 
 __all__ = [
@@ -85,16 +86,27 @@ def load_adapter(
             file was saved on another base model. ConfigError, TargetError, StateError: as ``read_adapter`` and
             ``inject``. The model is then as it was.
     """
-    stored = read_adapter(folder, config, expect_sha256)
-    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
-        values, report = load_values(model, stored, adapter_name, strict)
-        refuse_other_base(model, stored, allow_other_base)
-    place(model, stored.config, adapter_name, values, stored.variant, activate)
-    if not is_trainable:
-        for value in values.values():
-            for parameter in own_parameters(value):
-                parameter.requires_grad_(False)
+    stored, values, report = prepare_adapter(
+        model, folder, adapter_name, strict, config, expect_sha256, allow_other_base
+    )
+    place(model, stored.config, adapter_name, values, stored.variant, activate, is_trainable and activate)
     return report
+
+
+def prepare_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str,
+    strict: bool = True,
+    config: LoraConfig | None = None,
+    expect_sha256: str | None = None,
+    allow_other_base: bool = False,
+) -> tuple[Stored, dict[str, Value], LoadReport]:
+    """What ``load_adapter`` does before it touches the model: the folder, what goes into each slot, what was left out. Raises as it."""
+    stored = read_adapter(folder, config, expect_sha256)
+    values, report = load_values(model, stored, adapter_name, strict)
+    refuse_other_base(model, stored, allow_other_base)
+    return stored, values, report
 
 
 def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -150,9 +162,9 @@ def refuse_other_base(model: nn.Module, stored: Stored, allow: bool = False) -> 
     """Raise ``CheckpointError`` if the adapter remembers another base model than this one."""
     if stored.base is None or allow:
         return
-    known = dict(model.named_modules())
+    known = dict(Bare(model).named_modules())
     found = fingerprint(model, [path for path in stored.base["samples"] if path in known])
-    if point := differs(stored.base, found):
+    if point := differs(stored.base, found) or strange_tensors(model, stored.base):
         raise CheckpointError(
             f"{stored.path}: was trained on another base model than this {type(model).__name__}: {point}; load its own, or pass "
             "allow_other_base=True (--allow-other-base)"
@@ -161,9 +173,8 @@ def refuse_other_base(model: nn.Module, stored: Stored, allow: bool = False) -> 
 
 def _refuse_huge(model: nn.Module, config: LoraConfig, stored: Stored) -> None:
     """Compare the ranks of a config with the file before memory is taken for them: a few bytes of JSON could ask for all of it."""
-    with adapters_of(model).bare() if has_adapters(model) else nullcontext():
-        targets = match(model, config).targets
-        sizes = {path: sum(in_out_features(model.get_submodule(path))) for path in targets}
+    targets, bare = match(model, config).targets, Bare(model)
+    sizes = {path: sum(in_out_features(bare.get_submodule(path))) for path in targets}
     there = sum(tensor.numel() for tensor in stored.tensors.values())
     ranks = {path: config.for_module(path)[0] for path in targets}
     if sum(ranks[path] * sizes[path] for path in targets) <= _MODEST + 2 * there:

@@ -19,10 +19,13 @@ from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
 from minilora.linear.layers import is_conv1d
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
 from minilora.lora.config import LoraConfig
 from minilora.lora.match import ALL_LINEAR, default_targets
-from minilora.lora.slots import Value, adapters_of
+from minilora.lora.slot import Value
+from minilora.lora.slots import adapters_of, unwrapped
 from minilora.lora.targets import ends_with, exactly
+from minilora.lora.variants.tokens import TiedRows, TokenRows
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
@@ -33,7 +36,7 @@ from minilora.store.adapter_files import (
     not_finite,
     seal,
 )
-from minilora.store.fingerprint import fingerprint
+from minilora.store.fingerprint import brought_by, fingerprint
 
 __all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 
@@ -56,7 +59,8 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
             own = {f"{owner}{inner}.{attr}": value}
         else:
             own = {f"{path}.{name}": tensor for name, tensor in value.state_dict().items()}
-        tensors.update({PREFIX + name: tensor.detach() for name, tensor in own.items()})
+        # A part that torch.compile wrapped is found at another path and is called the same in a file.
+        tensors.update({PREFIX + name.replace("._orig_mod", ""): tensor.detach() for name, tensor in own.items()})
     return tensors
 
 
@@ -81,8 +85,7 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         raise StateError(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
         )
-    with adapters_of(model).bare():
-        content, base = saved_config(model, adapter_name), base_of(model, adapter_name)
+    content, base = saved_config(model, adapter_name), base_of(model, adapter_name)
     files = {
         WEIGHTS_FILE: tensor_bytes(tensors, _metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
@@ -93,7 +96,9 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
     """What an adapter's file remembers of the model under it (``fingerprint``)."""
     values = adapters_of(model).named(adapter_name)
-    return fingerprint(model, [path for path, value in values.items() if isinstance(value, Adapter)])
+    rows = (TokenRows, TiedRows)  # these bring a part of the table that they are around
+    paths = [path for path, value in values.items() if isinstance(value, Adapter) and not isinstance(value, rows)]
+    return fingerprint(model, paths, brought_by(values))
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -117,18 +122,15 @@ def made_with_of(values: Mapping[str, Value]) -> str:
 
 def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     """The content of ``adapter_config.json``: the user's config with what the model decided (targets, orientation, base name)."""
-    adapters = adapters_of(model)
+    adapters, model = adapters_of(model), unwrapped(model)
     adapters.check([adapter_name])
     config = adapters.configs[adapter_name]
     content = config.to_dict()
-    paths = [
-        path
-        for path, slot in adapters.slots.items()
-        if isinstance(value := slot.kept.get(adapter_name), Adapter) and value.targeted
-    ]
-    with adapters.bare():
-        content["target_modules"] = _named_targets(model, config, paths)
-        content["fan_in_fan_out"] = any(is_conv1d(model.get_submodule(path)) for path in paths)
+    held = adapters.named(adapter_name)
+    paths = [path for path, value in held.items() if isinstance(value, Adapter) and value.targeted]
+    bare = Bare(model)
+    content["target_modules"] = _named_targets(bare, config, paths)
+    content["fan_in_fan_out"] = any(is_conv1d(bare.get_submodule(path)) for path in paths)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     for field, own in (("rank_pattern", 0), ("alpha_pattern", 1)):
         if not all(map(validate.PLAIN.fullmatch, content[field])):  # no regex is run from a file: say what it came to
@@ -142,18 +144,18 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     return content
 
 
-def _named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> list[str] | str:
+def _named_targets(bare: Bare, config: LoraConfig, paths: list[str]) -> list[str] | str:
     """Target names that stand for exactly these layers of this model: the user's own, or the shortest list that says the same."""
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() != ALL_LINEAR:
         return wanted
-    if wanted is None and isinstance(default := default_targets(model), str):
+    if wanted is None and isinstance(default := default_targets(bare), str):
         return default
     if wanted is not None and not isinstance(wanted, str):
         return sorted(wanted)
     endings = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    meant = [path for path, _ in model.named_modules() if any(ends_with(path, ending) for ending in endings)]
+    meant = [path for path, _ in bare.named_modules() if any(ends_with(path, ending) for ending in endings)]
     if set(meant) == set(paths):
         return endings
-    chosen = exactly(paths, [path for path, _ in model.named_modules() if path])
+    chosen = exactly(paths, [path for path, _ in bare.named_modules() if path])
     return chosen if isinstance(chosen, str) else list(chosen)

@@ -1,7 +1,7 @@
 """What is looked at so that no run trains nothing, trains on nonsense, or lets one bad number spread.
 
-``check_adapter`` and ``check_examples`` look before anything is computed, the others while a run goes on. A loop of your own can call
-them too: ``check_adapter(model, optimizer)`` finds an optimizer that was made before the adapter. Next file: ``training/signals.py``.
+``check_parameters`` and ``check_examples`` look before anything is computed, the others while a run goes on. A loop of your own can call
+them too: ``check_parameters(model, optimizer)`` finds an optimizer that was made before the adapter. Next file: ``training/signals.py``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, StateError
 from minilora.lora.adapter import Adapter
-from minilora.lora.slots import Adapters, adapters_of, has_adapters, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import Adapters, adapters_of, has_adapters
 from minilora.quant.finite import is_finite
-from minilora.training.data import IGNORED, Encoded
 
 __all__ = [
-    "check_adapter",
     "check_examples",
+    "check_parameters",
     "context_length",
     "first_nonfinite_gradient",
     "first_nonfinite_output",
@@ -31,7 +33,7 @@ __all__ = [
 # ---- before the first step
 
 
-def check_adapter(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, nn.Parameter]:
+def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, nn.Parameter]:
     """The parameters that a run trains, by name: exactly those of the one active adapter, each in its layer and in the optimizer.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,17 +18,20 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from minilora.data.batches import collate, micro_batches
+from minilora.data.encoding import Encoded
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.write import append_line, remove, write_file
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.load import save_adapter
+from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
-from minilora.training.data import Encoded, micro_batches
-from minilora.training.guards import check_adapter, check_examples
-from minilora.training.losses import evaluate
+from minilora.training.guards import check_examples, check_parameters
+from minilora.training.lock import held
+from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
-from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, restore
+from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.signals import Wish, caught
 from minilora.training.step import gradients, why_not_begun
@@ -49,6 +52,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
+    notes: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the active adapter in place; the finished one lies in ``folder``.
 
@@ -60,6 +64,7 @@ def train(
         sample: returns (prompt, answer), asked at every evaluation. watch: called with every record that is logged.
         resume: go on from the newest checkpoint that verifies, to the same bits (from the start if there is none yet).
         overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
+        notes: as ``resume.meaning``: what may be why the examples are others when the run is gone on with.
 
     Returns:
         The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds``, or ``step,
@@ -67,24 +72,27 @@ def train(
 
     Raises:
         StateError: something would not train, or not be saved, by name; or the first gradient is zero or not finite.
-        DataError: an example that cannot be used, by its place. CheckpointError: a run lies in the folder, or the checkpoint is
-        another run's. Nothing is left then.
+        DataError: an example that cannot be used, by its place. CheckpointError: a run lies in the folder or goes on in it, or the
+        checkpoint is another run's. Nothing is left then.
         TrainingError: ``max_skipped`` steps in a row were skipped. OutOfMemory: a step does not fit. Interrupted: by a signal. The last
         good state is saved then.
     """
     claim(Path(folder), resume, overwrite)
-    named = check_adapter(model)
+    named = check_parameters(model)
     check_examples(model, examples, pad_id)
     if evaluation:
         check_examples(model, evaluation, pad_id, "evaluation")
-    run = _Run(model, named, examples, config, Path(folder), pad_id, evaluation, sample, watch, say)
-    if overwrite:
-        clear(run.folder)
-    run.start(resume)
-    with caught() as wish:
-        run.go(wish)
-    model.eval()
-    save_adapter(model, run.folder, run.adapter)
+    run = _Run(model, named, examples, config, Path(folder), pad_id, evaluation, sample, watch, say, notes or {})
+    with held(run.folder, say):
+        if overwrite:
+            clear(run.folder)
+        elif not resume:
+            refuse_left(run.folder)  # another run may have come and gone since
+        run.start(resume)
+        with caught() as wish:
+            run.go(wish)
+        model.eval()
+        save_adapter(model, run.folder, run.adapter)
     return run.records
 
 
@@ -108,6 +116,7 @@ class _Run:
     sample: Callable[[], tuple[str, str]] | None
     watch: Callable[[dict[str, Any]], None] | None
     say: Callable[[str], None]
+    notes: Mapping[str, str]
     step: int = 0
     good: int = 0
     saved: int = 0
@@ -123,13 +132,11 @@ class _Run:
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}
         bits = {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
-        self.meaning = meaning(self.model, self.adapter, schedule, data, bits)
+        self.meaning = meaning(self.model, self.adapter, schedule, data, bits, self.notes)
         self.begin = time.monotonic()
 
     def start(self, resume: bool) -> None:
         """From the newest checkpoint, or from nothing; the log says no more than what is done."""
-        if self.config.gradient_checkpointing:
-            checkpoint_activations(self.model)
         found = newest(self.folder, self.say) if resume else None
         if found:
             restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
@@ -137,6 +144,8 @@ class _Run:
             self.records = kept_records(self.folder, found.step)
             prune(self.folder, self.config.keep_checkpoints)
             self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
+        if self.config.gradient_checkpointing:  # not before the checkpoint is accepted: until then nothing changes
+            checkpoint_activations(self.model)
         if resume:
             self.say(
                 f"going on after step {found.step}: {found.path}" if found else "no checkpoint yet: from the start"
@@ -202,6 +211,8 @@ class _Run:
         if not self.good and (problem or norm == 0):
             remove(self.folder, [LOG_FILE])  # a run that has not begun leaves nothing
             raise StateError(why_not_begun(problem))
+        if not self.good:
+            self.look_for_dead(batches[0])
         if problem:
             self.skip(problem)
             return
@@ -232,6 +243,16 @@ class _Run:
                 "seconds": time.monotonic() - self.begin,
             }
         )
+
+    def look_for_dead(self, examples: Sequence[Encoded]) -> None:
+        """After the first backward pass: refuse a layer that the loss does not depend on, and say what this step left open."""
+        try:
+            found = refuse_dead(self.model, lambda: token_losses(self.model, collate(examples, self.pad_id)))
+        except StateError:
+            remove(self.folder, [LOG_FILE])
+            raise
+        if found.zero or found.unreached:
+            self.say(str(found))
 
     def skip(self, problem: str) -> None:
         """Leave a step out, say so, and stop when there were too many in a row."""

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.training.data import IGNORED, Encoded, collate
+from minilora.data.batches import collate
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 
 __all__ = ["evaluate", "token_losses"]
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from minilora.training.data import Encoded, collate
+from minilora.data.batches import collate
+from minilora.data.encoding import Encoded
 from minilora.training.guards import first_nonfinite_gradient, first_nonfinite_output
 from minilora.training.losses import token_losses
 

@@ -11,6 +11,8 @@ import torch
 import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, hotswap_adapter, load_adapter, quantize, save_adapter
 from minilora.compat import set_peft_model_state_dict
+from minilora.data.encoding import encode_all
+from minilora.data.records import read_jsonl
 from minilora.errors import (
     CheckpointError,
     ConfigError,
@@ -24,7 +26,6 @@ from minilora.hf.packed import load_packed, save_packed
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.export import export_adapter, export_folder
-from minilora.training.data import encode_all, read_jsonl
 from minilora.training.resume import claim
 
 NAN = float("nan")

@@ -16,9 +16,9 @@ from minilora import (
     quantize,
     quantize_model,
 )
+from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, DataError, QuantizationError, StateError, TargetError
 from minilora.linear.ops import quant_linear
-from minilora.training.data import Encoded
 from minilora.training.loop import TrainConfig, train
 from tests.bad_inputs.world import lora
 

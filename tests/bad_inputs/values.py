@@ -13,6 +13,7 @@ from minilora import (
     prepare_model_for_kbit_training,
     register,
 )
+from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, DataError, QuantizationError, StateError
 from minilora.hf import NF4Config
 from minilora.hf.bench import BenchJob
@@ -20,7 +21,6 @@ from minilora.hf.finetune import Job
 from minilora.hf.plan import PlanJob
 from minilora.lora.adapter import variant
 from minilora.quant.codebooks import lloyd
-from minilora.training.data import Encoded
 from minilora.training.loop import TrainConfig
 
 NAN, INF = math.nan, math.inf

@@ -9,7 +9,7 @@ import torch
 
 from minilora import LoraConfig, PeftModel, demo
 from minilora.cli.demo import job
-from minilora.training.data import read_jsonl
+from minilora.data.records import read_jsonl
 from minilora.training.loop import TrainConfig
 
 needs_smollm2 = pytest.mark.skipif(

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from minilora import LoraConfig, inject, load_adapter, save_adapter
+from minilora.data.encoding import Encoded
 from minilora.files import disk as disk_module
 from minilora.files.read import commit_of
 from minilora.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.store.load import adapter_state_dict
-from minilora.training.data import Encoded
 from minilora.training.loop import TrainConfig, train
 from tests.models import Words
 

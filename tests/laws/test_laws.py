@@ -12,7 +12,7 @@ from minilora.linear.layers import QuantLinear, dense_weight
 from minilora.lora.adapter import VARIANTS
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import place
-from minilora.lora.slots import own_parameters
+from minilora.lora.slot import own_parameters
 from minilora.quant.config import QuantConfig
 
 pytest.importorskip("transformers")

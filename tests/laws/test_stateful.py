@@ -2,7 +2,8 @@
 
 The oracle knows dense weights and updates only, computed from the definitions and not with minilora. After every step the layers
 must compute ``F.linear(x, W + updates, bias)``, the base must be the very same bytes, exactly the active adapters must train, and
-nothing of an inactive one may be among the model's parameters. A refused call must change nothing.
+nothing of an inactive one may be among the model's parameters. A refused call must change nothing. A call that a Ctrl-C stops at any line
+has happened, or it has not; batches whose rows want different adapters run between the calls, and while adapters come and go beside.
 """
 
 import copy
@@ -29,11 +30,14 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, MiniLoraError, QuantConfig, QuantLinear
-from minilora.lora.slots import adapters_of, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of
 from minilora.many.adapted import disabled
+from minilora.many.batched import BASE, batch_adapters
 from minilora.many.combine import add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
+from tests.interrupt import Interrupt
 from tests.models import Conv1D, finished
 
 SHAPES = {
@@ -118,6 +122,7 @@ class Machine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="minilora-stateful-"))
         self.saved = 0
         self.draws = 0
+        self.stop_at = 0  # the line of the next change before which an interrupt comes
 
     def teardown(self):
         shutil.rmtree(self.folder)
@@ -179,6 +184,25 @@ class Machine(RuleBasedStateMachine):
         after = self.tensors()
         assert after.keys() == tensors.keys() and all(same_content(after[name], tensors[name]) for name in after)
 
+    def do(self, call):
+        """Run a change, if need be twice: stopped by an interrupt, it must have happened whole or not at all."""
+        at, self.stop_at = self.stop_at, 0
+        if not at:
+            return call()
+        before, tensors = self.state(), self.tensors()
+        try:
+            with Interrupt(at):
+                return call()
+        except KeyboardInterrupt:
+            after = self.tensors() if self.state() == before else {}
+            if after.keys() == tensors.keys() and all(same_content(after[name], tensors[name]) for name in after):
+                return call()
+        return None
+
+    @rule(at=st.integers(1, 1500))
+    def stop_the_next_change(self, at):
+        self.stop_at = at
+
     def shown(self, names):
         """The oracle's part of making exactly these active."""
         self.active = list(names)
@@ -239,7 +263,7 @@ class Machine(RuleBasedStateMachine):
                 call()
             return
         del self.known[name]
-        call()
+        self.do(call)
         self.known[name] = new
         if activate:
             self.shown([name])
@@ -252,7 +276,7 @@ class Machine(RuleBasedStateMachine):
             with self.refused():
                 minilora.set_adapter(self.model, names)
             return
-        minilora.set_adapter(self.model, names if len(names) > 1 else names[0])
+        self.do(lambda: minilora.set_adapter(self.model, names if len(names) > 1 else names[0]))
         self.shown(names)
 
     @rule(where=place)
@@ -295,6 +319,37 @@ class Machine(RuleBasedStateMachine):
             inside(depth)
         assert self.state() == before
 
+    @rule(places=st.lists(st.none() | place, min_size=2, max_size=4), beside=st.booleans())
+    def mix(self, places, beside):
+        """A batch of which every row gets its own adapter; with ``beside`` another adapter comes and goes while it runs."""
+        names = [BASE if where is None else self.one(where) for where in places]
+        used = [self.known[name] for name in names if name != BASE]
+        copies = any(self.known[name].biases for name in self.active)
+        if self.merged or copies or any(known.kind == "dora" or known.biases for known in used):
+            with self.refused(), batch_adapters(self.model, names):
+                pass
+            return
+        before = self.state()
+        with torch.no_grad(), batch_adapters(self.model, names):
+            for again in range(1 + beside):
+                for path, x in self.inputs.items():
+                    rows = x[: len(names)]
+                    got = getattr(self.model, path)(rows)
+                    for row, name in enumerate(names):
+                        delta = 0 if name == BASE else self.known[name].deltas.get(path, 0)
+                        want = F.linear(rows[row].double(), self.dense[path] + delta, self.bias[path])
+                        assert (got[row].double() - want).abs().max() < TOLERANCE * want.abs().max(), (
+                            f"{path}, row {row}"
+                        )
+                if beside and not again:
+                    config = LoraConfig(r=1, lora_alpha=2, target_modules=["last"], init_lora_weights=False)
+                    minilora.inject(self.model, config, "beside", activate=False)
+            with pytest.raises(MiniLoraError, match="batch that mixes"):
+                minilora.set_adapter(self.model, self.one(0))
+        if beside:
+            minilora.delete_adapter(self.model, "beside")
+        assert self.state() == before
+
     @rule(places=st.none() | st.lists(place, min_size=1, max_size=2))
     def merge(self, places):
         names = None if places is None else self.several(places)
@@ -304,8 +359,10 @@ class Machine(RuleBasedStateMachine):
             with self.refused():
                 minilora.merge(self.model, names)
             return
-        report = minilora.merge(self.model, names)
+        report = self.do(lambda: minilora.merge(self.model, names))
         self.merged = list(chosen)
+        if report is None:  # stopped after it had happened
+            return
         assert set(report.layers) == {path for name in chosen for path in self.known[name].deltas}
         deltas = [delta for name in chosen for delta in self.known[name].deltas.values()]
         if any(
@@ -319,7 +376,7 @@ class Machine(RuleBasedStateMachine):
             with self.refused():
                 minilora.unmerge(self.model)
             return
-        minilora.unmerge(self.model)
+        self.do(lambda: minilora.unmerge(self.model))
         self.merged = []
 
     def save(self, name):
@@ -353,7 +410,7 @@ class Machine(RuleBasedStateMachine):
             return
         if self.active == [name] and any(self.refuses([other], self.merged) for other in others):
             return  # what becomes active then is not said
-        minilora.delete_adapter(self.model, name)
+        self.do(lambda: minilora.delete_adapter(self.model, name))
         was_active = name in self.active
         del self.known[name]
         if was_active:

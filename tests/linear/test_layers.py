@@ -74,7 +74,7 @@ def test_storage_survives_every_cast(double, cast):
     layer.to(cast)
     assert all(same({n: t}, {n: before[n]}) for n, t in layer.state_dict().items() if n != "bias")
     assert layer.bias.dtype == cast
-    assert torch.equal(dense_weight(layer), dense) and compute_dtype(layer) == torch.float32
+    assert layer.weight.dtype == compute_dtype(layer) == cast and torch.equal(dense_weight(layer), dense.to(cast))
     out = layer(x_of(cast))
     assert out.dtype == cast
     torch.testing.assert_close(out.double(), F.linear(x_of(cast).double(), dense.double(), layer.bias.double()),
@@ -105,7 +105,7 @@ def test_deepcopy_shares_no_memory(double):
 def test_quantized_is_a_view_of_the_storage(double):
     layer = packed(double=double)
     view = layer.quantized()
-    assert view.packed.data_ptr() == layer.weight.data_ptr() and view.absmax.data_ptr() == layer.absmax.data_ptr()
+    assert view.packed.data_ptr() == layer.codes.data_ptr() and view.absmax.data_ptr() == layer.absmax.data_ptr()
     assert (view.absmax.dtype == torch.uint8) is double
     assert view.shape == (OUT, IN) and view.blocksize == 64
 

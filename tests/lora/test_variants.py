@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -20,7 +21,8 @@ from minilora.errors import CheckpointError, ConfigError, StateError, TargetErro
 from minilora.linear.layers import dense_weight
 from minilora.lora.adapter import VARIANTS, register
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import adapters_of, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
 from minilora.lora.variants.loftq import calibrated, loftq
 from minilora.lora.variants.tokens import TokenRows
@@ -305,7 +307,7 @@ def test_loftq_does_not_depend_on_alpha(rslora):
         _, adapter = make(
             init_lora_weights="loftq", lora_alpha=alpha, use_rslora=rslora, loftq_config={"loftq_iter": 3}
         )
-        updates.append((low_rank(adapter), adapter.innermost.weight))
+        updates.append((low_rank(adapter), adapter.innermost.codes))
     for update, codes in updates[1:]:
         close(update, updates[0][0], 1e-4)
         assert torch.equal(codes, updates[0][1])
@@ -502,11 +504,12 @@ def test_lora_bias_is_scaled_and_merged(base, dtype, randomize):
     shift = S * adapter.lora_bias.double()
     assert shift.abs().max() > 0.1
     W = dense_weight(adapter.innermost).double() + low_rank(adapter)
-    want = F.linear(x.double(), W, adapter.bias.double() + shift)
+    want = F.linear(x.double(), W, adapter.innermost.bias.double() + shift)
     close(adapter(x), want, 3e-2 if dtype == BF16 else 1e-5)
+    close(adapter.bias, adapter.innermost.bias.double() + shift, 1e-2)  # what a model sees that reads it
     merge(model)
     close(model["layer"](x), want, 3e-2 if dtype == BF16 else 1e-5)
-    close(model["layer"].bias, adapter.bias.double() + shift, 1e-2)
+    close(model["layer"].bias, adapter.innermost.bias.double() + shift, 1e-2)
     minilora.unmerge(model)
     with disabled(model):
         assert same(content(model), kept)
@@ -596,7 +599,7 @@ def test_token_rows_change_these_rows_only(table, dtype, randomize, tmp_path):
     got, scale = model.table(IDS), getattr(table, "embed_scale", 1.0)
     others = [0, 1, 3, 4, 5, 6, 8]
     assert torch.equal(got[others], plain[others])
-    assert torch.equal(got[[7, 2]], model.table.trainable_tokens_delta * scale)
+    assert torch.equal(got[[7, 2]], model.table.trainable_tokens_delta.to(dtype) * scale)
     assert [tuple(p.shape) for p in own_parameters(model.table)] == [(2, 6)]
     model(IDS).sum().backward()
     assert model.table.trainable_tokens_delta.grad.abs().amin(1).min() > 0
@@ -682,6 +685,25 @@ def test_untie_gives_the_head_a_weight_of_its_own(family, make_gpt2, make_llama,
     assert model.lm_head is head
     merge(model)
     close(model(ids).logits, want)
+
+
+def test_untie_reaches_a_head_inside_a_larger_model(randomize):
+    model = nn.ModuleDict(
+        {"eye": nn.Linear(5, 6), "text": nn.ModuleDict({"table": nn.Embedding(11, 6), "head": nn.Linear(6, 11)})}
+    )
+    model["text"]["head"].weight = model["text"]["table"].weight
+    model.config = SimpleNamespace(
+        text_config=SimpleNamespace(tie_word_embeddings=True), decoder=SimpleNamespace(tie_word_embeddings=True)
+    )
+    inject(model, config(["head"]))
+    randomize(model)
+    with pytest.raises(StateError, match=r"text\.head shares its weight with text\.table.*untie.*exclude_modules"):
+        merge(model)
+    want = model["text"]["head"](torch.ones(1, 6))
+    minilora.untie(model)
+    assert not model.config.text_config.tie_word_embeddings and not model.config.decoder.tie_word_embeddings
+    merge(model)
+    close(model["text"]["head"](torch.ones(1, 6)), want)
 
 
 def test_untie_leaves_an_untied_model_alone(make_llama, snapshot):

@@ -22,7 +22,8 @@ from minilora import (
 from minilora.errors import MiniLoraError, StateError
 from minilora.linear.layers import dense_weight
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import Adapters, has_adapters, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import Adapters, Block, has_adapters
 from minilora.many.adapted import count_parameters, delete_adapter, disabled, unload
 from tests.models import adapted_paths, lora
 
@@ -658,15 +659,15 @@ def test_each_update_is_asked_for_on_the_bare_layer(two, monkeypatch):
 
 
 def test_a_merge_that_cannot_be_shown_leaves_nothing_merged(two, snapshot, x, monkeypatch):
-    before, want, plain, failed = snapshot(two), two(x), Adapters.show, []
+    before, want, plain, failed = snapshot(two), two(x), Adapters.settle, []
 
-    def show(self):
+    def settle(self, change):
+        plain(self, change)
         if self.merged and not failed:
             failed.append(True)
             raise KeyboardInterrupt
-        plain(self)
 
-    monkeypatch.setattr(Adapters, "show", show)
+    monkeypatch.setattr(Adapters, "settle", settle)
     with pytest.raises(KeyboardInterrupt):
         merge(two)
     assert snapshot(two) == before and torch.equal(two(x), want)
@@ -681,9 +682,9 @@ def test_a_merge_that_cannot_be_shown_leaves_nothing_merged(two, snapshot, x, mo
 )
 def test_nothing_is_taken_out_under_a_batch_that_mixes(two, snapshot, call):
     record, before = two._minilora_adapters, snapshot(two)
-    record.mixing = 1
+    record.blocks = (Block(mixes=True),)
     with pytest.raises(StateError, match="a batch that mixes adapters is running"):
         call(two)
-    record.mixing = 0
+    record.blocks = ()
     assert snapshot(two) == before and record.active == ("two",) and record.merged == ()
     assert list(record.configs) == ["one", "two"]

@@ -24,7 +24,8 @@ from minilora import (
     unmerge,
 )
 from minilora.errors import StateError
-from minilora.lora.slots import adapters_of, has_adapters, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many.adapted import disabled, unload
 from minilora.many.batched import BASE, MixedLayer, batch_adapters
 from minilora.many.hotswap import hotswap_adapter
@@ -303,7 +304,6 @@ CHANGES = {
     "set_adapter": lambda model, folder: set_adapter(model, "b"),
     "delete_adapter": lambda model, folder: delete_adapter(model, "b"),
     "inject": lambda model, folder: inject(model, lora(["first"]), "new"),
-    "inject aside": lambda model, folder: inject(model, lora(["first"]), "new", activate=False),
     "merge": lambda model, folder: merge(model, ["b"]),
     "load_adapter": lambda model, folder: load_adapter(model, folder, "new"),
     "disabled": lambda model, folder: disabled(model).__enter__(),
@@ -547,7 +547,7 @@ def test_two_threads_never_get_each_others_rows(tiny, eager_switching, snapshot)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     before = snapshot(tiny)
     assert hammer(tiny, x, 5000) == 0
-    assert snapshot(tiny) == before and adapters_of(tiny).mixing == 0
+    assert snapshot(tiny) == before and adapters_of(tiny).blocks == ()
 
 
 def test_the_model_is_a_peft_model_all_the_while(make_mlp, randomize, x):

@@ -25,7 +25,8 @@ from minilora import (
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.linear.layers import compute_dtype, dense_weight
 from minilora.lora.adapter import Adapter
-from minilora.lora.slots import adapters_of, own_parameters
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of
 from minilora.many.adapted import disabled
 from minilora.many.combine import COMBINATIONS, add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter

@@ -119,7 +119,8 @@ def test_both_sides_do_the_same_job(tmp_path, model_folder, quant):
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert len({round(loss, 3) for loss in ours}) > 1
     assert finished[bench.serve]["trainable"] == finished[peers.serve]["trainable"] > 0
-    assert finished[bench.serve]["adapter"] == pytest.approx(finished[peers.serve]["adapter"], rel=0.1)
+    # Our seal says something of each tensor of the base, which shows beside an adapter this small.
+    assert finished[bench.serve]["adapter"] == pytest.approx(finished[peers.serve]["adapter"], rel=0.2)
 
 
 def test_batches_come_from_the_data_in_its_order(tmp_path, model_folder, monkeypatch):
@@ -129,7 +130,7 @@ def test_batches_come_from_the_data_in_its_order(tmp_path, model_folder, monkeyp
         def __call__(self, text, add_special_tokens):
             return type("Ids", (), {"input_ids": [ord(letter) - 97 for letter in text]})
 
-    monkeypatch.setattr(bench, "load_tokenizer", lambda name: Letters())
+    monkeypatch.setattr(bench, "load_tokenizer", lambda name, trust: Letters())
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "abc"}\n{"text": "de"}\n')
     job = BenchJob(model_folder, steps=2, batch=2, seq=3, data=str(file))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import re
 import warnings
@@ -813,9 +814,9 @@ def test_modules_to_save_names_whole_components_where_peft_matches_a_raw_suffix(
 
 @contextlib.contextmanager
 def unchanged(config):
-    before = copy.deepcopy(vars(config))
+    before = copy.deepcopy(dataclasses.asdict(config))
     yield
-    assert vars(config) == before
+    assert dataclasses.asdict(config) == before
 
 
 @both_families

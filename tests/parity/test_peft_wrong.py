@@ -550,7 +550,7 @@ def test_3741_lora_bias_is_merged_unscaled_into_four_bits(llama, in_four_bits):
     ours = disturb(wrap(minilora, minilora.quantize_model(copy.deepcopy(llama)), **fields))
     theirs = disturb(wrap(peft, in_four_bits(llama), **fields))
     layer = adapters_in(ours)[PATH]
-    bias = layer.bias.detach().double().clone()
+    bias = layer.innermost.bias.detach().double().clone()
     exact = bias + layer.scaling * layer.lora_bias.detach().double()
     assert (exact - bias).norm() > WRONG
     ours.merge_adapter()
@@ -636,7 +636,9 @@ CHANGES = {
     "delete the active": lambda model: model.delete_adapter("default"),
     "merge_adapter": lambda model: model.merge_adapter(["two"]),
     "unload": lambda model: model.unload(),
-    "add_adapter": lambda model: wrap(minilora, model, "three"),
+}
+ADDITIONS = {
+    "add_adapter": lambda model: wrap(minilora, model, "new"),
     "add_weighted_adapter": lambda model: model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "new", "cat"),
 }
 
@@ -655,6 +657,19 @@ def test_what_changes_the_adapters_during_a_mixed_batch_is_refused_and_changes_n
     assert torch.equal(logits(ours, token_ids), before[0])
     assert torch.equal(logits(ours, token_ids, adapter_names=rows), before[1])
     assert [name for name, parameter in ours.named_parameters() if parameter.requires_grad] == trains
+
+
+@pytest.mark.parametrize("add", ADDITIONS.values(), ids=ADDITIONS)
+def test_what_is_added_aside_during_a_mixed_batch_changes_nothing_of_it(llama, token_ids, add):
+    ours, _ = two(llama)
+    rows = ["two", "default"]
+    before = logits(ours, token_ids), logits(ours, token_ids, adapter_names=rows)
+    with ours.batch_adapters(rows):
+        add(ours)
+        assert torch.equal(logits(ours, token_ids), before[1])
+    assert set(ours.peft_config) == {"default", "two", "new"} and ours.active_adapters == ["default"]
+    assert torch.equal(logits(ours, token_ids), before[0])
+    assert torch.equal(logits(ours, token_ids, adapter_names=rows), before[1])
 
 
 def test_many_threads_with_batches_of_their_own_never_meet(llama, token_ids):

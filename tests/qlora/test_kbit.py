@@ -100,3 +100,34 @@ def test_bad_calls_are_refused():
     with pytest.raises(StateError, match="before get_peft_model"):
         prepare_model_for_kbit_training(model)
     assert minilora.many.adapted.count_parameters(model)[0] > 0
+
+
+def mamba2(dtype):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Mamba2Config(
+        vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2, head_dim=8, num_heads=8, n_groups=1, expand=2
+    )
+    return transformers.Mamba2ForCausalLM(config).to(dtype).eval()
+
+
+def mamba(dtype):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2)
+    return transformers.MambaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("make", [mamba, mamba2])
+def test_norms_of_state_space_models_are_raised_and_hand_on_what_they_had(make):
+    """A gated norm is one by its name; Mamba casts to the norm's own dtype before it calls it, and its layers take bf16."""
+    model, ids = make(torch.bfloat16), torch.tensor([[5, 9, 2, 7]])
+    before = model(ids).logits
+    minilora.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    assert {norm.weight.dtype for norm in norms} == {torch.float32} and len(norms) >= 3
+    after = model(ids).logits
+    assert after.dtype == before.dtype
+    torch.testing.assert_close(after, before, rtol=5e-2, atol=5e-2)
+    model.to(torch.float32)
+    assert model(ids).logits.isfinite().all()

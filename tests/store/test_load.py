@@ -13,7 +13,7 @@ from torch import nn
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, quantize_model
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.lora.architectures import DEFAULT_TARGETS
-from minilora.lora.slots import own_parameters
+from minilora.lora.slot import own_parameters
 from minilora.store import load as checkpoint
 from minilora.store.adapter_files import SEAL_FILE, not_finite, read_adapter, read_config
 from minilora.store.load import (

@@ -455,7 +455,7 @@ def test_a_load_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, snaps
 
 
 def test_a_placement_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, randomize, snapshot, monkeypatch):
-    from minilora.lora.slots import Slot
+    from minilora.lora.slot import Slot
 
     plain = Slot.show
     for first in (False, True):
@@ -466,12 +466,12 @@ def test_a_placement_that_fails_at_any_layer_changes_nothing(folder, make_gpt2, 
         for slot in range(1, 5):
             calls = []
 
-            def show(self, names, folded=(), parent=None, calls=calls, slot=slot):
+            def show(self, change, names, folded=(), parent=None, calls=calls, slot=slot):
                 calls.append(list(names))
                 if len([c for c in calls if "second" in c]) == slot:
                     calls.clear()
                     raise RuntimeError("broken")
-                plain(self, names, folded, parent)
+                plain(self, change, names, folded, parent)
 
             monkeypatch.setattr(Slot, "show", show)
             try:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 import minilora
 import minilora.training.loop as loop
 from minilora import LoraConfig, MiniLoraError, QuantConfig, inject, load_adapter, quantize_model
+from minilora.data.batches import collate, micro_batches
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.training.data import IGNORED, Encoded, collate, micro_batches
 from minilora.training.loop import TrainConfig, train
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import memory_mb

@@ -20,8 +20,9 @@ import minilora
 import minilora.training.loop as loop
 import minilora.training.step as step_module
 from minilora import LoraConfig, QuantConfig, inject, quantize_model
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError, WriteError
-from minilora.training.data import IGNORED, Encoded
 from minilora.training.loop import TrainConfig, train
 from minilora.training.resume import newest
 from tests.models import Words
@@ -327,6 +328,21 @@ def test_the_same_examples_in_smaller_batches_are_the_same_run(whole, tmp_path):
     run(model, tmp_path, evaluation=EXAMPLES[:2], resume=True, say=said, batch_size=1, accumulate=4)
     assert said[0] == "batch_size is 1, in the checkpoint 2: the same run, but its last bits may differ"
     assert "going on after step 5" in said[1]
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on(whole, tmp_path):
+    """Whatever it wants; and the first is none the worse for it."""
+    refused = []
+
+    def watch(record):
+        for fields in ({}, {"resume": True}):
+            with pytest.raises(CheckpointError, match=f"process {os.getpid()} is training there now") as caught:
+                run(fresh(), tmp_path, **fields)
+            refused.append(caught)
+
+    run(fresh(), tmp_path, evaluation=EXAMPLES[:2], watch=watch)
+    assert len(refused) > 9 and not (tmp_path / "run.lock").exists()
+    assert files_of(tmp_path) == files_of(whole[0])
 
 
 def test_resume_and_overwrite_together_mean_nothing(tmp_path):

@@ -14,8 +14,9 @@ import torch
 
 import minilora.files.disk
 from minilora import LoraConfig, inject
+from minilora.data.encoding import Encoded
+from minilora.data.tokens import IGNORED
 from minilora.files.disk import Disk
-from minilora.training.data import IGNORED, Encoded
 from minilora.training.loop import TrainConfig, train
 from tests.models import Words
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import dense_weight, product
+from minilora.linear.layers import compute_dtype, dense_weight, is_quantized, product
 from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
+
+_NOTHING = 1e-6  # of the sum of two squared norms: what rounding leaves of a difference that is zero
 
 
 @register("dora")
@@ -47,24 +49,36 @@ class DoRALinear(LoRALinear):
         A, B, s = self.lora_A.float(), self.lora_B.float(), self.scaling
         WA = product(self.innermost, A.to(self._base_dtype())).float().T
         cross, square = (WA * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)
-        return (self.base_norm_squared + 2 * s * cross + s * s * square).clamp(min=0).sqrt()
+        squared = self.base_norm_squared + 2 * s * cross + s * s * square
+        return torch.where(squared > _NOTHING * (self.base_norm_squared + s * s * square), squared, 0).sqrt()
 
     def _base_dtype(self) -> torch.dtype:
         """What the innermost layer takes: its weight's dtype; a packed one takes fp32."""
-        return self.weight.dtype if self.weight.is_floating_point() else torch.float32
+        return torch.float32 if is_quantized(self.innermost) else compute_dtype(self.innermost)
 
     def forward(self, x: Tensor) -> Tensor:
         shown = self.base_layer(x)
         plain = self.innermost(x) if isinstance(self.base_layer, Adapter) else shown
-        if self.bias is not None:
-            plain = plain - self.bias.to(plain.dtype)
-        ratio = (self.lora_magnitude_vector / self.row_norms()).to(plain.dtype)
-        return shown + (ratio - 1) * plain + ratio * self.update(self.lora_dropout(x))
+        if (bias := self.innermost.bias) is not None:
+            plain = plain - bias.to(plain.dtype)
+        ratio, moves = (each.to(plain.dtype) for each in self._ratio())
+        return shown + (ratio - 1) * plain + ratio * moves * self.update(self.lora_dropout(x))
+
+    def _ratio(self) -> tuple[Tensor, Tensor]:
+        """``m / c``, and 1 or 0 for whether a row takes the update, ``[out]`` both.
+
+        A row of zeros has no direction: its ratio is 1, so that it stays what it was and B gets its gradient. One that the update cancels
+        has lost its own, and is the base's.
+        """
+        norms = self.row_norms()
+        gone = norms == 0
+        ratio = torch.where(gone, 1.0, self.lora_magnitude_vector.float() / torch.where(gone, 1.0, norms))
+        return ratio, 1.0 - (gone & (self.base_norm_squared > 0)).float()
 
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.innermost).float()
-        ratio = self.lora_magnitude_vector.float() / self.row_norms()
-        return ratio[:, None] * (weight + super().delta_weight()) - weight
+        ratio, moves = self._ratio()
+        return ratio[:, None] * (weight + moves[:, None] * super().delta_weight()) - weight
 
     def reset(self) -> None:
         super().reset()

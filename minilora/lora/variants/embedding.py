@@ -31,9 +31,12 @@ class LoRAEmbedding(Adapter):
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
         self.r, self.scaling = config.for_module(path)[0], config.scaling(path)
+        self.padding_idx: int | None = self.innermost.padding_idx  # type: ignore[assignment]
         kind, place = compute_dtype(self.innermost), self.weight.device
-        A = torch.randn(self.r, self.out_features)  # drawn in the order in which PEFT draws
-        B = torch.randn(self.in_features, self.r)
+        A = torch.randn(
+            self.r, self.out_features, dtype=torch.float32, device="cpu"
+        )  # drawn in the order in which PEFT draws
+        B = torch.randn(self.in_features, self.r, dtype=torch.float32, device="cpu")
         if config.init_lora_weights:
             A, B = torch.zeros_like(A), torch.randn_like(B)
         self.lora_embedding_A = nn.Parameter(A.to(kind).to(place, torch.float32))
@@ -41,8 +44,12 @@ class LoRAEmbedding(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.base_layer(x)
-        thin = F.embedding(x, self.lora_embedding_A.T)
-        return rows + (thin @ self.lora_embedding_B.T * self.scaling * embed_scale(self.innermost)).to(rows.dtype)
+        return rows + (self.update(x) * embed_scale(self.innermost)).to(rows.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """``scaling * (B A)^T [token]`` in fp32."""
+        thin = F.embedding(x, self.lora_embedding_A.T, self.padding_idx)  # whose column gets no gradient
+        return thin @ self.lora_embedding_B.T * self.scaling
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T
@@ -92,6 +99,29 @@ class TiedHead(Tied):
     def forward(self, x: Tensor) -> Tensor:
         thin = F.linear(x, self.lora_A.to(x.dtype))
         return self.base_layer(x) + F.linear(thin, self.lora_B.to(x.dtype)) * self.source.scaling
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        return self.source.as_lora()
+
+
+class TiedEmbedding(Tied):
+    """Another embedding over the same table (an encoder's and a decoder's) as one with LoRA; its factors are that one's."""
+
+    file_names: ClassVar[dict[str, str]] = LoRAEmbedding.file_names
+
+    @property
+    def lora_embedding_A(self) -> Tensor:
+        """The other's A, ``[r, tokens]``."""
+        return self.source.lora_embedding_A
+
+    @property
+    def lora_embedding_B(self) -> Tensor:
+        """The other's B, ``[dimension, r]``."""
+        return self.source.lora_embedding_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.base_layer(x)
+        return rows + (self.source.update(x) * embed_scale(self.innermost)).to(rows.dtype)
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         return self.source.as_lora()

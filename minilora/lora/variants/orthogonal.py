@@ -6,6 +6,8 @@ a gradient at the first step, where plain LoRA's A gets none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ class OrthogonalLoRA(LoRALinear):
         super().initial_factors(config)  # draws what PEFT draws before
         if self.r % 2:
             raise ConfigError(f"r={self.r}: an orthogonal start wants an even r; set r={self.r + 1}")
-        Q = torch.linalg.qr(torch.randn(self.r, self.r)).Q
-        A = (torch.randn(self.in_features, self.r // 2) @ Q[0::2]).T / 10
-        B = torch.randn(self.r // 2, self.out_features).T @ Q[1::2] / 10
+        plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        Q = torch.linalg.qr(torch.randn(self.r, self.r, **plain)).Q
+        A = (torch.randn(self.in_features, self.r // 2, **plain) @ Q[0::2]).T / 10
+        B = torch.randn(self.r // 2, self.out_features, **plain).T @ Q[1::2] / 10
         return A, B, None

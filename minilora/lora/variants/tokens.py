@@ -21,7 +21,7 @@ class TokenRows(Adapter):
     """An embedding of which some rows are replaced by trained ones.
 
     Attributes:
-        trainable_tokens_delta: ``[rows, dimension]`` in the table's dtype, trained: the rows' values.
+        trainable_tokens_delta: ``[rows, dimension]`` fp32, trained: the rows' values.
         token_indices: int64 ``[rows]``, which rows.
     """
 
@@ -40,13 +40,10 @@ class TokenRows(Adapter):
                 f"trainable_token_indices: token {max(indices)} is not in {path}, which has {len(table)} rows; wanted less"
             )
         self.register_buffer("token_indices", torch.tensor(list(indices), device=table.device), persistent=False)
-        self.trainable_tokens_delta = nn.Parameter(table[self.token_indices].clone())
+        self.trainable_tokens_delta = nn.Parameter(table[self.token_indices].to(torch.float32, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.base_layer(x)
-        found = x.unsqueeze(-1) == self.token_indices
-        new = self.trainable_tokens_delta.to(rows.dtype)[found.int().argmax(-1)]
-        return torch.where(found.any(-1, keepdim=True), new * embed_scale(self.innermost), rows)
+        return _with_rows(self, self, x)
 
     def delta_weight(self) -> Tensor:
         table = dense_weight(self.innermost).float()
@@ -55,14 +52,42 @@ class TokenRows(Adapter):
         )
 
 
+class HeadRows(TokenRows):
+    """An output head of its own (not tied to the embedding) of which some rows are replaced by trained ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _with_logits(self, self, x)
+
+
+class TiedTable(Tied):
+    """Another embedding over the same table (an encoder's and a decoder's): the same rows are replaced in it."""
+
+    reads_base: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _with_rows(self, self.source, x)
+
+
 class TiedRows(Tied):
     """The output head that shares its weight with an embedding of which rows train: the same rows give its logits."""
 
     reads_base: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
-        source: TokenRows = self.source
-        logits, rows = self.base_layer(x), x @ source.trainable_tokens_delta.to(x.dtype).T
-        if self.bias is not None:
-            rows = rows + self.bias[source.token_indices].to(rows.dtype)
-        return logits.index_copy(-1, source.token_indices, rows)
+        return _with_logits(self, self.source, x)
+
+
+def _with_rows(layer: Adapter, source: TokenRows, x: Tensor) -> Tensor:
+    """Token ids to their rows, those that ``source`` trains from there."""
+    rows = layer.base_layer(x)
+    found = x.unsqueeze(-1) == source.token_indices
+    new = source.trainable_tokens_delta.to(rows.dtype)[found.int().argmax(-1)]
+    return torch.where(found.any(-1, keepdim=True), new * embed_scale(layer.innermost), rows)
+
+
+def _with_logits(layer: Adapter, source: TokenRows, x: Tensor) -> Tensor:
+    """Hidden states to logits, those of the rows that ``source`` trains from there."""
+    logits, rows = layer.base_layer(x), x @ source.trainable_tokens_delta.to(x.dtype).T
+    if (bias := getattr(layer.innermost, "bias", None)) is not None:
+        rows = rows + bias[source.token_indices].to(rows.dtype)
+    return logits.index_copy(-1, source.token_indices, rows)

@@ -24,8 +24,10 @@ _SEED = 0
 @functools.lru_cache(maxsize=64)
 def shared_factor(rows: int, columns: int) -> Tensor:
     """The frozen random matrix of a shape, fp32: kaiming-uniform from a fixed seed, the same for every layer and run."""
-    generator = torch.Generator().manual_seed(_SEED)
-    return (torch.rand(rows, columns, generator=generator) * 2 - 1) * math.sqrt(6 / columns)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    return (torch.rand(rows, columns, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * math.sqrt(
+        6 / columns
+    )
 
 
 @register("vera")
@@ -47,8 +49,8 @@ class VeRALinear(Adapter):
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.register_buffer("shared_A", shared_factor(self.r, self.in_features).to(place), persistent=False)
         self.register_buffer("shared_B", shared_factor(self.out_features, self.r).to(place), persistent=False)
-        self.vera_lambda_d = nn.Parameter(torch.full((self.r,), 0.1, device=place))
-        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=place))
+        self.vera_lambda_d = nn.Parameter(torch.full((self.r,), 0.1, dtype=torch.float32, device=place))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=torch.float32, device=place))
 
     def forward(self, x: Tensor) -> Tensor:
         thin = F.linear(self.lora_dropout(x), self.shared_A.to(x.dtype)) * self.vera_lambda_d.to(x.dtype)

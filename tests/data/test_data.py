@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from minilora import MiniLoraError
+from minilora.data.batches import collate, micro_batches, split
+from minilora.data.encoding import Encoded, encode, encode_all
+from minilora.data.records import read_jsonl
+from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
-from minilora.training.data import IGNORED, Encoded, collate, encode, encode_all, micro_batches, read_jsonl, split
 from tests.models import CHATML
+
+tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
 
 # As templates of reasoning models do: what was thought in earlier turns is taken out again.
 FORGETS = (
@@ -23,16 +28,23 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 
 
 @pytest.fixture(scope="module")
-def make_tokenizer(byte_tokenizer):
+def make_tokenizer():
     """``make_tokenizer(template, **special tokens)``: one token a byte, so that what is supervised can be read back exactly."""
-    from tokenizers.processors import TemplateProcessing
 
-    def make(*arguments, **special):
-        tokenizer = byte_tokenizer(*arguments, **special)
-        # As Llama's start token: what a template renders must not get it again.
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<added>"]})
-        added = [("<added>", tokenizer.convert_tokens_to_ids("<added>"))]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<added> $A", special_tokens=added)
+    def make(template=CHATML, puts="<added> $A", **special):
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"} | special
+        backend.add_special_tokens(
+            ["<added>", "<|im_end|>"]
+        )  # as Llama's start token: what a template renders must not get it again
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=puts, special_tokens=[(name, backend.token_to_id(name)) for name in ("<added>", "<|im_end|>")]
+        )
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", **special)
+        tokenizer.chat_template = template
         return tokenizer
 
     return make
@@ -149,7 +161,7 @@ def test_the_whole_file_is_looked_at_first(tmp_path):
 
 @pytest.mark.parametrize(("over", "fits"), [(0, True), (1, False), (10_000, False)])
 def test_a_giant_line_is_read_no_further_than_the_cap(tmp_path, monkeypatch, over, fits):
-    monkeypatch.setattr("minilora.training.data.LONGEST_LINE", 1000)
+    monkeypatch.setattr("minilora.data.records.LONGEST_LINE", 1000)
     path = tmp_path / "giant.jsonl"
     line = json.dumps({"text": "a" * (1000 - len('{"text": ""}') + over)}).encode()
     path.write_bytes(GOOD + line)
@@ -259,10 +271,10 @@ HEAD = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 def test_only_the_answer_and_its_end_token_count(tokenizer):
     example = encode({"messages": [USER, ANSWER]}, tokenizer, 512)
-    assert said(example, tokenizer) == [(HEAD, False), ("yo<|im_end|>", True)]
+    assert said(example, tokenizer) == [(HEAD, False), ("yo<|im_end|>", True), ("\n", False)]
     assert not example.truncated
     assert example.supervised == 3
-    assert example.labels[-1] == tokenizer.eos_token_id
+    assert example.labels[-2] == tokenizer.eos_token_id
     counted = [(i, label) for i, label in enumerate(example.labels) if label != IGNORED]
     assert all(example.input_ids[i] == label for i, label in counted)
 
@@ -276,25 +288,27 @@ def test_every_answer_of_a_conversation_counts(tokenizer):
         ("yo<|im_end|>", True),
         ("\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n", False),
         ("no<|im_end|>", True),
+        ("\n", False),
     ]
 
 
 def test_what_was_asked_after_the_last_answer_is_left_out(tokenizer):
     example = encode({"messages": [USER, ANSWER, USER]}, tokenizer, 512)
-    assert said(example, tokenizer) == [(HEAD, False), ("yo<|im_end|>", True)]
+    assert said(example, tokenizer) == [(HEAD, False), ("yo<|im_end|>", True), ("\n", False)]
 
 
 def test_an_answer_that_quotes_the_end_token_counts_whole(tokenizer):
     example = encode({"messages": [USER, {"role": "assistant", "content": "a<|im_end|>b"}]}, tokenizer, 512)
-    assert said(example, tokenizer)[1:] == [("a<|im_end|>b<|im_end|>", True)]
+    assert said(example, tokenizer)[1:] == [("a<|im_end|>b<|im_end|>", True), ("\n", False)]
 
 
 def test_a_conversation_is_tokenized_as_the_template_says(tokenizer):
     messages = [USER, ANSWER, USER, {"role": "assistant", "content": "well"}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     example = encode({"messages": messages}, tokenizer, 512)
-    assert whole == tokenizer.decode(example.input_ids) + "\n"
-    assert list(example.input_ids) == tokenizer(whole, add_special_tokens=False).input_ids[:-1]
+    assert whole == tokenizer.decode(example.input_ids)
+    assert list(example.input_ids) == tokenizer(whole, add_special_tokens=False).input_ids
+    assert list(example.input_ids) == tokenizer.apply_chat_template(messages)["input_ids"]
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", None, "<other>"])
@@ -309,19 +323,36 @@ def test_prompt_and_completion_are_one_exchange(tokenizer):
     assert pair == encode({"messages": [USER, ANSWER]}, tokenizer, 512)
 
 
-@pytest.mark.parametrize(("bos", "start"), [("<s>", "<s>"), (None, "")])
-def test_prompt_and_completion_without_a_template(make_tokenizer, bos, start):
+@pytest.mark.parametrize("bos", ["<added>", "<s>", None])
+def test_prompt_and_completion_without_a_template(make_tokenizer, bos):
+    """The start token is the tokenizer's own, whatever it calls its start token; the end token comes once, and is learnt."""
     tokenizer = make_tokenizer(None, bos_token=bos)
-    example = encode({"prompt": "2+2=", "completion": "4"}, tokenizer, 512)
-    assert said(example, tokenizer) == [(start + "2+2=", False), ("4<|im_end|>", True)]
+    for prompt, completion in (
+        ("2+2=", "4"),
+        ("2+2=", "4<|im_end|>"),
+        ("<added>2+2=" if bos == "<added>" else "2+2=", "4"),
+    ):
+        example = encode({"prompt": prompt, "completion": completion}, tokenizer, 512)
+        assert said(example, tokenizer) == [("<added>2+2=", False), ("4<|im_end|>", True)]
+
+
+def test_an_end_token_that_the_tokenizer_puts_is_not_put_again(make_tokenizer):
+    tokenizer = make_tokenizer(None, bos_token="<added>", puts="<added> $A <|im_end|>")
+    for completion in ("4", "4<|im_end|>"):
+        example = encode({"prompt": "2+2=", "completion": completion}, tokenizer, 512)
+        assert said(example, tokenizer) == [("<added>2+2=", False), ("4<|im_end|>", True)]
+    for text in ("long ago", "long ago<|im_end|>", "<added>long ago<|im_end|>"):
+        assert said(encode({"text": text}, tokenizer, 512), tokenizer) == [("<added>long ago<|im_end|>", True)]
 
 
 @pytest.mark.parametrize("template", [CHATML, None])
-@pytest.mark.parametrize(("bos", "eos"), [("<s>", "</s>"), (None, "</s>"), ("<s>", None)])
-def test_all_of_a_text_counts(make_tokenizer, template, bos, eos):
+@pytest.mark.parametrize(("bos", "eos"), [("<s>", "</s>"), (None, "</s>"), ("<s>", None), ("<added>", "</s>")])
+def test_all_of_a_text_counts_and_it_is_tokenized_as_it_is(make_tokenizer, template, bos, eos):
+    """GPT-2 calls its end token a start token too, and puts neither."""
     tokenizer = make_tokenizer(template, bos_token=bos, eos_token=eos)
     example = encode({"text": "long ago"}, tokenizer, 512)
-    assert said(example, tokenizer) == [((bos or "") + "long ago" + (eos or ""), True)]
+    assert list(example.input_ids) == tokenizer("long ago").input_ids
+    assert said(example, tokenizer) == [("<added>long ago", True)]
     assert example.supervised == len(example.input_ids) - 1  # nothing predicts the first
 
 
@@ -330,10 +361,19 @@ def test_messages_need_a_template(make_tokenizer):
         encode({"messages": [USER, ANSWER]}, make_tokenizer(None), 512)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
-    tokenizer = make_tokenizer(FORGETS)
+def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each_answer(make_tokenizer):
+    """Each stands behind the text that the model would see."""
+    tokenizer, lines = make_tokenizer(FORGETS), []
+    record = {"messages": [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no"}]}
+    first, second = encode_all([record], tokenizer, 512, lines.append)
+    earlier = "<|im_start|>user\nHI<|im_end|>\n<|im_start|>assistant\nYO<|im_end|>\n"
+    assert said(first, tokenizer) == [(HEAD, False), ("yo<|im_end|>", True), ("\n", False)]
+    asked = earlier + "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
+    assert said(second, tokenizer) == [(asked, False), ("no<|im_end|>", True), ("\n", False)]
+    assert len(lines) == 1 and "1 conversations are trained turn by turn, as 2 examples" in lines[0]
     with pytest.raises(DataError, match="rewrites earlier turns"):
-        encode({"messages": [USER, ANSWER, USER, ANSWER]}, tokenizer, 512)
+        encode(record, tokenizer, 512)
+    assert said(encode({"messages": [USER, ANSWER]}, tokenizer, 512), tokenizer) == said(first, tokenizer)
 
 
 @pytest.mark.parametrize("less", [0, 1, 3, 4, 1000])
@@ -344,7 +384,7 @@ def test_truncation_cuts_the_end_and_says_so(tokenizer, less):
     assert example.input_ids == whole.input_ids[:length]
     assert example.labels == whole.labels[:length]
     assert example.truncated is (less > 0)
-    assert example.supervised == max(0, 3 - less)
+    assert example.supervised == max(0, 3 - max(0, less - 1))  # the newline after the end token does not count
 
 
 def test_encode_all_leaves_out_what_has_nothing_left_to_learn(tokenizer):
@@ -360,7 +400,7 @@ def test_encode_all_refuses_when_nothing_is_left(tokenizer):
 
 
 def test_a_single_token_is_nothing_to_learn(make_tokenizer):
-    tokenizer = make_tokenizer(None, bos_token=None, eos_token=None)
+    tokenizer = make_tokenizer(None, bos_token=None, eos_token=None, puts="$A")
     assert encode({"text": "a"}, tokenizer, 100).supervised == 0
     with pytest.raises(DataError, match="none of 1 examples"):
         encode_all([{"text": "a"}], tokenizer, 100)

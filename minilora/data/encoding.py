@@ -1,0 +1,184 @@
+"""Records as examples: token ids, and labels that say which of them are learnt.
+
+Conversations go through the tokenizer's chat template (``layout.py``), everything through the tokenizer (``tokens.py``).
+Next file: ``data/batches.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minilora.data.bounded import bounded
+from minilora.data.fields import conversation
+from minilora.data.layout import Layout, lay_out
+from minilora.data.records import Record, check_record
+from minilora.data.template import Template
+from minilora.data.tokens import IGNORED, Desk, Text
+from minilora.errors import DataError
+
+__all__ = ["IGNORED", "Encoded", "encode", "encode_all"]
+
+_BATCH = 256  # records that are tokenized together
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids, and labels of the same length with ``IGNORED`` where nothing is to be learnt.
+
+    ``where`` is the file and line that it comes from, if it does, for messages.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    truncated: bool = False
+    where: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.labels):
+            raise DataError(
+                f"{self.where or 'example'}: {len(self.input_ids)} tokens and {len(self.labels)} labels; wanted one label a token"
+            )
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that count in the loss (the first token of a sequence is never predicted)."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
+    """Token ids and labels of one record; what is longer than ``max_length`` loses its end (``truncated`` says so).
+
+    Args:
+        record: as ``read_jsonl`` returns it.
+        tokenizer: of the model; conversations need its chat template.
+        max_length: in tokens.
+
+    Raises:
+        DataError: as ``encode_all``; or the conversation makes more than one example.
+    """
+    lesson = next(_lessons([record], tokenizer, max_length))
+    if len(lesson.examples) != 1:
+        raise DataError(
+            f"{_at(record)}the chat template rewrites earlier turns as a conversation grows, so this one makes an example of each answer; "
+            "encode_all returns them"
+        )
+    return lesson.examples[0]
+
+
+def encode_all(
+    records: Sequence[Record], tokenizer: Any, max_length: int, say: Callable[[str], None] | None = None
+) -> list[Encoded]:
+    """Every record encoded; examples that ``max_length`` leaves without a token to learn are left out.
+
+    A conversation of which the chat template renders an answer otherwise once more turns follow makes an example of each answer, behind
+    the text that the model would see; ``say`` gets a line about it.
+
+    Raises:
+        DataError: nothing is left to learn from; a conversation, and the tokenizer has no chat template; the template fails, refuses the
+            conversation, does not end, or does not use a part of it; by path and line.
+    """
+    lessons = list(_lessons(records, tokenizer, max_length))
+    useful = [example for lesson in lessons for example in lesson.examples if example.supervised]
+    if not useful:
+        raise DataError(
+            f"none of {len(lessons)} examples has a token to learn within max_length={max_length}; raise it or shorten the prompts"
+        )
+    if say:
+        for line in _remarks(lessons, max_length):
+            say(line)
+    return useful
+
+
+def _remarks(lessons: Sequence[_Lesson], max_length: int) -> Iterator[str]:
+    """What is to be said of how conversations were encoded."""
+    if parted := [lesson for lesson in lessons if lesson.layout.rewrites]:
+        kept = sum(example.supervised > 0 for lesson in parted for example in lesson.examples)
+        lost = sum(lesson.layout.beyond + len(lesson.examples) for lesson in parted) - kept
+        yield (
+            f"the chat template renders an answer otherwise once more turns follow: {len(parted)} conversations are trained turn by turn, "
+            f"as {kept} examples" + (f"; {lost} answers more begin after max_length={max_length}" if lost else "")
+        )
+    if unended := sum(lesson.layout.unended for lesson in lessons):
+        yield f"the chat template ends the last answer of {unended} conversations with no end token, so its end is not learnt"
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """The examples of one record, and the layout that they come from."""
+
+    examples: list[Encoded]
+    layout: Layout
+
+
+def _lessons(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iterator[_Lesson]:
+    for record in records:
+        if not hasattr(record, "where"):
+            check_record(record)
+    desk, laid = Desk(tokenizer), _layouts(records, tokenizer, max_length)
+    for start in range(0, len(records), _BATCH):
+        some = records[start : start + _BATCH]
+        layouts = [next(laid) if _is_chat(record, tokenizer) else None for record in some]
+        texts = [_texts(layout) if layout else [desk.plain(rec)] for layout, rec in zip(layouts, some, strict=True)]
+        encoded = iter(desk.encode([text for each in texts for text in each]))
+        for record, layout, each in zip(some, layouts, texts, strict=True):
+            examples = [_example(*next(encoded), max_length, getattr(record, "where", "")) for _ in each]
+            yield _Lesson(examples, layout or Layout([]))
+
+
+def _texts(layout: Layout) -> list[Text]:
+    return [Text(text, spans, False) for text, spans in layout.texts]
+
+
+def _example(ids: list[int], labels: list[int], most: int, where: str) -> Encoded:
+    return Encoded(tuple(ids[:most]), tuple(labels[:most]), truncated=len(ids) > most, where=where)
+
+
+def _at(record: Record) -> str:
+    where = getattr(record, "where", "")
+    return f"{where}: " if where else ""
+
+
+# ---- chat templates
+
+
+def _is_chat(record: Record, tokenizer: Any) -> bool:
+    return record.get("messages") is not None or (record.get("text") is None and bool(tokenizer.chat_template))
+
+
+def _layouts(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iterator[Layout]:
+    """The layout of each conversation, rendered in a process that can be ended. Raises ``DataError`` with the record's place."""
+    chats = [record for record in records if _is_chat(record, tokenizer)]
+    if not chats:
+        return
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{_at(chats[0])}the tokenizer has no chat template; use an instruct model, or 'prompt' and 'completion' instead of 'messages'"
+        )
+    ends = _special_tokens(tokenizer)
+    most = max_length * max(map(len, tokenizer.get_vocab()))
+    done = 0
+    try:
+        for found in bounded(lambda record: vars(_laid_out(record, tokenizer, ends, most)), chats):
+            done += 1
+            yield Layout(**found)
+    except DataError as error:
+        raise DataError(f"{_at(chats[done])}{error}") from None
+
+
+def _laid_out(record: Record, tokenizer: Any, ends: Sequence[str], most: int) -> Layout:
+    """The layout of a record. Arguments of tool calls are objects, or where the template fails over those, their text as JSON."""
+    talk = conversation(record)
+    try:
+        return lay_out(talk, Template(tokenizer, talk.options, ends), most)
+    except DataError:
+        other = conversation(record, arguments_as_text=True)
+        if talk == other:
+            raise
+    return lay_out(other, Template(tokenizer, other.options, ends), most)
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})

@@ -1,0 +1,143 @@
+"""Lines of a JSONL file as records: read and checked whole before anything trains, and refused by file and line.
+
+A line is one of ``{"messages": [{"role", "content"}, ...]}``, ``{"prompt", "completion"}`` or ``{"text"}``. What else a line says and what
+would change a run is used (``fields.py``) or refused by name; notes that change nothing (``source``, ``id``) are passed over, and
+``unused`` counts them. Next file: ``data/fields.py``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minilora.data.fields import check_messages, check_options, check_text
+from minilora.errors import DataError, nearest
+from minilora.files.parse import once
+from minilora.files.read import refuse_path
+
+__all__ = ["Record", "check_record", "read_jsonl", "unused"]
+
+LONGEST_LINE = 16_000_000  # bytes; some four million tokens, more than any context
+Record = Mapping[str, Any]
+_CHAT = {"system", "tools", "documents", "chat_template_kwargs"}  # what a chat template is given beside the turns
+_FORMS = {"messages": {"messages"} | _CHAT, "prompt": {"prompt", "completion"} | _CHAT, "text": {"text"}}
+_KNOWN = set.union(*_FORMS.values())
+# What means something elsewhere and nothing here: a run that passed over it would learn something else than its author meant.
+_MEANT = {
+    *("weight", "weights", "train", "label", "labels", "input_ids", "assistant_masks", "completion_mask", "chosen"),
+    *("rejected", "functions", "function_call", "tool_calls", "image", "images", "video", "videos", "audio", "audios"),
+    *("system_prompt", "system_message", "chat_template"),
+}
+
+
+class _Line(dict[str, Any]):
+    """A record that knows where it was read."""
+
+    where = ""
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
+    """All records of a file, every line checked. A value of null is as good as none.
+
+    Raises:
+        DataError: no file, no record, a line that is longer than 16 MB, not UTF-8, not JSON, has a key twice, has none of the three
+            forms, or a field that nothing would use; with path and line, and the byte of the line where there is one.
+    """
+    source = Path(path)
+    refuse_path(source, DataError)
+    if not source.is_file():
+        raise DataError(
+            f"{source}: no such file; wanted JSONL with 'messages', 'prompt' and 'completion', or 'text' in every line"
+        )
+    records: list[Record] = []
+    try:
+        with source.open("rb") as lines:
+            for number, raw in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), 1):
+                if number == 1:
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
+                if raw.strip():
+                    records.append(_record(raw, f"{source}:{number}"))
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}); check the path and its rights") from None
+    if not records:
+        raise DataError(f"{source}: holds no example; wanted one JSON object a line")
+    return records
+
+
+def unused(records: Iterable[Record]) -> Counter[str]:
+    """Keys that nothing uses, each with the number of its records."""
+    return Counter(
+        key for record in records for key, value in record.items() if key not in _KNOWN and value is not None
+    )
+
+
+def _record(raw: bytes, where: str) -> Record:
+    record = _parsed(raw, where)
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: holds a {type(record).__name__}; wanted an object with 'messages', 'prompt' or 'text'"
+        )
+    try:
+        check_record(record)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    line = _Line(record)
+    line.where = where
+    return line
+
+
+def _parsed(raw: bytes, where: str) -> Any:
+    if len(raw) > LONGEST_LINE:
+        raise DataError(
+            f"{where}: is longer than {LONGEST_LINE:,} bytes; write one example a line, and cut it into shorter ones"
+        )
+    try:
+        text = raw.decode("utf-8")
+        return json.loads(text, object_pairs_hook=once)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}:{error.start + 1}: byte {error.start + 1} is not UTF-8; convert the file (iconv -t utf-8)"
+        ) from None
+    except json.JSONDecodeError as error:
+        byte = len(text[: error.pos].encode()) + 1
+        raise DataError(
+            f"{where}:{byte}: not JSON at column {error.colno} ({error.msg}); write one object a line"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a key twice, a number of thousands of digits, brackets thousands deep
+        raise DataError(f"{where}: cannot be read as JSON ({error}); write one plain object a line") from None
+
+
+def check_record(record: Record) -> None:
+    """Raise ``DataError`` for a record that is of no form, or holds what its form has no use for."""
+    said = {key for key, value in record.items() if value is not None}
+    forms = [form for form in _FORMS if form in said or (form == "prompt" and "completion" in said)]
+    form = next(iter(forms or [form for form in _FORMS if form in record]), None)
+    if form is None:
+        raise DataError(
+            f"has the keys {str(sorted(record))[:200]}; wanted 'messages', 'prompt' and 'completion', or 'text'"
+        )
+    for key in sorted(said - _FORMS[form]):
+        _check_key(key, form)
+    if form == "messages":
+        check_messages(record["messages"])
+    else:
+        for name in ("prompt", "completion") if form == "prompt" else ("text",):
+            check_text(record.get(name), name)
+    check_options(record)
+
+
+def _check_key(key: str, form: str) -> None:
+    used = ", ".join(sorted(_FORMS[form]))
+    if key in _KNOWN or key in _MEANT:
+        raise DataError(f"{key!r} is not used beside {form!r}, where {used} are; remove it, or say it in another form")
+    close = nearest(key, _KNOWN, 1)
+    if len(key) > 3 and any(key.lower().rstrip("s") == known.rstrip("s") for known in _KNOWN):
+        raise DataError(f"{key!r} is not used; is {close} meant? Rename it, or remove it")

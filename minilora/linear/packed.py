@@ -1,0 +1,188 @@
+"""A frozen linear layer whose weight is packed codes and scales: ``QuantLinear``. Next file: ``linear/layers.py``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import QuantizationError
+from minilora.linear.ops import dequantize, quant_linear
+from minilora.linear.shown import shown_weight
+from minilora.quant.blockwise import quantize
+from minilora.quant.config import QuantConfig
+from minilora.quant.quantized import QuantizedTensor
+
+__all__ = ["QuantLinear", "dtype_after", "hooks_of", "is_conv1d", "rows_of", "take_hooks"]
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
+_FORMAT = "_extra_state"  # what torch calls it in a state dict
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's ``Conv1D``, known by its name and shape so that transformers need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "dim", int)() == 2
+
+
+def rows_of(layer: nn.Module) -> Tensor:
+    """The weight of a dense layer as ``[out, in]``, detached, over the same memory."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight.t() if is_conv1d(layer) else weight
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer whose weight is stored as packed codes and scales (QLoRA section 3).
+
+    Codes and scales are ``uint8`` parameters that never train: ``.to(bfloat16)`` leaves them whole, DDP does not broadcast them, FSDP2
+    shards them. fp32 scales are therefore kept as their bytes. A state dict also says which format the bytes are of.
+
+    Attributes:
+        weight: what a model sees that asks for it: ``[out, in]`` in ``dtype``, made when it is computed with (``shown.py``).
+        codes: uint8, the parameter called "weight": ``[out, in * bits / 8]`` where a row divides evenly, else flat.
+        absmax: uint8; ``[blocks, 4]`` fp32 bytes, or ``[blocks]`` 8-bit codes with double quantization.
+        nested_absmax, nested_offset: uint8 fp32 bytes ``[n, 4]``, or None.
+        bias: ``[out]`` or None.
+        dtype: of the weight before it was packed; follows ``.to(dtype)``, as a dense weight would.
+        conv1d: the class to go back to when the layer becomes dense, where it was a ``Conv1D``; else None.
+    """
+
+    def __init__(
+        self, weight: QuantizedTensor, bias: nn.Parameter | None = None, conv1d: type[nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.book, self.blocksize, self.dtype = weight.book, weight.blocksize, weight.dtype
+        self.double_quant = weight.nested_absmax is not None
+        nested, offset = weight.nested_absmax, weight.nested_offset
+        self.register_parameter("weight", _stored(weight.packed))
+        self.absmax = _stored(weight.absmax)
+        self.nested_absmax = None if nested is None else _stored(nested)
+        self.nested_offset = None if offset is None else _stored(offset)
+        self.bias = bias
+        self.conv1d = conv1d
+
+    @classmethod
+    def from_linear(
+        cls, layer: nn.Module, config: QuantConfig, name: str = "weight", importance: Tensor | None = None
+    ) -> QuantLinear:
+        """Quantize a ``Linear`` or ``Conv1D``; bias and hooks are carried over as they are. Arguments and errors as ``quantize``."""
+        kind = type(layer) if is_conv1d(layer) else None
+        packed = cls(quantize(rows_of(layer), config, name, importance), layer.bias, kind)  # type: ignore[arg-type]
+        take_hooks(packed, hooks_of(layer))
+        return packed
+
+    @property
+    def format(self) -> str:
+        """The codebook's name."""
+        return self.book.name
+
+    @property
+    def codes(self) -> nn.Parameter:
+        """The packed codes."""
+        return self._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with; the codes themselves while FSDP has them in shards, where nobody can multiply."""
+        if "weight" not in self._parameters:
+            raise AttributeError("QuantLinear has no weight yet")
+        if type(codes := self._parameters["weight"]) is not nn.Parameter:
+            return codes  # type: ignore[return-value]
+        shape = torch.Size((self.out_features, self.in_features))
+        if self.conv1d is None:
+            return shown_weight(lambda: dequantize(self.quantized()), shape, self.dtype, codes.device, stored=codes)
+        return shown_weight(
+            lambda: dequantize(self.quantized()).t(), shape[::-1], self.dtype, codes.device, stored=codes
+        )
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a ``QuantizedTensor`` over the same memory."""
+        codes = self._parameters["weight"]
+        if codes is None or codes.dtype != torch.uint8:
+            kind = "nothing" if codes is None else codes.dtype
+            raise QuantizationError(
+                f"a packed layer holds {kind} where its uint8 codes were; something wrote over them, pack it again"
+            )
+        absmax = self.absmax if self.double_quant else _floats(self.absmax)
+        nested = None if self.nested_absmax is None else _floats(self.nested_absmax)
+        offset = None if self.nested_offset is None else _floats(self.nested_offset)
+        shape = torch.Size((self.out_features, self.in_features))
+        return QuantizedTensor(codes, absmax, shape, self.dtype, self.book, self.blocksize, nested, offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]`` in ``x``'s dtype."""
+        return quant_linear(x, self.quantized(), self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = dtype_after(fn, self.dtype, self.absmax.device)
+        return super()._apply(fn, recurse)
+
+    def get_extra_state(self) -> Tensor:
+        """What the bytes mean, as JSON in uint8: a tensor, so that every writer of tensors can write it."""
+        return torch.tensor(list(json.dumps(self._format(), sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set: ``_load_from_state_dict`` has compared it."""
+
+    def _format(self) -> dict[str, Any]:
+        levels = hashlib.sha256(repr(self.book.levels).encode()).hexdigest()[:16]
+        shape = [self.out_features, self.in_features]
+        known = {"format": self.format, "levels": levels, "blocksize": self.blocksize}
+        return known | {"double_quant": self.double_quant, "shape": shape}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Raises ``QuantizationError`` for the bytes of another format, which would decode to anything. One that names none is older."""
+        if isinstance(said := state_dict.get(prefix + _FORMAT), Tensor):
+            _refuse_other_format(prefix.removesuffix("."), said, self._format())
+        strict_before = list(args[2])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        args[2][:] = [*strict_before, *(key for key in args[2][len(strict_before) :] if key != prefix + _FORMAT)]
+
+    def extra_repr(self) -> str:
+        bits = f"{self.quantized().bits_per_weight:.3f}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits} bits"
+
+
+def _refuse_other_format(path: str, said: Tensor, own: dict[str, Any]) -> None:
+    try:
+        found = json.loads(bytes(said.cpu().tolist()))
+        other = [f"{key}={found[key]} and this layer {value}" for key, value in own.items() if found[key] != value]
+    except (ValueError, KeyError, TypeError):
+        other = ["a format that cannot be read"]
+    if other:
+        raise QuantizationError(
+            f"{path or 'weight'}: the state has {'; '.join(other)}; pack the model as the saved one was"
+        )
+
+
+def dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that ``nn.Module._apply(fn)`` (``.to``, ``.half`` ...) makes of this one."""
+    return fn(torch.empty(0, dtype=dtype, device=device)).dtype
+
+
+def hooks_of(layer: nn.Module) -> dict[str, Any]:
+    """The dictionaries that hold the hooks on calls of this layer: the very objects, so that a handle still removes its hook."""
+    return {name: layer.__dict__[name] for name in _HOOKS}
+
+
+def take_hooks(new: nn.Module, hooks: dict[str, Any] | None) -> None:
+    """Give ``new`` the hooks of the layer whose place it takes; None for no hooks at all."""
+    own = hooks if hooks is not None else {name: OrderedDict() for name in _HOOKS}
+    new.__dict__.update(own, _is_full_backward_hook=True if own["_backward_hooks"] else None)
+
+
+def _stored(values: Tensor) -> nn.Parameter:
+    """A frozen uint8 parameter; fp32 becomes its four bytes in a last dimension."""
+    held = values if values.dtype == torch.uint8 else values.unsqueeze(-1).view(torch.uint8)
+    return nn.Parameter(held, requires_grad=False)
+
+
+def _floats(stored: Tensor) -> Tensor:
+    """The fp32 values whose bytes ``_stored`` holds."""
+    return stored.view(torch.float32).squeeze(-1)

@@ -1,0 +1,189 @@
+"""What an adapter remembers of every tensor of its base model that it does not bring itself: heads, embeddings, norms, buffers.
+
+What no checkpoint holds (a pooler, the rows of tokens that were added) is drawn at random when a model is loaded, and drawn otherwise the
+next time. Kept of each tensor are its dtype, a hash, and a few values, which are compared where the dtype is another. Hashed are all
+values of a tensor of up to 32,768, and of a larger one as many, evenly apart, with one at least of every row and the last one of all: a
+row that was drawn anew is seen, a single number that was changed in a large tensor may not be. So it costs the reading of a few thousand
+places of a tensor and not of all of it. Next file: ``store/fingerprint.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
+from minilora.lora.bare import Bare
+from minilora.quant.quantized import decode_range
+
+__all__ = [
+    "CLOSE",
+    "DENSE",
+    "PACKED",
+    "are_prints",
+    "decoded",
+    "floats",
+    "hexadecimal",
+    "other_tensors",
+    "prints",
+    "same",
+]
+
+PACKED = "packed"
+DENSE = ("float64", "float32", "float16", "bfloat16")
+CLOSE = 0.9  # relative error that two bits per weight stay under; unrelated weights have 1 or more, mostly 1.4
+_HASHED = 32_768  # values of a tensor, at least
+_VALUES, _MORE = 8, 64  # values that are kept of a tensor in one of many layers, and of one outside of them
+_PRINT = re.compile(r"([a-z0-9_]+) ([0-9a-f]{16})? ((?:[0-9a-f]{8})*)")
+_Brought = Mapping[str, Sequence[int] | None]
+
+
+def prints(bare: Bare, brought: _Brought) -> dict[str, list[Any]]:
+    """``{name: [print, rows left out]}`` of a model's tensors, JSON values.
+
+    Args:
+        brought: names that the adapter's file brings: all of a tensor (None), or some rows of it.
+    """
+    found = {}
+    for name, layer, tensor in _tensors(bare):
+        rows = brought.get(name, ())
+        if rows is not None and (said := _print(name, layer, tensor, rows)):
+            found[name] = [said, sorted(rows)]
+    return found
+
+
+def other_tensors(bare: Bare, remembered: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Names of the tensors that hold something else than ``prints`` remembers."""
+    return [
+        name
+        for name, layer, tensor in _tensors(bare)
+        if name in remembered and _differs(name, layer, tensor, *remembered[name])
+    ]
+
+
+def are_prints(value: Any) -> bool:
+    """Whether a JSON value has the form that ``prints`` gives it."""
+    return isinstance(value, dict) and all(
+        isinstance(one, list)
+        and len(one) == 2
+        and isinstance(one[0], str)
+        and _PRINT.fullmatch(one[0]) is not None
+        and isinstance(one[1], list)
+        and all(type(row) is int and 0 <= row < 2**31 for row in one[1])
+        for one in value.values()
+    )
+
+
+def _tensors(bare: Bare) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """``(name, its module, tensor)`` of parameters and of buffers that are saved, each once, as far as they are at hand."""
+    seen: set[int] = set()
+    for named, module in bare.named_modules():
+        path = named.replace("._orig_mod", "")  # of a part that torch.compile wrapped
+        held = [*bare.parameters_of(module), *module._buffers.items()]
+        for name, tensor in held:
+            packed = isinstance(module, QuantLinear) and name != "bias"
+            if tensor is None or name in module._non_persistent_buffers_set or (packed and name != "weight"):
+                continue
+            if id(tensor) not in seen and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+                seen.add(id(tensor))
+                yield f"{path}.{name}".lstrip("."), module, tensor
+
+
+def _print(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) -> str | None:
+    if isinstance(layer, QuantLinear) and tensor is not layer._parameters.get("bias"):
+        return None if _is_one_of_many(name) else f"{PACKED}  {hexadecimal(_values(name, layer, tensor, rows))}"
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {_hash(tensor, rows)} {hexadecimal(_values(name, layer, tensor, rows)) if kind in DENSE else ''}"
+
+
+def _differs(name: str, layer: nn.Module, tensor: Tensor, said: str, rows: Collection[int]) -> bool:
+    before, digest, values = said.split(" ")
+    packed = isinstance(layer, QuantLinear) and tensor is not layer._parameters.get("bias")
+    now = PACKED if packed else str(tensor.dtype).removeprefix("torch.")
+    if now == before != PACKED:
+        return digest != _hash(tensor, rows)
+    if not values or (packed and _is_one_of_many(name)):
+        return False
+    then, found = (
+        torch.tensor(held, dtype=torch.float32, device="cpu")
+        for held in (floats(values), _values(name, layer, tensor, rows))
+    )
+    if PACKED in (now, before):
+        return float((then - found).square().sum()) > CLOSE**2 * float(then.square().sum())
+    return now in DENSE and not same(then, before, found, now)
+
+
+def _is_one_of_many(name: str) -> bool:
+    """Whether a tensor lies in a numbered layer."""
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _hash(tensor: Tensor, rows: Collection[int]) -> str:
+    flat = tensor.detach().reshape(-1)
+    width = flat.numel() // len(tensor) if tensor.dim() > 1 and flat.numel() else 1
+    step = max(1, min(width - 1, flat.numel() // _HASHED))
+    picked = flat if step == 1 else torch.cat([flat[::step], flat[-1:]])
+    if rows:
+        places = torch.arange(0, flat.numel(), step, device=flat.device)
+        places = places if step == 1 else torch.cat([places, places.new_tensor([flat.numel() - 1])])
+        picked = picked[~torch.isin(places // width, torch.tensor(sorted(rows), device=flat.device))]
+    return hashlib.blake2b(picked.cpu().view(torch.uint8).numpy().data, digest_size=8).hexdigest()
+
+
+def _values(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) -> list[float]:
+    """Some values in fp32, the last one among them; of a linear layer as in ``[out, in]``, whatever it holds. 0 for rows left out."""
+    linear = is_linear(layer) and tensor is layer._parameters.get("weight")
+    width, count = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.numel()
+    if linear:
+        width, out_features = in_out_features(layer)
+        count = width * out_features
+    if not count:
+        return []
+    many = _VALUES if _is_one_of_many(name) else _MORE
+    places = [*((at * 2_654_435_761 + 12_345) % count for at in range(many - 1)), count - 1]
+    if isinstance(layer, QuantLinear) and linear:
+        values = decoded(layer, places, count)
+    elif linear:
+        held = dense_weight(layer).detach()
+        values = held[[at // width for at in places], [at % width for at in places]].float().tolist()
+    else:
+        values = tensor.detach().reshape(-1)[places].float().tolist()
+    return [0.0 if at // width in rows else value for at, value in zip(places, values, strict=True)]
+
+
+def decoded(layer: QuantLinear, places: Sequence[int], count: int) -> list[float]:
+    """Values of a packed weight at places of the flattened ``[out, in]``; ``count`` is how many it has."""
+    weight = layer.quantized()
+    scales, values = weight.scales(), []
+    for place in places:
+        start = place - place % weight.blocksize
+        block = torch.empty(min(weight.blocksize, count - start), dtype=torch.float32, device=scales.device)
+        decode_range(weight, scales, start, block)
+        values.append(block[place - start].item())
+    return values
+
+
+def same(before: Tensor, kind: str, after: Tensor, here: str) -> bool:
+    """Whether dense values agree once both are rounded to the coarser of their dtypes."""
+    for name in {kind, here} & {"float16", "bfloat16"}:
+        dtype = getattr(torch, name)
+        before, after = before.to(dtype).float(), after.to(dtype).float()
+    tolerance = 2**-7 if {kind, here} == {"float16", "bfloat16"} else 0.0
+    return torch.allclose(before, after, rtol=tolerance, atol=0.0, equal_nan=True)
+
+
+def hexadecimal(values: Sequence[float]) -> str:
+    """fp32 values, little-endian."""
+    return struct.pack(f"<{len(values)}f", *values).hex()
+
+
+def floats(text: str) -> tuple[float, ...]:
+    """Values that ``hexadecimal`` wrote."""
+    raw = bytes.fromhex(text)
+    return struct.unpack(f"<{len(raw) // 4}f", raw)
