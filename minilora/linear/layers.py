@@ -129,7 +129,9 @@ def carries(layer: nn.Module, x: Tensor) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the ``forward`` of its class is known to be the product with the weight, and nothing else."""
+    """Whether a call of its class is known to be the product with the weight, and nothing else."""
+    if type(layer).__call__ is not nn.Module.__call__:
+        return False
     return type(layer).forward in _PRODUCTS or (
         is_conv1d(layer) and type(layer).__module__ == "transformers.pytorch_utils"
     )

@@ -137,12 +137,13 @@ class QuantLinear(nn.Module):
         return known | {"double_quant": self.double_quant, "shape": shape}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Raises ``QuantizationError`` for the bytes of another format, which would decode to anything. One that names none is older."""
+        """Raises ``QuantizationError`` for the bytes of another format, which would decode to anything.
+
+        A state that names no format was put together from parameters: torch says that a key is missing, and takes it with ``strict=False``.
+        """
         if isinstance(said := state_dict.get(prefix + _FORMAT), Tensor):
             _refuse_other_format(prefix.removesuffix("."), said, self._format())
-        strict_before = list(args[2])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        args[2][:] = [*strict_before, *(key for key in args[2][len(strict_before) :] if key != prefix + _FORMAT)]
 
     def extra_repr(self) -> str:
         bits = f"{self.quantized().bits_per_weight:.3f}"

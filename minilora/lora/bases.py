@@ -25,6 +25,8 @@ from minilora.lora.slots import has_adapters
 
 __all__ = ["is_more_than_its_weight", "is_read_by_parent", "refuse_nested", "refuse_not_a_weight", "refuse_to_replace"]
 
+# What a layer may hold: of a packed one the scales too.
+_OWN = {"weight", "bias", "absmax", "nested_absmax", "nested_offset"}
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}  # of the largest value; bf16 6e-2
 
 
@@ -34,6 +36,11 @@ def refuse_not_a_weight(path: str, layer: nn.Module) -> None:
         raise TargetError(
             f"{path}: its weight is computed (a parametrization, weight norm or pruning), so an adapter would not last; make it a plain "
             "parameter first, such as with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if more := _more_of(layer):
+        raise TargetError(
+            f"{path}: {type(layer).__name__} holds {more[0]!r} beside its weight and bias, which would be lost to the model; leave it out "
+            "(exclude_modules)"
         )
     if _is_offloaded(layer):
         raise TargetError(
@@ -51,6 +58,11 @@ def refuse_not_a_weight(path: str, layer: nn.Module) -> None:
         )
 
 
+def _more_of(layer: nn.Module) -> list[str]:
+    """Names of the parameters, buffers and modules that a layer has beside its weight and bias."""
+    return sorted((layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - _OWN)
+
+
 def refuse_to_replace(path: str, layer: nn.Module) -> None:
     """Raise ``TargetError`` for a layer whose object has a ``forward`` of its own, which a layer in its place would not have."""
     if (
@@ -63,6 +75,8 @@ def refuse_to_replace(path: str, layer: nn.Module) -> None:
 
 def is_more_than_its_weight(layer: nn.Module) -> bool:
     """Whether calling this layer is something else than its product (an embedding: its rows), tried where its class does not say."""
+    if type(layer).__call__ is not nn.Module.__call__ or _more_of(layer):
+        return True
     if "forward" not in layer.__dict__ and (
         is_plain(layer) or type(layer).forward in (QuantLinear.forward, nn.Embedding.forward)
     ):

@@ -312,3 +312,50 @@ def test_dora_on_a_row_of_zeros_and_on_one_that_cancels():
         adapter(x), F.linear(x, base.weight + adapter.delta_weight(), base.bias), rtol=1e-4, atol=1e-5
     )
     assert torch.isfinite(adapter.delta_weight()).all()
+
+
+class Calls(nn.Linear):
+    """Its product is doubled where it is called, and not in its forward."""
+
+    def __call__(self, *args, **kwargs):
+        return 2 * super().__call__(*args, **kwargs)
+
+
+class Scales(nn.Linear):
+    """The model multiplies by what the layer holds beside its weight."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.full((1,), 3.0))
+
+
+class Counts(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("seen", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (Calls, "Calls computes something else"),
+        (Scales, "Scales holds 'scale' beside"),
+        (Counts, "Counts holds 'seen' beside"),
+    ],
+)
+def test_what_a_layer_has_more_is_refused_by_name(layer, words):
+    for change in (
+        lambda model: minilora.inject(model, config("inner")),
+        lambda model: minilora.quantize_model(model, target_modules=["inner"]),
+    ):
+        model = Net(layer(IN, OUT)).eval()
+        x = torch.randn(3, IN)
+        before, kept = model(x), model.inner
+        with pytest.raises(minilora.MiniLoraError, match=words):
+            change(model)
+        assert model.inner is kept and torch.equal(model(x), before)
+
+
+def test_the_word_for_no_adapter_names_none(make_mlp):
+    with pytest.raises(minilora.MiniLoraError, match="'__base__': in a batch it means no adapter"):
+        minilora.inject(make_mlp(), minilora.LoraConfig(r=2, lora_alpha=6, target_modules=["mid"]), "__base__")
