@@ -189,6 +189,17 @@ def _dense_like(layer: QuantLinear) -> nn.Module:
         )
     dense._parameters["bias"] = layer.bias
     take_hooks(dense, hooks_of(layer))
+    own = set(vars(dense)) | {
+        "absmax",
+        "nested_absmax",
+        "nested_offset",
+        "book",
+        "blocksize",
+        "dtype",
+        "double_quant",
+        "conv1d",
+    }
+    dense.__dict__.update({name: value for name, value in vars(layer).items() if name[0] != "_" and name not in own})
     return dense.train(layer.training)
 
 

@@ -75,6 +75,10 @@ class QuantLinear(nn.Module):
         kind = type(layer) if is_conv1d(layer) else None
         packed = cls(quantize(rows_of(layer), config, name, importance), layer.bias, kind)  # type: ignore[arg-type]
         take_hooks(packed, hooks_of(layer))
+        set_by_others = {
+            name: value for name, value in vars(layer).items() if name[0] != "_" and name not in vars(packed)
+        }
+        packed.__dict__.update({name: value for name, value in set_by_others.items() if name not in ("nf", "nx")})
         return packed
 
     @property

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,18 @@ class Adapter(nn.Module, ABC):
             StateError: the update has no low rank, or changes a bias.
         """
         raise StateError(f"{type(self).__name__}: its update has no low rank, so it is no plain LoRA; merge it instead")
+
+    def __getattr__(self, name: str) -> Any:
+        """What somebody set on the base layer as an attribute (a number that the model reads, a mark) is found here too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            own = self.innermost.__dict__
+            if name not in own:
+                raise
+            return own[name]
 
     @property
     def innermost(self) -> nn.Module:

@@ -359,3 +359,33 @@ def test_what_a_layer_has_more_is_refused_by_name(layer, words):
 def test_the_word_for_no_adapter_names_none(make_mlp):
     with pytest.raises(minilora.MiniLoraError, match="'__base__': in a batch it means no adapter"):
         minilora.inject(make_mlp(), minilora.LoraConfig(r=2, lora_alpha=6, target_modules=["mid"]), "__base__")
+
+
+class Multiplies(nn.Module):
+    """A model that reads a number from its layer, and does without where there is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(IN, OUT)
+        self.inner.factor = 3.0
+
+    def forward(self, x):
+        return self.inner(x) * getattr(self.inner, "factor", 1.0)
+
+
+def test_what_was_set_on_a_layer_is_found_on_what_takes_its_place(randomize):
+    torch.manual_seed(0)
+    model, x = Multiplies().eval(), torch.randn(3, IN)
+    before = model(x)
+    minilora.inject(model, config("inner"))
+    assert torch.equal(model(x), before)
+    randomize(model)
+    wanted = model(x)
+    minilora.merge(model)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+    plain = Multiplies().eval()
+    minilora.quantize_model(plain)
+    packed = plain.inner(x)
+    torch.testing.assert_close(plain(x), 3 * packed)
+    minilora.merge(randomize(minilora.inject(plain, config("inner"))))
+    assert plain.inner.factor == 3.0 and not minilora.linear.layers.is_quantized(plain.inner)
