@@ -1,6 +1,7 @@
 """What an adapter is: ``LoraConfig``.
 
-It is a frozen dataclass that validates itself when built, so no later code asks again. It keeps the names and defaults of
+It validates itself when built. Its fields may be set until a model takes it: that makes a copy of its own, which validates all fields
+together and never changes again. It keeps the names and defaults of
 PEFT 0.21.2, and reads and writes PEFT's ``adapter_config.json`` (``lora/config_file.py``). Next file to read: ``lora/layer.py``.
 """
 
@@ -16,16 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, nearest
 from minilora.files import validate
 from minilora.lora import config_file
 from minilora.lora.patterns import Patterns
 
+_ABOUT_THE_FILE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoraConfig:
     """What to adapt and how (Hu et al. 2021, arXiv 2106.09685, section 4.1): ``y = W x + (lora_alpha / r) * B A x``.
 
@@ -79,6 +81,21 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise ConfigError(f"LoraConfig has no field {name!r}; the closest are {nearest(name, _OWN)}")
+        if "in_use" in self.__dict__ and name not in _ABOUT_THE_FILE:
+            raise ConfigError(f"{name}={value!r}: a model has adapters of this config already; change a config before a model gets it")
+        self.__dict__[name] = value
+        for kept in ("rank_keys", "alpha_keys"):
+            self.__dict__.pop(kept, None)
+
+    def for_use(self) -> LoraConfig:
+        """A copy that was validated as a whole and can no longer be changed. Raises ``ConfigError`` for what was set and cannot be meant."""
+        own = dataclasses.replace(self)
+        own.__dict__["in_use"] = True
+        return own
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -231,7 +248,9 @@ class LoraConfig:
             raise ConfigError(f"{source}: {error}") from None
 
 
-_OWN = frozenset(field.name for field in dataclasses.fields(LoraConfig))
+
+
+_OWN = frozenset(LoraConfig.__dataclass_fields__)
 
 
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:

@@ -36,8 +36,6 @@ def build(
         TargetError: as ``match``, or an embedding that cannot take the variant. StateError: the name is taken.
     """
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"the config is a {type(config).__name__}; wanted a LoraConfig of minilora")
     check_adapter_name(adapter_name)
     adapters.check_new(adapter_name)
     make = variant(kind or config.variant)
@@ -176,9 +174,17 @@ def inject(
         TargetError, StateError: as ``build``, and for a variant that packs the base layer itself where it is packed already.
             Nothing has changed then.
     """
+    config = checked(config)
     values = build_new(model, config, adapter_name, variant)
     place(model, config, adapter_name, values, variant, activate)
     return model
+
+
+def checked(config: LoraConfig) -> LoraConfig:
+    """The model's own copy of a user's config. Raises ``ConfigError``."""
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"the config is a {type(config).__name__}; wanted a LoraConfig of minilora")
+    return config.for_use()
 
 
 def build_new(model: nn.Module, config: LoraConfig, adapter_name: str, variant: str | None) -> dict[str, Value]:

@@ -44,11 +44,12 @@ _ATTRIBUTE = "_minilora_adapters"
 class Block:
     """A ``with`` block that shows the model in another way: without adapters, or (``mixes``) with an adapter for each row.
 
-    It counts while it is ``open``. Closing is one write, so it cannot fail, whichever thread or context does it.
+    It counts while it is ``open`` (one that ``lasts`` is no ``with`` block: ``hide`` opens it and ``unhide`` closes it). Closing is one write, so it cannot fail, whichever thread or context does it.
     """
 
     mixes: bool = False
     open: bool = True
+    lasts: bool = False
 
 
 class Adapters:
@@ -68,8 +69,8 @@ class Adapters:
         self.blocks: tuple[Block, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model is in none of the blocks that the model is in."""
-        return vars(self) | {"blocks": ()}
+        """A copy of the model is in none of the ``with`` blocks that the model is in."""
+        return vars(self) | {"blocks": tuple(block for block in self.blocks if block.lasts)}
 
     @property
     def mixing(self) -> bool:
@@ -176,6 +177,19 @@ class Adapters:
                 self.leave(block)
         finally:
             self.leave(block)
+
+    def hide(self) -> None:
+        """As ``bare``, until ``unhide``. Raises ``StateError`` while a batch mixes adapters."""
+        with LOCK, Change() as change:
+            self.refuse_while_mixing()
+            change.put(self, "blocks", (*self.blocks, Block(lasts=True)))
+            self.settle(change)
+
+    def unhide(self) -> None:
+        """Undo every ``hide``."""
+        for block in self.blocks:
+            if block.lasts:
+                self.leave(block)
 
     def leave(self, block: Block) -> None:
         """Close a block, and show what the model shows without it. Closing it again does nothing."""

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from minilora.errors import StateError
 from minilora.lora.slot import own_parameters
 
-__all__ = ["BaseTunerLayer", "view_of"]
+__all__ = ["BaseTuner", "BaseTunerLayer", "view_of"]
+
+
+class BaseTuner(nn.Module):
+    """Base of ``LoraModel``."""
 
 
 class BaseTunerLayer(ABC):

@@ -1,0 +1,111 @@
+"""What a model answers that is asked for its modules, parameters and state: PEFT's names, the inactive adapters included.
+
+All answers come from one tree (``peft/tree.py``), made when asked. Next file: ``peft/peft_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from minilora.lora.adapter import Adapter
+from minilora.lora.slots import adapters_of, has_adapters
+from minilora.peft.face import Face
+
+__all__ = ["Shape"]
+
+
+class Shape(Face):
+    """The part of ``PeftModel`` that looks like PEFT's tree of modules; ``_modules``, which a forward uses, is the model's own."""
+
+    @property
+    def base_model(self) -> Any:
+        """The ``LoraModel``, whose ``model`` is the model with LoRA layers in it."""
+        from minilora.peft.tuners.lora.model import LoraModel
+
+        if not has_adapters(self):
+            return super().base_model  # type: ignore[misc]
+        return LoraModel.of(self)
+
+    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        """Path and module of PEFT's tree: ``base_model.model...``."""
+        if not has_adapters(self):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        memo = set() if memo is None else memo
+        if self not in memo:
+            memo.add(self)
+            yield prefix, self
+            below = f"{prefix}.base_model" if prefix else "base_model"
+            yield from self.base_model.named_modules(memo, below, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """``base_model`` alone, as in PEFT. (``children()``, which ``train`` and ``to`` go through, are the model's own.)"""
+        if has_adapters(self):
+            yield "base_model", self.base_model
+        else:
+            yield from super().named_children()
+
+    def children(self) -> Iterator[nn.Module]:
+        """The model's own."""
+        return (child for child in self._modules.values() if child is not None)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        """``base_model.model...q_proj.lora_A.default.weight`` and the like."""
+        if recurse and has_adapters(self):
+            below = f"{prefix}.base_model" if prefix else "base_model"
+            yield from self.base_model.named_parameters(below, recurse, remove_duplicate)
+        else:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Every parameter once, without the tree: an optimizer's step asks for them."""
+        if not recurse:
+            yield from super().parameters(recurse)
+            return
+        seen: set[int] = set()
+        for parameter in self._all_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
+
+    def _all_parameters(self) -> Iterator[nn.Parameter]:
+        for module in _modules(self):
+            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+        for slot in list(adapters_of(self).slots.values()) if has_adapters(self) else ():
+            for value in (slot.base, *slot.kept.values()):
+                if isinstance(value, nn.Parameter):
+                    continue
+                for module in _modules(value):
+                    if not isinstance(value, Adapter) or module is not value._modules.get("base_layer"):
+                        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole model's tensors, all adapters included, under PEFT's names."""
+        if not has_adapters(self):
+            return super().state_dict(*args, **kwargs)
+        return nn.Module.state_dict(_Root(self), *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Tensors under PEFT's names, of any adapters that the model has, inactive ones too."""
+        if not has_adapters(self):
+            return super().load_state_dict(state_dict, strict, assign)
+        return nn.Module.load_state_dict(_Root(self), state_dict, strict, assign)
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in which a forward runs, whatever ``named_modules`` shows."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _modules(child)
+
+
+class _Root(nn.Module):
+    """What stands above ``base_model`` in PEFT's tree."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._modules["base_model"] = model.base_model
