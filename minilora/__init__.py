@@ -10,17 +10,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "minilora.compat": (
-            "PeftConfig",
-            "PeftModelForCausalLM",
-            "PeftModelForSequenceClassification",
-            "TaskType",
-            "get_peft_model_state_dict",
-            "inject_adapter_in_model",
-            "set_peft_model_state_dict",
-        ),
         "minilora.errors": ("MiniLoraError",),
-        "minilora.hf.auto": ("AutoPeftModelForCausalLM",),  # the one that needs transformers
         "minilora.linear.packed": ("QuantLinear",),
         "minilora.lora.adapter": ("Adapter",),
         "minilora.lora.config": ("LoraConfig",),
@@ -33,7 +23,18 @@ __getattr__, __dir__, __all__ = lazy_names(
         "minilora.many.combine": ("add_weighted_adapter",),
         "minilora.many.hotswap": ("hotswap_adapter",),
         "minilora.many.merging": ("MergeReport", "merge", "unmerge"),
-        "minilora.peft_model": ("PeftModel", "get_peft_model"),
+        "minilora.peft": (
+            "AutoPeftModelForCausalLM",  # the one that needs transformers
+            "PeftConfig",
+            "PeftModel",
+            "PeftModelForCausalLM",
+            "PeftModelForSequenceClassification",
+            "TaskType",
+            "get_peft_model",
+            "get_peft_model_state_dict",
+            "inject_adapter_in_model",
+            "set_peft_model_state_dict",
+        ),
         "minilora.qlora.calibrate": ("calibrate",),
         "minilora.qlora.kbit": ("prepare_model_for_kbit_training",),
         "minilora.qlora.quantize_model": ("quantize_model",),

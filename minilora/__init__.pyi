@@ -1,13 +1,5 @@
 # What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
-from minilora.compat import PeftConfig as PeftConfig
-from minilora.compat import PeftModelForCausalLM as PeftModelForCausalLM
-from minilora.compat import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-from minilora.compat import TaskType as TaskType
-from minilora.compat import get_peft_model_state_dict as get_peft_model_state_dict
-from minilora.compat import inject_adapter_in_model as inject_adapter_in_model
-from minilora.compat import set_peft_model_state_dict as set_peft_model_state_dict
 from minilora.errors import MiniLoraError as MiniLoraError
-from minilora.hf.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from minilora.linear.packed import QuantLinear as QuantLinear
 from minilora.lora.adapter import Adapter as Adapter
 from minilora.lora.config import LoraConfig as LoraConfig
@@ -24,8 +16,16 @@ from minilora.many.hotswap import hotswap_adapter as hotswap_adapter
 from minilora.many.merging import MergeReport as MergeReport
 from minilora.many.merging import merge as merge
 from minilora.many.merging import unmerge as unmerge
-from minilora.peft_model import PeftModel as PeftModel
-from minilora.peft_model import get_peft_model as get_peft_model
+from minilora.peft import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from minilora.peft import PeftConfig as PeftConfig
+from minilora.peft import PeftModel as PeftModel
+from minilora.peft import PeftModelForCausalLM as PeftModelForCausalLM
+from minilora.peft import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from minilora.peft import TaskType as TaskType
+from minilora.peft import get_peft_model as get_peft_model
+from minilora.peft import get_peft_model_state_dict as get_peft_model_state_dict
+from minilora.peft import inject_adapter_in_model as inject_adapter_in_model
+from minilora.peft import set_peft_model_state_dict as set_peft_model_state_dict
 from minilora.qlora.calibrate import calibrate as calibrate
 from minilora.qlora.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from minilora.qlora.quantize_model import quantize_model as quantize_model

@@ -77,7 +77,7 @@ class TargetError(MiniLoraError, ValueError):
     """A name given as target matches nothing, or matches something that cannot take an adapter."""
 
 
-class StateError(MiniLoraError, RuntimeError):
+class StateError(MiniLoraError, RuntimeError, ValueError):
     """The call does not fit the state of the model (no adapter, merged already, name taken)."""
 
 

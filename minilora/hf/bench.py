@@ -31,11 +31,10 @@ from minilora.lora.inject import inject
 from minilora.measure.bench import Side
 from minilora.measure.plan import own_memory, training_step
 from minilora.measure.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
-from minilora.peft_model import PeftModel
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
-from minilora.store.load import save_adapter
+from minilora.store.load import load_adapter, save_adapter
 
 __all__ = ["BenchJob", "contestant", "run"]
 
@@ -149,13 +148,17 @@ def serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         model = load_model(job.model, DTYPES[job.dtype])
         if job.quant != "none" and not any(is_quantized(module) for module in model.modules()):
             quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
-        return PeftModel.from_pretrained(model, settings["start"], is_trainable=True)
+        load_adapter(model, settings["start"], is_trainable=True)
+        return model
 
-    return contestant(settings, {"minilora": __version__}, load)
+    return contestant(settings, {"minilora": __version__}, load, save_adapter)
 
 
 def contestant(
-    settings: dict[str, Any], versions: dict[str, str], load: Callable[[BenchJob], Any]
+    settings: dict[str, Any],
+    versions: dict[str, str],
+    load: Callable[[BenchJob], Any],
+    save: Callable[[Any, Path], object],
 ) -> Callable[[str], dict[str, Any]]:
     """Answers "load", "step" and "finish" for one library, given its versions. Step, optimizer and loss are the same for all."""
     job, steps = job_of(settings), iter(settings["batches"])
@@ -187,7 +190,7 @@ def contestant(
     def finish() -> dict[str, Any]:
         peak = peak_anonymous_bytes() - held["libraries"] if measurable else None
         place = Path(settings["folder"]) / f"{next(iter(versions))}-trained"
-        held["model"].save_pretrained(place)
+        save(held["model"], place)
         files = sum(file.stat().st_size for file in place.rglob("*") if file.is_file() and file.name != "README.md")
         return {"peak": peak, "trainable": sum(p.numel() for p in _trained(held["model"])), "adapter": files}
 

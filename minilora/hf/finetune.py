@@ -25,8 +25,8 @@ from minilora.hf.job import DTYPE_NAMES, Job
 from minilora.hf.load import load_model, load_tokenizer, skeleton
 from minilora.linear.layers import is_quantized
 from minilora.lora.coverage import coverage
+from minilora.lora.inject import inject
 from minilora.lora.match import match
-from minilora.peft_model import get_peft_model
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
@@ -138,7 +138,7 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
         say(f"linear layers packed to {job.quant}{nested}; quant=none keeps them as they are")
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
-    model = get_peft_model(model, job.lora)
+    inject(model, job.lora)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
     covered, others = coverage(model)

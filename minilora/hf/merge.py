@@ -10,7 +10,9 @@ from minilora.errors import CheckpointError
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.linear.layers import is_quantized
-from minilora.peft_model import PeftModel
+from minilora.many.adapted import unload
+from minilora.many.merging import merge
+from minilora.store.load import load_adapter
 from minilora.training.guards import refuse_nonfinite
 
 __all__ = ["merge_to_folder"]
@@ -33,10 +35,10 @@ def merge_to_folder(
             Nothing is written then.
     """
     target = refuse_occupied(out)
-    adapted = PeftModel.from_pretrained(
-        load_model(model, dtype), adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base
-    )
-    merged = adapted.merge_and_unload()
+    merged = load_model(model, dtype)
+    load_adapter(merged, adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base)
+    print(merge(merged))
+    unload(merged, keep_merged=True)
     if left := [path for path, module in merged.named_modules() if is_quantized(module)]:
         raise CheckpointError(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"

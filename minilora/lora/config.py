@@ -82,11 +82,24 @@ class LoraConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    def __getattr__(self, name: str) -> Any:
+        """PEFT's remaining fields, which stand at their defaults."""
+        if name in config_file.OUT_OF_SCOPE:
+            return config_file.OUT_OF_SCOPE[name]
+        if name in config_file.ABOUT:
+            return config_file.ABOUT[name]
+        raise AttributeError(f"LoraConfig has no {name!r}")
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in config_file.OUT_OF_SCOPE or name in config_file.ABOUT:
+            config_file.refuse_set({name: value})
+            return
         if name not in _OWN:
             raise ConfigError(f"LoraConfig has no field {name!r}; the closest are {nearest(name, _OWN)}")
         if "in_use" in self.__dict__ and name not in _ABOUT_THE_FILE:
-            raise ConfigError(f"{name}={value!r}: a model has adapters of this config already; change a config before a model gets it")
+            raise ConfigError(
+                f"{name}={value!r}: a model has adapters of this config already; change a config before a model gets it"
+            )
         self.__dict__[name] = value
         for kept in ("rank_keys", "alpha_keys"):
             self.__dict__.pop(kept, None)
@@ -248,9 +261,18 @@ class LoraConfig:
             raise ConfigError(f"{source}: {error}") from None
 
 
-
-
 _OWN = frozenset(LoraConfig.__dataclass_fields__)
+_init = LoraConfig.__init__
+
+
+@functools.wraps(_init)
+def _init_as_in_peft(self: LoraConfig, *args: Any, **fields: Any) -> None:
+    """The fields, and PEFT's remaining ones at their defaults. Raises ``ConfigError`` where one of these is set."""
+    config_file.refuse_set({name: fields.pop(name) for name in list(fields) if name not in _OWN})
+    _init(self, *args, **fields)
+
+
+LoraConfig.__init__ = _init_as_in_peft  # type: ignore[method-assign]
 
 
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,12 @@ WHY_NOT = {
 # Written by PEFT beside the fields; they describe the file, not the adapter.
 FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
 PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
+ABOUT: dict[str, Any] = {
+    "auto_mapping": None,
+    "peft_type": "LORA",
+    "peft_version": PEFT_LAYOUT,
+    "is_prompt_learning": False,
+}
 
 
 def content_of(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,11 +61,20 @@ def own_fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, 
         raise ConfigError(f"peft_type={kind!r}; minilora reads 'LORA' adapters only")
     for name in unknown_keys(content, names):
         raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, names)}")
-    for name, value in content.items():
+    refuse_set({name: value for name, value in content.items() if name in OUT_OF_SCOPE})
+    return {name: value for name, value in content.items() if name in names and value is not None}
+
+
+def refuse_set(fields: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for a field of PEFT's that is set otherwise than by default, and for one that PEFT lacks too."""
+    for name, value in fields.items():
         if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
             why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
             raise ConfigError(f"{name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
-    return {name: value for name, value in content.items() if name in names and value is not None}
+        if name == "peft_type" and getattr(value, "value", value) not in ("LORA", None):
+            raise ConfigError(f"peft_type={value!r}: minilora has 'LORA' only")
+        if name not in OUT_OF_SCOPE and name not in ABOUT:
+            raise TypeError(f"LoraConfig got an unexpected field {name!r}; PEFT has none of that name either")
 
 
 def unknown_keys(content: Mapping[str, Any], names: Collection[str]) -> list[str]:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, StateError
 from minilora.lora.change import LOCK, Change
+from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
-from minilora.store.load import WEIGHTS_FILE, load_values, read_adapter, refuse_other_base
+from minilora.store.adapter_files import WEIGHTS_FILE, Stored, read_adapter
+from minilora.store.load import load_values, refuse_other_base
 
-__all__ = ["hotswap_adapter"]
+__all__ = ["hotswap_adapter", "hotswap_tensors"]
 
 
 @torch.no_grad()
@@ -37,19 +41,39 @@ def hotswap_adapter(
         CheckpointError: the folder has another kind of adapter, layers that the present one lacks, or a larger rank; the present adapter
             is then as it was. StateError: there is no such adapter, or it is merged.
     """
+    _refuse_what_stays(model, adapter_name, os.path.join(folder, WEIGHTS_FILE))
+    stored = read_adapter(folder, expect_sha256=expect_sha256)
+    refuse_other_base(model, stored, allow_other_base)
+    _swap(model, stored, adapter_name)
+
+
+@torch.no_grad()
+def hotswap_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], config: LoraConfig, adapter_name: str = "default"
+) -> None:
+    """The same from tensors named as in a file, and the config that they were saved with. Raises as ``hotswap_adapter``."""
+    _refuse_what_stays(model, adapter_name, "state dict")
+    config = config.for_use()
+    _swap(model, Stored(config, dict(tensors), config.variant, Path("state dict")), adapter_name)
+
+
+def _refuse_what_stays(model: nn.Module, adapter_name: str, where: str) -> None:
+    """Raise for an adapter that cannot be overwritten, before a file is read."""
     adapters = adapters_of(model)
     present = adapters.named(adapter_name)
     if adapter_name in adapters.merged:
         raise StateError(f"adapter {adapter_name!r} is merged, so nothing would change; unmerge first")
-    where = os.path.join(folder, WEIGHTS_FILE)
     for path, old in present.items():
         if not isinstance(old, LoRALinear):
             kind = type(old).__name__
             raise CheckpointError(
                 f"{where}: adapter {adapter_name!r} has a {kind} at {path}, which cannot be exchanged; use load_adapter"
             )
-    stored = read_adapter(folder, expect_sha256=expect_sha256)
-    refuse_other_base(model, stored, allow_other_base)
+
+
+def _swap(model: nn.Module, stored: Stored, adapter_name: str) -> None:
+    adapters = adapters_of(model)
+    present, where = adapters.named(adapter_name), stored.path
     with torch.random.fork_rng(devices=[]):  # building draws start values that are overwritten at once
         incoming, _ = load_values(model, stored, "incoming-" + adapter_name[:48])
     for path, value in incoming.items():

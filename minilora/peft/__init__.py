@@ -1,0 +1,64 @@
+"""PEFT's names at PEFT's places, thin over minilora: ``from minilora.peft import get_peft_model``, ``minilora.peft.tuners.lora``, ...
+
+Nothing else in minilora knows this room. A name is imported when it is asked for. ``python -m minilora.peft script.py`` runs a script whose
+``import peft`` is answered from here.
+"""
+
+from minilora.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "minilora.lora.config": ("LoraConfig",),
+        "minilora.peft.auto": (
+            "AutoPeftModel",
+            "AutoPeftModelForCausalLM",
+            "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering",
+            "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification",
+            "AutoPeftModelForTokenClassification",
+        ),
+        "minilora.peft.config": ("PeftConfig",),
+        "minilora.peft.mapping": (
+            "PEFT_TYPE_TO_CONFIG_MAPPING",
+            "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+            "PEFT_TYPE_TO_TUNER_MAPPING",
+            "get_peft_config",
+            "inject_adapter_in_model",
+        ),
+        "minilora.peft.peft_model": (
+            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+            "PeftModel",
+            "PeftModelForCausalLM",
+            "PeftModelForFeatureExtraction",
+            "PeftModelForQuestionAnswering",
+            "PeftModelForSeq2SeqLM",
+            "PeftModelForSequenceClassification",
+            "PeftModelForTokenClassification",
+            "get_peft_model",
+        ),
+        "minilora.peft.status": (
+            "get_layer_status",
+            "get_model_status",
+        ),
+        "minilora.peft.tuners.lora.model": ("LoraModel",),
+        "minilora.peft.utils.error": (
+            "NoMatchingPeftModuleError",
+            "PeftError",
+        ),
+        "minilora.peft.utils.peft_types": (
+            "PeftType",
+            "TaskType",
+        ),
+        "minilora.peft.utils.save_and_load": (
+            "get_base_model_state_dict",
+            "get_peft_model_state_dict",
+            "load_peft_weights",
+            "set_base_model_state_dict",
+            "set_peft_model_state_dict",
+        ),
+        "minilora.peft.utils.warning": ("PeftWarning",),
+        "minilora.qlora.kbit": ("prepare_model_for_kbit_training",),
+    },
+)

@@ -98,5 +98,8 @@ def entries(layer: nn.Module, kept: Mapping[str, Adapter]) -> None:
             (attribute,) = {parts[""] for parts in by_name.values()}
             layer._modules[group] = Values({name: kept[name] for name in by_name}, attribute)
         else:
-            held = {name: Entry(kept[name], {part or "weight": at for part, at in parts.items()}) for name, parts in by_name.items()}
+            held = {
+                name: Entry(kept[name], {part or "weight": at for part, at in parts.items()})
+                for name, parts in by_name.items()
+            }
             layer._modules[group] = nn.ModuleDict(held)

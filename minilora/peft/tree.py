@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from minilora.linear.fronts import Front, put_in_front
+from minilora.lora.adapter import Adapter
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters, adapters_of, unwrapped
-from minilora.lora.adapter import Adapter
 from minilora.peft.tuners.lora.layer import lora_layer
 from minilora.peft.wrappers import is_rows, rows_wrapper, saved_wrapper
 
@@ -44,7 +44,7 @@ def tree(model: nn.Module) -> nn.Module:
     """The bare model of ``model`` with a ``LoraLayer`` (or what PEFT has there) in the place of each slot; made anew at each call."""
     inner = unwrapped(model)
     slots: dict[str, Slot] = dict(adapters_of(model).slots)
-    inside = {path[: at] for path in slots for at, sign in enumerate(path) if sign == "."} | {""}
+    inside = {path[:at] for path in slots for at, sign in enumerate(path) if sign == "."} | {""}
     return _copied(inner, "", slots, inside, adapters_of(model))
 
 
@@ -72,7 +72,11 @@ def _around(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
     def standing() -> Any:
         return slot.parent._modules[slot.attr]
 
-    copies = {name: value for name, value in slot.kept.items() if isinstance(value, nn.Module) and not isinstance(value, Adapter)}
+    copies = {
+        name: value
+        for name, value in slot.kept.items()
+        if isinstance(value, nn.Module) and not isinstance(value, Adapter)
+    }
     rows = {name: value for name, value in slot.kept.items() if is_rows(value)}
     lora = {name: value for name, value in slot.kept.items() if isinstance(value, Adapter) and name not in rows}
     shown = base

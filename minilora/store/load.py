@@ -101,12 +101,28 @@ def prepare_adapter(
     config: LoraConfig | None = None,
     expect_sha256: str | None = None,
     allow_other_base: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> tuple[Stored, dict[str, Value], LoadReport]:
-    """What ``load_adapter`` does before it touches the model: the folder, what goes into each slot, what was left out. Raises as it."""
+    """What ``load_adapter`` does before it touches the model: the folder, what goes into each slot, what was left out. Raises as it.
+
+    ``key_mapping`` renames the file's tensors: regular expressions, and what each is replaced by; the first that is found counts.
+    """
     stored = read_adapter(folder, config, expect_sha256)
+    if key_mapping:
+        stored = dataclasses.replace(stored, tensors={renamed(k, key_mapping): t for k, t in stored.tensors.items()})
     values, report = load_values(model, stored, adapter_name, strict)
     refuse_other_base(model, stored, allow_other_base)
     return stored, values, report
+
+
+def renamed(key: str, mapping: Mapping[str, str]) -> str:
+    """A tensor's name after the first of the expressions that is found in it."""
+    name = key.removeprefix(PREFIX)
+    for pattern, new in mapping.items():
+        renamed, found = re.subn(pattern, new, name)
+        if found:
+            return key[: len(key) - len(name)] + renamed
+    return key
 
 
 def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:

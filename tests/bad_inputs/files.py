@@ -10,7 +10,6 @@ import torch
 
 import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, hotswap_adapter, load_adapter, quantize, save_adapter
-from minilora.compat import set_peft_model_state_dict
 from minilora.data.encoding import encode_all
 from minilora.data.records import read_jsonl
 from minilora.errors import (
@@ -23,6 +22,7 @@ from minilora.errors import (
     WriteError,
 )
 from minilora.hf.packed import load_packed, save_packed
+from minilora.peft import set_peft_model_state_dict
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.export import export_adapter, export_folder

@@ -13,7 +13,6 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig, PeftModel, get_peft_model, inject, quantize_model
-from minilora.compat import set_peft_model_state_dict
 from minilora.lora.change import LOCK
 from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many.adapted import delete_adapter, disabled, set_adapter, unload
@@ -21,6 +20,7 @@ from minilora.many.batched import batch_adapters
 from minilora.many.combine import add_weighted_adapter
 from minilora.many.hotswap import hotswap_adapter
 from minilora.many.merging import merge, unmerge
+from minilora.peft import set_peft_model_state_dict
 from minilora.qlora.calibrate import calibrate
 from minilora.qlora.kbit import prepare_model_for_kbit_training
 from minilora.store.load import load_adapter, restore_adapter

@@ -1,0 +1,11 @@
+"""``peft.tuners``."""
+
+from minilora.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "minilora.lora.config": ("LoraConfig",),
+        "minilora.peft.tuners.lora.model": ("LoraModel",),
+    },
+)

@@ -105,7 +105,9 @@ class BaseTunerLayer(ABC):
                 parameter.requires_grad = requires_grad
 
     def _of_the_model(self, what: str, *_: Any, **__: Any) -> Any:
-        raise StateError(f"{self.slot.path}: {what} changes a whole model here, not one layer; call {what} of the model")
+        raise StateError(
+            f"{self.slot.path}: {what} changes a whole model here, not one layer; call {what} of the model"
+        )
 
     def merge(self, *args: Any, **kwargs: Any) -> Any:
         """Refused by name: a model is merged as one."""

@@ -1,0 +1,20 @@
+"""``peft.tuners.lora``."""
+
+from minilora.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "minilora.lora.config": ("LoraConfig",),
+        "minilora.peft.tuners.lora.layer": (
+            "Conv1d",
+            "Conv2d",
+            "Conv3d",
+            "Embedding",
+            "Linear",
+            "LoraLayer",
+            "MultiheadAttention",
+        ),
+        "minilora.peft.tuners.lora.model": ("LoraModel",),
+    },
+)

@@ -69,7 +69,11 @@ class LoraModel(BaseTuner):
         from minilora.lora.adapter import Adapter
 
         slots = adapters_of(self._whole).slots
-        return [path for path, slot in slots.items() if any(isinstance(v, Adapter) and v.targeted for v in slot.kept.values())]
+        return [
+            path
+            for path, slot in slots.items()
+            if any(isinstance(v, Adapter) and v.targeted for v in slot.kept.values())
+        ]
 
     @property
     def targeted_parameter_names(self) -> list[str]:

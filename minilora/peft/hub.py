@@ -1,0 +1,92 @@
+"""Adapters on the Hugging Face Hub: found by id, fetched into the cache, uploaded. All of it is ``huggingface_hub``'s work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import CheckpointError, MissingPackageError, printable
+from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
+
+__all__ = ["folder_of", "push"]
+
+_WHERE = ("revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type")
+# What PEFT's loaders take for other kinds of storage and mean nothing where an adapter is made on its layer's device.
+_IDLE = (
+    "torch_device",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_dir",
+    "offload_index",
+    "torch_dtype",
+    "use_safetensors",
+)
+
+
+def folder_of(model_id: str | os.PathLike[str], where: dict[str, Any]) -> Path:
+    """The folder of an adapter: a path as it is, an id on the Hub fetched into the cache.
+
+    Args:
+        where: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
+
+    Raises:
+        CheckpointError: an argument that no loader has, or an id that cannot be fetched. MissingPackageError: no ``huggingface_hub``.
+    """
+    known = dict(where)
+    subfolder = known.pop("subfolder", None) or ""
+    for name in _IDLE:
+        known.pop(name, None)
+    if strange := sorted(known.keys() - set(_WHERE)):
+        raise CheckpointError(
+            f"{strange[0]}=: no argument of a loader; wanted one of {', '.join(('subfolder', *_WHERE))}"
+        )
+    local = Path(model_id) / subfolder
+    name = os.fspath(model_id)
+    if local.exists() or os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
+        return local
+    if find_spec("huggingface_hub") is None:
+        raise MissingPackageError(
+            f"{name}: no such folder, and huggingface_hub is not installed to look on the Hub; pip install it"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = hf_hub_download(name, CONFIG_FILE, subfolder=subfolder or None, **known)
+        hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder or None, **known)
+    except Exception as error:  # whatever the network says, in one line
+        said = printable(str(error)).split(". ")[0][:200]
+        raise CheckpointError(
+            f"{name}: no such folder, and the Hub does not give an adapter of that id ({said})"
+        ) from None
+    with contextlib.suppress(Exception):  # PEFT's adapters have no seal
+        hf_hub_download(name, SEAL_FILE, subfolder=subfolder or None, **known)
+    return Path(config).parent
+
+
+def push(
+    model: Any,
+    repo_id: str,
+    commit_message: str = "Upload adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **fields: Any,
+) -> Any:
+    """Save a model's adapters into a folder and upload it. Raises ``MissingPackageError`` without ``huggingface_hub``."""
+    if find_spec("huggingface_hub") is None:
+        raise MissingPackageError("push_to_hub needs huggingface_hub; pip install it")
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **fields)  # before anything is made on the Hub
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )

@@ -1,0 +1,71 @@
+"""PEFT's functions that map a config to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from minilora.errors import ConfigError
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import checked, inject
+from minilora.peft.tuners.lora.model import LoraModel
+from minilora.store.adapter_files import PREFIX
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "get_peft_config",
+    "inject_adapter_in_model",
+]
+
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {"LORA": LoraConfig}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = {"LORA": LoraModel}
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = {}
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
+    """The config of a dictionary with a ``peft_type``. Raises ``ConfigError`` for another type than LORA."""
+    if "peft_type" not in config_dict:
+        raise ConfigError("the dictionary has no peft_type; wanted one with peft_type='LORA'")
+    return LoraConfig(**config_dict)
+
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig,
+    model: Any,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """``inject`` with PEFT's order of arguments: the model gains adapters and no methods.
+
+    Args:
+        low_cpu_mem_usage: PEFT's; adapters are made on the device of their layers.
+        state_dict: an adapter's tensors: exactly the layers that it has are adapted, whatever ``target_modules`` says. It is not loaded.
+    """
+    config = checked(peft_config)
+    if state_dict is not None:
+        config = _targets_of(config, state_dict)
+    return inject(model, config, adapter_name)
+
+
+def _targets_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """The config with the layers that an adapter's tensors belong to."""
+    found = (
+        re.split(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b", key)[0]
+        for key in tensors
+        if ".lora_" in key
+    )
+    paths = dict.fromkeys(path.removeprefix(PREFIX) for path in found)
+    if not paths:
+        raise ConfigError(
+            "state_dict holds no tensor of an adapter; wanted names such as 'layers.0.q_proj.lora_A.weight'"
+        )
+    return dataclasses.replace(
+        config, target_modules=list(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )

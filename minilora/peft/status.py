@@ -1,0 +1,125 @@
+"""What a model's adapters are, layer by layer and as a whole: PEFT's ``get_layer_status`` and ``get_model_status``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from minilora.errors import StateError
+from minilora.linear.layers import is_quantized
+from minilora.lora.adapter import Adapter
+from minilora.lora.slot import Slot, own_parameters
+from minilora.lora.slots import Adapters, adapters_of, has_adapters, unwrapped
+from minilora.many.adapted import count_parameters
+
+__all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
+
+Mixed = Any  # True, False or "irregular"
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer. ``requires_grad``: adapter name to True, False or "irregular"; ``devices``: to the devices of its parameters."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, Mixed]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """A whole model; "irregular" where its layers differ."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: Mixed
+    active_adapters: Any
+    merged_adapters: Any
+    requires_grad: dict[str, Mixed]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: Any
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The status of each adapted layer and trained copy. Raises ``StateError`` for a model without adapters."""
+    if not has_adapters(model):
+        raise StateError("No adapter layers found in the model: it has no adapters; get_peft_model or inject first")
+    adapters = adapters_of(model)
+    slots = [slot for slot in adapters.slots.values() if isinstance(slot.base, nn.Module)]
+    prefix = "model." if hasattr(model, "base_model") and hasattr(model, "peft_config") else ""
+    return [_of_layer(slot, adapters, prefix) for slot in slots]
+
+
+def _of_layer(slot: Slot, adapters: Adapters, prefix: str) -> TunerLayerStatus:
+    trained = {name: list(own_parameters(value)) for name, value in slot.kept.items()}
+    return TunerLayerStatus(
+        name=prefix + slot.path,
+        module_type=_type_of(slot),
+        enabled=not adapters.is_bare,
+        active_adapters=list(adapters.active),
+        merged_adapters=[name for name in adapters.merged if name in slot.kept],
+        requires_grad={name: _same(p.requires_grad for p in values) for name, values in trained.items() if values},
+        available_adapters=sorted(slot.kept),
+        devices={name: sorted({p.device.type for p in values}) for name, values in trained.items() if values},
+        quantization_backend="minilora" if is_quantized(slot.base) else None,
+    )
+
+
+def _type_of(slot: Slot) -> str:
+    if not any(isinstance(value, Adapter) for value in slot.kept.values()):
+        return "ModulesToSaveWrapper"
+    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    name = next((kind.__name__ for kind in kinds if isinstance(slot.base, kind)), "Linear")
+    return f"lora.{name}"
+
+
+def _same(values: Iterable[Any]) -> Any:
+    """The one value that all have, else "irregular"."""
+    found = list(values)
+    return found[0] if all(value == found[0] for value in found) else "irregular"
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The status of a model as a whole. Raises ``StateError`` for a model without adapters."""
+    layers, adapters = get_layer_status(model), adapters_of(model)
+    trainable, every = count_parameters(model)
+
+    def together(of: Callable[[TunerLayerStatus], dict[str, Any]], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        return {
+            name: join(found)
+            for name in adapters.configs
+            if (found := [of(layer)[name] for layer in layers if name in of(layer)])
+        }
+
+    is_face = hasattr(model, "peft_config")
+    return TunerModelStatus(
+        base_model_type=type(unwrapped(model)).__name__,
+        adapter_model_type="LoraModel" if is_face else "None",
+        peft_types=dict.fromkeys(adapters.configs, "LORA") if is_face else {},
+        trainable_params=trainable,
+        total_params=every,
+        num_adapter_layers=len(layers),
+        enabled=not adapters.is_bare,
+        active_adapters=list(adapters.active),
+        merged_adapters=list(adapters.merged),
+        requires_grad=together(lambda layer: layer.requires_grad, _same),
+        available_adapters=sorted(adapters.configs),
+        devices=together(
+            lambda layer: layer.devices, lambda found: sorted({kind for kinds in found for kind in kinds})
+        ),
+        quantization_backend=_same(layer.quantization_backend for layer in layers),
+    )

@@ -1,0 +1,146 @@
+"""State dicts of adapters and of the bare model, under PEFT's names."""
+
+from __future__ import annotations
+
+import os
+from collections import namedtuple
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import CheckpointError
+from minilora.lora.bare import Bare
+from minilora.lora.change import LOCK, Change
+from minilora.lora.slots import unwrapped
+from minilora.peft.hub import folder_of
+from minilora.store.adapter_files import read_adapter
+from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
+
+__all__ = [
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]
+
+IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
+_PREFIX = "base_model.model."
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The adapter's tensors under the names that its file has.
+
+    Args:
+        state_dict: the whole model's (as FSDP gathers it): the tensors are taken from there instead of from the model.
+        unwrap_compiled: PEFT's; what ``torch.compile`` or DDP wrapped is always looked into.
+
+    Where the model has PEFT's methods (``get_peft_model``) names begin with "base_model.model.", after ``inject`` they do not, as in PEFT.
+    """
+    inner = innermost(model)
+    own = adapter_state_dict(inner, adapter_name)
+    if state_dict is not None:
+        own = {key: _found(key, adapter_name, state_dict) for key in own}
+    return own if hasattr(inner, "peft_config") else {key.removeprefix(_PREFIX): value for key, value in own.items()}
+
+
+def _found(key: str, adapter_name: str, state_dict: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of an adapter's file in the state dict of a whole model, where its name stands before the last part or behind it."""
+    head, _, last = key.rpartition(".")
+    names = (
+        key,
+        f"{head}.{adapter_name}.{last}",
+        f"{key}.{adapter_name}",
+        f"{head}.modules_to_save.{adapter_name}.{last}",
+    )
+    for name in (*names, *(name.removeprefix(_PREFIX) for name in names)):
+        if name in state_dict:
+            return state_dict[name]
+    raise CheckpointError(f"state_dict has no {names[1]!r}, which adapter {adapter_name!r} has; give the whole model's")
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = True,
+) -> LoadReport:
+    """Copy tensors into an adapter that the model has.
+
+    Args:
+        ignore_mismatched_sizes, strict: what does not fit raises ``CheckpointError``; with the first, or ``strict=False``, the rest is
+            loaded, and the result says what was left out.
+        low_cpu_mem_usage: PEFT's; the tensors are copied into the parameters that are there.
+    """
+    tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
+    return fill_adapter(innermost(model), tensors, adapter_name, strict and not ignore_mismatched_sizes)
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str], device: str | None = None, key_mapping: dict[str, str] | None = None, **where: Any
+) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, or of an id on the Hub. Raises ``CheckpointError`` as ``minilora.load_adapter``."""
+    from minilora.store.load import renamed
+
+    stored = read_adapter(folder_of(model_id, where))
+    tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in stored.tensors.items()}
+    return {key: tensor if device is None else tensor.to(device) for key, tensor in tensors.items()}
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The bare model's state dict, under the names that it had before it got adapters; the tensors are the model's."""
+    found: dict[str, Any] = {}
+    for path, module in Bare(innermost(model)).named_modules(remove_duplicate=False):
+        own: dict[str, Any] = {}
+        module._save_to_state_dict(own, f"{path}." if path else "", keep_vars=False)
+        found.update(own)
+    return found
+
+
+@torch.no_grad()
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+    """Copy a state dict of the bare model into a model with adapters, which stay as they are.
+
+    Returns:
+        ``(missing_keys, unexpected_keys)``.
+
+    Raises:
+        CheckpointError: ``strict`` and names differ, or a shape is another; nothing has changed then.
+    """
+    own = get_base_model_state_dict(model)
+    missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    if strict and (missing or extra):
+        what = f"{missing[0]} is missing" if missing else f"{extra[0]} is unexpected"
+        raise CheckpointError(
+            f"state_dict: {what} ({len(missing)} missing, {len(extra)} unexpected); set strict=False to load the rest"
+        )
+    for key in own.keys() & state_dict.keys():
+        if isinstance(own[key], Tensor) and own[key].shape != state_dict[key].shape:
+            found, wanted = list(state_dict[key].shape), list(own[key].shape)
+            raise CheckpointError(f"state_dict: {key} is {found}, the model wants {wanted}; another base model?")
+    with LOCK, Change() as change:
+        for key in own.keys() & state_dict.keys():
+            if isinstance(own[key], Tensor):
+                change.overwrite(own[key], state_dict[key].to(own[key].device, own[key].dtype))
+    return IncompatibleKeys(missing, extra)
+
+
+def innermost(model: Any) -> Any:
+    """The model inside of what ``torch.compile``, DDP or ``DataParallel`` returned."""
+    while True:
+        inner = unwrapped(model)
+        if set(inner._modules) == {"module"} and type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = inner._modules["module"]
+        if inner is model:
+            return model
+        model = inner
