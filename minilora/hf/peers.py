@@ -26,7 +26,7 @@ def serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         model = load_model(job.model, DTYPES[job.dtype]) if job.quant == "none" else _in_four_bits(job)
         return peft.PeftModel.from_pretrained(model, settings["start"], is_trainable=True)
 
-    return contestant(settings, versions, load)
+    return contestant(settings, versions, load, lambda model, folder: model.save_pretrained(folder))
 
 
 def _in_four_bits(job: BenchJob) -> Any:

@@ -105,7 +105,7 @@ class LoraConfig:
             self.__dict__.pop(kept, None)
 
     def for_use(self) -> LoraConfig:
-        """A copy that was validated as a whole and can no longer be changed. Raises ``ConfigError`` for what was set and cannot be meant."""
+        """A copy, validated as a whole, that can no longer be changed. Raises ``ConfigError`` for what was set and cannot be meant."""
         own = dataclasses.replace(self)
         own.__dict__["in_use"] = True
         return own

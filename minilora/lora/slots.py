@@ -44,7 +44,8 @@ _ATTRIBUTE = "_minilora_adapters"
 class Block:
     """A ``with`` block that shows the model in another way: without adapters, or (``mixes``) with an adapter for each row.
 
-    It counts while it is ``open`` (one that ``lasts`` is no ``with`` block: ``hide`` opens it and ``unhide`` closes it). Closing is one write, so it cannot fail, whichever thread or context does it.
+    It counts while it is ``open``. One that ``lasts`` is no ``with`` block: ``hide`` opens it and ``unhide`` closes it. Closing is one
+    write, so it cannot fail, whichever thread or context does it.
     """
 
     mixes: bool = False

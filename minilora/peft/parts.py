@@ -30,6 +30,8 @@ class Parameters(dict):
 class Entry(nn.Module):
     """``lora_A["default"]``: a module with a ``weight``, and a ``bias`` where the adapter trains one."""
 
+    weight: Tensor
+
     def __init__(self, adapter: Adapter, attributes: Mapping[str, str]) -> None:
         super().__init__()
         own = {name: attribute for name, attribute in attributes.items() if attribute in adapter._parameters}
@@ -84,7 +86,7 @@ class Field(dict):
 
 def entries(layer: nn.Module, kept: Mapping[str, Adapter]) -> None:
     """Give a layer the dictionaries that its adapters' ``file_names`` speak of: "lora_A.weight" is an ``Entry`` under ``lora_A``."""
-    dropout = {name: part for name, adapter in kept.items() if (part := adapter._modules.get("lora_dropout"))}
+    dropout = {name: drop for name, adapter in kept.items() if (drop := adapter._modules.get("lora_dropout")) is not None}
     if dropout:
         layer._modules["lora_dropout"] = nn.ModuleDict(dropout)
     found: dict[str, dict[str, dict[str, str]]] = {}

@@ -75,7 +75,7 @@ def _of_layer(slot: Slot, adapters: Adapters, prefix: str) -> TunerLayerStatus:
         requires_grad={name: _same(p.requires_grad for p in values) for name, values in trained.items() if values},
         available_adapters=sorted(slot.kept),
         devices={name: sorted({p.device.type for p in values}) for name, values in trained.items() if values},
-        quantization_backend="minilora" if is_quantized(slot.base) else None,
+        quantization_backend="minilora" if isinstance(slot.base, nn.Module) and is_quantized(slot.base) else None,
     )
 
 

@@ -80,7 +80,8 @@ def _around(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
     rows = {name: value for name, value in slot.kept.items() if is_rows(value)}
     lora = {name: value for name, value in slot.kept.items() if isinstance(value, Adapter) and name not in rows}
     shown = base
-    for kept, wrap in ((copies, saved_wrapper), (rows, rows_wrapper), (lora, lora_layer)):
+    ways: Any = ((copies, saved_wrapper), (rows, rows_wrapper), (lora, lora_layer))
+    for kept, wrap in ways:
         if kept:
             shown = wrap(slot, shown, kept, standing, adapters)
     return shown

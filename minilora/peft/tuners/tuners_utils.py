@@ -57,7 +57,7 @@ class BaseTunerLayer(ABC):
     def train(self, mode: bool = True) -> Any:
         """As ``nn.Module.train``, of what stands in the model too."""
         self.standing().train(mode)
-        return nn.Module.train(self, mode)  # type: ignore[arg-type]
+        return nn.Module.train(self, mode)  # type: ignore[type-var]
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer under all adapters."""

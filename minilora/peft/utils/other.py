@@ -35,14 +35,14 @@ def infer_device() -> str:
     return kind.type if kind is not None else "cpu"
 
 
-def fsdp_auto_wrap_policy(model):
+def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     """A policy for FSDP1: trained leaves apart (they must not share a flat parameter with frozen ones), transformer layers as units."""
     import functools
     import os
 
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    def trains_alone(module) -> bool:
+    def trains_alone(module: nn.Module) -> bool:
         return not list(module.named_children()) and getattr(getattr(module, "weight", None), "requires_grad", False)
 
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")

@@ -138,7 +138,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 def innermost(model: Any) -> Any:
     """The model inside of what ``torch.compile``, DDP or ``DataParallel`` returned."""
     while True:
-        inner = unwrapped(model)
+        inner: Any = unwrapped(model)
         if set(inner._modules) == {"module"} and type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = inner._modules["module"]
         if inner is model:

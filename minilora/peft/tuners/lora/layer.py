@@ -170,5 +170,5 @@ def lora_layer(
     return layer
 
 
-BaseTunerLayer.register(Adapter)
-LoraLayer.register(Adapter)
+BaseTunerLayer.register(Adapter)  # type: ignore[type-abstract]
+LoraLayer.register(Adapter)  # type: ignore[type-abstract]
