@@ -8,7 +8,8 @@ from torch import nn
 
 from minilora.linear.layers import is_linear
 from minilora.lora.adapter import Adapter
-from minilora.lora.slots import adapters_of, unwrapped
+from minilora.lora.bare import Bare
+from minilora.lora.slots import adapters_of
 
 __all__ = ["coverage"]
 
@@ -21,23 +22,21 @@ def coverage(model: nn.Module) -> tuple[list[str], list[str]]:
     A matrix that is a bare parameter (fused experts, the input projection of ``nn.MultiheadAttention``) counts as one weight: no adapter
     can stand there.
     """
-    model = unwrapped(model)
     adapters = adapters_of(model)
     shown = {path: value for name in adapters.active for path, value in adapters.named(name).items()}
     around = {path for path, value in shown.items() if isinstance(value, Adapter)}
     whole = [path for path, value in shown.items() if isinstance(value, nn.Module) and not isinstance(value, Adapter)]
     covered: list[str] = []
     others: list[str] = []
-    with adapters.bare():
-        for path in linear_weights(model):
-            trained = path in around or any(path == copy or path.startswith(copy + ".") for copy in whole)
-            (covered if trained else others).append(path)
+    for path in linear_weights(Bare(model)):
+        trained = path in around or any(path == copy or path.startswith(copy + ".") for copy in whole)
+        (covered if trained else others).append(path)
     return covered, others
 
 
-def linear_weights(model: nn.Module) -> Iterator[str]:
+def linear_weights(bare: Bare) -> Iterator[str]:
     """Paths of all linear layers, and of matrices that are bare parameters."""
-    for path, module in model.named_modules():
+    for path, module in bare.named_modules():
         if is_linear(module) or isinstance(module, nn.Linear):
             yield path
         elif not isinstance(module, _OTHERS):

@@ -140,6 +140,7 @@ def place_in(
             change.put(slot, "base", value.base_layer)
     change.item(adapters.configs, adapter_name, config)
     change.item(adapters.variants, adapter_name, kind or config.variant)
+    adapters.refresh(change)
     change.classes(model)
     in_front(model)
     for path in values:

@@ -32,6 +32,8 @@ class Slot:
         merged: a layer with adapters folded in, standing in for ``base``; None when nothing is merged.
         hooks: on calls of what stands in the slot, whatever that is: they belong to the place.
         over: what stands in front of all that while batches mix adapters (``many/batched.py``); else None.
+        face: what is found in the place by those who look with another library's names, if the model has such faces: it calls what
+            stands there (its ``stands``), and is not looked at otherwise.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Slot:
     merged: nn.Module | None = None
     hooks: dict[str, Any] | None = None
     over: nn.Module | None = None
+    face: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.base, nn.Module):
@@ -67,13 +70,29 @@ class Slot:
             _follow(change, value, place)
             value = above
         _follow(change, value, place)
-        if isinstance(value, nn.Module):
-            self._take_hooks(change, value, self.over is None)
-        if self.over is not None:
-            self._take_hooks(change, self.over, True)
         # What setattr does, without its search for other kinds of attribute.
-        held: Any = place._modules if isinstance(value, nn.Module) else place._parameters
-        change.item(held, self.attr, value if self.over is None else self.over)
+        if isinstance(value, nn.Module):
+            change.item(place._modules, self.attr, self._front(change, value))
+        else:
+            change.item(place._parameters, self.attr, value)
+
+    def _front(self, change: Change, value: nn.Module) -> nn.Module:
+        """What goes into the place: the outermost of ``value``, ``over`` and ``face``, which has the hooks."""
+        stands = value if self.over is None else self.over
+        found: nn.Module = stands if self.face is None else self.face
+        for each in (value, stands):
+            if each is not found:
+                self._take_hooks(change, each, False)
+        self._take_hooks(change, found, True)
+        if self.face is not None:
+            change.item(vars(self.face), "stands", stands)
+        return found
+
+    @property
+    def standing(self) -> nn.Module:
+        """What a call of the place runs, without a face."""
+        found = self.parent._modules[self.attr]
+        return found if self.face is None else self.face.stands  # type: ignore[return-value]
 
     def _take_hooks(self, change: Change, layer: nn.Module, stands: bool) -> None:
         """What stands in the slot has the slot's hooks; what is under it has none, and no dictionary into which later ones would come."""

@@ -13,7 +13,7 @@ the call (``many/batched.py``; "__base__" there is the bare model). Next file: `
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,8 @@ class Adapters:
 
     Attributes:
         slots: by path. configs, variants: by adapter name. active: names in the slots now, innermost first. merged: names folded
-            into the layers. blocks: the ``with`` blocks that run now, on any thread.
+            into the layers. blocks: the ``with`` blocks that run now, on any thread. faces: gives slots their faces after their content
+            has changed, where the model has such (``minilora/peft``).
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,7 @@ class Adapters:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.blocks: tuple[Block, ...] = ()
+        self.faces: Callable[[Change, Adapters], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model is in none of the ``with`` blocks that the model is in."""
@@ -123,6 +125,12 @@ class Adapters:
             change.put(self, "slots", {path: slot for path, slot in self.slots.items() if path not in empty})
         change.drop(self.configs, name)
         change.drop(self.variants, name)
+        self.refresh(change)
+
+    def refresh(self, change: Change) -> None:
+        """After what slots keep has changed: bring their faces in line."""
+        if self.faces is not None:
+            self.faces(change, self)
 
     def activate(self, change: Change, names: Sequence[str]) -> None:
         """Show exactly these adapters (their sum, on top of what is merged), and make them trainable and no other."""

@@ -93,6 +93,9 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
     merged = adapters.merged if keep_merged else ()
     change.put(adapters, "active", merged)
     change.put(adapters, "merged", merged)
+    change.put(adapters, "faces", None)
+    for slot in adapters.slots.values():
+        change.put(slot, "face", None)
     adapters.settle(change)
     if has_parted(Bare(model), adapters, merged):
         say_untied(change, model)

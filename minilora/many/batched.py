@@ -85,7 +85,7 @@ class MixedLayer(nn.Module):
 
     def __init__(self, adapters: Adapters, slot: Slot) -> None:
         super().__init__()
-        usual: nn.Module = slot.parent._modules[slot.attr]  # type: ignore[assignment]
+        usual = slot.standing
         own = self.__dict__  # not through setattr, which would make them children
         own.update(adapters=adapters, path=slot.path, usual=usual, base=slot.base, scale=embed_scale(slot.base))  # type: ignore[arg-type]
         own.update({name: usual.__dict__[name] for name in ("_parameters", "_buffers", "_modules", "training")})

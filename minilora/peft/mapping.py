@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from minilora.errors import ConfigError
+from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import checked, inject
+from minilora.peft.faces import give_faces
 from minilora.peft.tuners.lora.model import LoraModel
 from minilora.store.adapter_files import PREFIX
 
@@ -42,7 +44,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """``inject`` with PEFT's order of arguments: the model gains adapters and no methods.
+    """``inject`` with PEFT's order of arguments: the model gains layers with PEFT's names and no methods.
 
     Args:
         low_cpu_mem_usage: PEFT's; adapters are made on the device of their layers.
@@ -51,7 +53,10 @@ def inject_adapter_in_model(
     config = checked(peft_config)
     if state_dict is not None:
         config = _targets_of(config, state_dict)
-    return inject(model, config, adapter_name)
+    inject(model, config, adapter_name)
+    with LOCK, Change() as change:
+        give_faces(change, model)
+    return model
 
 
 def _targets_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:

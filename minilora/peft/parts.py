@@ -1,6 +1,6 @@
 """The small parts of a layer in PEFT's shape: a module around one parameter, a dictionary of them, a dictionary of numbers.
 
-Each stands for something of an adapter, and writing into it writes there. Next file: ``peft/tree.py``.
+Each stands for something of an adapter, and writing into it writes there. Next file: ``peft/wrappers.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class Parameters(dict):
     def __setitem__(self, name: str, value: Any) -> None:
         self.adapter.register_parameter(self.attributes[name], value)
         super().__setitem__(name, value)
+
+    def __reduce__(self) -> tuple:
+        return Parameters, (self.adapter, self.attributes)
 
 
 class Entry(nn.Module):
@@ -86,7 +89,9 @@ class Field(dict):
 
 def entries(layer: nn.Module, kept: Mapping[str, Adapter]) -> None:
     """Give a layer the dictionaries that its adapters' ``file_names`` speak of: "lora_A.weight" is an ``Entry`` under ``lora_A``."""
-    dropout = {name: drop for name, adapter in kept.items() if (drop := adapter._modules.get("lora_dropout")) is not None}
+    dropout = {
+        name: drop for name, adapter in kept.items() if (drop := adapter._modules.get("lora_dropout")) is not None
+    }
     if dropout:
         layer._modules["lora_dropout"] = nn.ModuleDict(dropout)
     found: dict[str, dict[str, dict[str, str]]] = {}

@@ -22,6 +22,7 @@ from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.peft.card import write_card
 from minilora.peft.face import extend, in_base_dtype, refuse_extended, refuse_second, restore
+from minilora.peft.faces import give_faces
 from minilora.peft.hub import folder_of, push
 from minilora.peft.shape import Shape
 from minilora.peft.status import get_layer_status, get_model_status
@@ -128,6 +129,7 @@ class PeftModel(Shape):
             in_base_dtype(model, values)
         with LOCK, Change() as change:
             place_in(change, model, own, adapter_name, values, stored.variant, trainable=is_trainable)
+            give_faces(change, model)
             extend(change, model, _face(cls, own))
             change.train(model, is_trainable)
         return model
@@ -485,6 +487,7 @@ def get_peft_model(
         in_base_dtype(model, values)
     with LOCK, Change() as change:
         place_in(change, model, config, adapter_name, values, variant)
+        give_faces(change, model)
         extend(change, model, _face(face, config))
     return model
 

@@ -1,6 +1,7 @@
 """What a model answers that is asked for its modules, parameters and state: PEFT's names, the inactive adapters included.
 
-All answers come from one tree (``peft/tree.py``), made when asked. Next file: ``peft/peft_model.py``.
+The layers have PEFT's names themselves (``peft/faces.py``); what is added here is ``base_model.model`` above them.
+Next file: ``peft/peft_model.py``.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from minilora.lora.adapter import Adapter
-from minilora.lora.slots import adapters_of, has_adapters
+from minilora.lora.slots import has_adapters
 from minilora.peft.face import Face
 
 __all__ = ["Shape"]
 
 
 class Shape(Face):
-    """The part of ``PeftModel`` that looks like PEFT's tree of modules; ``_modules``, which a forward uses, is the model's own."""
+    """The part of ``PeftModel`` that looks like PEFT's tree of modules."""
 
     @property
     def base_model(self) -> Any:
@@ -60,28 +60,6 @@ class Shape(Face):
         else:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Every parameter once, without the tree: an optimizer's step asks for them."""
-        if not recurse:
-            yield from super().parameters(recurse)
-            return
-        seen: set[int] = set()
-        for parameter in self._all_parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter
-
-    def _all_parameters(self) -> Iterator[nn.Parameter]:
-        for module in _modules(self):
-            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
-        for slot in list(adapters_of(self).slots.values()) if has_adapters(self) else ():
-            for value in (slot.base, *slot.kept.values()):
-                if isinstance(value, nn.Parameter):
-                    continue
-                for module in _modules(value):
-                    if not isinstance(value, Adapter) or module is not value._modules.get("base_layer"):
-                        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
-
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model's tensors, all adapters included, under PEFT's names."""
         if not has_adapters(self):
@@ -93,14 +71,6 @@ class Shape(Face):
         if not has_adapters(self):
             return super().load_state_dict(state_dict, strict, assign)
         return nn.Module.load_state_dict(_Root(self), state_dict, strict, assign)
-
-
-def _modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules in which a forward runs, whatever ``named_modules`` shows."""
-    yield module
-    for child in module._modules.values():
-        if child is not None:
-            yield from _modules(child)
 
 
 class _Root(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from minilora.linear.layers import dense_weight, is_linear, is_quantized
 from minilora.lora.adapter import Adapter
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slots import adapters_of
+from minilora.lora.slot import own_parameters
+from minilora.lora.slots import adapters_of, has_adapters
 
 __all__ = ["adapters_in", "memory_table", "parameter_table", "spectra", "spectrum", "update_ratios"]
 
@@ -61,6 +62,10 @@ def parameter_table(model: nn.Module) -> list[dict]:
     """Rows ``name, total, trainable, bits`` of the model's parameters by kind, packed weights counted as the weights they stand for."""
     rows: dict[str, list[float]] = {}
     counted: set[int] = set()  # a head tied to the embedding is one parameter
+    adapters = adapters_of(model).slots.values() if has_adapters(model) else ()
+    trained = {
+        id(p) for slot in adapters for v in slot.kept.values() if isinstance(v, Adapter) for p in own_parameters(v)
+    }
     for module in model.modules():
         if is_quantized(module):
             weights, stored = module.in_features * module.out_features, module.quantized().nbytes
@@ -70,7 +75,13 @@ def parameter_table(model: nn.Module) -> list[dict]:
                 continue
             counted.add(id(parameter))
             size, stored = parameter.numel(), parameter.numel() * parameter.element_size()
-            _add(rows, _kind(module, name), size, size * parameter.requires_grad, 8 * stored)
+            _add(
+                rows,
+                "adapter" if id(parameter) in trained else _kind(module, name),
+                size,
+                size * parameter.requires_grad,
+                8 * stored,
+            )
     return [
         {"name": name, "total": int(total), "trainable": int(trains), "bits": bits / total}
         for name, (total, trains, bits) in rows.items()
@@ -78,8 +89,6 @@ def parameter_table(model: nn.Module) -> list[dict]:
 
 
 def _kind(module: nn.Module, name: str) -> str:
-    if isinstance(module, Adapter):
-        return "adapter"
     if isinstance(module, nn.Embedding):
         return "embeddings (and a head tied to them)"
     return "linear layers" if is_linear(module) and name == "weight" else "norms and biases"

@@ -126,7 +126,11 @@ def _judge(
         (silent if not got else alive if any(bool(g.any()) for g in got) else zero).append(path)
     if not silent:
         return AdapterCheck(tuple(alive), tuple(zero))
-    called = _called({path: values[path] for path in silent}, run)
+    slots = adapters_of(model).slots
+    places = {
+        path: slots[path].parent._modules[slots[path].attr] for path in silent
+    }  # what stands there is what is called
+    called = _called({path: place for path, place in places.items() if place is not None}, run)
     kinds = {_kind(path) for path in (*alive, *zero)}
     dead = [path for path in silent if path in called or _kind(path) not in kinds]
     if dead:

@@ -1,9 +1,9 @@
-"""What every adapted place of a model has in PEFT's shape. Next file: ``peft/tuners/lora/layer.py``."""
+"""What every adapted place of a model is to PEFT's users. Next file: ``peft/tuners/lora/layer.py``."""
 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,53 +11,55 @@ from torch import Tensor, nn
 from minilora.errors import StateError
 from minilora.lora.slot import own_parameters
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "view_of"]
+__all__ = ["BaseTuner", "BaseTunerLayer", "face_of"]
 
 
 class BaseTuner(nn.Module):
     """Base of ``LoraModel``."""
 
 
-class BaseTunerLayer(ABC):
-    """A layer with adapters: ``isinstance`` says so of PEFT's shape and of the adapter that stands in the model.
+class BaseTunerLayer(nn.Module, ABC):
+    """A place of a model that has adapters, with PEFT's names for all that is in it. A call runs what stands there.
 
     Attributes:
-        slot, adapters: the place and the record of the model that this is a view of. standing: what is called in its place.
-        kept: adapter name to the adapter.
+        slot, adapters: the place, and the record of the model. kept: adapter name to the adapter. stands: what a call runs.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
     slot: Any
     adapters: Any
-    standing: Any
     kept: Any
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the adapters and the base layer compute."""
+        return self.__dict__["stands"].forward(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
-        """Dictionaries that no adapter here fills are empty; the rest is the base layer's."""
+        """Dictionaries that no adapter here fills are empty; what the layer lacks is asked of what stands here."""
         try:
-            return nn.Module.__getattr__(self, name)  # type: ignore[arg-type]
+            return super().__getattr__(name)
         except AttributeError:
             if name in self.adapter_layer_names:
                 return nn.ParameterDict() if "embedding" in name else nn.ModuleDict()
-            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", {}):
+            if name.startswith("__") or "stands" not in self.__dict__:
                 raise
-            return getattr(self._modules["base_layer"], name)  # type: ignore[attr-defined]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """``training`` and the like are those of what stands in the model."""
-        if name == "training":
-            self.standing().training = value
-        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer in the model returns."""
-        return self.standing()(*args, **kwargs)
+            return getattr(self.__dict__["stands"], name)
 
     def train(self, mode: bool = True) -> Any:
-        """As ``nn.Module.train``, of what stands in the model too."""
-        self.standing().train(mode)
-        return nn.Module.train(self, mode)  # type: ignore[type-var]
+        """As ``nn.Module.train``, of the adapters too."""
+        for value in (self.slot.base, self.slot.merged, *self.kept.values()):
+            if value is not None:
+                value.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``.to``, ``.half`` and the like reach the adapters' buffers too."""
+        super()._apply(fn, recurse)
+        for value in (self.slot.merged, *self.kept.values()):
+            if value is not None:
+                value._apply(fn, recurse)
+        return self
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer under all adapters."""
@@ -65,13 +67,13 @@ class BaseTunerLayer(ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, as in PEFT."""
-        return self.get_base_layer().weight  # type: ignore[return-value]
+        """What a model may ask for: the weight with what stands here in it, in the layer's compute dtype."""
+        return self.__dict__["stands"].weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias, as in PEFT."""
-        return self.get_base_layer().bias  # type: ignore[return-value]
+        """Likewise the bias."""
+        return self.__dict__["stands"].bias
 
     @property
     def active_adapters(self) -> list[str]:
@@ -104,7 +106,7 @@ class BaseTunerLayer(ABC):
             for parameter in own_parameters(self.kept[name]) if name in self.kept else ():
                 parameter.requires_grad = requires_grad
 
-    def _of_the_model(self, what: str, *_: Any, **__: Any) -> Any:
+    def _of_the_model(self, what: str) -> Any:
         raise StateError(
             f"{self.slot.path}: {what} changes a whole model here, not one layer; call {what} of the model"
         )
@@ -126,10 +128,9 @@ class BaseTunerLayer(ABC):
         self._of_the_model("delete_adapter()")
 
 
-def view_of(kind: Any, slot: Any, kept: Mapping[str, Any], standing: Callable[[], Any], adapters: Any) -> Any:
-    """An object of this kind without children, for a place of a model."""
-    made = kind.__new__(kind)
-    made.__dict__.update(nn.Module().__dict__)
-    made.__dict__.update(slot=slot, adapters=adapters, standing=standing, kept=dict(kept))
-    made.__dict__["training"] = standing().training
-    return made
+def face_of(kind: type[BaseTunerLayer], slot: Any, kept: Mapping[str, Any], adapters: Any) -> Any:
+    """A face of this kind without children, for a place of a model."""
+    face = kind()
+    face.__dict__.update(slot=slot, adapters=adapters, kept=dict(kept), stands=slot.standing)
+    face.training = slot.standing.training
+    return face

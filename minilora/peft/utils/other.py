@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from minilora.lora.architectures import DEFAULT_TARGETS
 from minilora.peft.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from minilora.qlora.kbit import prepare_model_for_kbit_training

@@ -1,11 +1,11 @@
 """``LoraLayer`` and its kin: one adapted place of a model in PEFT's shape, with a dictionary entry for each adapter that it has.
 
-They are made by ``peft/tree.py`` and share their parameters with the model. Next file: ``peft/wrappers.py``.
+They are made by ``peft/faces.py``, stand in the model, and share their parameters with the adapters. Next file: ``peft/wrappers.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters
 from minilora.peft.parts import Field, entries
-from minilora.peft.tuners.tuners_utils import BaseTunerLayer, view_of
+from minilora.peft.tuners.tuners_utils import BaseTunerLayer, face_of
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "lora_layer"]
 
@@ -121,27 +121,27 @@ class LoraLayer(BaseTunerLayer):
                 self.scaling[name] = own if scale is None else self.scaling[name] / scale
 
 
-class Linear(LoraLayer, nn.Module):
+class Linear(LoraLayer):
     """A linear layer (of torch, ``Conv1D``, or packed)."""
 
 
-class Embedding(LoraLayer, nn.Module):
+class Embedding(LoraLayer):
     """An embedding."""
 
 
-class Conv1d(LoraLayer, nn.Module):
+class Conv1d(LoraLayer):
     """A convolution."""
 
 
-class Conv2d(LoraLayer, nn.Module):
+class Conv2d(LoraLayer):
     """A convolution."""
 
 
-class Conv3d(LoraLayer, nn.Module):
+class Conv3d(LoraLayer):
     """A convolution."""
 
 
-class MultiheadAttention(LoraLayer, nn.Module):
+class MultiheadAttention(LoraLayer):
     """``nn.MultiheadAttention``."""
 
 
@@ -154,19 +154,16 @@ _KINDS: tuple[tuple[Any, type], ...] = (
 )
 
 
-def lora_layer(
-    slot: Slot, base: nn.Module, kept: Mapping[str, Adapter], standing: Callable[[], Any], adapters: Adapters
-) -> nn.Module:
+def lora_layer(slot: Slot, base: nn.Module, kept: Mapping[str, Adapter], adapters: Adapters) -> nn.Module:
     """The ``LoraLayer`` of a slot.
 
     Args:
-        base: what is shown as ``base_layer``. kept: the adapters that are shown, by name. standing: what stands in the slot now, which
-            is what is called.
+        base: what is shown as ``base_layer``. kept: the adapters that are shown, by name.
     """
     kind = next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
-    layer = view_of(kind, slot, kept, standing, adapters)
+    layer = face_of(kind, slot, kept, adapters)
     layer._modules["base_layer"] = base
-    entries(layer, layer.kept)
+    entries(layer, kept)
     return layer
 
 

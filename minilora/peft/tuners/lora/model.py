@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import ConfigError
+from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many import adapted, combine, merging
-from minilora.peft.tree import tree
+from minilora.peft.faces import give_faces, twin
 from minilora.peft.tuners.tuners_utils import BaseTuner
 
 __all__ = ["LoraModel"]
@@ -34,6 +35,8 @@ class LoraModel(BaseTuner):
             config = config[adapter_name]
         if not (has_adapters(model) and adapter_name in adapters_of(model).configs):
             inject(model, config, adapter_name, activate=not has_adapters(model))
+        with LOCK, Change() as change:
+            give_faces(change, model)
         self._look(model)
 
     @classmethod
@@ -46,7 +49,7 @@ class LoraModel(BaseTuner):
     def _look(self, model: nn.Module) -> None:
         nn.Module.__init__(self)
         self.__dict__["_whole"] = model
-        self._modules["model"] = tree(model)
+        self._modules["model"] = twin(model)
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
