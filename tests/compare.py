@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+from torch import nn
 
 
 def close(got, want, tolerance=1e-5):
@@ -26,7 +27,7 @@ def snapshot(model):
     return {
         "class": type(model),
         "attributes": sorted(model.__dict__),
-        "places": [(path, id(m), m.training) for path, m in model.named_modules(remove_duplicate=False)],
+        "places": [(path, id(m), m.training) for path, m in nn.Module.named_modules(model, remove_duplicate=False)],
         "trains": [(path, id(p), p.requires_grad) for path, p in model.named_parameters(remove_duplicate=False)],
         "tensors": {key: _digest(tensor) for key, tensor in model.state_dict().items()},
     }

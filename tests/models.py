@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from minilora import Adapter, LoraConfig
+from minilora import LoraConfig
 
 LAYERS = ("first", "mid", "last")  # all linear ones of MLP
 CHATML = (
@@ -35,7 +35,7 @@ def randomize(module, seed=0):
 
 def adapted_paths(model):
     """Where adapters sit, in the order of the model."""
-    return [path for path, module in model.named_modules() if isinstance(module, Adapter)]
+    return [path for path, module in nn.Module.named_modules(model) if isinstance(module, LoraLayer)]
 
 
 # ---- without transformers

@@ -111,7 +111,7 @@ def test_no_variant_is_forgotten_here():
 
 @pytest.mark.parametrize(
     ("module", "inject"),
-    [("minilora", "inject"), ("minilora.lora.inject", "inject"), ("minilora.peft_model", "get_peft_model")],
+    [("minilora", "inject"), ("minilora.lora.inject", "inject"), ("minilora.peft.peft_model", "get_peft_model")],
 )
 def test_every_variant_can_be_injected(module, inject):
     printed = child(f"""
@@ -128,7 +128,7 @@ def test_every_variant_can_be_injected(module, inject):
 
 
 @pytest.mark.parametrize(
-    ("module", "load"), [("minilora.store.load", "load_adapter"), ("minilora.peft_model", "PeftModel.from_pretrained")]
+    ("module", "load"), [("minilora.store.load", "load_adapter"), ("minilora.peft.peft_model", "PeftModel.from_pretrained")]
 )
 def test_every_variant_can_be_loaded(tmp_path, module, load):
     for name in KINDS:

@@ -69,7 +69,8 @@ def _around(slot: Slot, adapters: Adapters) -> nn.Module:
 def twin(model: nn.Module) -> nn.Module:
     """The same model as an object of its class without PEFT's methods: all attributes are the very same."""
     inner = unwrapped(model)
-    kind: Any = type(inner)
+    # FSDP2 puts a class of its own before all, and works through hooks, which both objects have.
+    kind: Any = next((each for each in type(inner).__mro__ if "_extends" in vars(each)), type(inner))
     while "_extends" in vars(kind):
         kind = vars(kind)["_extends"][1]
     other = object.__new__(kind)

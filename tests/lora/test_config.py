@@ -69,9 +69,35 @@ def test_good_values_are_kept(fields):
     assert {name: getattr(config, name) for name in fields} == fields
 
 
-def test_a_config_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        LoraConfig().r = 4
+def test_a_config_can_be_changed_until_it_is_used():
+    config = LoraConfig(rank_pattern={"a": 2})
+    assert config.for_module("x.a")[0] == 2
+    config.r, config.rank_pattern = 4, {"b": 3}
+    assert config.for_module("x.a")[0] == 4 and config.for_module("x.b")[0] == 3
+    own = config.for_use()
+    with pytest.raises(ConfigError, match="r=8: a model has adapters of this config already"):
+        own.r = 8
+    own.inference_mode = True
+    config.r = 16
+    assert own.r == 4 and own.inference_mode and not config.inference_mode
+
+
+def test_what_was_set_is_checked_when_it_is_used():
+    config = LoraConfig()
+    config.r = -1
+    with pytest.raises(ConfigError, match="r=-1: wanted"):
+        config.for_use()
+    with pytest.raises(ConfigError, match="no field 'lora_alhpa'; the closest are 'lora_alpha'"):
+        config.lora_alhpa = 3
+
+
+def test_fields_of_peft_are_taken_at_their_defaults():
+    config = LoraConfig(r=3, target_parameters=None, use_bdlora=None, megatron_core="megatron.core", peft_type="LORA")
+    assert config.r == 3 and config.target_parameters is None and config.peft_type == "LORA"
+    with pytest.raises(ConfigError, match="target_parameters="):
+        LoraConfig(target_parameters=["w"])
+    with pytest.raises(TypeError, match="nonsense"):
+        LoraConfig(nonsense=1)
 
 
 @pytest.mark.parametrize("names", [["v", "q", "v"], ("q", "v"), {"v", "q"}, frozenset("qv")], ids=str)

@@ -50,6 +50,7 @@ class LoraModel(BaseTuner):
         nn.Module.__init__(self)
         self.__dict__["_whole"] = model
         self._modules["model"] = twin(model)
+        self.training = model.training
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
