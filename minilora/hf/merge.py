@@ -25,17 +25,18 @@ def merge_to_folder(
     dtype: torch.dtype = torch.float32,
     expect_sha256: str | None = None,
     allow_other_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Load ``model`` dense, merge the adapter folder into it in fp32, and save weights and tokenizer to ``out``.
 
-    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``.
+    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``, ``trust_remote_code`` as for ``load_model``.
 
     Raises:
         CheckpointError: ``out`` exists and is not empty, or adapter and model do not fit. StateError: a weight holds NaN or infinity.
             Nothing is written then.
     """
     target = refuse_occupied(out)
-    merged = load_model(model, dtype)
+    merged = load_model(model, dtype, trust_remote_code)
     load_adapter(merged, adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base)
     print(merge(merged))
     unload(merged, keep_merged=True)
@@ -44,5 +45,5 @@ def merge_to_folder(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
     refuse_nonfinite(merged.state_dict().items(), "the merged model")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))

@@ -184,7 +184,8 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
         others = [other for other in held_by.get(id(base._parameters["weight"]), ()) if other not in folded]  # type: ignore[union-attr]
         if others:
             raise StateError(
-                f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
+                f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first if one of them is an "
+                "embedding, or leave it out (exclude_modules)"
             )
 
 
@@ -197,8 +198,9 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
             continue
         if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
             raise StateError(
-                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call "
-                "minilora.untie(model) first, or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
+                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; leave both out "
+                "(exclude_modules), or give one a copy of the weight; for an embedding and its head minilora.untie(model) does that, and "
+                "ensure_weight_tying=True adapts both alike"
             )
         layer._parameters["weight"] = layers[twin]._parameters["weight"]
 

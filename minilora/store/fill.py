@@ -1,6 +1,6 @@
 """A file's tensors into adapters: nothing is copied before every name, shape and dtype has been compared, and then all or nothing.
 
-Next file: ``peft_model.py``.
+Next file: ``lora/variants/dora.py``.
 """
 
 from __future__ import annotations

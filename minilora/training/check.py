@@ -73,10 +73,7 @@ def check_adapter(
         return model(batch) if isinstance(batch, Tensor) else model(*batch)
 
     with torch.enable_grad(), torch.random.fork_rng():
-        loss = _loss(run())
-        found = (
-            torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
-        )
+        found = _gradients(model, _loss(run()), parameters)
     gradients = {id(parameter): gradient for parameter, gradient in zip(parameters, found, strict=True)}
     return _judge(model, values, gradients, run)
 
@@ -115,6 +112,22 @@ def _loss(outputs: Any) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def _gradients(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    """The gradients of these parameters; what stands in ``.grad`` is put back, for some models write there (Reformer)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.grad for parameter in trained]
+    try:
+        for parameter in trained:
+            parameter.grad = None
+        found = (
+            torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
+        )
+        return [p.grad if gradient is None else gradient for p, gradient in zip(parameters, found, strict=True)]
+    finally:
+        for parameter, gradient in zip(trained, before, strict=True):
+            parameter.grad = gradient
+
+
 def _judge(
     model: nn.Module, values: Mapping[str, nn.Module], gradients: Mapping[int, Tensor | None], run: Callable[[], Any]
 ) -> AdapterCheck:
@@ -139,8 +152,8 @@ def _judge(
 
 
 def _kind(path: str) -> str:
-    """The path without its numbers: layers and experts that are built alike."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+    """The path without its numbers: layers and experts that are built alike (``layers.3.up``, ``experts.expert_3.up``)."""
+    return re.sub(r"(?<![^.])\d+$|(?<![^.])([A-Za-z]+_)?\d+(?=\.)", r"\1*", path)
 
 
 def _called(values: Mapping[str, nn.Module], run: Callable[[], Any]) -> set[str]:

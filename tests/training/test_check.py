@@ -74,6 +74,21 @@ def test_an_expert_without_a_token_is_told_and_not_refused():
     assert (found.alive, found.unreached) == (("experts.0",), ("experts.1",))
 
 
+def test_an_expert_with_a_name_and_a_number_is_one_of_its_kind():
+    """As Switch Transformers names them."""
+    model = nn.ModuleDict({name: nn.ModuleDict({"up": nn.Linear(6, 6)}) for name in ("expert_0", "expert_1")})
+    model.forward = lambda x: model["expert_0"]["up"](x)
+    found = check_adapter(minilora.inject(model, config("up")), X)
+    assert (found.alive, found.unreached) == (("expert_0.up",), ("expert_1.up",))
+
+
+def test_layers_whose_own_names_are_numbered_are_no_experts():
+    model = nn.ModuleDict({"fc_1": nn.Linear(6, 6), "fc_2": nn.Linear(6, 6)})
+    model.forward = lambda x: model["fc_1"](x)
+    with pytest.raises(StateError, match=r"fc_2 of 2 trained layers.*the model does not call it"):
+        check_adapter(minilora.inject(model, config("fc_1", "fc_2")), X)
+
+
 def test_a_copy_that_gets_no_gradient_is_refused():
     model = minilora.inject(Parts(), config("used", modules_to_save=["idle"]))
     with pytest.raises(StateError, match=r"idle of 2 trained layers.*take it out of modules_to_save"):
@@ -109,3 +124,40 @@ def test_coverage_counts_all_that_is_multiplied_with():
     minilora.inject(model, config("mlp"))
     covered, others = coverage(model)
     assert covered == ["mlp"] and others == ["attention.in_proj_weight", "attention.out_proj"]
+
+
+class Reversible(torch.autograd.Function):
+    """A layer that is computed again in its backward pass, which writes the gradients of its parameters itself, as Reformer's does."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.save_for_backward(x.detach())
+        ctx.layer = layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        x = x.clone().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(x), grad)
+        return x.grad, None
+
+
+class Reformed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = torch.nn.Linear(5, 7), torch.nn.Linear(7, 7), torch.nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.last(Reversible.apply(self.first(x), self.inner))
+
+
+def test_a_layer_whose_gradient_the_model_writes_itself_is_alive(randomize):
+    model = randomize(minilora.inject(Reformed(), minilora.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear")))
+    x = torch.randn(4, 5)
+    model(x).sum().backward()
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(check_adapter(model, x).alive) == {"first", "inner", "last"}
+    for name, gradient in before.items():
+        assert torch.equal(model.get_parameter(name).grad, gradient)
