@@ -69,6 +69,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "losses",
             "schedule",
             "optim",
+            "optim_lora_fa",
+            "optim_riemannian",
             "guards",
             "check",
             "step",
