@@ -21,7 +21,6 @@ from minilora.training.optim_lora_fa import LoraFAOptimizer, create_lorafa_optim
 from minilora.training.optim_riemannian import create_riemannian_optimizer
 from tests.compare import close
 
-
 # PEFT's check of shapes takes the bias of lora_bias for a broken factor.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Adapter 'default'. \d+ LoRA tensor\(s\) have invalid shape")
 
