@@ -97,10 +97,10 @@ def test_a_name_is_looked_up_once(monkeypatch):
 
 # ---- variants are there, whichever door one comes in by
 
-KINDS = ["dora", "loftq", "lora", "lora_fa", "olora", "orthogonal", "pissa", "vera"]
+KINDS = ["dora", "loftq", "lora", "lora_fa", "mica", "olora", "orthogonal", "pissa", "vera"]
 FIELDS = {
     "dora": {"use_dora": True},
-    **{name: {"init_lora_weights": name} for name in ("loftq", "olora", "orthogonal", "pissa")},
+    **{name: {"init_lora_weights": name} for name in ("loftq", "mica", "olora", "orthogonal", "pissa")},
 }
 MODEL = "torch.manual_seed(0); model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Linear(20, 6))"
 

@@ -40,7 +40,7 @@ class LoraConfig:
         bias: which biases train: "none", "lora_only" (of the adapted layers), "all".
         modules_to_save: names of modules of which a full copy is trained and saved beside the adapter.
         init_lora_weights: True (A kaiming-uniform, B = 0), "gaussian" (A normal with std 1/r, B = 0), False (both random),
-            "orthogonal", "pissa", "pissa_niter_N", "olora" or "loftq" (each a file in ``variants/``).
+            "orthogonal", "pissa", "pissa_niter_N", "olora", "mica" or "loftq" (each a file in ``variants/``), in any case.
         use_rslora: scaling ``lora_alpha / sqrt(r)``.
         use_dora: magnitude and direction apart (``variants/dora.py``).
         lora_bias: a trained bias on B, scaled as B is.
@@ -103,6 +103,8 @@ class LoraConfig:
         for name in ("base_model_name_or_path", "revision"):
             if getattr(self, name) is not None:
                 validate.text(name, getattr(self, name))
+        if isinstance(self.init_lora_weights, str):
+            put("init_lora_weights", self.init_lora_weights.lower())  # "OLoRA" is as right
         self._check_start()
         validate.tokens(self.trainable_token_indices)
         self._check_places(put)
@@ -139,7 +141,7 @@ class LoraConfig:
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
-        words = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+        words = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "mica")
         if not (
             isinstance(init, bool)
             or init in words

@@ -898,3 +898,19 @@ def test_a_variant_whose_update_depends_on_the_input_is_not_merged(snapshot):
         assert snapshot(model) == before
     finally:
         del VARIANTS["moody"]
+
+
+def test_mica_writes_into_the_minor_directions_and_keeps_them():
+    base = make_base()
+    model, adapter = make(base, init_lora_weights="mica")
+    U = torch.linalg.svd(dense_weight(adapter.innermost).double(), full_matrices=False).U[:, -adapter.r :]
+    close(adapter.lora_B @ adapter.lora_B.T, U @ U.T)
+    assert adapter.lora_A.requires_grad and not adapter.lora_A.any() and not adapter.lora_B.requires_grad
+    minilora.inject(model, LoraConfig(r=2, target_modules=adapted_paths(model)), "other")
+    minilora.set_adapter(model, "default")
+    assert adapter.lora_A.requires_grad and not adapter.lora_B.requires_grad
+
+
+def test_mica_wants_a_rank_that_the_weight_has():
+    with pytest.raises(ConfigError, match="MiCA requires `r` <= min"):
+        make(make_base(), r=999, init_lora_weights="mica")
