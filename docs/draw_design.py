@@ -28,6 +28,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "adapter",
             "config",
             "config_file",
+            "starts",
             "slot",
             "slots",
             "change",

@@ -50,6 +50,10 @@ class Adapter(nn.Module, ABC):
     replaces_base: ClassVar[bool] = False
     # Whether this one did: it does not where it finds the base layer that it would have made.
     base_replaced: bool = False
+    # The attribute of the base layer that holds the data of its start; taken away when the adapter is placed. "" for none.
+    data_name: ClassVar[str] = ""
+    # Why this one is nothing without a file that fills it (its start is made from what is not here); "" where it can start.
+    wants_file: str = ""
     # A digest of what went into it beside config and base layer; a file remembers it, and loads beside the same only.
     made_with: str = ""
     # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.

@@ -140,6 +140,8 @@ def place_in(
         change.item(slot.kept, adapter_name, value)
         if isinstance(value, Adapter) and value.replaces_base:
             change.put(slot, "base", value.base_layer)
+        if isinstance(value, Adapter) and value.data_name:
+            change.drop(vars(value.innermost), value.data_name)
     change.item(adapters.configs, adapter_name, config)
     change.item(adapters.variants, adapter_name, kind or config.variant)
     change.classes(model)
@@ -173,8 +175,8 @@ def inject(
         activate: False keeps it aside, and what is active stays so.
 
     Raises:
-        TargetError, StateError: as ``build``, and for a variant that packs the base layer itself where it is packed already.
-            Nothing has changed then.
+        TargetError, StateError: as ``build``, and for a variant that cannot start here: one that packs the base layer itself where it is
+            packed already, or one that is made from data where there is none. Nothing has changed then.
     """
     values = build_new(model, config, adapter_name, variant)
     place(model, config, adapter_name, values, variant, activate)
@@ -185,9 +187,8 @@ def build_new(model: nn.Module, config: LoraConfig, adapter_name: str, variant: 
     """``build`` for an adapter that no file fills. Raises as ``inject``."""
     values = build(model, config, adapter_name, variant)
     for path, value in values.items():
-        if isinstance(value, Adapter) and value.replaces_base and not value.base_replaced:
-            what = f"{path}: is packed already, and {type(value).__name__} packs its base layer itself, to make up for the error"
-            raise TargetError(f"{what}; give it the dense model (a saved adapter may be loaded onto a packed one)")
+        if isinstance(value, Adapter) and value.wants_file:
+            raise TargetError(f"{path}: {value.wants_file}")
     return values
 
 

@@ -32,7 +32,12 @@ __all__ = [
 ]
 
 # What each variant is on an embedding, where it is anything.
-_ON_EMBEDDINGS: dict[str, type[LoRAEmbedding]] = {"lora": LoRAEmbedding, "mica": MiCAEmbedding}
+_ON_EMBEDDINGS: dict[str, type[LoRAEmbedding]] = {
+    "lora": LoRAEmbedding,
+    "mica": MiCAEmbedding,
+    "corda": LoRAEmbedding,
+    "lora_ga": LoRAEmbedding,
+}
 
 
 def sharers(bare: Bare, parameter: Any) -> list[str]:

@@ -85,6 +85,9 @@ def add_weighted_adapter(
         alpha_pattern={},
         use_rslora=False,  # or the scaling would be sqrt(r) instead of 1
         init_lora_weights=True,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
     )
     values = build(model, config, adapter_name, "lora")
     with torch.no_grad():

@@ -803,7 +803,7 @@ def test_layers_to_transform_come_back_from_the_file(make_llama, randomize, ids,
 # ---- choosing and writing a variant
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"corda", "lora_ga"}))  # these start from data: test_starts.py
 def test_inject_takes_a_variant_by_name(name, tmp_path, randomize):
     base = "linear" if name == "loftq" else "nf4"  # it packs the layer itself
     model, adapter = make(base, name)
