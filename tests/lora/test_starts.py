@@ -75,10 +75,12 @@ def theirs(kind, settings, **own):
         if "attr" not in sys.modules and importlib.util.find_spec("attr") is None:
             patch.setitem(sys.modules, "attr", dataclasses)  # of which PEFT wants ``dataclass`` only
         from peft.tuners.lora.corda import preprocess_corda as corda
+    from peft.tuners.lora.config import CordaConfig as CordaTheirs
+    from peft.tuners.lora.config import LoraGAConfig as LoraGATheirs
     from peft.tuners.lora.loraga import preprocess_loraga as loraga
 
     model = net()
-    sub = peft.CordaConfig(**own) if kind == "corda" else peft.LoraGAConfig(**own)
+    sub = CordaTheirs(**own) if kind == "corda" else LoraGATheirs(**own)
     words = {"r": 3, "lora_alpha": 12, "target_modules": ["first", "last"], "init_lora_weights": kind}
     there = peft.LoraConfig(**words, **{f"{kind}_config": sub}, **settings)
     if kind == "corda":
