@@ -51,7 +51,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         "adapter folders: save, load, export",
         ["save", "load", "fill", "adapter_files", "fingerprint", "tensors", "export", "programs"],
     ),
-    ("many", "several adapters in one model", ["adapted", "merging", "batched", "combine", "hotswap"]),
+    (
+        "many",
+        "several adapters in one model",
+        ["adapted", "merging", "batched", "combine", "arithmetic", "parts", "hotswap"],
+    ),
     (
         "report",
         "pages, charts and tables",
