@@ -11,6 +11,7 @@ it; the tests in ``tests/laws`` then run over it. Next file: ``lora/slots.py``.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -89,6 +90,12 @@ class Adapter(nn.Module, ABC):
         """The layer under all adapters of this slot."""
         base = self.base_layer
         return base.innermost if isinstance(base, Adapter) else base
+
+    def alone_on(self, base: nn.Module) -> Adapter:
+        """This adapter, its parameters shared, on the bare layer: it may stand on another adapter now, and forwards may run."""
+        alone = copy.copy(self)
+        alone._modules = self._modules | {"base_layer": base}
+        return alone
 
     @property
     def weight(self) -> Tensor:
