@@ -85,6 +85,10 @@ class Adapter(nn.Module, ABC):
         """
         raise StateError(f"{type(self).__name__}: its update has no low rank, so it is no plain LoRA; merge it instead")
 
+    def refuses(self, other: Adapter) -> str:
+        """Why this one and another adapter of the same slot cannot be active or merged together; "" if they can."""
+        return ""
+
     @property
     def innermost(self) -> nn.Module:
         """The layer under all adapters of this slot."""
