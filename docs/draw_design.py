@@ -49,7 +49,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "store",
         "adapter folders: save, load, export",
-        ["save", "load", "fill", "adapter_files", "fingerprint", "tensors", "export", "programs"],
+        ["save", "load", "fill", "tables", "adapter_files", "fingerprint", "tensors", "export", "programs"],
     ),
     (
         "many",

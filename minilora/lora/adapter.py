@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -55,6 +55,8 @@ class Adapter(nn.Module, ABC):
     data_name: ClassVar[str] = ""
     # Why this one is nothing without a file that fills it (its start is made from what is not here); "" where it can start.
     wants_file: str = ""
+    # Parameters of the base model, by path, that its file brings: written when the adapter is placed.
+    brings: Mapping[str, Tensor] = {}
     # A digest of what went into it beside config and base layer; a file remembers it, and loads beside the same only.
     made_with: str = ""
     # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.

@@ -131,7 +131,13 @@ def place_in(
         for parameter in model.parameters():
             change.put(parameter, "requires_grad", False)
         attach(change, model, adapters)
-    modules = dict(Bare(model).named_modules(remove_duplicate=False))
+    bare = Bare(model)
+    modules = dict(bare.named_modules(remove_duplicate=False))
+    for value in values.values():
+        if isinstance(value, Adapter) and value.brings:
+            for name, tensor in value.brings.items():
+                change.overwrite(bare.get_parameter(name), tensor)
+            change.put(value, "brings", {})
     new = {path: slot_at(modules, path) for path in values if path not in adapters.slots}
     if new:
         change.put(adapters, "slots", adapters.slots | new)
