@@ -54,7 +54,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "many",
         "several adapters in one model",
-        ["adapted", "merging", "batched", "combine", "arithmetic", "parts", "hotswap"],
+        ["adapted", "merging", "batched", "combine", "arithmetic", "parts", "convert", "scaling", "hotswap"],
     ),
     (
         "report",
@@ -76,6 +76,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "optim",
             "optim_lora_fa",
             "optim_riemannian",
+            "precision",
             "guards",
             "check",
             "step",
