@@ -54,7 +54,18 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "many",
         "several adapters in one model",
-        ["adapted", "merging", "batched", "combine", "arithmetic", "parts", "convert", "scaling", "hotswap"],
+        [
+            "adapted",
+            "merging",
+            "batched",
+            "combine",
+            "arithmetic",
+            "parts",
+            "convert",
+            "scaling",
+            "intruders",
+            "hotswap",
+        ],
     ),
     (
         "report",
