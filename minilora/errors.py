@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Interrupted",
+    "KindError",
     "MiniLoraError",
     "MissingPackageError",
     "OutOfMemory",
@@ -76,6 +77,10 @@ def for_terminal(text: str, encoding: str | None = None) -> str:
 
 class ConfigError(MiniLoraError, ValueError):
     """A field of a config has a value that cannot be meant."""
+
+
+class KindError(ConfigError, TypeError):
+    """An argument is of a type, or a model of a kind, that the call cannot work on."""
 
 
 class TargetError(MiniLoraError, ValueError):

@@ -11,8 +11,9 @@ it; the tests in ``tests/laws`` then run over it. Next file: ``lora/slots.py``.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -50,6 +51,12 @@ class Adapter(nn.Module, ABC):
     replaces_base: ClassVar[bool] = False
     # Whether this one did: it does not where it finds the base layer that it would have made.
     base_replaced: bool = False
+    # The attribute of the base layer that holds the data of its start; taken away when the adapter is placed. "" for none.
+    data_name: ClassVar[str] = ""
+    # Why this one is nothing without a file that fills it (its start is made from what is not here); "" where it can start.
+    wants_file: str = ""
+    # Parameters of the base model, by path, that its file brings: written when the adapter is placed.
+    brings: Mapping[str, Tensor] = {}
     # A digest of what went into it beside config and base layer; a file remembers it, and loads beside the same only.
     made_with: str = ""
     # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.
@@ -80,11 +87,21 @@ class Adapter(nn.Module, ABC):
         """
         raise StateError(f"{type(self).__name__}: its update has no low rank, so it is no plain LoRA; merge it instead")
 
+    def refuses(self, other: Adapter) -> str:
+        """Why this one and another adapter of the same slot cannot be active or merged together; "" if they can."""
+        return ""
+
     @property
     def innermost(self) -> nn.Module:
         """The layer under all adapters of this slot."""
         base = self.base_layer
         return base.innermost if isinstance(base, Adapter) else base
+
+    def alone_on(self, base: nn.Module) -> Adapter:
+        """This adapter, its parameters shared, on the bare layer: it may stand on another adapter now, and forwards may run."""
+        alone = copy.copy(self)
+        alone._modules = self._modules | {"base_layer": base}
+        return alone
 
     @property
     def weight(self) -> Tensor:

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, ConfigError, nearest
+from minilora.errors import CheckpointError, ConfigError, nearest, warn
 from minilora.files import validate
 from minilora.lora import config_file
 from minilora.lora.patterns import Patterns
+from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, settings
 
 _ABOUT_THE_FILE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -42,14 +43,16 @@ class LoraConfig:
         bias: which biases train: "none", "lora_only" (of the adapted layers), "all".
         modules_to_save: names of modules of which a full copy is trained and saved beside the adapter.
         init_lora_weights: True (A kaiming-uniform, B = 0), "gaussian" (A normal with std 1/r, B = 0), False (both random),
-            "orthogonal", "pissa", "pissa_niter_N", "olora" or "loftq" (each a file in ``variants/``).
+            "orthogonal", "pissa", "pissa_niter_N", "olora", "mica", "loftq"; from data "eva", "corda" or "lora_ga" (each a file in
+            ``variants/``), in any case.
         use_rslora: scaling ``lora_alpha / sqrt(r)``.
         use_dora: magnitude and direction apart (``variants/dora.py``).
         lora_bias: a trained bias on B, scaled as B is.
         layers_to_transform: index or indices of the layers to adapt, found behind ``layers_pattern`` ("layers", "h") or anywhere.
         trainable_token_indices: rows of the input embedding that train, as a list, or a dict of embedding name to list.
         ensure_weight_tying: an adapter on an embedding also changes the output head that is tied to it.
-        loftq_config: ``{"loftq_bits": 2, 3 or 4, "loftq_iter": T}``.
+        loftq_config: ``{"loftq_bits": 2, 3 or 4, "loftq_iter": T}``, or a ``LoftQConfig``.
+        eva_config, corda_config, lora_ga_config: settings of the start value of that name (``lora/starts.py``), or their dictionary.
         rank_pattern, alpha_pattern: module-name regex to its own r or lora_alpha; the first that matches the path's end wins.
         task_type: one of TASK_TYPES or None.
 
@@ -75,7 +78,10 @@ class LoraConfig:
     layers_pattern: Sequence[str] | str | None = None
     trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     ensure_weight_tying: bool = False
-    loftq_config: dict[str, int] = field(default_factory=dict)
+    loftq_config: dict[str, int] | LoftQConfig = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     layer_replication: None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -106,7 +112,7 @@ class LoraConfig:
 
     def for_use(self) -> LoraConfig:
         """A copy, validated as a whole, that can no longer be changed. Raises ``ConfigError`` for what was set and cannot be meant."""
-        own = dataclasses.replace(self)
+        own = self if "in_use" in self.__dict__ else dataclasses.replace(self)
         own.__dict__["in_use"] = True
         return own
 
@@ -135,6 +141,9 @@ class LoraConfig:
         for name in ("base_model_name_or_path", "revision"):
             if getattr(self, name) is not None:
                 validate.text(name, getattr(self, name))
+        if isinstance(self.init_lora_weights, str):
+            put("init_lora_weights", self.init_lora_weights.lower())  # "OLoRA" is as right
+        self._check_settings(put)
         self._check_start()
         validate.tokens(self.trainable_token_indices)
         self._check_places(put)
@@ -161,16 +170,29 @@ class LoraConfig:
             raise ConfigError(
                 f"layers_pattern={validate.shown(self.layers_pattern)} does nothing without layers_to_transform; give both"
             )
-        put("loftq_config", validate.loftq(self.loftq_config))
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             put(name, validate.names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             said = validate.shown(self.modules_to_save)
             raise ConfigError(f"modules_to_save={said}: wanted a list of names; write [{said}]")
 
+    def _check_settings(self, put: Callable[[str, object], None]) -> None:
+        """The objects that belong to one start value, and say nothing for another."""
+        given = self.loftq_config
+        put("loftq_config", validate.loftq(dataclasses.asdict(given) if isinstance(given, LoftQConfig) else given))
+        for name, kind in _SETTINGS.items():
+            field, value = f"{name}_config", settings(f"{name}_config", getattr(self, f"{name}_config"), kind)
+            if self.init_lora_weights == name and value is None and name != "lora_ga":
+                word = "EVA" if name == "eva" else "CorDA"
+                warn(f"`init_lora_weights` is '{name}' but `{field}` is not specified. Using default {word} config.")
+                value = kind()
+            elif self.init_lora_weights != name and value is not None:
+                warn(f"`{field}` specified but will be ignored when `init_lora_weights` is not '{name}'.")
+            put(field, value)
+
     def _check_start(self) -> None:
         init = self.init_lora_weights
-        words = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+        words = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "mica", "eva", "corda", "lora_ga")
         if not (
             isinstance(init, bool)
             or init in words
@@ -192,7 +214,7 @@ class LoraConfig:
     def variant(self) -> str:
         """The registered variant that this config means."""
         init = self.init_lora_weights
-        if isinstance(init, str) and init != "gaussian":
+        if isinstance(init, str) and init not in ("gaussian", "eva"):  # EVA is plain LoRA from another A
             return "pissa" if init.startswith("pissa") else init
         return "dora" if self.use_dora else "lora"
 
@@ -274,6 +296,7 @@ def _init_as_in_peft(self: LoraConfig, *args: Any, **fields: Any) -> None:
 
 
 LoraConfig.__init__ = _init_as_in_peft  # type: ignore[method-assign]
+_SETTINGS: dict[str, type[Any]] = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
 
 
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ The latter are accepted at their default, kept in the file, and refused by name 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,10 +17,7 @@ from minilora.files.validate import shown
 OUT_OF_SCOPE: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
     "kasa_config": None,
-    "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "monteclora_config": None,
@@ -46,13 +44,20 @@ ABOUT: dict[str, Any] = {
 
 def content_of(own: Mapping[str, Any]) -> dict[str, Any]:
     """The file's content from the fields of a ``LoraConfig``; a caller may change what it gets."""
-    content = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+    content = {name: _plain(value) for name, value in own.items()}
     alpha = content["lora_alpha"]
     if isinstance(alpha, float) and alpha.is_integer():
         content["lora_alpha"] = int(alpha)  # Ollama's reader takes unsigned integers only
     content = copy.deepcopy(content | OUT_OF_SCOPE)
     content.update(inference_mode=True, peft_type="LORA", peft_version=PEFT_LAYOUT, auto_mapping=None)
     return dict(sorted(content.items()))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def own_fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

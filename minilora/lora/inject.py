@@ -129,7 +129,13 @@ def place_in(
         for parameter in model.parameters():
             change.put(parameter, "requires_grad", False)
         attach(change, model, adapters)
-    modules = dict(Bare(model).named_modules(remove_duplicate=False))
+    bare = Bare(model)
+    modules = dict(bare.named_modules(remove_duplicate=False))
+    for value in values.values():
+        if isinstance(value, Adapter) and value.brings:
+            for name, tensor in value.brings.items():
+                change.overwrite(bare.get_parameter(name), tensor)
+            change.put(value, "brings", {})
     new = {path: slot_at(modules, path) for path in values if path not in adapters.slots}
     if new:
         change.put(adapters, "slots", adapters.slots | new)
@@ -138,6 +144,8 @@ def place_in(
         change.item(slot.kept, adapter_name, value)
         if isinstance(value, Adapter) and value.replaces_base:
             change.put(slot, "base", value.base_layer)
+        if isinstance(value, Adapter) and value.data_name:
+            change.drop(vars(value.innermost), value.data_name)
     change.item(adapters.configs, adapter_name, config)
     change.item(adapters.variants, adapter_name, kind or config.variant)
     adapters.refresh(change)
@@ -172,8 +180,8 @@ def inject(
         activate: False keeps it aside, and what is active stays so.
 
     Raises:
-        TargetError, StateError: as ``build``, and for a variant that packs the base layer itself where it is packed already.
-            Nothing has changed then.
+        TargetError, StateError: as ``build``, and for a variant that cannot start here: one that packs the base layer itself where it is
+            packed already, or one that is made from data where there is none. Nothing has changed then.
     """
     config = checked(config)
     values = build_new(model, config, adapter_name, variant)
@@ -192,9 +200,8 @@ def build_new(model: nn.Module, config: LoraConfig, adapter_name: str, variant: 
     """``build`` for an adapter that no file fills. Raises as ``inject``."""
     values = build(model, config, adapter_name, variant)
     for path, value in values.items():
-        if isinstance(value, Adapter) and value.replaces_base and not value.base_replaced:
-            what = f"{path}: is packed already, and {type(value).__name__} packs its base layer itself, to make up for the error"
-            raise TargetError(f"{what}; give it the dense model (a saved adapter may be loaded onto a packed one)")
+        if isinstance(value, Adapter) and value.wants_file:
+            raise TargetError(f"{path}: {value.wants_file}")
     return values
 
 

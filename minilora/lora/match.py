@@ -57,9 +57,14 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
         raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
     refuse_unfit(bare, modules, targets)
     _refuse_idle_patterns(config, targets)
-    return Match(
-        tuple(targets), tuple(saved), tuple(_biases(bare, config, targets, saved)), _tokens(bare, modules, config)
-    )
+    tokens = _tokens(bare, modules, config)
+    for path in tokens:
+        if (copy := inside(path, copied)) is not None:
+            raise TargetError(
+                f"trainable_token_indices: {path} is in modules_to_save as {copy!r}. The embedding layer is already marked to be trained "
+                "fully; drop one of the two"
+            )
+    return Match(tuple(targets), tuple(saved), tuple(_biases(bare, config, targets, saved)), tokens)
 
 
 def _wanted(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:

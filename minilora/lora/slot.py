@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from torch import nn
@@ -140,6 +141,10 @@ def check_stack(slots: Mapping[str, Slot], names: Sequence[str], merged: Collect
             raise StateError(
                 f"{path}: adapter {reads[0]!r} reads the base weight, in which {folded[0]!r} is merged; unmerge first"
             )
+        for other, name in combinations(dict.fromkeys((*folded, *shown)), 2):
+            first, second = slot.kept[other], slot.kept[name]
+            if isinstance(first, Adapter) and isinstance(second, Adapter) and (why := second.refuses(first)):
+                raise StateError(f"{path}: adapters {other!r} and {name!r}: {why}")
         copies = [name for name in (*folded, *shown) if not isinstance(slot.kept[name], Adapter)]
         owner = slots.get(path.rpartition(".")[0])
         moved = owner is not None and any(_shifts_bias(owner.kept.get(name)) for name in merged)

@@ -17,6 +17,7 @@ from minilora.lora.copies import share_parameters, trained, trained_bias
 from minilora.lora.slot import Value
 from minilora.lora.slots import Adapters
 from minilora.lora.variants.embedding import LoRAEmbedding, Tied, TiedEmbedding, TiedHead
+from minilora.lora.variants.mica import MiCAEmbedding
 from minilora.lora.variants.tokens import HeadRows, TiedRows, TiedTable, TokenRows
 
 __all__ = [
@@ -30,6 +31,14 @@ __all__ = [
     "trained_rows",
     "untie",
 ]
+
+# What each variant is on an embedding, where it is anything.
+_ON_EMBEDDINGS: dict[str, type[LoRAEmbedding]] = {
+    "lora": LoRAEmbedding,
+    "mica": MiCAEmbedding,
+    "corda": LoRAEmbedding,
+    "lora_ga": LoRAEmbedding,
+}
 
 
 def sharers(bare: Bare, parameter: Any) -> list[str]:
@@ -52,16 +61,18 @@ def adapt_embedding(bare: Bare, path: str, layer: nn.Embedding, config: LoraConf
     Raises:
         TargetError: the head is tied and the config does not say to share the change, or the variant is for linear layers only.
     """
-    if kind != "lora" or config.lora_bias:
+    make = _ON_EMBEDDINGS.get(kind)
+    if make is None or config.lora_bias:
         raise TargetError(
-            f"{path} is an Embedding, which takes plain LoRA only; leave it out, or give it an adapter of its own"
+            f"{path} is an Embedding, which takes {' or '.join(_ON_EMBEDDINGS)} without lora_bias only; leave it out, or give it an "
+            "adapter of its own"
         )
     tied = [other for other in sharers(bare, layer.weight) if other != path]
     if tied and not config.ensure_weight_tying:
         raise TargetError(
             f"{path} shares its weight with {tied[0]}; set ensure_weight_tying=True to adapt both alike, or minilora.untie(model) first"
         )
-    adapter = LoRAEmbedding(layer, config, path)
+    adapter = make(layer, config, path)
     return {path: adapter, **_twins(bare, tied, adapter, TiedEmbedding, TiedHead)}
 
 

@@ -2,7 +2,8 @@
 
 While such a batch runs, each adapted slot holds a ``MixedLayer`` in front of its usual content. For a call that named adapters it picks
 each row's factors out of a stack and takes one batched product; there is no loop over adapters. The stacks are built for the call, from
-the adapters that the call names and no other. Which adapter a row wants belongs to one model and one context: it comes in a context
+the adapters that the call names and no other. Where an adapter trains token rows or a copy of the module, its rows of the batch are
+computed by these, one adapter after the other. Which adapter a row wants belongs to one model and one context: it comes in a context
 variable, as the rows of a block, so neither another thread's forward nor another model's sees it.
 
 A block covers the code that runs in its context, tasks and ``asyncio.to_thread`` started inside it included, as long as it is open.
@@ -14,7 +15,7 @@ Next file: ``training/loop.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters, Block, adapters_of
+from minilora.lora.variants.tokens import TiedRows, TiedTable, TokenRows
 
 __all__ = ["BASE", "batch_adapters"]
 
@@ -39,11 +41,12 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(eq=False, kw_only=True)
 class Rows(Block):
-    """The rows of one block: whose they are, each row's place in the stacks, and the stacks.
+    """The rows of one block: whose they are, each row's place in the stacks, the stacks, and what is computed apart.
 
     Attributes:
         stacks: by path of the slot ``(A [names + 1, r, in], B [names + 1, out, r])``: scaled, ranks filled up with zeros, the last row zero
             for the base; None where none of the names adapts the layer.
+        apart: by path, place in the stacks to what computes the rows of that adapter there: token rows, or a copy of the module.
         on: ``index`` as a tensor, kept once per device.
     """
 
@@ -51,6 +54,7 @@ class Rows(Block):
     index: Sequence[int]
     mixes: bool = True
     stacks: dict[str, Factors | None] = field(default_factory=dict)
+    apart: dict[str, dict[int, nn.Module]] = field(default_factory=dict)
     on: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def pick(self, x: Tensor) -> Tensor:
@@ -91,13 +95,19 @@ class MixedLayer(nn.Module):
         own.update({name: usual.__dict__[name] for name in ("_parameters", "_buffers", "_modules", "training")})
         own["_non_persistent_buffers_set"] = usual._non_persistent_buffers_set
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = _rows_of(self.adapters)
         if rows is None:
-            return self.usual(x, *args, **kwargs)
-        pick, base = rows.pick(x), self.base(x, *args, **kwargs)
-        if (stack := rows.stacks.get(self.path)) is None:
-            return base
+            return self.usual(*args, **kwargs)
+        base = self.base(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if (stack := rows.stacks.get(self.path)) is not None:
+            base = self._with_update(rows.pick(x), x, base, stack)
+        if apart := rows.apart.get(self.path):
+            base = _with_rows_of(apart, rows.pick(x), base, args, kwargs)
+        return base
+
+    def _with_update(self, pick: Tensor, x: Tensor, base: Tensor, stack: Factors) -> Tensor:
         A, B = stack
         if isinstance(self.base, nn.Embedding):
             thin = B[pick[:, None], x.reshape(len(pick), -1)].to(base.dtype)
@@ -120,6 +130,27 @@ class MixedLayer(nn.Module):
         if "usual" not in self.__dict__:  # a copy that is being made
             raise AttributeError(name)
         return getattr(self.usual, name)
+
+
+def _with_rows_of(
+    apart: Mapping[int, nn.Module], pick: Tensor, base: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """``base`` with the rows in it that modules of their own compute."""
+    if not isinstance(base, Tensor) or len(base) != len(pick):
+        what = f"a tensor of {len(base)} rows" if isinstance(base, Tensor) else f"a {type(base).__name__}"
+        raise StateError(
+            f"a module of which an adapter trains a copy returns {what} for {len(pick)} rows; wanted one for each row, use set_adapter"
+        )
+
+    def part(value: Any, chosen: Tensor) -> Any:
+        return value[chosen] if isinstance(value, Tensor) and value.dim() and len(value) == len(pick) else value
+
+    for place, module in apart.items():
+        chosen = (pick == place).nonzero().flatten()
+        if len(chosen):
+            own = module(*(part(value, chosen) for value in args), **{k: part(v, chosen) for k, v in kwargs.items()})
+            base = base.index_copy(0, chosen, own.to(base.dtype))
+    return base
 
 
 def _refuse_to_read() -> Tensor:
@@ -165,13 +196,14 @@ def _enter(change: Change, adapters: Adapters, rows: Rows, names: Sequence[str])
     if adapters.merged:
         raise StateError(f"adapters {list(adapters.merged)} are merged; unmerge before mixing adapters in a batch")
     for path, slot in adapters.slots.items():
-        if shown := [
-            name for name in adapters.active if name in slot.kept and not isinstance(slot.kept[name], Adapter)
-        ]:
+        if shown := [name for name in adapters.active if isinstance(slot.kept.get(name), nn.Parameter)]:
             raise StateError(
-                f"adapter {shown[0]!r} is active and trains a copy of {path}, which every row would get; activate another"
+                f"adapter {shown[0]!r} is active and trains {path}, which every row would get; activate another"
             )
+        rows.apart[path] = {at: part for at, name in enumerate(names) if (part := _apart(slot, name)) is not None}
         rows.stacks[path] = _stack(slot, names)
+        for module in rows.apart[path].values():
+            change.train(module, False)  # it may have been aside since the model trained
     first = not adapters.mixing
     for slot in adapters.slots.values():
         if isinstance(slot.base, nn.Module) and (first or slot.over is None):
@@ -201,14 +233,22 @@ def _stack(slot: Slot, names: Sequence[str]) -> Factors | None:
     return A, B
 
 
-def _low_rank(slot: Slot, name: str) -> Factors | None:
-    """The adapter's scaled factors at this slot; None where it has none."""
+def _apart(slot: Slot, name: str) -> nn.Module | None:
+    """What computes the adapter's rows at this slot where it is no low-rank update of the layer."""
     value = slot.kept.get(name)
-    if value is None:
+    if isinstance(value, (TokenRows, TiedTable, TiedRows)):
+        return value.alone_on(slot.base)  # type: ignore[arg-type]
+    return value if isinstance(value, nn.Module) and not isinstance(value, Adapter) else None
+
+
+def _low_rank(slot: Slot, name: str) -> Factors | None:
+    """The adapter's scaled factors at this slot; None where it has none, or computes its rows apart."""
+    value = slot.kept.get(name)
+    if value is None or _apart(slot, name) is not None:
         return None
     if not isinstance(value, Adapter):
         raise StateError(
-            f"adapter {name!r} trains a copy of {slot.path}, which cannot differ from row to row; use set_adapter instead"
+            f"adapter {name!r} trains {slot.path}, a bias, which cannot differ from row to row; use set_adapter instead"
         )
     try:
         A, B = value.as_lora()

@@ -5,14 +5,16 @@
     linear   sums A and B apart; cross terms make it another thing than the sum of the updates (PEFT's definition, kept)
     ties, dare_linear, dare_ties, magnitude_prune   as linear, after pruning; with _svd on the dense updates, then as svd
 
-TIES: Yadav et al. 2023, arXiv 2306.01708, section 3. DARE: Yu et al. 2023, arXiv 2311.03099, section 3.2.
+Token rows and biases that train are summed as updates, whatever the way: ``base + sum of weight * (trained - base)``. A copy of a module
+that one of the adapters trains is taken as it is. Next file: ``many/arithmetic.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,23 +26,68 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slot import Value
+from minilora.lora.slot import Value, own_parameters
 from minilora.lora.slots import Adapters, adapters_of
 from minilora.lora.targets import exactly
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.residual import ResidualLoRA
+from minilora.many import arithmetic
+from minilora.many.parts import sorted_parts
 
 __all__ = ["COMBINATIONS", "add_weighted_adapter"]
 
-# Name -> (how the summands are pruned, whether the majority sign is elected); "cat" has a rule of its own.
-_SUMS = {
-    "linear": (None, False),
-    "magnitude_prune": ("magnitude", False),
-    "ties": ("magnitude", True),
-    "dare_linear": ("random", False),
-    "dare_ties": ("random", True),
+_SUMS: dict[str, Callable[..., Tensor]] = {
+    "linear": arithmetic.task_arithmetic,
+    "magnitude_prune": arithmetic.magnitude_prune,
+    "ties": arithmetic.ties,
+    "dare_linear": arithmetic.dare_linear,
+    "dare_ties": arithmetic.dare_ties,
 }
-COMBINATIONS = ("cat", "svd", *_SUMS, *(f"{name}_svd" for name in _SUMS if name != "linear"))
+COMBINATIONS = (
+    "cat",
+    "svd",
+    *_SUMS,
+    *(f"{name}_svd" for name in _SUMS if name != "linear"),
+)  # "cat" has a rule of its own
+
+
+@dataclass(frozen=True)
+class _How:
+    """The arguments that say how tensors are summed and factors are found."""
+
+    combination: str
+    density: float | None
+    majority: str
+    clamp: float | None
+    full_matrices: bool
+    driver: str | None
+
+    def sum(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The sum of tensors by the rule that ``combination`` names, of factors or (with "_svd") of updates."""
+        name = self.combination.removesuffix("svd").rstrip("_") or "linear"
+        more = () if name == "linear" else (self.density,)
+        more = (*more, self.majority) if name in ("ties", "dare_ties") else more
+        return _SUMS[name](
+            tensors, torch.tensor(list(weights), dtype=tensors[0].dtype, device=tensors[0].device), *more
+        )
+
+    def factors(self, update: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """``(A, B)``: the best part of rank r, all of its size in B; values beyond the quantile ``clamp`` are cut off."""
+        U, S, Vh = torch.linalg.svd(update, full_matrices=self.full_matrices, driver=self.driver)
+        kept = min(r, len(S))
+        A, B = Vh[:kept], U[:, :kept] * S[:kept]
+        if self.clamp is not None:
+            highest = quantile(torch.cat([B.flatten(), A.flatten()]), self.clamp)
+            A, B = A.clamp(-highest, highest), B.clamp(-highest, highest)
+        return A, B
+
+
+def quantile(values: Tensor, share: float) -> float:
+    """The value that this share lies below, interpolated; ``torch.quantile`` takes 16 million values at most."""
+    ordered, place = values.sort().values, share * (values.numel() - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
 
 
 def add_weighted_adapter(
@@ -52,6 +99,10 @@ def add_weighted_adapter(
     svd_rank: int | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
+    *,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
 ) -> None:
     """Make adapter ``adapter_name`` from others and keep it aside, frozen. Its scaling is 1, whatever theirs is.
 
@@ -61,23 +112,24 @@ def add_weighted_adapter(
         svd_rank: rank for "svd" and the ``_svd`` forms; default the largest rank of the adapters.
         density: share of values that pruning keeps, in (0, 1].
         majority_sign_method: "total" or "frequency", for the forms with "ties".
+        svd_clamp: for "svd" and the ``_svd`` forms, a share in [0, 1]: values of the factors beyond that quantile are cut off.
+        svd_full_matrices, svd_driver: of ``torch.linalg.svd``; a driver is for CUDA only.
 
     Raises:
-        ConfigError: an argument that cannot be meant. StateError: an unknown or taken name, ranks that differ where they must not, or
-            adapters that are more than low-rank updates (DoRA, copies of modules, trained biases). Nothing has changed then.
+        ConfigError: an argument that cannot be meant. StateError: an unknown or taken name, ranks that differ where they must not, updates
+            that are not low-rank (DoRA, lora_bias), or a module of which several of the adapters train a copy. Nothing has changed then.
     """
     record = adapters_of(model)
-    _check(record, adapters, weights, combination_type, density, majority_sign_method)
-    by_path: dict[str, list[tuple[Adapter, float]]] = {}
-    for name, weight in zip(adapters, weights, strict=True):
-        for path, value in record.named(name).items():
-            by_path.setdefault(path, []).append((_plain(value, name, path), float(weight)))
-    rank = _rank(record, adapters, by_path, combination_type, svd_rank)
+    how = _How(combination_type, density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
+    _check(record, adapters, weights, how)
+    parts = sorted_parts(record, adapters, weights)
+    rank = _rank(parts.low, combination_type, svd_rank)
+    paths = [path for path, _ in Bare(model).named_modules() if path]
     config = dataclasses.replace(
         record.configs[adapters[0]],
         r=rank,
         lora_alpha=rank,
-        target_modules=exactly(tuple(by_path), [path for path, _ in Bare(model).named_modules() if path]),
+        target_modules=exactly(tuple(parts.low), paths),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -85,22 +137,27 @@ def add_weighted_adapter(
         alpha_pattern={},
         use_rslora=False,  # or the scaling would be sqrt(r) instead of 1
         init_lora_weights=True,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
+        loftq_config={},
+        modules_to_save=sorted(parts.copies) or None,
+        trainable_token_indices=parts.token_indices() or None,
+        bias=parts.bias(record, adapters),
+        ensure_weight_tying=any(record.configs[name].ensure_weight_tying for name in adapters),
     )
     values = build(model, config, adapter_name, "lora")
     with torch.no_grad():
         for path, value in values.items():
-            _fill(value, by_path[path], combination_type, density, majority_sign_method)
+            if path in parts.low:
+                _fill(value, parts.low[path], how)
+            else:
+                parts.fill(path, value)
     place(model, config, adapter_name, values, "lora", activate=False)
 
 
-def _check(
-    record: Adapters,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    combination: str,
-    density: float | None,
-    majority: str,
-) -> None:
+def _check(record: Adapters, adapters: Sequence[str], weights: Sequence[float], how: _How) -> None:
+    combination, density, majority = how.combination, how.density, how.majority
     record.check(adapters)
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: wanted one weight for each adapter")
@@ -115,28 +172,19 @@ def _check(
         raise ConfigError(f"density={density!r}: {combination} prunes; wanted the share of values to keep, in (0, 1]")
     if majority not in ("total", "frequency"):
         raise ConfigError(f"majority_sign_method={majority!r}: wanted 'total' or 'frequency'")
+    validate.flag("svd_full_matrices", how.full_matrices)
+    if how.clamp is not None and not (type(how.clamp) in (int, float) and 0 <= how.clamp <= 1):
+        raise ConfigError(f"svd_clamp={how.clamp!r}: wanted a quantile in [0, 1], such as 0.99, or None")
+    if how.driver is not None and how.driver not in ("gesvd", "gesvdj", "gesvda"):
+        raise ConfigError(f"svd_driver={how.driver!r}: wanted None, 'gesvd', 'gesvdj' or 'gesvda'")
+    for name in adapters if how.driver is not None else ():
+        if any(p.device.type != "cuda" for value in record.named(name).values() for p in own_parameters(value)):
+            raise ConfigError(
+                f"svd_driver={how.driver!r} is for CUDA, and adapter {name!r} is not there; leave it None"
+            )
 
 
-def _plain(value: Value, name: str, path: str) -> Adapter:
-    """The adapter if it is nothing but a low-rank update."""
-    if not isinstance(value, (LoRALinear, LoRAEmbedding)):
-        raise StateError(
-            f"adapter {name!r} trains a copy or rows of {path}, which cannot be combined; merge the adapters one by one"
-        )
-    try:
-        value.as_lora()
-    except StateError as error:
-        raise StateError(f"adapter {name!r}, {path}: {error}") from None
-    return value
-
-
-def _rank(
-    record: Adapters,
-    adapters: Sequence[str],
-    by_path: dict[str, list[tuple[Adapter, float]]],
-    combination: str,
-    svd_rank: int | None,
-) -> int:
+def _rank(by_path: Mapping[str, Sequence[tuple[Adapter, float]]], combination: str, svd_rank: int | None) -> int:
     ranks = {path: [len(adapter.as_lora()[0]) for adapter, _ in parts] for path, parts in by_path.items()}
     if combination == "cat":
         return max(sum(each) for each in ranks.values())
@@ -160,28 +208,22 @@ def _rank(
     return largest
 
 
-def _fill(
-    target: Value, parts: Sequence[tuple[Adapter, float]], combination: str, density: float | None, majority: str
-) -> None:
+def _fill(target: Value, parts: Sequence[tuple[Adapter, float]], how: _How) -> None:
     """Write the combination of ``parts`` into the factors of a new adapter whose scaling is 1."""
     own_A, own_B = _factors(target)
     weights = [weight for _, weight in parts]
-    if combination == "cat":
+    if how.combination == "cat":
         low = [_scaled_factors(adapter) for adapter, _ in parts]
         A = torch.cat([weight * a for (_, weight), (a, _) in zip(parts, low, strict=True)])
         B = torch.cat([b for _, b in low], 1)
-    elif combination.endswith("svd"):
-        rule = _SUMS[combination.removesuffix("svd").rstrip("_") or "linear"]
-        dense = [_dense(adapter) for adapter, _ in parts]
-        U, S, Vh = torch.linalg.svd(_sum(dense, weights, *rule, density, majority), full_matrices=False)
-        A, B = Vh[: len(own_A)], U[:, : len(own_A)] * S[: len(own_A)]
+    elif how.combination.endswith("svd"):
+        A, B = how.factors(how.sum([_dense(adapter) for adapter, _ in parts], weights), len(own_A))
     else:
-        rule = _SUMS[combination]
         scaled = [weight * _scaling(adapter) for adapter, weight in parts]
         roots = [math.sqrt(abs(each)) for each in scaled]
         signed = [math.copysign(root, each) for root, each in zip(roots, scaled, strict=True)]
-        A = _sum([_factors(adapter)[0] for adapter, _ in parts], signed, *rule, density, majority)
-        B = _sum([_factors(adapter)[1] for adapter, _ in parts], roots, *rule, density, majority)
+        A = how.sum([_factors(adapter)[0] for adapter, _ in parts], signed)
+        B = how.sum([_factors(adapter)[1] for adapter, _ in parts], roots)
     own_A.zero_()[: len(A)] = A
     own_B.zero_()[:, : B.shape[1]] = B
 
@@ -209,32 +251,3 @@ def _dense(adapter: Adapter) -> Tensor:
     """``scaling * B A`` in the orientation of the stored factors."""
     delta = adapter.delta_weight()
     return delta.T if isinstance(adapter, LoRAEmbedding) else delta
-
-
-def _sum(
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    pruning: str | None,
-    elect: bool,
-    density: float | None,
-    majority: str,
-) -> Tensor:
-    """The weighted sum of pruned tensors; with ``elect`` only of values with the majority's sign, divided by their number."""
-    stack = torch.stack([_pruned(tensor, pruning, density or 1.0) for tensor in tensors])
-    factor = torch.tensor(list(weights), dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.dim() - 1))
-    if not elect:
-        return (stack * factor).sum(0)
-    votes = stack.sum(0) if majority == "total" else stack.sign().sum(0)
-    agrees = stack.sign() == torch.where(votes >= 0, 1, -1)
-    return (stack * factor * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-
-
-def _pruned(tensor: Tensor, pruning: str | None, density: float) -> Tensor:
-    """Keep the share ``density`` of the values: the largest, or random ones scaled up to the same mean."""
-    if pruning is None or density == 1:
-        return tensor
-    if pruning == "random":
-        return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
-    kept = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    kept[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
-    return tensor * kept.view_as(tensor)

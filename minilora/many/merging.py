@@ -7,7 +7,6 @@ bytes back. Next file: ``store/load.py``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +139,7 @@ def _folded(adapters: Adapters, names: Sequence[str]) -> dict[str, list[Adapter]
 def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tuple[nn.Module, tuple[float, float]]:
     """A layer with the sum of the updates inside, and ``(|error|^2, |update|^2)``."""
     base: nn.Module = slot.base  # type: ignore[assignment]
-    alone = [_on(adapter, base) for adapter in folded]
+    alone = [adapter.alone_on(base) for adapter in folded]
     with torch.no_grad():
         before = dense_weight(base)
         update = torch.stack([adapter.delta_weight() for adapter in alone]).sum(0)
@@ -161,13 +160,6 @@ def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tu
         layer = QuantLinear.from_linear(layer, QuantConfig(base.book, base.blocksize, base.double_quant), slot.path)
     error = (dense_weight(layer).float() - before.float()) - update
     return layer, (float(error.square().sum()), float(update.square().sum()))
-
-
-def _on(adapter: Adapter, base: nn.Module) -> Adapter:
-    """The adapter, its parameters shared, on the bare layer: it may stand on another adapter now, and forwards may run."""
-    alone = copy.copy(adapter)
-    alone._modules = adapter._modules | {"base_layer": base}
-    return alone
 
 
 def _moved_bias(base: nn.Module, shifts: Sequence[Tensor]) -> Tensor:

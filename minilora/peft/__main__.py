@@ -68,7 +68,9 @@ def _own(name: str) -> str:
 def answer_for_peft() -> None:
     """From now on ``import peft`` means ``minilora.peft`` in this process. Raises ``ImportError`` if peft has been imported already."""
     if "peft" in sys.modules and not sys.modules["peft"].__name__.startswith("minilora"):
-        raise ImportError("peft has been imported already; call answer_for_peft() before, or run python -m minilora.peft script.py")
+        raise ImportError(
+            "peft has been imported already; call answer_for_peft() before, or run python -m minilora.peft script.py"
+        )
     if not any(isinstance(finder, Answers) for finder in sys.meta_path):
         sys.meta_path.insert(0, Answers())
 

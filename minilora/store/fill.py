@@ -16,8 +16,9 @@ from minilora.errors import CheckpointError
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Value
-from minilora.store.adapter_files import PREFIX, Stored
+from minilora.store.adapter_files import Stored
 from minilora.store.save import tensors_of
+from minilora.store.tables import brought_tables, carrier
 
 __all__ = ["LoadReport", "fill"]
 
@@ -39,8 +40,9 @@ def fill(
     model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool, fresh: bool = False
 ) -> LoadReport:
     """Copy the file's tensors into adapters after comparing every name and shape; ``fresh`` ones are in no model yet."""
-    own, bare = tensors_of(values), Bare(model)
-    tensors = {key: tensor for key, tensor in stored.tensors.items() if not _is_base_weight(bare, key, tensor)}
+    own = tensors_of(values)
+    tables, not_ours = brought_tables(model, values, stored.tensors, own, fresh)
+    tensors = {key: tensor for key, tensor in stored.tensors.items() if key not in not_ours}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
     if strict and missing:
@@ -65,8 +67,13 @@ def fill(
     if fresh:
         for key in fitting:
             own[key].copy_(tensors[key])
+        if tables and (adapter := carrier(values)) is not None:
+            adapter.brings = tables
     else:
+        bare = Bare(model)
         with LOCK, Change() as change:
+            for name, tensor in tables.items():
+                change.overwrite(bare.get_parameter(name), tensor)
             for key in fitting:
                 change.overwrite(own[key], tensors[key])
     return LoadReport(missing, extra, wrong)
@@ -84,22 +91,6 @@ def _refuse_unequal_twins(
             raise CheckpointError(
                 f"{path}: {key} differs from the embedding that this head is tied to; untie the model first"
             )
-
-
-def _is_base_weight(bare: Bare, key: str, tensor: Tensor) -> bool:
-    """Whether this is the unchanged weight of an adapted embedding, which PEFT saves along: it must be the model's own."""
-    path, _, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
-    if name != "weight":
-        return False
-    try:
-        own = bare.get_parameter(f"{path}.weight")
-    except AttributeError:
-        own = None
-    if own is None or own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
-        raise CheckpointError(
-            f"{key}: the file brings another base weight than the model has; load that base model, or resize this one"
-        )
-    return True
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from minilora.store.adapter_files import (
     seal,
 )
 from minilora.store.fingerprint import brought_by, fingerprint
+from minilora.store.tables import saved_tables
 
 __all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
 
@@ -64,8 +65,17 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
     return tensors
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> str:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    save_embedding_layers: bool | str = "auto",
+) -> str:
     """Write one adapter as PEFT would, so that PEFT, vLLM and llama.cpp's converter read it; a seal beside finds damage.
+
+    Args:
+        save_embedding_layers: whether the base's embedding tables are in the file; "auto" where an embedding is adapted or the
+            vocabulary was resized (``store/tables.py``).
 
     Returns:
         The adapter's digest, for ``load_adapter(..., expect_sha256=)``.
@@ -73,19 +83,23 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     Raises:
         StateError: there is no such adapter, or a tensor of it is not finite. CheckpointError: the folder cannot be written.
     """
-    files = adapter_files(model, adapter_name)
+    files = adapter_files(model, adapter_name, save_embedding_layers)
     write_files(folder, files)
     return adapter_sha256(files)
 
 
-def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, bytes]:
-    """The sealed files of one adapter, by name. Raises ``StateError`` as ``save_adapter``."""
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(model, adapter_name).items()}
+def adapter_files(
+    model: nn.Module, adapter_name: str = "default", save_embedding_layers: bool | str = "auto"
+) -> dict[str, bytes]:
+    """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``."""
+    tables = saved_tables(model, adapter_name, save_embedding_layers)
+    held = adapter_state_dict(model, adapter_name) | tables
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
     if (key := not_finite(tensors)) is not None:
         raise StateError(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
         )
-    content, base = saved_config(model, adapter_name), base_of(model, adapter_name)
+    content, base = saved_config(model, adapter_name), base_of(model, adapter_name, tables)
     files = {
         WEIGHTS_FILE: tensor_bytes(tensors, _metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
@@ -93,12 +107,17 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     return seal(files, base)
 
 
-def base_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
-    """What an adapter's file remembers of the model under it (``fingerprint``)."""
+def base_of(model: nn.Module, adapter_name: str = "default", tables: Collection[str] = ()) -> dict[str, Any]:
+    """What an adapter's file remembers of the model under it (``fingerprint``), without the ``tables`` that it brings."""
     values = adapters_of(model).named(adapter_name)
     rows = (TokenRows, TiedRows)  # these bring a part of the table that they are around
-    paths = [path for path, value in values.items() if isinstance(value, Adapter) and not isinstance(value, rows)]
-    return fingerprint(model, paths, brought_by(values))
+    names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tables}
+    paths = [
+        path
+        for path, value in values.items()
+        if isinstance(value, Adapter) and not isinstance(value, rows) and f"{path}.weight" not in names
+    ]
+    return fingerprint(model, paths, brought_by(values) | dict.fromkeys(names))
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -1,15 +1,17 @@
-"""Optimizer groups for LoRA: LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4) trains B with a higher rate than A."""
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B trains with a higher rate than A."""
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from minilora.errors import ConfigError, StateError
 
-__all__ = ["lora_plus_groups"]
+__all__ = ["create_loraplus_optimizer", "lora_plus_groups"]
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
@@ -22,8 +24,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
         ConfigError: a rate or ratio that is not > 0. StateError: nothing trains.
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ConfigError(f"{name}={value!r}: wanted a number > 0; LoRA+ uses ratio=16")
+        _check_rate(name, value)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise StateError("no parameter requires grad, so nothing would train; inject an adapter first")
@@ -35,3 +36,69 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
     slow = [parameter for _, parameter in named if id(parameter) not in taken]
     groups = [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
     return [group for group in groups if group["params"]]
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimizer with LoRA+'s rates, in the four groups that PEFT makes; an empty one stays, so that their places are the same.
+
+    A and all else at ``lr``; factors of embeddings at ``loraplus_lr_embedding``; B, and what has one dimension, at
+    ``lr * loraplus_lr_ratio``; of these, biases and the weights of ``nn.LayerNorm`` do not decay.
+
+    Args:
+        optimizer_cls: any class of torch's, or of bitsandbytes', whose 8-bit ones keep 32 bits for embeddings.
+        loraplus_lr_ratio: rate of B over that of A; at least 1 is meant. loraplus_weight_decay: of all groups but the last.
+        kwargs: further arguments of the optimizer.
+
+    Raises:
+        ConfigError: a rate or ratio that is not > 0.
+    """
+    rates = {"lr": lr, "loraplus_lr_ratio": loraplus_lr_ratio, "loraplus_lr_embedding": loraplus_lr_embedding}
+    for name, value in rates.items():
+        _check_rate(name, value)
+    a: list[nn.Parameter] = []
+    embedding: list[nn.Parameter] = []
+    b: list[nn.Parameter] = []
+    b_without_decay: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if name.startswith("lora_embedding_"):
+                embedding.append(parameter)
+            elif name != "lora_B" and parameter.ndim != 1:
+                a.append(parameter)
+            elif "bias" in name or isinstance(module, nn.LayerNorm):
+                b_without_decay.append(parameter)
+            else:
+                b.append(parameter)
+    fast, decay = lr * loraplus_lr_ratio, loraplus_weight_decay
+    groups = [
+        {"params": a, "lr": lr, "weight_decay": decay},
+        {"params": embedding, "lr": loraplus_lr_embedding, "weight_decay": decay},
+        {"params": b, "lr": fast, "weight_decay": decay},
+        {"params": b_without_decay, "lr": fast, "weight_decay": 0.0},
+    ]
+    optimizer = optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+    package = optimizer_cls.__module__.partition(".")[0]
+    if package == "bitsandbytes" and optimizer_cls.__name__.endswith("8bit"):
+        manager = sys.modules[package].optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def _check_rate(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{name}={value!r}: wanted a number > 0; LoRA+ uses ratio=16")

@@ -140,7 +140,7 @@ _KEYS = [
     ({"lora_aplha": 16}, "'lora_aplha'", "'lora_alpha'"),
     ({"use_qalora": True}, "use_qalora=True", "leave it at"),
     ({"target_parameters": ["experts"]}, "target_parameters=", "leave it at"),
-    ({"eva_config": {"rho": 2}}, "eva_config=", "leave it at"),
+    ({"velora_config": {"rho": 2}}, "velora_config=", "leave it at"),
     ({"r": "8"}, "r='8'", "set r=8"),
     ({"lora_alpha": [16]}, "lora_alpha=[16]", "r or 2*r"),
     ({"lora_dropout": "no"}, "lora_dropout='no'", "0.05"),

@@ -322,3 +322,11 @@ def test_a_config_is_saved_and_read_alone(tmp_path):
 def test_the_scale_rule_is_one_of_three(value):
     with pytest.raises(ConfigError, match=r"scale=.*wanted one of 'absmax', 'mse', 'weighted'"):
         QuantConfig(scale=value)
+
+
+@pytest.mark.parametrize(
+    ("word", "variant"), [("OLoRA", "olora"), ("Gaussian", "lora"), ("PiSSA_niter_4", "pissa"), ("MiCA", "mica")]
+)
+def test_start_values_are_known_in_any_case(word, variant):
+    config = LoraConfig(init_lora_weights=word)
+    assert config.init_lora_weights == word.lower() and config.variant == variant

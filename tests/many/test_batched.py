@@ -111,7 +111,7 @@ def test_packed_layers_and_half_precision(make_mlp, add, x, double, dtype):
     close(got, want, 3e-2 if dtype == BF16 else 1e-5)
 
 
-@pytest.mark.parametrize("variant", ["pissa", "olora", "vera", "orthogonal", "loftq", "lora_fa"])
+@pytest.mark.parametrize("variant", ["pissa", "olora", "mica", "vera", "orthogonal", "loftq", "lora_fa"])
 def test_every_low_rank_variant_can_be_mixed(make_mlp, add, x, variant):
     model = make_mlp()
     add(model, "v", variant=variant, r=4)
@@ -260,7 +260,6 @@ def test_merged_adapters_are_refused(three, x, snapshot):
         {"use_dora": True},
         {"lora_bias": True},
         {"bias": "lora_only"},
-        {"targets": ["first"], "modules_to_save": ["last"]},
     ],
     ids=str,
 )
@@ -282,6 +281,90 @@ def test_what_cannot_be_mixed_is_refused_and_elsewhere_does_no_harm(three, add, 
         if active == ["a"]:
             close(mixed(three, x, names), want)
         exact_or_refused(three, x, names, want, snapshot)
+
+
+@pytest.mark.parametrize("active", [["d"], ["a"], ["a", "d"]], ids="+".join)
+@pytest.mark.parametrize("names", ["adb_", "dd_a", "ab_a"])
+def test_a_copy_of_a_module_gives_its_own_rows_only(three, add, x, snapshot, active, names):
+    add(three, "d", targets=["first"], modules_to_save=["norm"])
+    delete_adapter(three, "c")
+    set_adapter(three, active)
+    names = [BASE if name == "_" else name for name in names] + ["a", "d"]
+    before = snapshot(three)
+    close(mixed(three, x, names), alone(three, x, names))
+    assert snapshot(three) == before
+
+
+def test_a_copy_that_was_aside_while_the_model_trained_drops_nothing(make_mlp, x):
+    model = make_mlp()
+    model.norm = nn.Sequential(model.norm, nn.Dropout(0.5)).eval()
+    inject(model, lora(["first"], modules_to_save=["norm"]), "d")
+    inject(model.train(), lora(["first"]), "a")
+    set_adapter(model, "a")
+    model.eval()
+    adapters_of(model).named("d")["norm"].train()
+    close(mixed(model, x, ["d", "a", BASE] * 2), alone(model, x, ["d", "a", BASE] * 2))
+
+
+def test_a_copy_of_a_block_beside_adapters_in_that_block(make_mlp, add, x, randomize):
+    """One adapter copies the whole block, another adapts a layer in it: neither shows in the rows of the other."""
+    model = nn.ModuleDict({"block": make_mlp(), "head": nn.Linear(5, 4)}).eval()
+    model.forward = lambda x: model["head"](model["block"](x))
+    inject(model, lora(["head"], modules_to_save=["block"]), "copy")
+    randomize(model, 1)
+    inject(model, lora(["block.first", "head"]), "inner")
+    randomize(model, 2)
+    names = ["copy", "inner", BASE, "copy", "inner", "inner"]
+    for active in ("copy", "inner"):
+        set_adapter(model, active)
+        close(mixed(model, x, names), alone(model, x, names))
+
+
+class Tokens(nn.Module):
+    """A table, a layer and a head, which is tied to the table or not."""
+
+    def __init__(self, tied):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mid, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.mid(self.table(x))))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("active", "abc")
+def test_token_rows_give_their_own_rows_only(tied, active, randomize):
+    model = Tokens(tied).eval()
+    inject(model, lora(["mid"], trainable_token_indices={"table": [1, 4]}), "a")
+    randomize(model, 1)
+    inject(
+        model, lora(["mid"], trainable_token_indices={"table": [4, 7]} if tied else {"table": [4, 7], "head": [2]}), "b"
+    )
+    randomize(model, 2)
+    inject(model, lora(["mid", "table"], ensure_weight_tying=tied), "c")
+    randomize(model, 3)
+    set_adapter(model, active)
+    x = torch.randint(11, (6, 9), generator=torch.Generator().manual_seed(0))
+    names = ["a", "b", BASE, "c", "b", "a"]
+    close(mixed(model, x, names), alone(model, x, names))
+
+
+def test_a_copy_that_returns_no_rows_is_refused(make_mlp, x):
+    model = make_mlp()
+    inject(model, lora(["first"], modules_to_save=["norm"]), "a")
+    for module in (adapters_of(model).slots["norm"].base, adapters_of(model).named("a")["norm"]):
+        module.forward = lambda x: (x, x)
+    with pytest.raises(StateError, match="returns a tuple for 6 rows"):
+        mixed(model, x, ["a"] * 6)
 
 
 def test_an_active_dora_on_a_layer_of_its_own_does_not_show(make_mlp, add, x):

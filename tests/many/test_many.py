@@ -422,16 +422,108 @@ def test_a_combination_adapts_the_layers_of_its_parts_and_no_other(add, randomiz
     [
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["last"], "targets": ["first", "mid"]}, "trains a copy or rows of last"),
-        ({"bias": "lora_only"}, "trains a copy or rows of first.bias"),
+        (
+            {"modules_to_save": ["last"], "targets": ["first", "mid"]},
+            "last: one of the adapters .* trains a copy of last",
+        ),
     ],
-    ids=["dora", "lora_bias", "modules_to_save", "bias"],
+    ids=["dora", "lora_bias", "modules_to_save"],
 )
 def test_what_is_more_than_a_low_rank_update_is_refused(three, add, unchanged, kind, fields, match):
     add(three, "d", **fields)
     set_adapter(three, "a")
     with unchanged(three, StateError, match):
         add_weighted_adapter(three, ["a", "d"], [1, 1], "new", kind, density=0.5)
+
+
+class Table(nn.Module):
+    """Tokens to 5 numbers by way of 6 and 9."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.first, self.norm, self.last = (
+            nn.Embedding(11, 6),
+            nn.Linear(6, 9),
+            nn.LayerNorm(9),
+            nn.Linear(9, 5),
+        )
+
+    def forward(self, x):
+        return self.last(self.norm(torch.tanh(self.first(self.table(x)))))
+
+
+def table_model(*names, **fields):
+    """A model with adapters of these names, their values random; a name's own fields under its name."""
+    torch.manual_seed(0)
+    model = Table().eval()
+    for at, name in enumerate(names):
+        inject(model, lora(("first",), **fields.get(name, {})), name)
+        for value in adapters_of(model).named(name).values():
+            with torch.no_grad():
+                for parameter in own_parameters(value):
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(at)) * 0.4)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties"])
+def test_token_rows_and_biases_are_summed_as_updates(kind):
+    rows = {"trainable_token_indices": {"table": [1, 4]}}, {"trainable_token_indices": {"table": [4, 7]}}
+    model = table_model("a", "b", a={**rows[0], "bias": "lora_only"}, b={**rows[1], "bias": "all"})
+    base = {path: slot.base for path, slot in adapters_of(model).slots.items()}
+    kept = {name: adapters_of(model).named(name) for name in "ab"}
+    add_weighted_adapter(
+        model, ["a", "b"], [0.5, -2.0], "new", kind, svd_rank=6 if kind == "svd" else None, density=1.0
+    )
+    new = adapters_of(model).named("new")
+    want = 0.5 * kept["a"]["table"].delta_weight() - 2 * kept["b"]["table"].delta_weight()
+    close(new["table"].delta_weight(), want)
+    first, norm = base["first.bias"], base["norm.bias"]
+    close(new["first.bias"], first + 0.5 * (kept["a"]["first.bias"] - first) - 2 * (kept["b"]["first.bias"] - first))
+    close(new["norm.bias"], norm - 2 * (kept["b"]["norm.bias"] - norm))
+    set_adapter(model, "new")
+    model(torch.arange(11))
+
+
+def test_a_copy_that_one_of_them_trains_is_taken_over():
+    model = table_model("a", "b", a={"modules_to_save": ["last"]})
+    add_weighted_adapter(model, ["b", "a"], [1.0, 3.0], "new", "cat")
+    kept, new = adapters_of(model).named("a")["last"], adapters_of(model).named("new")["last"]
+    assert torch.equal(new.weight, kept.weight) and torch.equal(new.bias, kept.bias) and new is not kept
+    assert not torch.equal(new.weight, adapters_of(model).slots["last"].base.weight) and not new.weight.requires_grad
+    assert adapters_of(model).configs["new"].modules_to_save == ("last",)
+
+
+def test_two_copies_of_one_module_cannot_be_combined():
+    model = table_model("a", "b", a={"modules_to_save": ["last"]}, b={"modules_to_save": ["last"]})
+    with pytest.raises(
+        StateError, match=r"Cannot add weighted adapters if they target the same module.*last, copied by 'a' and 'b'"
+    ):
+        add_weighted_adapter(model, ["a", "b"], [1.0, 3.0], "new", "cat")
+    assert list(adapters_of(model).configs) == ["a", "b"]
+
+
+@pytest.mark.parametrize("clamp", [0.0, 0.9, 1.0])
+def test_a_clamped_svd_cuts_off_what_lies_beyond_the_quantile(three, clamp):
+    want = sum(adapters_of(three).named(name)["first"].delta_weight() for name in "ab")
+    U, S, Vh = torch.linalg.svd(want, full_matrices=False)
+    A, B = Vh[:3], U[:, :3] * S[:3]
+    highest = torch.quantile(torch.cat([B.flatten(), A.flatten()]), clamp)
+    low, high = -highest, highest
+    add_weighted_adapter(three, ["a", "b"], [1, 1], "new", "svd", svd_clamp=clamp)
+    new = adapters_of(three).named("new")["first"]
+    close(new.delta_weight(), B.clamp(low, high) @ A.clamp(low, high), 1e-4)
+
+
+def test_a_driver_of_the_svd_is_for_cuda(three, unchanged):
+    with unchanged(three, ConfigError, "svd_driver='gesvd' is for CUDA"):
+        add_weighted_adapter(three, ["a", "b"], [1, 1], "new", "svd", svd_driver="gesvd")
+    for words, said in (
+        ({"svd_driver": "qr"}, "svd_driver='qr'"),
+        ({"svd_clamp": 2}, "svd_clamp=2"),
+        ({"svd_full_matrices": 1}, "=1"),
+    ):
+        with unchanged(three, ConfigError, said):
+            add_weighted_adapter(three, ["a", "b"], [1, 1], "new", "svd", **words)
 
 
 @pytest.mark.parametrize(

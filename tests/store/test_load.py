@@ -565,13 +565,13 @@ EMBEDDING = "base_model.model.model.embed_tokens.base_layer.weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_embedding_that_peft_saves_along_must_be_the_models_own(make_llama, randomize, tmp_path, dtype):
+def test_the_embedding_that_peft_saves_along_comes_with_the_adapter(make_llama, randomize, tmp_path, dtype, ids):
     def base():
         return make_llama().to(dtype)
 
     config = lora(["embed_tokens", "q_proj"])
     model = randomize(inject(base(), config))
-    save_adapter(model, tmp_path)
+    save_adapter(model, tmp_path, save_embedding_layers=False)
     (tmp_path / SEAL_FILE).unlink()
     plain = tensors_of(tmp_path)
     own = base().model.embed_tokens.weight.detach()
@@ -581,14 +581,53 @@ def test_the_embedding_that_peft_saves_along_must_be_the_models_own(make_llama, 
         assert report.unexpected_keys == [] and same(adapter_state_dict(target, "second"), plain)
     other = own.clone()
     other[5, 3] += 1
-    for wrong in (other, own[:-1].clone()):
-        safetensors.torch.save_file(plain | {EMBEDDING: wrong}, tmp_path / WEIGHTS_FILE)
-        with pytest.raises(CheckpointError, match=f"{EMBEDDING}: the file brings another base weight"):
-            load_adapter(base(), tmp_path)
+    safetensors.torch.save_file(plain | {EMBEDDING: other}, tmp_path / WEIGHTS_FILE)
+    again = base()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again.model.embed_tokens.base_layer.weight, other)
+    model.model.embed_tokens.base_layer.weight.data[5, 3] += 1
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    shared = inject(base(), lora(["v_proj"]))
+    with pytest.raises(
+        CheckpointError, match=f"{EMBEDDING}: the file brings another base weight .*other adapters stand"
+    ):
+        load_adapter(shared, tmp_path, "second")
+    assert torch.equal(shared.model.embed_tokens.weight, own)
+    safetensors.torch.save_file(plain | {EMBEDDING: own[:-1].clone()}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=f"{EMBEDDING}: the file brings another base weight"):
+        load_adapter(base(), tmp_path)
     nowhere = EMBEDDING.replace("embed_tokens", "nowhere")
     safetensors.torch.save_file(plain | {nowhere: own}, tmp_path / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match=f"{nowhere}: the file brings another base weight"):
         load_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("target", ["embed_tokens", "q_proj"])
+def test_a_grown_vocabulary_comes_with_the_adapter(make_llama, randomize, tmp_path, target, tied):
+    """New rows are drawn anew with every start; the file brings those that the adapter was trained on."""
+    make_llama().save_pretrained(tmp_path / "base")
+
+    def grown(seed):
+        model = make_llama(tie_word_embeddings=tied)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(70, mean_resizing=False)
+        model.model.embed_tokens.weight.data[64:].normal_()
+        return model
+
+    fields = {"base_model_name_or_path": str(tmp_path / "base"), "ensure_weight_tying": tied}
+    model = randomize(inject(grown(1), lora([target], **fields)))
+    save_adapter(model, tmp_path / "adapter")
+    again, ids = grown(2), torch.arange(60, 70)[None]
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    save_adapter(model, tmp_path / "small", save_embedding_layers=False)
+    small = tensors_of(tmp_path / "small")
+    assert small.keys() < tensors_of(tmp_path / "adapter").keys() and not any(
+        t.shape == (70, 64) for t in small.values()
+    )
+    with pytest.raises(ConfigError, match="save_embedding_layers='all'"):
+        save_adapter(model, tmp_path / "small", save_embedding_layers="all")
 
 
 def test_only_a_base_weight_may_come_along(make_llama, randomize, tmp_path):

@@ -21,6 +21,7 @@ from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
 
+_caching = False  # see DoraCaching
 _NOTHING = 1e-6  # of the sum of two squared norms: what rounding leaves of a difference that is zero
 
 
@@ -36,6 +37,7 @@ class DoRALinear(LoRALinear):
     file_names: ClassVar[dict[str, str]] = LoRALinear.file_names | {"lora_magnitude_vector": "lora_magnitude_vector"}
     reads_base: ClassVar[bool] = True
     base_norm_squared: Tensor
+    _kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
@@ -70,10 +72,21 @@ class DoRALinear(LoRALinear):
         A row of zeros has no direction: its ratio is 1, so that it stays what it was and B gets its gradient. One that the update cancels
         has lost its own, and is the base's.
         """
-        norms = self.row_norms()
+        norms = self._norms()
         gone = norms == 0
         ratio = torch.where(gone, 1.0, self.lora_magnitude_vector.float() / torch.where(gone, 1.0, norms))
         return ratio, 1.0 - (gone & (self.base_norm_squared > 0)).float()
+
+    def _norms(self) -> Tensor:
+        """``row_norms``, computed again only for other numbers while ``DoraCaching`` is on and the layer does not train."""
+        if not _caching or self.training:
+            self._kept = None
+            return self.row_norms()
+        from_what = [self.lora_A, self.lora_B, self.base_norm_squared, *self.innermost._parameters.values()]
+        key = (self.scaling, *((id(t), t._version, t.dtype, t.device) for t in from_what if t is not None))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.row_norms()
+        return self._kept[1]
 
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.innermost).float()
@@ -88,3 +101,27 @@ class DoRALinear(LoRALinear):
         raise StateError(
             "DoRA rescales every row of the weight, so its update has full rank and is no plain LoRA; merge it instead"
         )
+
+
+class DoraCaching:
+    """Inside the block, or from ``DoraCaching()(enabled=True)`` on, the row norms of DoRA layers in eval mode are computed once.
+
+    They are computed again when a factor, the scaling or the base weight was written since, so the result is the same; it costs ``[out]``
+    fp32 a layer.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[bool] = []
+
+    def __enter__(self) -> DoraCaching:
+        self._before.append(_caching)
+        self(self.enabled)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self(self._before.pop())
+
+    def __call__(self, enabled: bool = True) -> None:
+        global _caching
+        _caching = enabled

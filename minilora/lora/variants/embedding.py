@@ -33,14 +33,15 @@ class LoRAEmbedding(Adapter):
         self.r, self.scaling = config.for_module(path)[0], config.scaling(path)
         self.padding_idx: int | None = self.innermost.padding_idx  # type: ignore[assignment]
         kind, place = compute_dtype(self.innermost), self.weight.device
-        A = torch.randn(
-            self.r, self.out_features, dtype=torch.float32, device="cpu"
-        )  # drawn in the order in which PEFT draws
-        B = torch.randn(self.in_features, self.r, dtype=torch.float32, device="cpu")
-        if config.init_lora_weights:
-            A, B = torch.zeros_like(A), torch.randn_like(B)
+        A, B = self.initial_factors(config)
         self.lora_embedding_A = nn.Parameter(A.to(kind).to(place, torch.float32))
         self.lora_embedding_B = nn.Parameter(B.to(kind).to(place, torch.float32))
+
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor]:
+        """Start values of A and B, drawn from torch's generator in PEFT's order."""
+        A = torch.randn(self.r, self.out_features, dtype=torch.float32, device="cpu")
+        B = torch.randn(self.in_features, self.r, dtype=torch.float32, device="cpu")
+        return (torch.zeros_like(A), torch.randn_like(B)) if config.init_lora_weights else (A, B)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.base_layer(x)

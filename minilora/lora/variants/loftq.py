@@ -24,6 +24,7 @@ from minilora.linear.layers import QuantLinear, dense_weight, is_quantized
 from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
+from minilora.lora.starts import LoftQConfig, settings
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
@@ -97,17 +98,22 @@ class LoftQLinear(LoRALinear):
     """
 
     replaces_base: ClassVar[bool] = True
+    wants_file: str = (
+        "is packed already, and LoftQ packs its base layer itself, to make up for the error; give it the dense model (a saved "
+        "adapter may be loaded onto a packed one)"
+    )
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
         if not is_quantized(base_layer):
-            bits, rounds = config.loftq_config.get("loftq_bits", 4), config.loftq_config.get("loftq_iter", 1)
+            chosen = settings("loftq_config", config.loftq_config, LoftQConfig) or LoftQConfig()
+            bits, rounds = chosen.loftq_bits, chosen.loftq_iter
             seen = _importance_of(path)
             scale = "weighted" if seen is not None else "absmax" if bits == 4 else "mse"
             form = QuantConfig(f"nf{bits}", scale=scale)
             packed, A, B = loftq(dense_weight(base_layer), form, self.r, self.scaling, rounds, path + ".weight", seen)
             self.base_layer = QuantLinear(packed, base_layer.bias).train(base_layer.training)  # type: ignore[arg-type]
-            self.base_replaced = True
+            self.base_replaced, self.wants_file = True, ""
             if seen is not None:
                 self.made_with = hashlib.sha256(seen.detach().cpu().float().numpy().tobytes()).hexdigest()
             self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())

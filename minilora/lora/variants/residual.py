@@ -4,12 +4,13 @@
 
 PEFT writes ``W - s B0 A0`` into the base model instead; then disabling the adapter no longer gives the base, and a second adapter meets a
 changed one. Here the base is never touched, at the cost of one more thin product. The file holds A and B, as PEFT's does: both
-libraries find B0 and A0 again from the base weight.
+libraries find B0 and A0 again from the base weight. Where they come from data, the file has them too.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,3 +54,28 @@ class ResidualLoRA(LoRALinear):
     def as_lora(self) -> tuple[Tensor, Tensor]:
         A, B = super().as_lora()
         return torch.cat([A, self.start_A.float()]), torch.cat([B, -self.scaling * self.start_B.float()], 1)
+
+
+class DataStartLoRA(ResidualLoRA):
+    """Base of CorDA and LoRA-GA, whose start is made from data that was left at the base layer. Without it there is only what a file has.
+
+    The start factors are saved: nobody finds them again from the base weight.
+    """
+
+    file_names: ClassVar[dict[str, str]] = LoRALinear.file_names | {
+        "start_A": "lora_start_A",
+        "start_B": "lora_start_B",
+    }
+    without_data: ClassVar[str]
+
+    def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
+        super().__init__(base_layer, config, path)
+        self.register_buffer("start_A", self.start_A)  # now a part of the state dict
+        self.register_buffer("start_B", self.start_B)
+
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, None]:
+        if hasattr(self.innermost, self.data_name):
+            return super().initial_factors(config)
+        A, B, _ = LoRALinear.initial_factors(self, config)
+        self.wants_file = type(self).without_data
+        return A, B, None

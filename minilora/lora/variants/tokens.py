@@ -45,6 +45,9 @@ class TokenRows(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         return _with_rows(self, self, x)
 
+    def refuses(self, other: Adapter) -> str:
+        return _overlap(self, other)
+
     def delta_weight(self) -> Tensor:
         table = dense_weight(self.innermost).float()
         return torch.zeros_like(table).index_copy_(
@@ -67,6 +70,9 @@ class TiedTable(Tied):
     def forward(self, x: Tensor) -> Tensor:
         return _with_rows(self, self.source, x)
 
+    def refuses(self, other: Adapter) -> str:
+        return _overlap(self.source, other)
+
 
 class TiedRows(Tied):
     """The output head that shares its weight with an embedding of which rows train: the same rows give its logits."""
@@ -76,18 +82,41 @@ class TiedRows(Tied):
     def forward(self, x: Tensor) -> Tensor:
         return _with_logits(self, self.source, x)
 
+    def refuses(self, other: Adapter) -> str:
+        return _overlap(self.source, other)
+
+
+def _overlap(rows: TokenRows, other: Adapter) -> str:
+    """Why these rows and another adapter's cannot be added: a row that both train has two values."""
+    source = other.source if isinstance(other, Tied) else other
+    both = set(rows.token_indices.tolist()) & set(
+        source.token_indices.tolist() if isinstance(source, TokenRows) else ()
+    )
+    if not both:
+        return ""
+    return (
+        f"both train token {min(both)}; token indices that are already defined and would result in undefined merging behavior are "
+        "refused, activate or merge one of them"
+    )
+
 
 def _with_rows(layer: Adapter, source: TokenRows, x: Tensor) -> Tensor:
-    """Token ids to their rows, those that ``source`` trains from there."""
+    """Token ids to their rows, those that ``source`` trains from there; what other adapters add to a row stays added."""
     rows = layer.base_layer(x)
     found = x.unsqueeze(-1) == source.token_indices
-    new = source.trainable_tokens_delta.to(rows.dtype)[found.int().argmax(-1)]
-    return torch.where(found.any(-1, keepdim=True), new * embed_scale(layer.innermost), rows)
+    new = source.trainable_tokens_delta.to(rows.dtype)[found.int().argmax(-1)] * embed_scale(layer.innermost)
+    if isinstance(layer.base_layer, Adapter):
+        new = rows + (new - layer.innermost(x))
+    return torch.where(found.any(-1, keepdim=True), new, rows)
 
 
 def _with_logits(layer: Adapter, source: TokenRows, x: Tensor) -> Tensor:
-    """Hidden states to logits, those of the rows that ``source`` trains from there."""
-    logits, rows = layer.base_layer(x), x @ source.trainable_tokens_delta.to(x.dtype).T
+    """Hidden states to logits, those of the rows that ``source`` trains from there; what other adapters add to them stays added."""
+    logits, rows = layer.base_layer(x), source.trainable_tokens_delta.to(x.dtype)
+    if isinstance(layer.base_layer, Adapter):
+        was = dense_weight(layer.innermost)[source.token_indices].to(x.dtype)
+        return logits.index_add(-1, source.token_indices, x @ (rows - was).T)
+    new = x @ rows.T
     if (bias := getattr(layer.innermost, "bias", None)) is not None:
-        rows = rows + bias[source.token_indices].to(rows.dtype)
-    return logits.index_copy(-1, source.token_indices, rows)
+        new = new + bias[source.token_indices].to(new.dtype)
+    return logits.index_copy(-1, source.token_indices, new)

@@ -1,0 +1,107 @@
+"""Intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228, section 5): directions of an adapted weight that the base has none like.
+
+A left singular vector of ``W + s B A`` among the first few that no left singular vector of W is close to is an intruder; what was known
+before suffers from it. Its part of the weight is made smaller, and what is then left of the update is factorized again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError, KindError, StateError
+from minilora.files import validate
+from minilora.linear.layers import dense_weight
+from minilora.lora.inject import build, place
+from minilora.lora.layer import LoRALinear
+from minilora.lora.slots import adapters_of
+from minilora.lora.variants.embedding import LoRAEmbedding
+
+__all__ = ["reduce_intruder_dimension"]
+
+
+@torch.no_grad()
+def reduce_intruder_dimension(
+    model: nn.Module,
+    old_adapter_name: str = "default",
+    new_adapter_name: str = "intruder_reduced",
+    top_k: int = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    logging_sink: Callable[[str], Any] | None = print,
+) -> None:
+    """Make a new adapter from a plain LoRA, with its intruder dimensions made smaller, and make it the active one. The old one stays.
+
+    Args:
+        top_k: how many of the largest singular directions are looked at.
+        threshold_epsilon: the cosine to all directions of the base below which one is an intruder.
+        mitigation_lambda: the share of an intruder's part that is left; 1 changes nothing.
+        logging_sink: gets a line a layer; None for none.
+
+    Raises:
+        ConfigError: a number that cannot be meant. StateError: an unknown or taken name, or an adapter that trains more than low-rank
+            updates. KindError: a variant other than plain LoRA. Nothing has changed then.
+    """
+    validate.whole("top_k", top_k, 1)
+    for name, number in (("threshold_epsilon", threshold_epsilon), ("mitigation_lambda", mitigation_lambda)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 0:
+            raise ConfigError(f"{name}={number!r}: wanted a number >= 0")
+    say: Callable[[str], Any] = logging_sink or (lambda _: None)
+    record = adapters_of(model)
+    old = record.named(old_adapter_name)
+    if (kind := record.variants[old_adapter_name]) != "lora":
+        raise KindError(
+            f"The provided model is not using LoRA and is therefore not supported: adapter {old_adapter_name!r} is {kind}"
+        )
+    for path, value in old.items():
+        if not isinstance(value, (LoRALinear, LoRAEmbedding)) or getattr(value, "lora_bias", None) is not None:
+            raise StateError(
+                f"adapter {old_adapter_name!r} trains more than a low-rank update at {path}; merge it instead"
+            )
+    config = dataclasses.replace(record.configs[old_adapter_name], init_lora_weights=True, eva_config=None)
+    values = build(model, config, new_adapter_name, "lora")
+    for path, value in values.items():
+        _fill(value, old[path], path, (top_k, threshold_epsilon, mitigation_lambda), say)
+    say(f"Enabling new adapter {new_adapter_name}")
+    place(model, config, new_adapter_name, values, "lora")
+
+
+def _fill(new: Any, old: Any, path: str, how: tuple[int, float, float], say: Callable[[str], Any]) -> None:
+    """Write the factors of ``old``, without its intruders, into ``new``, which has its rank and scaling."""
+    weight, update = dense_weight(old.innermost).float(), old.delta_weight()
+    smaller = _without_intruders(weight, update, *how)
+    if smaller is None:
+        say(f"{path}: No intruders")
+        for name in old.file_names:
+            if (factor := getattr(old, name)) is not None:
+                getattr(new, name).copy_(factor)
+        return
+    left, count = smaller
+    say(f"{path}: Intruders: {count}")
+    U, S, Vh = torch.linalg.svd(left / old.scaling, full_matrices=False)
+    kept = min(old.r, len(S))
+    root = S[:kept].sqrt()
+    A, B = root[:, None] * Vh[:kept], U[:, :kept] * root
+    names = ("lora_A", "lora_B")
+    if isinstance(new, LoRAEmbedding):
+        (A, B), names = (B.T, A.T), ("lora_embedding_A", "lora_embedding_B")
+    getattr(new, names[0]).zero_()[:kept] = A
+    getattr(new, names[1]).zero_()[:, :kept] = B
+
+
+def _without_intruders(
+    weight: Tensor, update: Tensor, top_k: int, threshold: float, share: float
+) -> tuple[Tensor, int] | None:
+    """The update with its intruders' part made smaller, and how many there are; None where there are none."""
+    base = torch.linalg.svd(weight, full_matrices=False).U
+    U, S, Vh = torch.linalg.svd(weight + update, full_matrices=False)
+    closest = (U[:, :top_k].T @ base).abs().amax(1)
+    found = (closest < threshold).nonzero().flatten()
+    if not len(found):
+        return None
+    part = (U[:, found] * S[found]) @ Vh[found]
+    return update + (share - 1) * part, len(found)
