@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig
-from minilora.peft.tuners.lora.layer import LoraLayer
+from minilora.peft.layers import LoraLayer
 
 LAYERS = ("first", "mid", "last")  # all linear ones of MLP
 CHATML = (

@@ -13,12 +13,21 @@ from torch import nn
 
 import minilora
 import minilora.hf
+import minilora.peft.tuners.lora
+import minilora.peft.utils
 from minilora import LoraConfig, inject, save_adapter
 from minilora.lazy import lazy_names
 from minilora.lora.adapter import VARIANTS
 
 ROOT = Path(minilora.__file__).parents[1]
-PACKAGES = [minilora, minilora.hf]
+PACKAGES = [
+    minilora,
+    minilora.hf,
+    minilora.peft,
+    minilora.peft.utils,
+    minilora.peft.tuners,
+    minilora.peft.tuners.lora,
+]
 
 
 def child(source, *words):
@@ -124,7 +133,7 @@ def test_every_variant_can_be_injected(module, inject):
             {MODEL}
             config = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], **{FIELDS}.get(name, dict()))
             room.{inject}(model, config, variant=name)
-            print(type(model[0]).__name__)
+            print(type(model._minilora_adapters.slots["0"].kept["default"]).__name__)
     """)
     assert printed.split() == [VARIANTS[name].__name__ for name in START]
 
@@ -146,7 +155,7 @@ def test_every_variant_can_be_loaded(tmp_path, module, load):
         for name in {START}:
             {MODEL}
             room.{load}(model, sys.argv[1] + "/" + name)
-            print(type(model[0]).__name__)
+            print(type(model._minilora_adapters.slots["0"].kept["default"]).__name__)
     """
     assert child(source, str(tmp_path)).split() == [VARIANTS[name].__name__ for name in START]
 

@@ -10,6 +10,21 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "minilora.lora.config": ("LoraConfig",),
+        "minilora.lora.starts": (
+            "CordaConfig",
+            "EvaConfig",
+            "LoftQConfig",
+            "LoraGAConfig",
+        ),
+        "minilora.lora.variants.lora_ga": ("preprocess_loraga",),
+        "minilora.many.convert": (
+            "convert_to_lora",
+            "save_as_lora",
+        ),
+        "minilora.many.eva": (
+            "get_eva_state_dict",
+            "initialize_lora_eva_weights",
+        ),
         "minilora.peft.auto": (
             "AutoPeftModel",
             "AutoPeftModelForCausalLM",
@@ -29,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         ),
         "minilora.peft.peft_model": (
             "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+            "PeftMixedModel",
             "PeftModel",
             "PeftModelForCausalLM",
             "PeftModelForFeatureExtraction",
@@ -42,7 +58,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "get_layer_status",
             "get_model_status",
         ),
-        "minilora.peft.tuners.lora.model": ("LoraModel",),
+        "minilora.peft.lora_model": ("LoraModel",),
         "minilora.peft.utils.error": (
             "NoMatchingPeftModuleError",
             "PeftError",
@@ -60,5 +76,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         ),
         "minilora.peft.utils.warning": ("PeftWarning",),
         "minilora.qlora.kbit": ("prepare_model_for_kbit_training",),
+        "minilora.training.precision": ("cast_mixed_precision_params",),
     },
 )

@@ -1,5 +1,14 @@
-# What __init__.py imports lazily, for mypy and editors; tests/peft/test_names.py holds the two equal.
+# What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
 from minilora.lora.config import LoraConfig as LoraConfig
+from minilora.lora.starts import CordaConfig as CordaConfig
+from minilora.lora.starts import EvaConfig as EvaConfig
+from minilora.lora.starts import LoftQConfig as LoftQConfig
+from minilora.lora.starts import LoraGAConfig as LoraGAConfig
+from minilora.lora.variants.lora_ga import preprocess_loraga as preprocess_loraga
+from minilora.many.convert import convert_to_lora as convert_to_lora
+from minilora.many.convert import save_as_lora as save_as_lora
+from minilora.many.eva import get_eva_state_dict as get_eva_state_dict
+from minilora.many.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from minilora.peft.auto import AutoPeftModel as AutoPeftModel
 from minilora.peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from minilora.peft.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -8,12 +17,14 @@ from minilora.peft.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2
 from minilora.peft.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from minilora.peft.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from minilora.peft.config import PeftConfig as PeftConfig
+from minilora.peft.lora_model import LoraModel as LoraModel
 from minilora.peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from minilora.peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from minilora.peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
 from minilora.peft.mapping import get_peft_config as get_peft_config
 from minilora.peft.mapping import inject_adapter_in_model as inject_adapter_in_model
 from minilora.peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from minilora.peft.peft_model import PeftMixedModel as PeftMixedModel
 from minilora.peft.peft_model import PeftModel as PeftModel
 from minilora.peft.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
 from minilora.peft.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
@@ -24,7 +35,6 @@ from minilora.peft.peft_model import PeftModelForTokenClassification as PeftMode
 from minilora.peft.peft_model import get_peft_model as get_peft_model
 from minilora.peft.status import get_layer_status as get_layer_status
 from minilora.peft.status import get_model_status as get_model_status
-from minilora.peft.tuners.lora.model import LoraModel as LoraModel
 from minilora.peft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from minilora.peft.utils.error import PeftError as PeftError
 from minilora.peft.utils.peft_types import PeftType as PeftType
@@ -36,3 +46,4 @@ from minilora.peft.utils.save_and_load import set_base_model_state_dict as set_b
 from minilora.peft.utils.save_and_load import set_peft_model_state_dict as set_peft_model_state_dict
 from minilora.peft.utils.warning import PeftWarning as PeftWarning
 from minilora.qlora.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from minilora.training.precision import cast_mixed_precision_params as cast_mixed_precision_params

@@ -16,7 +16,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.change import Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters, adapters_of, unwrapped
-from minilora.peft.tuners.lora.layer import lora_layer
+from minilora.peft.layers import lora_layer
 from minilora.peft.wrappers import is_rows, rows_wrapper, saved_wrapper
 
 __all__ = ["give_faces", "twin"]

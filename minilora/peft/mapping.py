@@ -14,7 +14,7 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import checked, inject
 from minilora.peft.faces import give_faces
-from minilora.peft.tuners.lora.model import LoraModel
+from minilora.peft.lora_model import LoraModel
 from minilora.store.adapter_files import PREFIX
 
 __all__ = [

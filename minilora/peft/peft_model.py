@@ -29,6 +29,7 @@ from minilora.peft.status import get_layer_status, get_model_status
 from minilora.store import load as checkpoint
 
 __all__ = [
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -169,7 +170,7 @@ class PeftModel(Shape):
         adapters_of(self).check(chosen)
         for name in chosen:
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            checkpoint.save_adapter(self, folder, name)
+            checkpoint.save_adapter(self, folder, name, save_embedding_layers)
         write_card(self, save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
@@ -434,6 +435,10 @@ class PeftModelForQuestionAnswering(PeftModel):
 
 class PeftModelForFeatureExtraction(PeftModel):
     """A ``PeftModel`` whose config has ``task_type="FEATURE_EXTRACTION"``."""
+
+
+class PeftMixedModel(PeftModel):
+    """PEFT's model for several methods at once; minilora has one method, so no model is one."""
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {

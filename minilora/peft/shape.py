@@ -23,7 +23,7 @@ class Shape(Face):
     @property
     def base_model(self) -> Any:
         """The ``LoraModel``, whose ``model`` is the model with LoRA layers in it."""
-        from minilora.peft.tuners.lora.model import LoraModel
+        from minilora.peft.lora_model import LoraModel
 
         if not has_adapters(self):
             return super().base_model  # type: ignore[misc]

@@ -12,8 +12,8 @@ from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters
 from minilora.lora.variants.embedding import Tied
 from minilora.lora.variants.tokens import TokenRows
+from minilora.peft.base import BaseTunerLayer, face_of
 from minilora.peft.parts import Values
-from minilora.peft.tuners.tuners_utils import BaseTunerLayer, face_of
 
 __all__ = [
     "AuxiliaryTrainingWrapper",

@@ -6,6 +6,11 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "minilora.lora.config": ("LoraConfig",),
-        "minilora.peft.tuners.lora.model": ("LoraModel",),
+        "minilora.lora.starts": (
+            "EvaConfig",
+            "LoftQConfig",
+            "LoraGAConfig",
+        ),
+        "minilora.peft.lora_model": ("LoraModel",),
     },
 )

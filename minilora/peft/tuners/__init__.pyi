@@ -1,3 +1,6 @@
-# What __init__.py imports lazily, for mypy and editors; tests/peft/test_names.py holds the two equal.
+# What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
 from minilora.lora.config import LoraConfig as LoraConfig
-from minilora.peft.tuners.lora.model import LoraModel as LoraModel
+from minilora.lora.starts import EvaConfig as EvaConfig
+from minilora.lora.starts import LoftQConfig as LoftQConfig
+from minilora.lora.starts import LoraGAConfig as LoraGAConfig
+from minilora.peft.lora_model import LoraModel as LoraModel

@@ -13,7 +13,6 @@ __getattr__, __dir__, __all__ = lazy_names(
             "CONFIG_NAME",
             "INCLUDE_LINEAR_LAYERS_SHORTHAND",
             "SAFETENSORS_WEIGHTS_NAME",
-            "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
             "WEIGHTS_NAME",
             "infer_device",
         ),
@@ -35,5 +34,6 @@ __getattr__, __dir__, __all__ = lazy_names(
             "TrainableTokensWrapper",
         ),
         "minilora.qlora.kbit": ("prepare_model_for_kbit_training",),
+        "minilora.training.precision": ("cast_mixed_precision_params",),
     },
 )

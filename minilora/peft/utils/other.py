@@ -11,6 +11,7 @@ from minilora.peft.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrappe
 from minilora.qlora.kbit import prepare_model_for_kbit_training
 from minilora.store.adapter_files import CONFIG_FILE as CONFIG_NAME
 from minilora.store.adapter_files import WEIGHTS_FILE as SAFETENSORS_WEIGHTS_NAME
+from minilora.training.precision import cast_mixed_precision_params
 
 __all__ = [
     "CONFIG_NAME",
@@ -21,6 +22,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "TrainableTokensWrapper",
+    "cast_mixed_precision_params",
     "fsdp_auto_wrap_policy",
     "infer_device",
     "prepare_model_for_kbit_training",

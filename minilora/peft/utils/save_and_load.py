@@ -17,6 +17,7 @@ from minilora.lora.slots import unwrapped
 from minilora.peft.hub import folder_of
 from minilora.store.adapter_files import read_adapter
 from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
+from minilora.store.tables import saved_tables
 
 __all__ = [
     "get_base_model_state_dict",
@@ -49,6 +50,7 @@ def get_peft_model_state_dict(
     own = adapter_state_dict(inner, adapter_name)
     if state_dict is not None:
         own = {key: _found(key, adapter_name, state_dict) for key in own}
+    own |= saved_tables(inner, adapter_name, save_embedding_layers)
     return own if hasattr(inner, "peft_config") else {key.removeprefix(_PREFIX): value for key, value in own.items()}
 
 

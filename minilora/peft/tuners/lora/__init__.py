@@ -6,7 +6,22 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "minilora.lora.config": ("LoraConfig",),
-        "minilora.peft.tuners.lora.layer": (
+        "minilora.lora.starts": (
+            "CordaConfig",
+            "EvaConfig",
+            "LoftQConfig",
+            "LoraGAConfig",
+        ),
+        "minilora.lora.variants.lora_ga": ("preprocess_loraga",),
+        "minilora.many.convert": (
+            "convert_to_lora",
+            "save_as_lora",
+        ),
+        "minilora.many.eva": (
+            "get_eva_state_dict",
+            "initialize_lora_eva_weights",
+        ),
+        "minilora.peft.layers": (
             "Conv1d",
             "Conv2d",
             "Conv3d",
@@ -15,6 +30,6 @@ __getattr__, __dir__, __all__ = lazy_names(
             "LoraLayer",
             "MultiheadAttention",
         ),
-        "minilora.peft.tuners.lora.model": ("LoraModel",),
+        "minilora.peft.lora_model": ("LoraModel",),
     },
 )

@@ -1,10 +1,19 @@
-# What __init__.py imports lazily, for mypy and editors; tests/peft/test_names.py holds the two equal.
+# What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
 from minilora.lora.config import LoraConfig as LoraConfig
-from minilora.peft.tuners.lora.layer import Conv1d as Conv1d
-from minilora.peft.tuners.lora.layer import Conv2d as Conv2d
-from minilora.peft.tuners.lora.layer import Conv3d as Conv3d
-from minilora.peft.tuners.lora.layer import Embedding as Embedding
-from minilora.peft.tuners.lora.layer import Linear as Linear
-from minilora.peft.tuners.lora.layer import LoraLayer as LoraLayer
-from minilora.peft.tuners.lora.layer import MultiheadAttention as MultiheadAttention
-from minilora.peft.tuners.lora.model import LoraModel as LoraModel
+from minilora.lora.starts import CordaConfig as CordaConfig
+from minilora.lora.starts import EvaConfig as EvaConfig
+from minilora.lora.starts import LoftQConfig as LoftQConfig
+from minilora.lora.starts import LoraGAConfig as LoraGAConfig
+from minilora.lora.variants.lora_ga import preprocess_loraga as preprocess_loraga
+from minilora.many.convert import convert_to_lora as convert_to_lora
+from minilora.many.convert import save_as_lora as save_as_lora
+from minilora.many.eva import get_eva_state_dict as get_eva_state_dict
+from minilora.many.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from minilora.peft.layers import Conv1d as Conv1d
+from minilora.peft.layers import Conv2d as Conv2d
+from minilora.peft.layers import Conv3d as Conv3d
+from minilora.peft.layers import Embedding as Embedding
+from minilora.peft.layers import Linear as Linear
+from minilora.peft.layers import LoraLayer as LoraLayer
+from minilora.peft.layers import MultiheadAttention as MultiheadAttention
+from minilora.peft.lora_model import LoraModel as LoraModel

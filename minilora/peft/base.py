@@ -1,0 +1,136 @@
+"""What every adapted place of a model is to PEFT's users. Next file: ``peft/layers.py``."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from minilora.errors import StateError
+from minilora.lora.slot import own_parameters
+
+__all__ = ["BaseTuner", "BaseTunerLayer", "face_of"]
+
+
+class BaseTuner(nn.Module):
+    """Base of ``LoraModel``."""
+
+
+class BaseTunerLayer(nn.Module, ABC):
+    """A place of a model that has adapters, with PEFT's names for all that is in it. A call runs what stands there.
+
+    Attributes:
+        slot, adapters: the place, and the record of the model. kept: adapter name to the adapter. stands: what a call runs.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    slot: Any
+    adapters: Any
+    kept: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the adapters and the base layer compute."""
+        return self.__dict__["stands"].forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Dictionaries that no adapter here fills are empty; what the layer lacks is asked of what stands here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in self.adapter_layer_names:
+                return nn.ParameterDict() if "embedding" in name else nn.ModuleDict()
+            if name.startswith("__") or "stands" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["stands"], name)
+
+    def train(self, mode: bool = True) -> Any:
+        """As ``nn.Module.train``, of the adapters too."""
+        for value in (self.slot.base, self.slot.merged, *self.kept.values()):
+            if value is not None:
+                value.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``.to``, ``.half`` and the like reach the adapters' buffers too."""
+        super()._apply(fn, recurse)
+        for value in (self.slot.merged, *self.kept.values()):
+            if value is not None:
+                value._apply(fn, recurse)
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer under all adapters."""
+        return self.slot.base
+
+    @property
+    def weight(self) -> Tensor:
+        """What a model may ask for: the weight with what stands here in it, in the layer's compute dtype."""
+        return self.__dict__["stands"].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Likewise the bias."""
+        return self.__dict__["stands"].bias
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters of the model."""
+        return list(self.adapters.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same: PEFT's layers hold a list."""
+        return list(self.adapters.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into this layer."""
+        return [name for name in self.adapters.merged if name in self.kept]
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into this layer."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the model is in a ``disable_adapter`` block."""
+        return self.adapters.is_bare
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of these adapters train, or not, here."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in own_parameters(self.kept[name]) if name in self.kept else ():
+                parameter.requires_grad = requires_grad
+
+    def _of_the_model(self, what: str) -> Any:
+        raise StateError(
+            f"{self.slot.path}: {what} changes a whole model here, not one layer; call {what} of the model"
+        )
+
+    def merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused by name: a model is merged as one."""
+        self._of_the_model("merge_adapter()")
+
+    def unmerge(self) -> Any:
+        """Refused by name: a model is unmerged as one."""
+        self._of_the_model("unmerge_adapter()")
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused by name: a model has one set of active adapters."""
+        self._of_the_model("set_adapter()")
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused by name: an adapter is deleted from the whole model."""
+        self._of_the_model("delete_adapter()")
+
+
+def face_of(kind: type[BaseTunerLayer], slot: Any, kept: Mapping[str, Any], adapters: Any) -> Any:
+    """A face of this kind without children, for a place of a model."""
+    face = kind()
+    face.__dict__.update(slot=slot, adapters=adapters, kept=dict(kept), stands=slot.standing)
+    face.training = slot.standing.training
+    return face

@@ -1,0 +1,171 @@
+"""``LoraLayer`` and its kin: one adapted place of a model in PEFT's shape, with a dictionary entry for each adapter that it has.
+
+They are made by ``peft/faces.py``, stand in the model, and share their parameters with the adapters. Next file: ``peft/wrappers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from minilora.errors import StateError
+from minilora.linear.layers import is_transposed
+from minilora.lora.adapter import Adapter
+from minilora.lora.slot import Slot
+from minilora.lora.slots import Adapters
+from minilora.many import scaling
+from minilora.peft.base import BaseTunerLayer, face_of
+from minilora.peft.parts import Field, entries
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "lora_layer"]
+
+
+class LoraLayer(BaseTunerLayer):
+    """A layer with its adapters, the inactive ones too.
+
+    Attributes:
+        base_layer: the frozen layer. lora_A, lora_B, lora_dropout, lora_magnitude_vector, lora_embedding_A, lora_embedding_B: adapter
+            name to what it trains. r, lora_alpha, scaling, use_rslora, use_dora, lora_bias: adapter name to a number or flag; a scaling
+            that is set here counts from the next forward on.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+    )
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Adapter name to rank."""
+        return {name: adapter.r for name, adapter in self.kept.items() if hasattr(adapter, "r")}
+
+    @property
+    def lora_alpha(self) -> dict[str, float]:
+        """Adapter name to ``lora_alpha`` at this layer."""
+        return {name: self.adapters.configs[name].for_module(self.slot.path)[1] for name in self.kept}
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Adapter name to the factor of its update; may be set."""
+        return Field({name: adapter for name, adapter in self.kept.items() if hasattr(adapter, "scaling")}, "scaling")
+
+    @property
+    def use_rslora(self) -> dict[str, bool]:
+        """Adapter name to the config's field."""
+        return {name: self.adapters.configs[name].use_rslora for name in self.kept}
+
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        """Adapter name to the config's field."""
+        return {name: self.adapters.configs[name].use_dora for name in self.kept}
+
+    @property
+    def lora_bias(self) -> dict[str, bool]:
+        """Adapter name to the config's field."""
+        return {name: self.adapters.configs[name].lora_bias for name in self.kept}
+
+    @property
+    def in_features(self) -> int:
+        """Of the base layer."""
+        return self._any().in_features
+
+    @property
+    def out_features(self) -> int:
+        """Of the base layer."""
+        return self._any().out_features
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores its weight as ``[in, out]``."""
+        return is_transposed(self.get_base_layer())
+
+    def _any(self) -> Any:
+        return next(iter(self.kept.values()))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of the weight by one adapter, fp32, in the shape of the weight."""
+        if adapter not in self.kept:
+            raise StateError(f"{self.slot.path}: no adapter is called {adapter!r}; there are {list(self.kept)}")
+        update = self.kept[adapter].delta_weight()
+        return update.t() if self.fan_in_fan_out else update
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's factor to ``scale`` times what its config says; does nothing where the layer lacks the adapter."""
+        if adapter in self.kept:
+            scaling.set_scale(self.kept[adapter], scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factors of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.kept:
+                scaling.scale_layer(self.kept[name], scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factors of the active adapters, or (None) set them to what their configs say."""
+        for name in self.active_adapters:
+            if name in self.kept:
+                scaling.unscale_layer(self.kept[name], scale)
+
+
+class Linear(LoraLayer):
+    """A linear layer (of torch, ``Conv1D``, or packed)."""
+
+
+class Embedding(LoraLayer):
+    """An embedding."""
+
+
+class Conv1d(LoraLayer):
+    """A convolution."""
+
+
+class Conv2d(LoraLayer):
+    """A convolution."""
+
+
+class Conv3d(LoraLayer):
+    """A convolution."""
+
+
+class MultiheadAttention(LoraLayer):
+    """``nn.MultiheadAttention``."""
+
+
+_KINDS: tuple[tuple[Any, type], ...] = (
+    (nn.Embedding, Embedding),
+    (nn.Conv1d, Conv1d),
+    (nn.Conv2d, Conv2d),
+    (nn.Conv3d, Conv3d),
+    (nn.MultiheadAttention, MultiheadAttention),
+)
+
+
+def lora_layer(slot: Slot, base: nn.Module, kept: Mapping[str, Adapter], adapters: Adapters) -> nn.Module:
+    """The ``LoraLayer`` of a slot.
+
+    Args:
+        base: what is shown as ``base_layer``. kept: the adapters that are shown, by name.
+    """
+    kind = next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
+    layer = face_of(kind, slot, kept, adapters)
+    layer._modules["base_layer"] = base
+    entries(layer, kept)
+    return layer
+
+
+BaseTunerLayer.register(Adapter)  # type: ignore[type-abstract]
+LoraLayer.register(Adapter)  # type: ignore[type-abstract]
