@@ -127,7 +127,7 @@ def test_a_wrong_arrow_is_seen(graph, importer, imported):
     [
         ("linear.layers", "minilora.quant.quantized"),
         ("linear.cuda", "minilora_kernels.linear"),
-        ("many.combine", "minilora.peft.peft_model"),
+        ("peft.peft_model", "minilora.many.hotswap"),
         ("hf.load", "transformers"),
         ("hf.load", "minilora"),
     ],
