@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
+from minilora.linear.convolution import convolve_rows, is_convolution
 from minilora.linear.layers import embed_scale
 from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
@@ -91,14 +92,17 @@ class MixedLayer(nn.Module):
         own.update({name: usual.__dict__[name] for name in ("_parameters", "_buffers", "_modules", "training")})
         own["_non_persistent_buffers_set"] = usual._non_persistent_buffers_set
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = _rows_of(self.adapters)
         if rows is None:
-            return self.usual(x, *args, **kwargs)
-        pick, base = rows.pick(x), self.base(x, *args, **kwargs)
+            return self.usual(*args, **kwargs)
+        base = self.base(*args, **kwargs)
         if (stack := rows.stacks.get(self.path)) is None:
             return base
-        A, B = stack
+        x: Tensor = args[0]
+        pick, (A, B) = rows.pick(x), stack
+        if is_convolution(self.base):
+            return base + convolve_rows(self.base, x, A[pick].to(x.dtype), B[pick].to(x.dtype)).view_as(base)
         if isinstance(self.base, nn.Embedding):
             thin = B[pick[:, None], x.reshape(len(pick), -1)].to(base.dtype)
             update = torch.bmm(thin, A[pick].to(base.dtype)) * self.scale
@@ -110,16 +114,17 @@ class MixedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """For models that look at its dtype; one weight cannot be another one for every row, so nobody computes with it."""
-        if _rows_of(self.adapters) is None:
-            return self.usual.weight
+        rows = _rows_of(self.adapters)
+        if rows is None or rows.stacks.get(self.path) is None:
+            return (self.usual if rows is None else self.base).weight
         stored: Tensor = self.base.weight
         return shown_weight(_refuse_to_read, stored.shape, stored.dtype, stored.device)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks a layer for (sizes, a bias) is what its usual content answers."""
+        """What a model asks a layer for (sizes, a bias) is what its usual content answers; for a mixed batch, its base."""
         if "usual" not in self.__dict__:  # a copy that is being made
             raise AttributeError(name)
-        return getattr(self.usual, name)
+        return getattr(self.usual if _rows_of(self.adapters) is None else self.base, name)
 
 
 def _refuse_to_read() -> Tensor:

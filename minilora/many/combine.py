@@ -123,6 +123,10 @@ def _plain(value: Value, name: str, path: str) -> Adapter:
         raise StateError(
             f"adapter {name!r} trains a copy or rows of {path}, which cannot be combined; merge the adapters one by one"
         )
+    if getattr(value.innermost, "groups", 1) > 1:
+        raise StateError(
+            f"{path}: its convolution has groups, and the factors of several adapters cannot be put together there; merge them one by one"
+        )
     try:
         value.as_lora()
     except StateError as error:
@@ -191,7 +195,9 @@ def _factors(value: Value) -> tuple[Tensor, Tensor]:
     if isinstance(value, LoRAEmbedding):
         return value.lora_embedding_A.data, value.lora_embedding_B.data
     if isinstance(value, LoRALinear):
-        return value.lora_A.data, value.lora_B.data
+        return value.lora_A.data.flatten(1), value.lora_B.data.flatten(
+            1
+        )  # views: of a convolution too they are written to
     raise StateError(f"{type(value).__name__} has no low-rank factors")
 
 

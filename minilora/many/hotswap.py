@@ -61,6 +61,10 @@ def hotswap_adapter(
             raise CheckpointError(
                 f"{where}: {path} has rank {value.r}, the present adapter {here.r}; start from the largest rank"
             )
+        if value.r != here.r and getattr(value.innermost, "groups", 1) > 1:
+            raise CheckpointError(
+                f"{where}: {path} is a convolution of groups, with rank {value.r}, the present adapter {here.r}; wanted equal ranks there"
+            )
         if (value.lora_bias is None) != (here.lora_bias is None):
             raise CheckpointError(f"{where}: {path} differs in lora_bias; load it with load_adapter instead")
     for path, here in present.items():

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
+from minilora.linear.layers import (
+    QuantLinear,
+    compute_dtype,
+    dense_weight,
+    is_quantized,
+    stored_weight,
+    weight_name,
+    with_weight,
+)
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.bases import refuse_to_replace
@@ -181,7 +189,7 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
     held_by = holders(Bare(model))
     for path in folded:
         base = adapters.slots[path].base
-        others = [other for other in held_by.get(id(base._parameters["weight"]), ()) if other not in folded]  # type: ignore[union-attr]
+        others = [other for other in held_by.get(id(stored_weight(base)), ()) if other not in folded]  # type: ignore[union-attr]
         if others:
             raise StateError(
                 f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
@@ -192,7 +200,7 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
     """Layers that shared a weight share the merged one. Raises ``StateError`` where their updates make two of it."""
     first: dict[int, str] = {}
     for path, layer in layers.items():
-        twin = first.setdefault(id(adapters.slots[path].base._parameters["weight"]), path)  # type: ignore[union-attr]
+        twin = first.setdefault(id(stored_weight(adapters.slots[path].base)), path)  # type: ignore[union-attr]
         if twin == path:
             continue
         if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
@@ -200,7 +208,7 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
                 f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call "
                 "minilora.untie(model) first, or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
             )
-        layer._parameters["weight"] = layers[twin]._parameters["weight"]
+        layer._parameters[weight_name(layer)] = stored_weight(layers[twin])
 
 
 def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]) -> MergeReport:
@@ -208,7 +216,7 @@ def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]
         return 1.0 if update == 0 else max(0.0, 1 - (error / update) ** 0.5)
 
     kinds = {
-        layer.format if is_quantized(layer) else str(layer.weight.dtype).removeprefix("torch.")
+        layer.format if is_quantized(layer) else str(compute_dtype(layer)).removeprefix("torch.")
         for layer in layers.values()
     }
     whole = share(sum(error for error, _ in losses.values()), sum(update for _, update in losses.values()))

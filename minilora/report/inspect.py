@@ -36,8 +36,8 @@ def spectrum(adapter: Adapter) -> Tensor:
     For LoRA from the small factors alone, ``svd(R_B R_A^T)`` after two QR decompositions, O((in + out) r^2); a dense SVD otherwise.
     """
     if isinstance(adapter, LoRALinear) and type(adapter).delta_weight is LoRALinear.delta_weight:
-        right = torch.linalg.qr(adapter.lora_A.float().T, mode="r").R
-        left = torch.linalg.qr(adapter.lora_B.float(), mode="r").R
+        A, B = adapter.factors()
+        right, left = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
         return torch.linalg.svdvals(adapter.scaling * left @ right.T)
     return torch.linalg.svdvals(adapter.delta_weight().float())
 

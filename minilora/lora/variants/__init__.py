@@ -1,6 +1,33 @@
 """The variants of LoRA, one file each; importing this package registers them all. ``minilora.register`` comes from here, after them."""
 
 from minilora.lora.adapter import register
-from minilora.lora.variants import dora, embedding, loftq, lora_fa, olora, orthogonal, pissa, tokens, vera
+from minilora.lora.variants import (
+    attention,
+    convolution,
+    dora,
+    dora_embedding,
+    embedding,
+    loftq,
+    lora_fa,
+    olora,
+    orthogonal,
+    pissa,
+    tokens,
+    vera,
+)
 
-__all__ = ["dora", "embedding", "loftq", "lora_fa", "olora", "orthogonal", "pissa", "register", "tokens", "vera"]
+__all__ = [
+    "attention",
+    "convolution",
+    "dora",
+    "dora_embedding",
+    "embedding",
+    "loftq",
+    "lora_fa",
+    "olora",
+    "orthogonal",
+    "pissa",
+    "register",
+    "tokens",
+    "vera",
+]
