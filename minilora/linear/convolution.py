@@ -7,7 +7,7 @@ Next file: ``linear/layers.py``.
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def convolve(layer: _ConvNd, x: Tensor, weight: Tensor, groups: int = 1) -> Tens
     Args:
         x: ``[batch, channels, ...]``, or without the batch. weight: ``[out, channels / groups, *kernel]``.
     """
-    padding = layer.padding
+    padding: Any = layer.padding
     if layer.padding_mode != "zeros":
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
     return _CONVOLVE[weight.dim()](x, weight, None, layer.stride, padding, layer.dilation, groups)

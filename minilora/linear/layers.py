@@ -117,7 +117,7 @@ def weight_name(layer: nn.Module) -> str:
     return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
 
 
-def stored_weight(layer: nn.Module) -> Any:
+def stored_weight(layer: Any) -> Any:
     """That parameter, packed or dense; None where the layer has none of its own (it is computed, or lies elsewhere)."""
     return layer._parameters.get(weight_name(layer))
 

@@ -1,9 +1,9 @@
 """Which layers can stand under an adapter, or be packed: those that are nothing but their weight.
 
 An adapter adds to ``x W^T``, a merge changes ``W``, packing replaces it. All three are right only where the layer computes
-``x W^T + b`` (an embedding: its scaled rows; a convolution: ``W`` over patches) and nothing else. A class with a ``forward`` of its own is tried on a few numbers; a table
-that is rewritten while it is read, a weight that is computed or lies elsewhere, are refused by name before anything has changed.
-Next file: ``lora/match.py``.
+``x W^T + b`` (an embedding: its scaled rows; a convolution: ``W`` over patches) and nothing else. A class with a ``forward`` of its own
+is tried on a few numbers; a table that is rewritten while it is read, a weight that is computed or lies elsewhere, are refused by name
+before anything has changed. Next file: ``lora/match.py``.
 """
 
 from __future__ import annotations

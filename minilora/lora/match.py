@@ -133,7 +133,7 @@ def refuse_unfit(model: nn.Module | Bare, modules: dict[str, nn.Module], targets
             hint = (
                 f"; name its linear layers, such as {inside[0]!r}"
                 if inside
-                else "; wanted Linear, Conv1D, Embedding, a convolution or MultiheadAttention"
+                else "; wanted Linear, Conv1D or Embedding, Conv1d to Conv3d, or MultiheadAttention"
             )
             raise TargetError(f"{path} is a {type(module).__name__}, which takes no adapter{hint}")
         if isinstance(module, nn.MultiheadAttention):

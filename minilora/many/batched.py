@@ -31,6 +31,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters, Block, adapters_of
+from minilora.lora.variants.attention import LoRAAttention, LoRAOutProj
 
 __all__ = ["BASE", "batch_adapters"]
 
@@ -214,6 +215,11 @@ def _low_rank(slot: Slot, name: str) -> Factors | None:
     if not isinstance(value, Adapter):
         raise StateError(
             f"adapter {name!r} trains a copy of {slot.path}, which cannot differ from row to row; use set_adapter instead"
+        )
+    if isinstance(value, (LoRAAttention, LoRAOutProj)):
+        raise StateError(
+            f"adapter {name!r}, {slot.path}: the weights of a MultiheadAttention are read and not called, so they cannot differ from row "
+            "to row; use set_adapter instead"
         )
     try:
         A, B = value.as_lora()

@@ -189,7 +189,7 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
     held_by = holders(Bare(model))
     for path in folded:
         base = adapters.slots[path].base
-        others = [other for other in held_by.get(id(stored_weight(base)), ()) if other not in folded]  # type: ignore[union-attr]
+        others = [other for other in held_by.get(id(stored_weight(base)), ()) if other not in folded]
         if others:
             raise StateError(
                 f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
@@ -200,7 +200,7 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
     """Layers that shared a weight share the merged one. Raises ``StateError`` where their updates make two of it."""
     first: dict[int, str] = {}
     for path, layer in layers.items():
-        twin = first.setdefault(id(stored_weight(adapters.slots[path].base)), path)  # type: ignore[union-attr]
+        twin = first.setdefault(id(stored_weight(adapters.slots[path].base)), path)
         if twin == path:
             continue
         if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):

@@ -29,7 +29,8 @@ class LoRAConv(LoRALinear):
     """A convolution (1d, 2d or 3d) with a low-rank update.
 
     Attributes:
-        lora_A: ``[r, in_channels, *kernel]`` fp32, trained. lora_B: ``[out, r / groups, 1, ...]`` fp32, trained. lora_bias: ``[out]`` or None.
+        lora_A: ``[r, in_channels, *kernel]`` fp32, trained. lora_B: ``[out, r / groups, 1, ...]`` fp32, trained.
+        lora_bias: ``[out]`` fp32, trained, or None.
 
     Raises:
         ConfigError: the rank is no multiple of the layer's groups.
@@ -48,7 +49,8 @@ class LoRAConv(LoRALinear):
 
     @property
     def thin(self) -> int:
-        return self.r // self.innermost.groups  # type: ignore[operator]
+        layer: Any = self.innermost
+        return self.r // layer.groups
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B = self.lora_B.float().flatten(1)

@@ -79,7 +79,8 @@ class DoRALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         shown = self.base_layer(x)
         plain = self.innermost(x) if isinstance(self.base_layer, Adapter) else shown
-        if (bias := self.innermost.bias) is not None:
+        bias: Tensor | None = self.innermost.bias  # type: ignore[assignment]
+        if bias is not None:
             plain = plain - self.over_outputs(bias).to(plain.dtype)
         ratio, moves = (self.over_outputs(each).to(plain.dtype) for each in self._ratio())
         return shown + (ratio - 1) * plain + ratio * moves * self.update(self.lora_dropout(x))
