@@ -182,7 +182,8 @@ def variant_at(name: str, kind: str, path: str, layer: nn.Module) -> type[Adapte
         return linear
     if name not in _ON[kind]:
         known = " or ".join(sorted(_ON[kind]))
+        a = "an" if kind == "embedding" else "a"
         raise TargetError(
-            f"{path} is a {type(layer).__name__}, which takes {known}, not {name}; leave it out, or give it an adapter of its own"
+            f"{path} is {a} {type(layer).__name__}, which takes {known}, not {name}; leave it out, or give it an adapter of its own"
         )
     return _ON[kind][name]
