@@ -22,7 +22,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "linear",
         "multiplying with a frozen weight",
-        ["layers", "convolution", "packed", "shown", "fronts", "ops", "fused", "cuda"],
+        ["layers", "convolution", "foreign", "packed", "shown", "fronts", "ops", "fused", "cuda"],
     ),
     (
         "lora",

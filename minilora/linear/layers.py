@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minilora.errors import TargetError
 from minilora.linear.convolution import is_convolution, patch_weight, put_patch_weight
+from minilora.linear.foreign import foreign_of
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
@@ -23,13 +24,18 @@ from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, ta
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter or a quantizer can take this layer: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``.
+    """Whether an adapter can take this layer: ``nn.Linear``, ``Conv1D``, ``QuantLinear``, or another library's packed layer.
 
     The output projection of ``nn.MultiheadAttention`` is a Linear by class only: its weight is read and it is never called.
     """
     if is_attention_output(module):
         return False
-    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_foreign(module)
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether another library has packed this layer (``linear/foreign.py``)."""
+    return foreign_of(layer) is not None
 
 
 def kind_of(layer: nn.Module) -> str | None:
@@ -114,6 +120,8 @@ def _no_weight(layer: nn.Module) -> TargetError:
 
 def weight_name(layer: nn.Module) -> str:
     """What the parameter is called that ``[out, in]`` is about."""
+    if (foreign := foreign_of(layer)) is not None:
+        return foreign.parameter
     return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
 
 
@@ -128,7 +136,9 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer)."""
+    """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer; fp32 where it is not known)."""
+    if (foreign := foreign_of(layer)) is not None:
+        return foreign.dtype(layer) or torch.float32
     return layer.dtype if isinstance(layer, QuantLinear) else getattr(layer, weight_name(layer)).dtype
 
 
@@ -137,6 +147,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, QuantLinear):
         whole = layer.quantized()
         return dequantize(whole) if torch.compiler.is_compiling() or is_transformed() else whole.dequantize()
+    if (foreign := foreign_of(layer)) is not None:
+        return foreign.dense(layer).detach().to(compute_dtype(layer))
     if isinstance(layer, (nn.Linear, nn.Embedding)) or is_conv1d(layer):
         return rows_of(layer)
     if is_convolution(layer):
@@ -213,7 +225,7 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     Class, settings and hooks are the layer's, and so are the modules in it. A quantized layer becomes the kind of dense layer that it
     was, a convolution one without groups. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
     """
-    like = _dense_like(layer) if isinstance(layer, QuantLinear) else layer
+    like = _dense_like(layer) if isinstance(layer, QuantLinear) or is_foreign(layer) else layer
     new = copy.copy(like)
     take_from_front(new, Frozen)
     for name in (
@@ -231,12 +243,11 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     return new
 
 
-def _dense_like(layer: QuantLinear) -> nn.Module:
+def _dense_like(layer: Any) -> nn.Module:
     """A dense layer without memory, of the kind that was packed, with the packed one's bias and hooks."""
+    sizes = (layer.in_features, layer.out_features)
     with torch.device("meta"):
-        dense = (layer.conv1d or nn.Linear)(
-            *((layer.out_features, layer.in_features) if layer.conv1d else (layer.in_features, layer.out_features))
-        )
+        dense = layer.conv1d(*sizes[::-1]) if is_transposed(layer) else nn.Linear(*sizes)
     dense._parameters["bias"] = layer.bias
     take_hooks(dense, hooks_of(layer))
     return dense.train(layer.training)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError, TargetError, nearest
-from minilora.linear.layers import as_stored, compute_dtype, dense_weight, in_out_features, weight_name
+from minilora.linear.layers import as_stored, compute_dtype, dense_weight, in_out_features, is_foreign, weight_name
 from minilora.linear.shown import shown_weight
 from minilora.lora.config import LoraConfig
 
@@ -98,8 +98,11 @@ class Adapter(nn.Module, ABC):
     def weight(self) -> Tensor:
         """What a model sees that asks for the weight: the base layer's with every update of this slot, made when it is computed with."""
         stored: Tensor = getattr(self.innermost, weight_name(self.innermost))
+        shape = (self.out_features, self.in_features) if is_foreign(self.innermost) else stored.shape
         trains = any(parameter.requires_grad for parameter in self.parameters())
-        return shown_weight(self._whole_weight, stored.shape, stored.dtype, stored.device, trains)
+        return shown_weight(
+            self._whole_weight, torch.Size(shape), compute_dtype(self.innermost), stored.device, trains
+        )
 
     @property
     def bias(self) -> Tensor | None:

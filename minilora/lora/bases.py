@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError, TargetError
 from minilora.linear.convolution import convolve, is_convolution, of_channels
-from minilora.linear.layers import dense_weight, embed_scale, is_attention_output, is_plain, kind_of, stored_weight
+from minilora.linear.layers import dense_weight, embed_scale, is_attention_output, is_foreign, is_plain, kind_of, stored_weight
 from minilora.linear.packed import QuantLinear
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import READ_BY_PARENT
@@ -100,6 +100,8 @@ def refuse_to_replace(path: str, layer: nn.Module) -> None:
 
 def is_more_than_its_weight(layer: nn.Module) -> bool:
     """Whether calling this layer is something else than its product (an embedding: its rows), tried where its class does not say."""
+    if is_foreign(layer):
+        return False
     if "forward" not in layer.__dict__ and (is_plain(layer) or type(layer).forward in _KNOWN):
         return False
     if isinstance(layer, nn.MultiheadAttention):  # too much in it to try it

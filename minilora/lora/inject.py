@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from minilora.errors import ConfigError, StateError, TargetError
-from minilora.linear.layers import in_front, is_quantized, kind_of
+from minilora.linear.layers import in_front, is_foreign, is_quantized, kind_of
 from minilora.lora.adapter import Adapter, variant_at
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
@@ -59,6 +59,8 @@ def build(
         if isinstance(layer, nn.MultiheadAttention):
             values |= attention_adapters(layer, modules[f"{path}.out_proj"], config, path)
             continue
+        if make.replaces_base and is_foreign(layer):
+            raise TargetError(f"{path}: is a {type(layer).__name__}, packed already, and {make.__name__} packs a dense layer; load the dense model")
         if make.replaces_base and path in adapters.slots and not is_quantized(layer):
             raise TargetError(
                 f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from minilora.errors import StateError, TargetError, nearest
-from minilora.linear.layers import is_linear, is_quantized, kind_of
+from minilora.linear.layers import is_foreign, is_linear, is_quantized, kind_of
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
 from minilora.lora.bare import Bare
@@ -112,7 +112,7 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     for path in saved:
         if (outer := inside(path.rpartition(".")[0], copied)) is not None:
             raise TargetError(f"modules_to_save: {path} lies in {outer}, which is copied whole; name only one of them")
-        if packed := [name for name, module in modules[path].named_modules() if is_quantized(module)]:
+        if packed := [name for name, module in modules[path].named_modules() if is_quantized(module) or is_foreign(module)]:
             raise TargetError(
                 f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole; "
                 "name another, or give the dense model"

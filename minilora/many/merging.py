@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
+from minilora.linear.foreign import foreign_of
 from minilora.linear.layers import (
     QuantLinear,
     compute_dtype,
@@ -96,8 +98,9 @@ def merged_layers(model: nn.Module, names: Sequence[str] | None = None, requanti
     losses: dict[str, tuple[float, float]] = {}
     for path in folded:
         refuse_to_replace(path, adapters.slots[path].base)  # type: ignore[arg-type]
+    kind = _floating(Bare(model))
     for path, adapters_here in folded.items():
-        layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize)
+        layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize, kind)
     _share_again(adapters, layers)
     return Merged(chosen, folded, layers, _report(layers, losses))
 
@@ -145,14 +148,27 @@ def _folded(adapters: Adapters, names: Sequence[str]) -> dict[str, list[Adapter]
     return {path: values for path, values in found.items() if values}
 
 
-def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tuple[nn.Module, tuple[float, float]]:
+def _floating(bare: Bare) -> torch.dtype:
+    """The dtype in which a model computes: its first floating parameter's."""
+    return next((p.dtype for _, p in bare.named_parameters() if p.is_floating_point()), torch.float32)
+
+
+def _merged_layer(
+    slot: Slot, folded: Sequence[Adapter], requantize: bool, floating: torch.dtype
+) -> tuple[nn.Module, tuple[float, float]]:
     """A layer with the sum of the updates inside, and ``(|error|^2, |update|^2)``."""
-    base: nn.Module = slot.base  # type: ignore[assignment]
+    base: Any = slot.base
+    foreign = foreign_of(base)
+    if requantize and foreign is not None:
+        raise StateError(
+            f"{slot.path}: a {type(base).__name__} of another library is merged to a dense layer only; leave requantize out"
+        )
+    kind = floating if foreign is not None and foreign.dtype(base) is None else compute_dtype(base)
     alone = [_on(adapter, base) for adapter in folded]
     with torch.no_grad():
         before = dense_weight(base)
         update = torch.stack([adapter.delta_weight() for adapter in alone]).sum(0)
-        merged = (before.float() + update).to(compute_dtype(base))
+        merged = (before.float() + update).to(kind)
         shifts = [shift for adapter in alone if (shift := adapter.delta_bias()) is not None]
         bias = _moved_bias(base, shifts) if shifts else None
     if not is_finite(before):
