@@ -12,7 +12,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def register_foreign(class_name: str, foreign: Foreign) -> None:
 
 def foreign_of(layer: object) -> Foreign | None:
     """What is known of a layer of another library; None for every other layer."""
-    if (known := _of_class(type(layer))) is not None:
+    if (known := _of_class(cast(Any, type(layer)))) is not None:
         return known
     if isinstance(layer, nn.Linear) and type(layer._parameters.get("weight")).__module__.startswith("torchao."):
         return _TORCHAO
@@ -56,8 +56,10 @@ def foreign_of(layer: object) -> Foreign | None:
 
 
 @functools.cache
-def _of_class(kind: type) -> Foreign | None:
-    return next((known for each in kind.__mro__ if (known := _BY_CLASS.get(f"{each.__module__}.{each.__qualname__}"))), None)
+def _of_class(kind: Any) -> Foreign | None:
+    return next(
+        (known for each in kind.__mro__ if (known := _BY_CLASS.get(f"{each.__module__}.{each.__qualname__}"))), None
+    )
 
 
 def _four_bits(layer: Any) -> Tensor:

@@ -238,6 +238,9 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     new._parameters = {**like._parameters, weight_name(like): own}
     if is_convolution(new):
         new.groups = 1
+    shared: Any = new._parameters.get("bias")
+    if bias is None and is_foreign(layer) and shared is not None and shared.dtype != weight.dtype:
+        bias = shared.detach().to(weight.dtype)  # which these layers cast to whatever they are given
     if bias is not None:
         new._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return new

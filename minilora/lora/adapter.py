@@ -100,9 +100,7 @@ class Adapter(nn.Module, ABC):
         stored: Tensor = getattr(self.innermost, weight_name(self.innermost))
         shape = (self.out_features, self.in_features) if is_foreign(self.innermost) else stored.shape
         trains = any(parameter.requires_grad for parameter in self.parameters())
-        return shown_weight(
-            self._whole_weight, torch.Size(shape), compute_dtype(self.innermost), stored.device, trains
-        )
+        return shown_weight(self._whole_weight, torch.Size(shape), compute_dtype(self.innermost), stored.device, trains)
 
     @property
     def bias(self) -> Tensor | None:

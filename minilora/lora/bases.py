@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError, TargetError
 from minilora.linear.convolution import convolve, is_convolution, of_channels
-from minilora.linear.layers import dense_weight, embed_scale, is_attention_output, is_foreign, is_plain, kind_of, stored_weight
+from minilora.linear.layers import (
+    dense_weight,
+    embed_scale,
+    is_attention_output,
+    is_foreign,
+    is_plain,
+    kind_of,
+    stored_weight,
+)
 from minilora.linear.packed import QuantLinear
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import READ_BY_PARENT

@@ -60,7 +60,9 @@ def build(
             values |= attention_adapters(layer, modules[f"{path}.out_proj"], config, path)
             continue
         if make.replaces_base and is_foreign(layer):
-            raise TargetError(f"{path}: is a {type(layer).__name__}, packed already, and {make.__name__} packs a dense layer; load the dense model")
+            raise TargetError(
+                f"{path}: is a {type(layer).__name__}, packed already, and {make.__name__} packs a dense layer; load the dense model"
+            )
         if make.replaces_base and path in adapters.slots and not is_quantized(layer):
             raise TargetError(
                 f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"

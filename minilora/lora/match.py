@@ -112,7 +112,9 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     for path in saved:
         if (outer := inside(path.rpartition(".")[0], copied)) is not None:
             raise TargetError(f"modules_to_save: {path} lies in {outer}, which is copied whole; name only one of them")
-        if packed := [name for name, module in modules[path].named_modules() if is_quantized(module) or is_foreign(module)]:
+        if packed := [
+            name for name, module in modules[path].named_modules() if is_quantized(module) or is_foreign(module)
+        ]:
             raise TargetError(
                 f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole; "
                 "name another, or give the dense model"

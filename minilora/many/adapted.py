@@ -122,11 +122,13 @@ def say_dense(change: Change, model: nn.Module) -> None:
     if said is None:
         return
     if any(is_foreign(module) for module in model.modules()):
-        dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not is_foreign(module)]
+        dense = [
+            path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not is_foreign(module)
+        ]
         if hasattr(said, "llm_int8_skip_modules"):
             change.put(said, "llm_int8_skip_modules", dense)
         return
-    change.drop(model.config.__dict__, "quantization_config")  # type: ignore[union-attr]
+    change.drop(model.config.__dict__, "quantization_config")
     for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
         if name in model.__dict__:
             change.drop(model.__dict__, name)

@@ -21,6 +21,7 @@ from minilora.linear.layers import (
     QuantLinear,
     compute_dtype,
     dense_weight,
+    is_foreign,
     is_quantized,
     stored_weight,
     weight_name,
@@ -98,9 +99,9 @@ def merged_layers(model: nn.Module, names: Sequence[str] | None = None, requanti
     losses: dict[str, tuple[float, float]] = {}
     for path in folded:
         refuse_to_replace(path, adapters.slots[path].base)  # type: ignore[arg-type]
-    kind = _floating(Bare(model))
+    flowing = _flowing(Bare(model))
     for path, adapters_here in folded.items():
-        layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize, kind)
+        layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize, flowing)
     _share_again(adapters, layers)
     return Merged(chosen, folded, layers, _report(layers, losses))
 
@@ -148,13 +149,15 @@ def _folded(adapters: Adapters, names: Sequence[str]) -> dict[str, list[Adapter]
     return {path: values for path, values in found.items() if values}
 
 
-def _floating(bare: Bare) -> torch.dtype:
-    """The dtype in which a model computes: its first floating parameter's."""
-    return next((p.dtype for _, p in bare.named_parameters() if p.is_floating_point()), torch.float32)
+def _flowing(bare: Bare) -> torch.dtype | None:
+    """The dtype in which a model computes beside its packed layers: its first floating parameter's; None if it has none."""
+    packed = {id(stored_weight(module)) for module in bare.modules() if foreign_of(module) is not None}
+    floating = (p.dtype for _, p in bare.named_parameters() if p.is_floating_point() and id(p) not in packed)
+    return next(floating, None)
 
 
 def _merged_layer(
-    slot: Slot, folded: Sequence[Adapter], requantize: bool, floating: torch.dtype
+    slot: Slot, folded: Sequence[Adapter], requantize: bool, flowing: torch.dtype | None
 ) -> tuple[nn.Module, tuple[float, float]]:
     """A layer with the sum of the updates inside, and ``(|error|^2, |update|^2)``."""
     base: Any = slot.base
@@ -163,14 +166,16 @@ def _merged_layer(
         raise StateError(
             f"{slot.path}: a {type(base).__name__} of another library is merged to a dense layer only; leave requantize out"
         )
-    kind = floating if foreign is not None and foreign.dtype(base) is None else compute_dtype(base)
+    kind = (
+        flowing if foreign is not None and flowing else compute_dtype(base)
+    )  # they take and give any dtype, a dense one does not
     alone = [_on(adapter, base) for adapter in folded]
     with torch.no_grad():
         before = dense_weight(base)
         update = torch.stack([adapter.delta_weight() for adapter in alone]).sum(0)
         merged = (before.float() + update).to(kind)
         shifts = [shift for adapter in alone if (shift := adapter.delta_bias()) is not None]
-        bias = _moved_bias(base, shifts) if shifts else None
+        bias = _moved_bias(base, shifts, kind) if shifts else None
     if not is_finite(before):
         raise StateError(
             f"{slot.path}: its base weight holds NaN or infinity, so nothing is merged into it; load it again"
@@ -194,10 +199,10 @@ def _on(adapter: Adapter, base: nn.Module) -> Adapter:
     return alone
 
 
-def _moved_bias(base: nn.Module, shifts: Sequence[Tensor]) -> Tensor:
+def _moved_bias(base: nn.Module, shifts: Sequence[Tensor], kind: torch.dtype) -> Tensor:
     shift = torch.stack(list(shifts)).sum(0)
     bias: Tensor | None = base.bias  # type: ignore[assignment]
-    return shift.to(compute_dtype(base)) if bias is None else (bias.float() + shift).to(bias.dtype)
+    return shift.to(kind) if bias is None else (bias.float() + shift).to(kind if is_foreign(base) else bias.dtype)
 
 
 def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[Adapter]]) -> None:
