@@ -40,7 +40,8 @@ class LoraConfig:
         bias: which biases train: "none", "lora_only" (of the adapted layers), "all".
         modules_to_save: names of modules of which a full copy is trained and saved beside the adapter.
         init_lora_weights: True (A kaiming-uniform, B = 0), "gaussian" (A normal with std 1/r, B = 0), False (both random),
-            "orthogonal", "pissa", "pissa_niter_N", "olora" or "loftq" (each a file in ``variants/``).
+            "orthogonal", "pissa", "pissa_niter_N", "olora" or "loftq" (each a file in ``variants/``). Of an embedding: A = 0 and B
+            random, for all but "loftq", as in PEFT.
         use_rslora: scaling ``lora_alpha / sqrt(r)``.
         use_dora: magnitude and direction apart (``variants/dora.py``).
         lora_bias: a trained bias on B, scaled as B is.
