@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ from minilora.lora.copies import in_given_dtype
 from minilora.lora.inject import build_new, inject, place_in
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of, has_adapters, unwrapped
+from minilora.lora.variants.alora import activated
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.store import load as checkpoint
 
@@ -178,7 +179,8 @@ class PeftModel(Front):
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The forward; with ``adapter_names`` each row of the batch gets its own adapter."""
         if adapter_names is None:
-            return super().__call__(*args, **kwargs)
+            with activated(self, kwargs.get("input_ids", args[0] if args else None)):
+                return super().__call__(*args, **kwargs)
         with batched.batch_adapters(self, adapter_names):
             return super().__call__(*args, **kwargs)
 
@@ -306,7 +308,8 @@ class _Generates(PeftModel):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
-        with nullcontext() if adapter_names is None else batched.batch_adapters(self, adapter_names):
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with activated(self, prompt) if adapter_names is None else batched.batch_adapters(self, adapter_names):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -69,6 +69,19 @@ def tokens(value: object) -> None:
             )
 
 
+def invocation(value: object) -> tuple[int, ...] | None:
+    """``alora_invocation_tokens``: None, or token ids in their order."""
+    if value is None:
+        return None
+    if (
+        isinstance(value, Sequence)
+        and value
+        and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= _MOST for i in value)
+    ):
+        return tuple(value)
+    raise ConfigError(f"alora_invocation_tokens={value!r}: wanted a list of token ids, such as tokenizer.encode gives")
+
+
 def layers(value: object) -> tuple[int, ...] | int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -63,8 +64,7 @@ def _of_class(kind: Any) -> Foreign | None:
 
 
 def _four_bits(layer: Any) -> Tensor:
-    from bitsandbytes import functional
-
+    functional: Any = sys.modules["bitsandbytes"].functional  # imported already, for here is a layer of it
     state = _state(layer)
     codes = layer.weight.data
     if getattr(state, "packing_format_for_cpu", False):  # packed once more for a processor that multiplies bf16

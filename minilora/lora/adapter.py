@@ -51,6 +51,8 @@ class Adapter(nn.Module, ABC):
     replaces_base: ClassVar[bool] = False
     # Whether this one did: it does not where it finds the base layer that it would have made.
     base_replaced: bool = False
+    # Whether the update is another one for each input: ``delta_weight`` raises then.
+    depends_on_input: ClassVar[bool] = False
     # A digest of what went into it beside config and base layer; a file remembers it, and loads beside the same only.
     made_with: str = ""
     # The kind of layer that it stands on (``linear.layers.kind_of``), which ``register`` says.

@@ -51,6 +51,7 @@ class LoraConfig:
         loftq_config: ``{"loftq_bits": 2, 3 or 4, "loftq_iter": T}``.
         rank_pattern, alpha_pattern: module-name regex to its own r or lora_alpha; the first that matches the path's end wins.
         task_type: one of TASK_TYPES or None.
+        alora_invocation_tokens: token ids from whose last occurrence in a row on the update is active (``variants/alora.py``).
 
     Raises:
         ConfigError: for a value that cannot be meant, naming the field, the value and what is wanted.
@@ -80,6 +81,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    alora_invocation_tokens: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -104,6 +106,7 @@ class LoraConfig:
         for name in ("base_model_name_or_path", "revision"):
             if getattr(self, name) is not None:
                 validate.text(name, getattr(self, name))
+        put("alora_invocation_tokens", validate.invocation(self.alora_invocation_tokens))
         self._check_start()
         validate.tokens(self.trainable_token_indices)
         self._check_places(put)
@@ -153,6 +156,10 @@ class LoraConfig:
             raise ConfigError(
                 f"use_dora goes with init_lora_weights True, False or 'gaussian', not {init!r}; drop one of the two"
             )
+        if self.alora_invocation_tokens and self.variant != "alora":
+            raise ConfigError(
+                f"alora_invocation_tokens goes with plain LoRA, not with {self.variant}; drop one of the two"
+            )
         if self.lora_bias and self.variant != "lora":
             raise ConfigError(f"lora_bias goes with plain LoRA, not with {self.variant}; drop one of the two")
         if init == "orthogonal" and self.r % 2:
@@ -164,7 +171,9 @@ class LoraConfig:
         init = self.init_lora_weights
         if isinstance(init, str) and init != "gaussian":
             return "pissa" if init.startswith("pissa") else init
-        return "dora" if self.use_dora else "lora"
+        if self.use_dora:
+            return "dora"
+        return "alora" if self.alora_invocation_tokens else "lora"
 
     @property
     def pissa_rounds(self) -> int | None:

@@ -13,7 +13,6 @@ from minilora.errors import ConfigError, nearest
 
 # PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
 OUT_OF_SCOPE: dict[str, Any] = {
-    "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
     "eva_config": None,

@@ -22,10 +22,11 @@ def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Ad
 
 @torch.no_grad()
 def update_ratios(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
-    """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path."""
+    """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path; of those that are the same for every input."""
     return {
         path: float(adapter.delta_weight().norm() / dense_weight(adapter.innermost).float().norm().clamp(min=1e-30))
         for path, adapter in adapters_in(model, adapter_name).items()
+        if not adapter.depends_on_input
     }
 
 

@@ -2,6 +2,7 @@
 
 from minilora.lora.adapter import register
 from minilora.lora.variants import (
+    alora,
     attention,
     convolution,
     dora,
@@ -17,6 +18,7 @@ from minilora.lora.variants import (
 )
 
 __all__ = [
+    "alora",
     "attention",
     "convolution",
     "dora",
