@@ -76,7 +76,7 @@ def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     refuse_unfit(model, modules, paths)
     if tables := [path for path in paths if not is_linear(modules[path])]:
         kind = type(modules[tables[0]]).__name__
-        raise TargetError(f"{tables[0]} is a {kind}, which has no packed form; quantize linear layers only")
+        raise TargetError(f"{tables[0]}: {kind} has no packed form; quantize linear layers only")
     for path in paths:
         refuse_to_replace(path, modules[path])
     if packed := [path for path in paths if is_quantized(modules[path]) or is_foreign(modules[path])]:
