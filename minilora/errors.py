@@ -31,9 +31,10 @@ __all__ = [
     "warn",
 ]
 
-# Control characters (escape sequences begin with one), and marks that turn the direction of text.
-_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters (escape sequences begin with one), marks that turn the direction of text, and halves of pairs, which no stream takes.
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 1200  # signs of a message
+_LONGEST_WORD = 100  # signs that are compared with known names
 
 
 class MiniLoraError(Exception):
@@ -56,7 +57,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minilora":
         frame, level = frame.f_back, level + 1
-    warnings.warn(printable(message), category, stacklevel=level - 1)
+    warnings.warn(printable(message), category, stacklevel=level)
 
 
 def printable(text: str) -> str:
@@ -64,9 +65,13 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def for_terminal(text: str) -> str:
-    """Text of a model or a file as a terminal may get it: line ends, tabs and all letters stay; what steers a terminal is written out."""
-    return _STEERS.sub(lambda found: repr(found[0])[1:-1], text)
+def for_terminal(text: str, encoding: str | None = None) -> str:
+    """Text of a model or a file as a terminal may get it: line ends, tabs and all letters stay; what steers a terminal is written out.
+
+    So is what ``encoding``, the stream's, has no bytes for (on Windows it need not be UTF-8).
+    """
+    shown = _STEERS.sub(lambda found: repr(found[0])[1:-1], text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding) if encoding else shown
 
 
 class ConfigError(MiniLoraError, ValueError):
@@ -127,5 +132,5 @@ class MissingPackageError(MiniLoraError, ImportError):
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """``word``'s closest spellings among ``known`` as a readable list, or the first few known names when none is close."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(word, names, n=count, cutoff=0.5) or names[:count]
+    close = difflib.get_close_matches(word[:_LONGEST_WORD], names, n=count, cutoff=0.5) or names[:count]
     return ", ".join(repr(name) for name in close) if close else "nothing"

@@ -553,3 +553,15 @@ def test_a_fault_of_the_site_is_named(scripts, tmp_path, monkeypatch):
         "a.html: there is no c.html",
         "the search index has no minilora.lost",
     ]
+
+
+def test_every_threat_names_tests_that_are_there():
+    rows = [
+        row for row in PAGES["docs/threats.md"].splitlines() if row.startswith("| ") and not row.startswith("| what ")
+    ]
+    assert len(rows) > 35
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.rsplit("|", 2)[1])
+        assert named, row
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from minilora import __version__
 from minilora.cli.parser import Parser
-from minilora.errors import MiniLoraError
+from minilora.cli.say import say
+from minilora.errors import MiniLoraError, printable
 
 # Each is a file of this folder, which is imported when its command is called.
 COMMANDS = {
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("minilora: interrupted; what was saved before is whole", file=sys.stderr)
+        say("minilora: interrupted; what was saved before is whole", error=True)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -73,11 +74,11 @@ def _fail(error: Exception, debug: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip(), error=True)
     known = isinstance(error, MiniLoraError)
     kind, hint = ("", "") if known else (type(error).__name__, "" if debug else "run again with --debug")
-    said = " ".join(str(error).split())[:1200]
-    print("minilora:", "; ".join(filter(None, [": ".join(filter(None, [kind, said])), hint])), file=sys.stderr)
+    said = printable(" ".join(str(error).split())[:1200])
+    say("minilora: " + "; ".join(filter(None, [": ".join(filter(None, [kind, said])), hint])), error=True)
     return error.exit_code if isinstance(error, MiniLoraError) else 1
 
 

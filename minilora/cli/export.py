@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
-from minilora.cli.flags import Flag, add_flags
+from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.folders import new_folder
 from minilora.cli.parser import one_of
 from minilora.cli.say import say
+from minilora.hf.job import Job
 from minilora.store.programs import TARGETS
 
 USAGE = "--adapter FOLDER --for PROGRAM --out FOLDER [options]"
@@ -22,7 +23,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     base = (
         'the adapter\'s base model: hub id, local folder, or "smollm2"; needed for variants other than LoRA and rsLoRA'
     )
-    add_flags(parser, "model", [Flag("model", str, None, base)])
+    trust = fields_of(Job, ("trust_remote_code",)).values()
+    add_flags(parser, "model", [Flag("model", str, None, base), *trust])
     add_adapter_flags(parser, required=True)
     program = Flag("target", str, None, "who will read it", TARGETS, True, "--for", one_of(TARGETS))
     add_flags(parser, "output", [program, new_folder("exported adapter")])
@@ -38,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         from minilora import PeftModel
         from minilora.hf import load_model
 
-        model = PeftModel.from_pretrained(load_model(arguments.model), arguments.adapter, **trust_of(arguments))
+        base = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        model = PeftModel.from_pretrained(base, arguments.adapter, **trust_of(arguments))
         rank = export_adapter(model, arguments.out, arguments.target)
     else:
         rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)

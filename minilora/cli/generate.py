@@ -20,7 +20,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora generate`` takes."""
-    model = fields_of(Job, ("model", "quant"), quant="none")
+    model = fields_of(Job, ("model", "quant", "trust_remote_code"), quant="none")
     model["quant"] = dataclasses.replace(model["quant"], choices=QUANT_CHOICES)
     add_flags(parser, "model", model.values())
     add_adapter_flags(parser, required=False)
@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.hf import answers, load_model, load_tokenizer
     from minilora.linear.layers import is_quantized
 
-    tokenizer, model = load_tokenizer(arguments.model), load_model(arguments.model)
+    trust = arguments.trust_remote_code
+    tokenizer = load_tokenizer(arguments.model, trust)
+    model = load_model(arguments.model, trust_remote_code=trust)
     if arguments.quant != "none" and not any(is_quantized(module) for module in model.modules()):
         quantize_model(model, QuantConfig(arguments.quant, double_quant=True))
     if arguments.adapter:

@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora merge`` takes."""
-    add_flags(parser, "model", fields_of(Job, ("model",)).values())
+    add_flags(parser, "model", fields_of(Job, ("model", "trust_remote_code")).values())
     add_adapter_flags(parser, required=True)
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
     add_flags(parser, "output", [new_folder("merged model"), merged])
@@ -31,6 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.hf.finetune import DTYPES
     from minilora.hf.merge import merge_to_folder
 
-    dtype = DTYPES[arguments.dtype]
-    place = merge_to_folder(arguments.model, arguments.adapter, arguments.out, dtype, **trust_of(arguments))
+    options = {
+        "dtype": DTYPES[arguments.dtype],
+        "trust_remote_code": arguments.trust_remote_code,
+        **trust_of(arguments),
+    }
+    place = merge_to_folder(arguments.model, arguments.adapter, arguments.out, **options)
     say(f"merged model in {place}")

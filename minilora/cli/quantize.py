@@ -27,7 +27,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     packing = fields_of(QuantConfig, _PACKING, double_quant=True)
     size = "weights that share one scale; a power of two from 64 to 4096"  # files hold no smaller one
     packing["blocksize"] = dataclasses.replace(packing["blocksize"], about=size)
-    add_flags(parser, "model", [*fields_of(Job, ("model",)).values(), format, *packing.values(), DTYPE])
+    own = fields_of(Job, ("model", "trust_remote_code"))
+    add_flags(parser, "model", [own.pop("model"), format, *packing.values(), DTYPE, *own.values()])
     text = "JSONL file, as for minilora train, of text like what the model will read; needed by --scale weighted"
     add_flags(parser, "data", [Flag("calibration", str, None, text)])
     add_flags(parser, "output", [new_folder("packed model")])
@@ -44,5 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.hf.finetune import DTYPES
     from minilora.hf.quantize import quantize_to_folder
 
-    kept = quantize_to_folder(arguments.model, arguments.out, config, arguments.calibration, DTYPES[arguments.dtype])
+    options = {"dtype": DTYPES[arguments.dtype], "trust_remote_code": arguments.trust_remote_code}
+    kept = quantize_to_folder(arguments.model, arguments.out, config, arguments.calibration, **options)
     say(f"packed model in {arguments.out}: {kept / 1e6:.0f} MB; use it as --model {arguments.out}")

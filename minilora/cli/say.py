@@ -11,4 +11,5 @@ __all__ = ["say"]
 
 def say(text: str, error: bool = False) -> None:
     """Print a text and a line end at once, to standard output, or to standard error."""
-    print(for_terminal(text), file=sys.stderr if error else sys.stdout, flush=True)
+    stream = sys.stderr if error else sys.stdout
+    print(for_terminal(text, stream.encoding), file=stream, flush=True)

@@ -28,7 +28,7 @@ def closest(word: str, known: Iterable[str]) -> str:
     names = list(known)
     own = {_bare(name): name for name in names}
     others = {other: own[name] for other, name in _OTHER_NAMES.items() if name in own}
-    best = difflib.get_close_matches(_bare(word), [*own, *others], n=1, cutoff=0.75)
+    best = difflib.get_close_matches(_bare(word[:100]), [*own, *others], n=1, cutoff=0.75)
     return repr(others[best[0]]) if best and best[0] in others else nearest(word, names)
 
 

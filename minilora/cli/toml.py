@@ -8,6 +8,8 @@ from typing import Any
 from minilora.cli.spelling import closest
 from minilora.errors import ConfigError
 from minilora.files import disk
+from minilora.files.read import refuse_path
+from minilora.files.validate import shown
 
 __all__ = ["REGEX_FLAGS", "read_toml"]
 
@@ -34,12 +36,13 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {closest(name, known)}")
         if not (_is_kind(value, known[name]) or (name in REGEX_FLAGS and isinstance(value, str))):
-            raise ConfigError(f"{path}: {name} = {value!r}; wanted {_KIND_WORDS[known[name]]}")
+            raise ConfigError(f"{path}: {name} = {shown(value)}; wanted {_KIND_WORDS[known[name]]}")
     return content
 
 
 def _bytes(path: str) -> bytearray:
     """The whole file. A pipe, a device and what is larger than any settings are refused, and never waited for."""
+    refuse_path(path, ConfigError)
     try:
         with closing(disk.used.open(path)) as file:
             if file.size > _LONGEST:

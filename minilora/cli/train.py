@@ -32,7 +32,7 @@ _LORA_FLAGS = (
 )
 # What is in no other group is "training".
 _GROUPS = {
-    "model": ("model", "quant", "double_quant", "dtype"),
+    "model": ("model", "quant", "double_quant", "dtype", "trust_remote_code"),
     "data": ("data", "max_length", "eval_share", "date"),
     "adapter": _LORA_FLAGS,
     "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "prompts", "max_new_tokens"),
@@ -68,6 +68,10 @@ def job_of(arguments: argparse.Namespace) -> Job:
     """The job that the flags and the TOML file ask for. Raises ``ConfigError`` for a value that cannot be meant, by name."""
     known = {name: flag.kind for name, flag in settings().items()}
     given = read_toml(arguments.config, known) if arguments.config else {}
+    if given.get("trust_remote_code"):
+        raise ConfigError(
+            f"{arguments.config}: trust_remote_code: a file may not let code run; give --trust-remote-code on the command line"
+        )
     given |= {name: value for name in known if (value := getattr(arguments, name)) is not None}
     for name in ("model", "data", "out"):
         if not given.get(name):

@@ -15,7 +15,7 @@ from minilora.hf.job import DTYPE_NAMES, QUANT_CHOICES
 from minilora.hf.trials import PlanJob
 
 _GROUPS = {
-    "model": ("model", "quant", "double_quant", "dtype"),
+    "model": ("model", "quant", "double_quant", "dtype", "trust_remote_code"),
     "data": ("batch", "seq"),
     "adapter": ("r", "target_modules"),
     "training": ("gradient_checkpointing", "threads"),

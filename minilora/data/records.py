@@ -18,6 +18,7 @@ from typing import Any
 from minilora.data.fields import check_messages, check_options, check_text
 from minilora.errors import DataError, nearest
 from minilora.files.parse import once
+from minilora.files.read import refuse_path
 
 __all__ = ["Record", "check_record", "read_jsonl", "unused"]
 
@@ -48,6 +49,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
             forms, or a field that nothing would use; with path and line, and the byte of the line where there is one.
     """
     source = Path(path)
+    refuse_path(source, DataError)
     if not source.is_file():
         raise DataError(
             f"{source}: no such file; wanted JSONL with 'messages', 'prompt' and 'completion', or 'text' in every line"

@@ -148,7 +148,10 @@ class Disk:
 
     def link(self, source: Path, target: Path) -> None:
         """A second name for one file; of a symbolic link, a second link."""
-        os.link(source, target, follow_symlinks=False)
+        if os.link in os.supports_follow_symlinks:
+            os.link(source, target, follow_symlinks=False)
+        else:  # pragma: no cover: Windows
+            os.link(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
         """Move within one folder or file system; a file that is there is replaced at once."""

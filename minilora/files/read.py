@@ -14,13 +14,24 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, MiniLoraError
 from minilora.files import disk
 
-__all__ = ["read_bytes", "read_files"]
+__all__ = ["read_bytes", "read_files", "refuse_path"]
 
 COMMIT = ".minilora-commit-"
 _TRIES = 200  # beside a writer
+
+
+def refuse_path(path: str | os.PathLike[str], kind: type[MiniLoraError] = CheckpointError) -> None:
+    """Raise ``kind`` for what no file of this system can be called (too long, NUL in it, no bytes for it), or nobody may look for."""
+    try:
+        disk.used.kind(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise kind(
+            f"{os.fspath(path)[:200]}: is no path that can be used here ({reason}); choose another one"
+        ) from None
 
 
 def read_bytes(path: str | os.PathLike[str], purpose: str) -> bytearray:

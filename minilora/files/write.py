@@ -17,7 +17,7 @@ from typing import Any
 
 from minilora.errors import WriteError
 from minilora.files import disk
-from minilora.files.read import COMMIT, commit_of
+from minilora.files.read import COMMIT, commit_of, refuse_path
 from minilora.files.staging import STAGED, locked, make_folders, numbered, settle, staging, sweep, told
 
 __all__ = ["append_line", "new_folder", "remove", "write_file", "write_files"]
@@ -25,6 +25,7 @@ __all__ = ["append_line", "new_folder", "remove", "write_file", "write_files"]
 _SPARE = ".spare-"  # in a commit folder: a second name of a file, on its way into its place
 # What a system says that cannot exchange, or lets nobody write beside the folder.
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES, errno.EROFS}
+_CANNOT |= {errno.ENAMETOOLONG}  # a staging folder beside it is called as it is, and a little longer
 
 
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
@@ -33,7 +34,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
     Raises:
         WriteError: the folder cannot be made or written; the message has the path and the system's reason. Old files stay.
     """
-    place = Path(os.path.realpath(folder))
+    place = _real(folder)
     with told(place, sum(map(len, files.values()))):
         make_folders(place.parent)
         _recover(place)
@@ -45,6 +46,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
 def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write one file atomically. Raises ``WriteError`` as ``write_files``."""
     target = Path(path)
+    refuse_path(target, WriteError)
     write_files(target.parent, {target.name: content.encode() if isinstance(content, str) else content})
 
 
@@ -54,7 +56,7 @@ def new_folder(folder: str | os.PathLike[str], fill: Callable[[Path], Any]) -> P
     Raises:
         WriteError: as ``write_files``; nothing is left then. Whatever ``fill`` raises.
     """
-    place = Path(os.path.realpath(folder))
+    place = _real(folder)
     with told(place, 0):
         make_folders(place.parent)
         _recover(place)
@@ -78,13 +80,14 @@ def _give_back(place: Path, staged: Path, was_there: bool) -> None:
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Add one line to a log, at once and unflushed: a kill can halve it, a power cut lose the last lines. Raises as ``write_files``."""
+    refuse_path(path, WriteError)
     with told(Path(path), len(line)):
         disk.used.append(path, f"{line}\n".encode())
 
 
 def remove(folder: str | os.PathLike[str], names: Collection[str]) -> None:
     """Take files and whole folders out of a folder, each in one step, and what a killed ``remove`` left. Raises as ``write_files``."""
-    place = Path(os.path.realpath(folder))
+    place = _real(folder)
     if far := [name for name in names if Path(name).name != name or name in ("", "..")]:
         raise ValueError(f"{far[0]!r}: wanted the name of something in {place}, and no path")
     with told(place, 0):
@@ -97,6 +100,12 @@ def remove(folder: str | os.PathLike[str], names: Collection[str]) -> None:
             for name in names:
                 disk.used.rename(place / name, staged / name)
             disk.used.flush(place)
+
+
+def _real(folder: str | os.PathLike[str]) -> Path:
+    """The folder itself, whatever links lead to it. Raises ``WriteError`` for what no folder can be called."""
+    refuse_path(folder, WriteError)
+    return Path(os.path.realpath(folder))
 
 
 def _recover(place: Path) -> None:

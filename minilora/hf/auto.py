@@ -25,8 +25,9 @@ class AutoPeftModelForCausalLM:
         adapter_name: str = "default",
         is_trainable: bool = False,
         dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
     ) -> Any:
-        """The base model named in the folder's config, with the adapter active.
+        """The base model named in the folder's config, with the adapter active. ``trust_remote_code`` as for ``hf.load_model``.
 
         Raises:
             ConfigError: the config names no base model. CheckpointError: that model cannot be loaded, or the adapter does not fit it.
@@ -36,4 +37,4 @@ class AutoPeftModelForCausalLM:
             raise ConfigError(
                 f"{folder}: its config names no base_model_name_or_path; load the model and use PeftModel.from_pretrained"
             )
-        return PeftModel.from_pretrained(load_model(base, dtype), folder, adapter_name, is_trainable)
+        return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code), folder, adapter_name, is_trainable)

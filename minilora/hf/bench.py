@@ -111,7 +111,11 @@ def _batches(job: BenchJob) -> list[list[list[int]]]:
         ids = torch.randint(0, most, (wanted,), generator=torch.Generator().manual_seed(job.seed)).tolist()
     else:
         records = read_jsonl(DATA if job.data == "demo" else job.data)
-        found = [i for e in encode_all(records, load_tokenizer(job.model), _EVERY_TOKEN) for i in e.input_ids]
+        found = [
+            i
+            for e in encode_all(records, load_tokenizer(job.model, job.trust_remote_code), _EVERY_TOKEN)
+            for i in e.input_ids
+        ]
         ids = (found * -(-wanted // len(found)))[:wanted]
     return torch.tensor(ids).view(job.steps, job.batch, job.seq).tolist()
 
@@ -133,7 +137,7 @@ def make_start(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
 
     def answer(request: str) -> dict[str, Any]:
         job = job_of(settings)
-        model = load_model(job.model, DTYPES[job.dtype])
+        model = load_model(job.model, DTYPES[job.dtype], job.trust_remote_code)
         torch.manual_seed(job.seed)
         inject(model, job.lora())
         save_adapter(model, settings["start"])
@@ -146,7 +150,7 @@ def serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
     """minilora's side."""
 
     def load(job: BenchJob) -> Any:
-        model = load_model(job.model, DTYPES[job.dtype])
+        model = load_model(job.model, DTYPES[job.dtype], job.trust_remote_code)
         if job.quant != "none" and not any(is_quantized(module) for module in model.modules()):
             quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
         return PeftModel.from_pretrained(model, settings["start"], is_trainable=True)

@@ -7,6 +7,7 @@ import string
 from typing import Any
 
 from minilora.errors import ConfigError
+from minilora.files.validate import shown
 
 __all__ = ["check_date", "date_of", "dated"]
 
@@ -24,7 +25,7 @@ def check_date(value: object) -> None:
         if not isinstance(value, str) or (value and datetime.date.fromisoformat(value).isoformat() != value):
             raise ValueError
     except ValueError:
-        raise ConfigError(f"date={str(value)[:40]!r}: wanted a day such as 2025-01-31, or nothing for today") from None
+        raise ConfigError(f"date={shown(value)[:60]}: wanted a day such as 2025-01-31, or nothing for today") from None
 
 
 def dated(tokenizer: Any, date: str) -> Any:

@@ -69,9 +69,13 @@ def fine_tune(
     clock, folder = _Clock(), Path(job.out)
     claim(folder, job.resume, job.overwrite)
     records = read_jsonl(job.data)
-    match(skeleton(job.model), job.lora)  # a mistyped target shows now, before any weight is read
+    trust = job.trust_remote_code
+    match(
+        skeleton(job.model, trust_remote_code=trust), job.lora
+    )  # a mistyped target shows now, before any weight is read
     say(f"{len(records)} examples in {job.data}; loading {job.model}")
-    tokenizer, model = dated(load_tokenizer(job.model), job.date), load_model(job.model, DTYPES[job.dtype])
+    tokenizer = dated(load_tokenizer(job.model, trust), job.date)
+    model = load_model(job.model, DTYPES[job.dtype], trust)
     examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -107,7 +111,7 @@ def _encoded(
     if length < job.max_length:
         say(f"max_length={job.max_length} is more than the context of {job.model}: {length} tokens are the most")
     if passed := unused(records):
-        say(f"not used: {', '.join(f'{key!r} of {count} lines' for key, count in passed.most_common(5))}")
+        say(f"not used: {', '.join(f'{key[:60]!r} of {count} lines' for key, count in passed.most_common(5))}")
     learn, held = split(records, job.eval_share, job.training.seed)
     examples = encode_all(learn, tokenizer, length, say)
     evaluation = encode_all(held, tokenizer, length) if held else []

@@ -28,6 +28,7 @@ class Job:
 
     Args:
         model: hub id, local folder, or "smollm2".
+        trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         data: JSONL file; each line has "messages", "prompt" and "completion", or "text".
         out: run folder, made if it is not there.
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
@@ -60,24 +61,25 @@ class Job:
     date: str = ""
     resume: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
         for name in ("model", "data", "out"):
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite"):
+        for name in ("double_quant", "resume", "overwrite", "trust_remote_code"):
             validate.flag(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)
         check_date(self.date)
         for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted a {kind.__name__}")
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted a {kind.__name__}")
         for name in ("target_modules", "exclude_modules"):
             check_form(getattr(self.lora, name), name)

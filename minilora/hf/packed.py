@@ -18,11 +18,11 @@ from minilora.errors import CheckpointError, StateError
 from minilora.files.parse import parse_tensors
 from minilora.files.read import read_bytes
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
-from minilora.linear.layers import QuantLinear, is_conv1d, is_quantized
+from minilora.linear.layers import QuantLinear, is_conv1d, is_linear, is_quantized
 from minilora.lora.bases import refuse_nested
 from minilora.lora.slots import has_adapters
 from minilora.qlora.kbit import dtype_on_disk
-from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes
+from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes, weight_of
 from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
 from minilora.training.guards import refuse_nonfinite
@@ -108,37 +108,40 @@ def is_packed_folder(folder: str) -> bool:
     return isinstance(said, dict) and said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
 
 
-def load_packed(folder: str, dtype: torch.dtype) -> Any:
+def load_packed(folder: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A model from such a folder: packed layers as ``QuantLinear``, everything else dense in ``dtype``.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds tensors that do not fit the model; each by name.
     """
     try:
-        return _loaded(folder, dtype)
+        return _loaded(folder, dtype, trust_remote_code)
     except Exception as error:  # of a damaged config anything can come, out of the middle of transformers
         raise unreadable(folder, error) from None
 
 
-def _loaded(folder: str, dtype: torch.dtype) -> Any:
+def _loaded(folder: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     import transformers
 
-    config = read_config(folder, folder)
+    config, make = read_config(folder, folder, trust_remote_code), transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = make(config, dtype=dtype, trust_remote_code=trust_remote_code)
     tensors = _all_tensors(Path(folder))
-    groups = sorted(name.split(".quant_state.")[0] for name in tensors if is_state(name))
-    for weight in groups:
-        own = {
-            name.removeprefix(weight): tensors.pop(name)
-            for name in list(tensors)
-            if name == weight or name.startswith(weight + ".")
-        }
+    for weight, own in _packed_groups(tensors).items():
         _put_packed(model, weight.removesuffix(".weight"), from_bitsandbytes(own, weight), tensors, dtype)
     _put_dense(model, tensors, dtype, folder)
     model.tie_weights()
     _fill_buffers(model)
     return model.eval()
+
+
+def _packed_groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Each packed weight with what belongs to it, by what is appended to its name; taken out of ``tensors``."""
+    groups: dict[str, dict[str, Tensor]] = {weight_of(name): {} for name in sorted(tensors) if is_state(name)}
+    for name in list(tensors):
+        if (weight := weight_of(name)) in groups:
+            groups[weight][name.removeprefix(weight)] = tensors.pop(name)
+    return groups
 
 
 def _all_tensors(folder: Path) -> dict[str, Tensor]:
@@ -147,7 +150,10 @@ def _all_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: no .safetensors file; pickles are not read, save the model again")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= parse_tensors(read_bytes(file, "the model's weights"), file)[0]
+        found = parse_tensors(read_bytes(file, "the model's weights"), file)[0]
+        if twice := found.keys() & tensors.keys():
+            raise CheckpointError(f"{file}: {min(twice)[:200]} is in another file of the folder, too; keep one of them")
+        tensors |= found
     return tensors
 
 
@@ -155,11 +161,18 @@ def _put_packed(model: nn.Module, path: str, weight: Any, tensors: dict[str, Ten
     try:
         old: Any = model.get_submodule(path)
     except AttributeError:
-        raise CheckpointError(f"{path}.weight: the model has no such layer; wrong config.json?") from None
+        raise CheckpointError(f"{path[:200]}.weight: the model has no such layer; wrong config.json?") from None
+    if not is_linear(old):
+        raise CheckpointError(
+            f"{path}.weight: is packed, and the model has a {type(old).__name__} there; wrong config.json?"
+        )
     wanted = tuple(old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape)
     if tuple(weight.shape) != wanted:
         raise CheckpointError(f"{path}.weight: is {list(weight.shape)}, the model wants {list(wanted)}")
     bias = tensors.pop(f"{path}.bias", None)
+    held, own = (None if value is None else list(value.shape) for value in (bias, old.bias))
+    if held != own:
+        raise CheckpointError(f"{path}.bias: is {held}, the model wants {own}; the weights do not fit config.json")
     kind = type(old) if is_conv1d(old) else None
     layer = QuantLinear(weight, None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False), kind)
     model.set_submodule(path, layer)

@@ -23,10 +23,14 @@ def serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         versions["bitsandbytes"] = bitsandbytes.__version__
 
     def load(job: BenchJob) -> Any:
-        model = load_model(job.model, DTYPES[job.dtype]) if job.quant == "none" else _in_four_bits(job)
+        model = _dense(job) if job.quant == "none" else _in_four_bits(job)
         return peft.PeftModel.from_pretrained(model, settings["start"], is_trainable=True)
 
     return contestant(settings, versions, load)
+
+
+def _dense(job: BenchJob) -> Any:
+    return load_model(job.model, DTYPES[job.dtype], job.trust_remote_code)
 
 
 def _in_four_bits(job: BenchJob) -> Any:
@@ -40,5 +44,10 @@ def _in_four_bits(job: BenchJob) -> Any:
         bnb_4bit_compute_dtype=dtype,
     )
     return transformers.AutoModelForCausalLM.from_pretrained(
-        resolve(job.model), quantization_config=config, dtype=dtype, device_map="cpu"
+        resolve(job.model),
+        quantization_config=config,
+        dtype=dtype,
+        device_map="cpu",
+        use_safetensors=True,
+        trust_remote_code=job.trust_remote_code,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError
+from minilora.errors import CheckpointError, ConfigError
 from minilora.hf.finetune import DTYPES
 from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve
@@ -23,6 +23,7 @@ from minilora.measure.plan import Memory, measure, pack_on_paper, predict
 from minilora.measure.worker import Worker
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.qlora.quantize_model import quantize_model
+from minilora.quant.codebooks import ON_DISK
 from minilora.quant.config import QuantConfig
 from minilora.training.losses import token_losses
 
@@ -48,7 +49,8 @@ def _serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
     job = PlanJob(**settings | {"target_modules": targets if isinstance(targets, str) else tuple(targets)})
 
     def load() -> nn.Module:
-        model = load_model(job.model, DTYPES[job.dtype]) if has_weights(job.model) else _random_model(job)
+        full = has_weights(job.model)
+        model = load_model(job.model, DTYPES[job.dtype], job.trust_remote_code) if full else _random_model(job)
         if job.quant != "none" and not any(is_quantized(module) for module in model.modules()):
             quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
         return model
@@ -68,7 +70,7 @@ def has_weights(model: str) -> bool:
 
 def load_config(job: PlanJob) -> Any:
     """The model's config, without what it says of quantization."""
-    config = read_config(resolve(job.model), job.model)
+    config = read_config(resolve(job.model), job.model, job.trust_remote_code)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and job.seq > limit:
         raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens; lower --seq")
@@ -78,7 +80,8 @@ def load_config(job: PlanJob) -> Any:
 def _random_model(job: PlanJob) -> Any:
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_config(load_config(job), dtype=DTYPES[job.dtype]).eval()
+    options: dict[str, Any] = {"dtype": DTYPES[job.dtype], "trust_remote_code": job.trust_remote_code}
+    return transformers.AutoModelForCausalLM.from_config(load_config(job), **options).eval()
 
 
 def model_on_meta(job: PlanJob) -> Any:
@@ -92,7 +95,13 @@ def _quantization(job: PlanJob) -> QuantConfig | None:
     place = resolve(job.model)
     if is_packed_folder(place):
         said = json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        return QuantConfig(said["bnb_4bit_quant_type"], double_quant=bool(said["bnb_4bit_use_double_quant"]))
+        kind, nested = said.get("bnb_4bit_quant_type"), said.get("bnb_4bit_use_double_quant", False)
+        if kind not in ON_DISK or not isinstance(nested, bool):
+            raise CheckpointError(
+                f"model {job.model!r}: its config.json says that it is packed as {str(kind)[:100]!r}, double quantization "
+                f"{str(nested)[:100]}; wanted {' or '.join(ON_DISK)}, and true or false"
+            )
+        return QuantConfig(kind, double_quant=nested)
     return None if job.quant == "none" else QuantConfig(job.quant, double_quant=job.double_quant)
 
 

@@ -24,12 +24,18 @@ _CALIBRATION_LENGTH = 512  # tokens of an example that are read
 
 
 def quantize_to_folder(
-    model: str, out: str, config: QuantConfig, calibration: str | None = None, dtype: torch.dtype = torch.float32
+    model: str,
+    out: str,
+    config: QuantConfig,
+    calibration: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> int:
     """Load a model, pack its linear layers, and save it with its tokenizer; returns the bytes of its weights.
 
     Args:
         calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
+        trust_remote_code: as for ``load_model``.
 
     Raises:
         ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
@@ -44,7 +50,7 @@ def quantize_to_folder(
     if config.scale == "weighted" and calibration is None:
         raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
     records = read_jsonl(calibration) if calibration else []
-    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code), load_tokenizer(model, trust_remote_code)
     importance = None
     if config.scale == "weighted":
         examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH)

@@ -6,6 +6,7 @@ The texts under ``Args``, one line a field, are also what ``--help`` shows. Next
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from minilora.errors import ConfigError
 from minilora.files import validate
@@ -22,6 +23,7 @@ class PlanJob:
 
     Args:
         model: hub id, local folder (its config.json is enough to predict), or "smollm2".
+        trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         r: rank of the update; lora_alpha is twice as much.
         lora_dropout: probability, in [0, 1), that an input of the adapter is dropped.
         target_modules: names of layers, one regular expression for the full path, or "all-linear".
@@ -48,21 +50,22 @@ class PlanJob:
     seq: int = 128
     gradient_checkpointing: bool = False
     threads: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}")
-        for name, least in (("batch", 1), ("seq", 2), ("threads", 0)):
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
+        for name, least in (("r", 1), ("batch", 1), ("seq", 2), ("threads", 0)):
             validate.whole(name, getattr(self, name), least)
-        for name in ("double_quant", "gradient_checkpointing"):
+        for name in ("double_quant", "gradient_checkpointing", "trust_remote_code"):
             validate.flag(name, getattr(self, name))
         validate.text("model", self.model)
         check_form(self.lora().target_modules, "target_modules")
 
     def lora(self) -> LoraConfig:
         """The adapter's config."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        targets: Any = list(self.target_modules) if isinstance(self.target_modules, tuple) else self.target_modules
         return LoraConfig(
             r=self.r,
             lora_alpha=2 * self.r,

@@ -91,15 +91,17 @@ class LoraConfig:
         validate.positive("lora_alpha", self.lora_alpha)
         drop = self.lora_dropout
         if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0 <= drop < 1:
-            raise ConfigError(f"lora_dropout={drop!r}: wanted a probability in [0, 1); 0.05 is usual")
+            raise ConfigError(f"lora_dropout={validate.shown(drop)}: wanted a probability in [0, 1); 0.05 is usual")
         if self.bias not in BIAS_CHOICES:
-            raise ConfigError(f"bias={self.bias!r}: wanted one of {', '.join(map(repr, BIAS_CHOICES))}")
+            raise ConfigError(f"bias={validate.shown(self.bias)}: wanted one of {', '.join(map(repr, BIAS_CHOICES))}")
         put("task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(f"task_type={self.task_type!r}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}")
+            raise ConfigError(
+                f"task_type={validate.shown(self.task_type)}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}"
+            )
         if self.layer_replication is not None:
             raise ConfigError(
-                f"layer_replication={self.layer_replication!r}: {config_file.WHY_NOT['layer_replication']}"
+                f"layer_replication={validate.shown(self.layer_replication)}: {config_file.WHY_NOT['layer_replication']}"
             )
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out", "inference_mode"):
             validate.flag(name, getattr(self, name))
@@ -131,15 +133,14 @@ class LoraConfig:
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
-                f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform; give both"
+                f"layers_pattern={validate.shown(self.layers_pattern)} does nothing without layers_to_transform; give both"
             )
         put("loftq_config", validate.loftq(self.loftq_config))
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             put(name, validate.names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
-            raise ConfigError(
-                f"modules_to_save={self.modules_to_save!r}: wanted a list of names; write [{self.modules_to_save!r}]"
-            )
+            said = validate.shown(self.modules_to_save)
+            raise ConfigError(f"modules_to_save={said}: wanted a list of names; write [{said}]")
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
@@ -150,7 +151,7 @@ class LoraConfig:
             or (isinstance(init, str) and validate.pissa_rounds(init) is not None)
         ):
             raise ConfigError(
-                f"init_lora_weights={init!r}: wanted True, False, 'pissa_niter_N' or one of {', '.join(map(repr, words))}"
+                f"init_lora_weights={validate.shown(init)}: wanted True, False, 'pissa_niter_N' or one of {', '.join(map(repr, words))}"
             )
         if self.use_dora and self.variant != "dora":
             raise ConfigError(

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from minilora.errors import ConfigError, nearest
+from minilora.files.validate import shown
 
 # PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
 OUT_OF_SCOPE: dict[str, Any] = {
@@ -51,13 +52,18 @@ def own_fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     """The arguments for ``LoraConfig``, whose fields are ``names``, in PEFT's dictionary. Raises ``ConfigError`` as its ``from_dict``."""
     kind = content.get("peft_type", "LORA")
     if kind != "LORA":
-        raise ConfigError(f"peft_type={kind!r}; minilora reads 'LORA' adapters only")
+        raise ConfigError(f"peft_type={shown(kind)}; minilora reads 'LORA' adapters only")
     for name in unknown_keys(content, names):
         raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, names)}")
     for name, value in content.items():
-        if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False):
+        if name in OUT_OF_SCOPE and value not in (
+            OUT_OF_SCOPE[name],
+            None,
+            False,
+            [],
+        ):  # PEFT writes target_parameters=[] for experts
             why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
-            raise ConfigError(f"{name}={value!r}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
+            raise ConfigError(f"{name}={shown(value)}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
     return {name: value for name, value in content.items() if name in names and value is not None}
 
 

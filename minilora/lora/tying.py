@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import TargetError
+from minilora.linear.layers import is_linear
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
@@ -177,19 +178,28 @@ def has_parted(bare: Bare, adapters: Adapters, names: Sequence[str]) -> bool:
 
 
 def say_untied(change: Change, model: nn.Module) -> None:
-    """Say in ``model.config`` that nothing is tied: saved and loaded, a tied model would have only one of two weights."""
+    """Say in ``model.config`` and the configs in it that nothing is tied: saved and loaded, it would have only one of two weights."""
     config: Any = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
-        if part is not None and hasattr(part, "tie_word_embeddings"):
+    for part in (config, *vars(config).values()) if config is not None else ():
+        if hasattr(part, "tie_word_embeddings"):
             change.put(part, "tie_word_embeddings", False)
 
 
 def untie(model: nn.Module) -> nn.Module:
-    """Give the output head a weight of its own (a copy) and say so in ``model.config``; does nothing to a model that ties nothing."""
+    """Give every head that shares its weight with an embedding a weight of its own (a copy), and say so in ``model.config``.
+
+    The heads are the output head and those of models inside (BLIP's text decoder). Does nothing to a model that ties nothing.
+    """
     bare = Bare(model)
-    head: Any = bare.get_output_embeddings()
+    modules = dict(bare.named_modules())
+    tables = {id(module._parameters["weight"]) for module in modules.values() if isinstance(module, nn.Embedding)}
+    linear = [module for module in modules.values() if is_linear(module)]
+    heads: list[Any] = [module for module in linear if id(module._parameters.get("weight")) in tables]
+    output: Any = bare.get_output_embeddings()
+    if output is not None and len(sharers(bare, output.weight)) > 1 and all(head is not output for head in heads):
+        heads.append(output)
     with LOCK, Change() as change:
-        if head is not None and len(sharers(bare, head.weight)) > 1:
+        for head in heads:
             weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
             change.item(head._parameters, "weight", weight)
         say_untied(change, model)

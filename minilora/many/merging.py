@@ -213,7 +213,8 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
         others = [other for other in held_by.get(id(stored_weight(base)), ()) if other not in folded]
         if others:
             raise StateError(
-                f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first"
+                f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first if one of them is an "
+                "embedding, or leave it out (exclude_modules)"
             )
 
 
@@ -226,8 +227,9 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
             continue
         if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
             raise StateError(
-                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; call "
-                "minilora.untie(model) first, or adapt only one of them (ensure_weight_tying=True adapts an embedding and its head alike)"
+                f"{path} shares its weight with {twin} and their updates differ, so one weight cannot hold both; leave both out "
+                "(exclude_modules), or give one a copy of the weight; for an embedding and its head minilora.untie(model) does that, and "
+                "ensure_weight_tying=True adapts both alike"
             )
         layer._parameters[weight_name(layer)] = stored_weight(layers[twin])
 

@@ -22,19 +22,31 @@ from minilora.quant.finite import is_finite
 from minilora.quant.nested import NESTED_BLOCKSIZE
 from minilora.quant.quantized import QuantizedTensor
 
-__all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes"]
+__all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes", "weight_of"]
 
 _STATE = "quant_state.bitsandbytes__"
 _BOOKS = {name: CODEBOOKS[name] for name in ON_DISK}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
 _STORAGES = (torch.uint8, *_FLOATS)  # bnb_4bit_quant_storage
+_PARTS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+)  # and the state: what is appended to a weight's name
 _LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes about 200
 
 
 def is_state(name: str) -> bool:
     """Whether this tensor's name marks a packed weight: the file decides, weight by weight, not the config."""
     return f".{_STATE}" in name
+
+
+def weight_of(name: str) -> str:
+    """The weight that a tensor of this name would belong to; the name itself where nothing is appended to it."""
+    whole = name.partition(f".{_STATE}")[0]
+    return next((whole.removesuffix(part) for part in _PARTS if whole.endswith(part)), whole)
 
 
 def storable(format: str | Codebook, blocksize: int) -> bool:
@@ -108,9 +120,8 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTens
         )
     _of((torch.uint8,), absmax, name + ".absmax")
     offset = torch.tensor([state["nested_offset"]], dtype=torch.float32, device="cpu")
-    return QuantizedTensor(
-        packed, absmax, shape, dtype, book, state["blocksize"], _finite(nested, name + ".nested_absmax"), offset
-    )
+    _finite(nested.abs() + offset.abs(), name + ".nested_absmax")  # of both each scale is made
+    return QuantizedTensor(packed, absmax, shape, dtype, book, state["blocksize"], nested, offset)
 
 
 def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from minilora.errors import QuantizationError, nearest
+from minilora.files.validate import shown
 
 if TYPE_CHECKING:  # the command line names the formats without torch, which each function that computes imports itself
     import torch
@@ -236,9 +237,8 @@ def codebook(name: str | Codebook) -> Codebook:
     if isinstance(name, Codebook):
         return name
     if not isinstance(name, str) or name not in CODEBOOKS:
-        raise QuantizationError(
-            f"format={name!r} is not known; the closest known ones are {nearest(str(name), CODEBOOKS)}"
-        )
+        close = nearest(name if isinstance(name, str) else shown(name), CODEBOOKS)
+        raise QuantizationError(f"format={shown(name)} is not known; the closest known ones are {close}")
     return CODEBOOKS[name]
 
 

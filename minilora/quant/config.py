@@ -35,7 +35,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         size = self.blocksize
         if isinstance(size, bool) or not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
-            raise ConfigError(f"blocksize={size!r}: wanted a power of two from 32 to 4096; 64 is usual")
+            raise ConfigError(f"blocksize={validate.shown(size)}: wanted a power of two from 32 to 4096; 64 is usual")
         try:
             codebook(self.format)
         except QuantizationError as error:
@@ -43,11 +43,11 @@ class QuantConfig:
         for name in ("double_quant", "signed_scale"):
             validate.flag(name, getattr(self, name))
         if self.scale not in SCALE_RULES:
-            raise ConfigError(f"scale={self.scale!r}: wanted one of {', '.join(map(repr, SCALE_RULES))}")
+            raise ConfigError(f"scale={validate.shown(self.scale)}: wanted one of {', '.join(map(repr, SCALE_RULES))}")
 
 
 def quant_config(config: QuantConfig | None) -> QuantConfig:
     """The config, or the default for None. Raises ``ConfigError`` for anything else."""
     if config is not None and not isinstance(config, QuantConfig):
-        raise ConfigError(f"config={config!r}: wanted a QuantConfig, such as QuantConfig('nf4')")
+        raise ConfigError(f"config={validate.shown(config)}: wanted a QuantConfig, such as QuantConfig('nf4')")
     return config or QuantConfig()

@@ -45,7 +45,7 @@ def render(run: Mapping[str, Any]) -> str:
             headline: list of {label, value}, str: the tiles on top.
             steps: list of {step, loss (nats per token), lr, tokens_per_s, rss_mb (MB, resident memory), grad_norm (L2),
                 seconds (accepted, not drawn)}, in the order of training; a missing measure loses only its own curve.
-            evals: list of {step, loss (nats per token), prompt: str or None, answer: str or None}.
+            evals: list of {step, loss (nats per token; None for one that was not finite), prompt: str or None, answer: str or None}.
             answers: list of {prompt, before, after}, str.
             memory: list of {name, bytes (int), note}; shown in powers of 1000.
             parameters: list of {name, total (count), trainable (count), bits (per parameter)}.
@@ -132,9 +132,13 @@ def _evals(run: Mapping[str, Any]) -> str:
     if len(prompts) == 1 and "prompt" in columns:  # one prompt asked again and again: said once, above the table
         columns.remove("prompt")
         lead = f'<p class="prompt">{html_text(*prompts)}</p>'
-    rows = [(f"{e['step']:,}", short_number(as_number(e["loss"])), *(e.get(c) or "" for c in columns)) for e in evals]
+    rows = [(f"{e['step']:,}", _loss(e["loss"]), *(e.get(c) or "" for c in columns)) for e in evals]
     heading = "How the answer changed while training" if columns else "Evaluations"
     return section(heading, rows and lead + html_table(["step", "loss", *columns], rows, numeric=(0, 1)))
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else short_number(as_number(value))
 
 
 def _answers(run: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from minilora.errors import CheckpointError, ConfigError, warn
 from minilora.files import validate
 from minilora.files.parse import parse_json, parse_tensors
-from minilora.files.read import read_files
+from minilora.files.read import read_files, refuse_path
 from minilora.lora.config import LoraConfig, unknown_keys
 from minilora.quant.finite import is_finite
 from minilora.store.fingerprint import is_fingerprint
@@ -100,6 +100,7 @@ def read_adapter(
         CheckpointError: a file is missing, damaged, or holds what no adapter holds; the message names it. ConfigError: likewise a field.
     """
     place = Path(folder)
+    refuse_path(place)
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; wanted one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     _refuse_pickle(place)

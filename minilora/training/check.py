@@ -135,8 +135,8 @@ def _judge(
 
 
 def _kind(path: str) -> str:
-    """The path without its numbers: layers and experts that are built alike."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+    """The path without its numbers: layers and experts that are built alike (``layers.3.up``, ``experts.expert_3.up``)."""
+    return re.sub(r"(?<![^.])\d+$|(?<![^.])([A-Za-z]+_)?\d+(?=\.)", r"\1*", path)
 
 
 def _called(values: Mapping[str, nn.Module], run: Callable[[], Any]) -> set[str]:

@@ -1,7 +1,8 @@
 """A checkpoint of a run: an adapter folder with two files more, written in one step and read only where all of it is whole.
 
 They are the optimizer's tensors, and ``training.json`` with the step, what the run depends on (``resume.meaning``), and the SHA-256 of
-every file. Next file: ``training/resume.py``.
+every file. The hashes find damage, and no intent: whoever changes a file can hash it anew. So what a reader computes with is looked at,
+whatever its hash. Next file: ``training/resume.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from minilora.errors import CheckpointError
 from minilora.files.parse import parse_json, parse_tensors, tensor_bytes
 from minilora.files.read import read_files
 from minilora.files.write import remove, write_files
+from minilora.quant.finite import is_finite
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
+from minilora.store.fingerprint import is_fingerprint
 from minilora.store.save import adapter_files
 from minilora.training.guards import refuse_nonfinite
 
@@ -29,8 +32,8 @@ __all__ = ["Checkpoint", "own_checkpoints", "prune", "read_checkpoint", "save_ch
 
 STATE_FILE = "training.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_MEANING = ("training", "adapter", "data", "bits")  # and "base": what ``resume.meaning`` writes
-_FOLDER = re.compile(r"checkpoint-(\d{1,18})")
+_MEANING = ("training", "adapter", "data", "bits")  # and "base", and "notes" of late: what ``resume.meaning`` writes
+_FOLDER = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
 _PURPOSES = {
     STATE_FILE: "the state of the run",
     OPTIMIZER_FILE: "the optimizer's state",
@@ -98,10 +101,10 @@ def read_checkpoint(place: Path, step: int) -> Checkpoint:
     files = read_files(place, _PURPOSES)
     try:
         state = parse_json(files[STATE_FILE])
-        good = _state_bytes(state) == files[STATE_FILE] and state["version"] == 1 and state["step"] == step
         good = (
-            good and all(isinstance(state["meaning"][part], dict) for part in _MEANING) and "base" in state["meaning"]
+            _state_bytes(state) == files[STATE_FILE] and _is_int(state["version"], 1) and _is_int(state["step"], step)
         )
+        good = good and _is_meaning(state["meaning"])
         hashes = dict(state["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
         good, hashes = False, {}
@@ -114,7 +117,40 @@ def read_checkpoint(place: Path, step: int) -> Checkpoint:
             )
     weights, _ = parse_tensors(files[WEIGHTS_FILE], place / WEIGHTS_FILE)
     optimizer, _ = parse_tensors(files[OPTIMIZER_FILE], place / OPTIMIZER_FILE)
+    for file, tensors in ((WEIGHTS_FILE, weights), (OPTIMIZER_FILE, optimizer)):
+        if bad := next((key for key, tensor in tensors.items() if not _is_likely(key, tensor, step)), None):
+            raise CheckpointError(
+                f"{place / file}: {bad[:200]} holds what no run leaves (NaN, infinity, a negative second moment, a step that was not "
+                "done); copy the folder again"
+            )
     return Checkpoint(place, step, state["meaning"], weights, optimizer)
+
+
+def _is_int(value: Any, wanted: int) -> bool:
+    return type(value) is int and value == wanted  # in Python True and 1.0 are 1, too
+
+
+def _is_meaning(value: Any) -> bool:
+    """Whether a JSON value has the form of ``resume.meaning``."""
+    notes = value.get("notes", {}) if isinstance(value, dict) else None
+    return (
+        isinstance(notes, dict)
+        and all(isinstance(note, str) for note in notes.values())
+        and all(isinstance(value[part], dict) for part in _MEANING)
+        and is_fingerprint(value["base"])
+    )
+
+
+def _is_likely(key: str, tensor: Tensor, step: int) -> bool:
+    """Whether a tensor holds what a run of ``step`` steps can have left in it."""
+    if not is_finite(tensor):
+        return False
+    kind = key.partition("/")[0]
+    if kind == "exp_avg_sq":  # AdamW takes its root
+        return not tensor.numel() or bool(tensor.min() >= 0)
+    if kind == "step":
+        return tensor.numel() == 1 and 1 <= tensor.item() <= step and float(tensor.item()).is_integer()
+    return True
 
 
 def steps(folder: Path) -> list[int]:

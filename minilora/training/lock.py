@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from os import getpid
 from pathlib import Path
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, WriteError
 from minilora.files import disk
-from minilora.files.read import read_bytes
+from minilora.files.read import read_bytes, refuse_path
 from minilora.files.staging import make_folders, told
 
 __all__ = ["LOCK_FILE", "held", "refuse_held"]
@@ -29,6 +29,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         CheckpointError: another run holds it, with the number of its process. WriteError: the folder cannot be written.
     """
+    refuse_path(folder, WriteError)
     was_there = folder.exists()
     with told(folder, 0):
         make_folders(folder)

@@ -137,8 +137,6 @@ class _Run:
 
     def start(self, resume: bool) -> None:
         """From the newest checkpoint, or from nothing; the log says no more than what is done."""
-        if self.config.gradient_checkpointing:
-            checkpoint_activations(self.model)
         found = newest(self.folder, self.say) if resume else None
         if found:
             restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
@@ -146,6 +144,8 @@ class _Run:
             self.records = kept_records(self.folder, found.step)
             prune(self.folder, self.config.keep_checkpoints)
             self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
+        if self.config.gradient_checkpointing:  # not before the checkpoint is accepted: until then nothing changes
+            checkpoint_activations(self.model)
         if resume:
             self.say(
                 f"going on after step {found.step}: {found.path}" if found else "no checkpoint yet: from the start"

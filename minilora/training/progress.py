@@ -60,7 +60,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """One line above the bar, or a plain line; what a model or a file says in it steers no terminal."""
-        line = for_terminal(line)
+        line = for_terminal(line, self.stream.encoding)
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, emoji=False)
         else:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data.encoding import Encoded
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, printable
 from minilora.files.parse import parse_json
+from minilora.files.read import refuse_path
 from minilora.files.write import remove
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
@@ -30,6 +31,8 @@ __all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "r
 
 LOG_FILE = "log.jsonl"
 _LEFT = (LOG_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)  # what a run leaves beside its checkpoints
+_LONGEST_LINE = 16_000_000  # bytes of the log; an answer is far shorter
+_LARGEST = 1e300
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
 _KEYS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
 
@@ -41,6 +44,7 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise ``CheckpointError`` if a run goes on in the folder, or lies there and nobody said what to do with it; nothing is changed."""
     if resume and overwrite:
         raise ConfigError("resume and overwrite are both set; wanted one: go on with the run, or begin anew")
+    refuse_path(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out={str(folder)!r} is a file; wanted a folder for the run")
     refuse_held(folder)
@@ -72,14 +76,17 @@ def _files_left(folder: Path) -> list[str]:
 
 def kept_records(folder: Path, step: int) -> list[dict[str, Any]]:
     """The lines of the log up to a step; what came after it will come again, and a line that a power cut tore is left out."""
-    records = []
-    for line in (folder / LOG_FILE).read_bytes().splitlines() if (folder / LOG_FILE).is_file() else ():
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue
-        if _is_record(record) and record["step"] <= step:
-            records.append(record)
+    records: list[dict[str, Any]] = []
+    if not (folder / LOG_FILE).is_file():
+        return records
+    with (folder / LOG_FILE).open("rb") as log:
+        while line := log.readline(_LONGEST_LINE):  # what is longer is read in pieces, and no piece is a record
+            try:
+                record = parse_json(line)
+            except ValueError:
+                continue
+            if _is_record(record) and record["step"] <= step:
+                records.append(record)
     return records
 
 
@@ -87,9 +94,17 @@ def _is_record(record: Mapping[str, Any]) -> bool:
     """Whether a line is one that the loop writes, with numbers where the report draws numbers: the file may have been edited."""
     texts = {"prompt", "answer", "skipped"}
     plain = all(
-        isinstance(value, str if key in texts else (int, float)) for key, value in record.items() if value is not None
+        isinstance(value, str) if key in texts else key == "eval_loss" if value is None else _is_number(value)
+        for key, value in record.items()
     )
-    return plain and type(record.get("step")) is int and isinstance(record.get("seconds", 0.0), float)
+    whole = plain and type(record.get("step")) is int and record["step"] >= 0
+    return whole and isinstance(record.get("seconds", 0.0), float) and record.get("seconds", 0.0) >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        type(value) in (int, float) and -_LARGEST < value < _LARGEST
+    )  # not NaN, and no whole number beyond all floats
 
 
 # ---- what must be the same
@@ -138,9 +153,14 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
             here, there = (_short(side[part].get(changed[0])) for side in (now, then))
             cause = _cause(now["notes"], then.get("notes", {})) if part == "data" else ""
             raise CheckpointError(
-                f"{where}: another {words}: {changed[0]} is {here}, in the checkpoint {there}; {cause}set it back, or begin anew with "
-                "--overwrite"
+                f"{where}: another {words}: {_short(changed[0])} is {here}, in the checkpoint {there}; {cause}set it back, or "
+                "begin anew with --overwrite"
             )
+    if checkpoint.step > now["training"].get("steps", checkpoint.step):
+        raise CheckpointError(
+            f"{where}: its step {checkpoint.step} is after the last of the run, {now['training']['steps']}; copy the folder again, or "
+            "begin anew with --overwrite"
+        )
     if {key: now["base"].get(key) for key in then["base"]} != then["base"]:  # an older minilora remembered less
         raise CheckpointError(
             f"{where}: another base model: its weights, dtype or packing are not those of the checkpoint; load the same one, or begin "
@@ -149,7 +169,7 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
     for key, value in now["bits"].items():
         if value != then["bits"].get(key):
             say(
-                f"{key} is {value}, in the checkpoint {then['bits'].get(key)}: the same run, but its last bits may differ"
+                f"{key} is {value}, in the checkpoint {_short(then['bits'].get(key))}: the same run, but its last bits may differ"
             )
 
 
@@ -157,7 +177,7 @@ def _cause(now: Mapping[str, str], then: Mapping[str, str]) -> str:
     """Why the data may be others, and the way out."""
     if now.get("date") == then.get("date"):
         return ""
-    was = then.get("date", "")
+    was = _short(then.get("date", ""))
     return (
         f"the chat template prints the date, which is {now.get('date', 'another one')} now and was {was or 'another one'}: give --date "
         f"{was or 'and the day on which the run began'} (date=...), or "
@@ -165,7 +185,8 @@ def _cause(now: Mapping[str, str], then: Mapping[str, str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    """A value of a checkpoint as a message may hold it: it may be of any length, and hold any sign."""
+    text = printable(str(value))
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -215,6 +236,8 @@ def restore(
     strange = sorted(own.keys() ^ checkpoint.weights.keys()) + sorted(checkpoint.optimizer.keys() - states.keys())
     begun = {path for key in checkpoint.optimizer for _, _, path in [key.partition("/")]}
     strange += sorted({f"{key}/{path}" for path in begun for key in _KEYS} - checkpoint.optimizer.keys())
+    if not begun:  # some may lack theirs: no gradient has reached them yet
+        strange.append("the optimizer's state")
     if not strange:
         strange = [key for key, tensor in checkpoint.weights.items() if _form(tensor) != _form(own[key])]
         for key, tensor in checkpoint.optimizer.items():
@@ -223,7 +246,8 @@ def restore(
                 strange.append(key)
     if strange:
         raise CheckpointError(
-            f"{checkpoint.path}: {strange[0]} is missing here or there, or of another shape or dtype; load the model that it was trained on"
+            f"{checkpoint.path}: {strange[0][:200]} is missing here or there, or of another shape or dtype; load the "
+            "model that it was trained on"
         )
     with torch.no_grad():
         for key, tensor in checkpoint.weights.items():

@@ -59,8 +59,8 @@ def job(model_folder, tmp_path, monkeypatch):
     data.write_text(json.dumps({"messages": turns}) + "\n")
     plain, said = finetune.load_tokenizer, []
 
-    def load(name):
-        tokenizer = plain(name)
+    def load(name, trust_remote_code=False):
+        tokenizer = plain(name, trust_remote_code)
         tokenizer.chat_template = kinds.DATED
         return tokenizer
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -684,6 +685,25 @@ def test_untie_gives_the_head_a_weight_of_its_own(family, make_gpt2, make_llama,
     assert model.lm_head is head
     merge(model)
     close(model(ids).logits, want)
+
+
+def test_untie_reaches_a_head_inside_a_larger_model(randomize):
+    model = nn.ModuleDict(
+        {"eye": nn.Linear(5, 6), "text": nn.ModuleDict({"table": nn.Embedding(11, 6), "head": nn.Linear(6, 11)})}
+    )
+    model["text"]["head"].weight = model["text"]["table"].weight
+    model.config = SimpleNamespace(
+        text_config=SimpleNamespace(tie_word_embeddings=True), decoder=SimpleNamespace(tie_word_embeddings=True)
+    )
+    inject(model, config(["head"]))
+    randomize(model)
+    with pytest.raises(StateError, match=r"text\.head shares its weight with text\.table.*untie.*exclude_modules"):
+        merge(model)
+    want = model["text"]["head"](torch.ones(1, 6))
+    minilora.untie(model)
+    assert not model.config.text_config.tie_word_embeddings and not model.config.decoder.tie_word_embeddings
+    merge(model)
+    close(model["text"]["head"](torch.ones(1, 6)), want)
 
 
 def test_untie_leaves_an_untied_model_alone(make_llama, snapshot):

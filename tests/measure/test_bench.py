@@ -130,7 +130,7 @@ def test_batches_come_from_the_data_in_its_order(tmp_path, model_folder, monkeyp
         def __call__(self, text, add_special_tokens):
             return type("Ids", (), {"input_ids": [ord(letter) - 97 for letter in text]})
 
-    monkeypatch.setattr(bench, "load_tokenizer", lambda name: Letters())
+    monkeypatch.setattr(bench, "load_tokenizer", lambda name, trust: Letters())
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "abc"}\n{"text": "de"}\n')
     job = BenchJob(model_folder, steps=2, batch=2, seq=3, data=str(file))

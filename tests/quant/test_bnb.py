@@ -225,9 +225,9 @@ def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
     said, seen = [], []
     model = packed(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 48), "v_proj": torch.nn.Linear(64, 64)}).eval())
     layer = model.q_proj
-    monkeypatch.setattr(finetune, "load_model", lambda *_: model)
-    monkeypatch.setattr(finetune, "skeleton", lambda *_: model)
-    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(finetune, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(finetune, "skeleton", lambda *_, **__: model)
+    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_, **__: None)
     monkeypatch.setattr(finetune, "encode_all", lambda records, *_: [])
     monkeypatch.setattr(
         finetune, "get_peft_model", lambda adapted, _: seen.append(adapted.q_proj) or (_ for _ in ()).throw(Stop)

@@ -393,7 +393,7 @@ def test_the_command_exports_a_folder(adapted, tmp_path, capsys, target, case):
 def test_the_command_exports_a_variant_with_its_base(adapted, make_llama, tmp_path, capsys, monkeypatch, target):
     model = adapted(*CASES["pissa"])
     save_adapter(model, tmp_path / "adapter")
-    monkeypatch.setattr("minilora.hf.load_model", lambda name: {"tiny": make_llama()}[name])
+    monkeypatch.setattr("minilora.hf.load_model", lambda name, **_: {"tiny": make_llama()}[name])
     arguments = ["export", "--adapter", str(tmp_path / "adapter"), "--for", target, "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "give it with --model" in capsys.readouterr().err and not (tmp_path / "out").exists()

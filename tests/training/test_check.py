@@ -74,6 +74,21 @@ def test_an_expert_without_a_token_is_told_and_not_refused():
     assert (found.alive, found.unreached) == (("experts.0",), ("experts.1",))
 
 
+def test_an_expert_with_a_name_and_a_number_is_one_of_its_kind():
+    """As Switch Transformers names them."""
+    model = nn.ModuleDict({name: nn.ModuleDict({"up": nn.Linear(6, 6)}) for name in ("expert_0", "expert_1")})
+    model.forward = lambda x: model["expert_0"]["up"](x)
+    found = check_adapter(minilora.inject(model, config("up")), X)
+    assert (found.alive, found.unreached) == (("expert_0.up",), ("expert_1.up",))
+
+
+def test_layers_whose_own_names_are_numbered_are_no_experts():
+    model = nn.ModuleDict({"fc_1": nn.Linear(6, 6), "fc_2": nn.Linear(6, 6)})
+    model.forward = lambda x: model["fc_1"](x)
+    with pytest.raises(StateError, match=r"fc_2 of 2 trained layers.*the model does not call it"):
+        check_adapter(minilora.inject(model, config("fc_1", "fc_2")), X)
+
+
 def test_a_copy_that_gets_no_gradient_is_refused():
     model = minilora.inject(Parts(), config("used", modules_to_save=["idle"]))
     with pytest.raises(StateError, match=r"idle of 2 trained layers.*take it out of modules_to_save"):
