@@ -97,8 +97,9 @@ def test_a_name_is_looked_up_once(monkeypatch):
 
 # ---- variants are there, whichever door one comes in by
 
-KINDS = ["dora", "loftq", "lora", "lora_fa", "olora", "orthogonal", "pissa", "vera"]
+KINDS = ["alora", "dora", "loftq", "lora", "lora_fa", "olora", "orthogonal", "pissa", "vera"]
 FIELDS = {
+    "alora": {"alora_invocation_tokens": [3]},
     "dora": {"use_dora": True},
     **{name: {"init_lora_weights": name} for name in ("loftq", "olora", "orthogonal", "pissa")},
 }

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import StateError
+from minilora.errors import ConfigError, StateError
 from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
@@ -44,13 +44,19 @@ _now: ContextVar[tuple[Adapters, Lengths] | None] = ContextVar("minilora_activat
 
 @register("alora")
 class ActivatedLoRA(LoRALinear):
-    """A linear layer whose low-rank update begins where the invocation does. Attributes are those of ``LoRALinear``."""
+    """A linear layer whose low-rank update begins where the invocation does. Attributes are those of ``LoRALinear``.
+
+    Raises:
+        ConfigError: the config has no ``alora_invocation_tokens``.
+    """
 
     depends_on_input: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
+        if not config.alora_invocation_tokens:
+            raise ConfigError("an activated adapter wants its invocation; give alora_invocation_tokens=[...]")
         super().__init__(base_layer, config, path)
-        self.tokens: Tokens = tuple(config.alora_invocation_tokens or ())
+        self.tokens: Tokens = tuple(config.alora_invocation_tokens)
         self.recent = _Recent()
 
     def update(self, x: Tensor) -> Tensor:
