@@ -19,7 +19,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         "weights stored in a few bits",
         ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "finite", "bnb"],
     ),
-    ("linear", "multiplying with a frozen weight", ["layers", "packed", "shown", "fronts", "ops", "fused", "cuda"]),
+    (
+        "linear",
+        "multiplying with a frozen weight",
+        ["layers", "convolution", "foreign", "packed", "shown", "fronts", "ops", "fused", "cuda"],
+    ),
     (
         "lora",
         "the adapters, and where they go",

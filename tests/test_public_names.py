@@ -106,8 +106,22 @@ def test_a_name_is_looked_up_once(monkeypatch):
 
 # ---- variants are there, whichever door one comes in by
 
-KINDS = ["corda", "dora", "loftq", "lora", "lora_fa", "lora_ga", "mica", "olora", "orthogonal", "pissa", "vera"]
+KINDS = [
+    "alora",
+    "corda",
+    "dora",
+    "loftq",
+    "lora",
+    "lora_fa",
+    "lora_ga",
+    "mica",
+    "olora",
+    "orthogonal",
+    "pissa",
+    "vera",
+]
 FIELDS = {
+    "alora": {"alora_invocation_tokens": [3]},
     "dora": {"use_dora": True},
     **{name: {"init_lora_weights": name} for name in ("loftq", "mica", "olora", "orthogonal", "pissa")},
 }

@@ -76,6 +76,21 @@ def tokens(value: object) -> None:
             )
 
 
+def invocation(value: object) -> tuple[int, ...] | None:
+    """``alora_invocation_tokens``: None, or token ids in their order."""
+    if value is None:
+        return None
+    if (
+        isinstance(value, Sequence)
+        and value
+        and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= _MOST for i in value)
+    ):
+        return tuple(value)
+    raise ConfigError(
+        f"alora_invocation_tokens={shown(value)}: wanted a list of token ids, such as tokenizer.encode gives"
+    )
+
+
 def layers(value: object) -> tuple[int, ...] | int | None:
     if value is None or (type(value) is int and 0 <= value <= _MOST):
         return value

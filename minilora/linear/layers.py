@@ -1,18 +1,22 @@
 """Base layers: the one place that knows which way round a weight lies, and what it takes to multiply with one.
 
-``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, ``QuantLinear`` keeps packed codes. Everybody
-else asks the three functions here and always gets ``[out, in]``. Next file: ``linear/cuda.py``.
+``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, ``QuantLinear`` keeps packed codes, a
+convolution a kernel, ``nn.MultiheadAttention`` a bare parameter. Everybody else asks the functions here and always gets ``[out, in]``.
+Next file: ``linear/cuda.py``.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import TargetError
+from minilora.linear.convolution import is_convolution, patch_weight, put_patch_weight
+from minilora.linear.foreign import foreign_of
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
@@ -20,13 +24,34 @@ from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, ta
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter or a quantizer can take this layer: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``.
+    """Whether an adapter can take this layer: ``nn.Linear``, ``Conv1D``, ``QuantLinear``, or another library's packed layer.
 
     The output projection of ``nn.MultiheadAttention`` is a Linear by class only: its weight is read and it is never called.
     """
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+    if is_attention_output(module):
         return False
-    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_foreign(module)
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether another library has packed this layer (``linear/foreign.py``)."""
+    return foreign_of(layer) is not None
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """Which kind of layer an adapter would stand on: "linear", "embedding", "convolution", "attention"; None for any other."""
+    if is_linear(layer):
+        return "linear"
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    if is_convolution(layer):
+        return "convolution"
+    return "attention" if isinstance(layer, nn.MultiheadAttention) else None
+
+
+def is_attention_output(module: nn.Module) -> bool:
+    """Whether this is the ``out_proj`` that torch gives its ``nn.MultiheadAttention``."""
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
 class Frozen(Front):
@@ -72,15 +97,37 @@ def take_back(model: nn.Module) -> None:
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` of a linear layer, or of an adapter around one; of an embedding ``(dimension, tokens)``, its weight's ``[out, in]``."""
+    """``(in, out)`` of a layer's ``[out, in]``, or of an adapter around one: of an embedding ``(dimension, tokens)``, of a convolution
+    ``(numbers in a patch, channels)``, of an attention its input projection's.
+    """
     known: Any = layer
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim, 3 * layer.embed_dim
+    if is_convolution(layer):
+        return layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
     if hasattr(layer, "in_features"):
         return known.in_features, known.out_features
     if is_conv1d(layer):
         return known.weight.shape[0], known.weight.shape[1]
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, layer.num_embeddings
-    raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
+    raise _no_weight(layer)
+
+
+def _no_weight(layer: nn.Module) -> TargetError:
+    return TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
+
+
+def weight_name(layer: nn.Module) -> str:
+    """What the parameter is called that ``[out, in]`` is about."""
+    if (foreign := foreign_of(layer)) is not None:
+        return foreign.parameter
+    return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+
+
+def stored_weight(layer: Any) -> Any:
+    """That parameter, packed or dense; None where the layer has none of its own (it is computed, or lies elsewhere)."""
+    return layer._parameters.get(weight_name(layer))
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -89,8 +136,10 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer)."""
-    return layer.dtype if isinstance(layer, QuantLinear) else layer.weight.dtype  # type: ignore[return-value]
+    """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer; fp32 where it is not known)."""
+    if (foreign := foreign_of(layer)) is not None:
+        return foreign.dtype(layer) or torch.float32
+    return layer.dtype if isinstance(layer, QuantLinear) else getattr(layer, weight_name(layer)).dtype
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -98,9 +147,22 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, QuantLinear):
         whole = layer.quantized()
         return dequantize(whole) if torch.compiler.is_compiling() or is_transformed() else whole.dequantize()
+    if (foreign := foreign_of(layer)) is not None:
+        return foreign.dense(layer).detach().to(compute_dtype(layer))
     if isinstance(layer, (nn.Linear, nn.Embedding)) or is_conv1d(layer):
         return rows_of(layer)
-    raise TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
+    if is_convolution(layer):
+        return patch_weight(layer)
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.in_proj_weight.detach()
+    raise _no_weight(layer)
+
+
+def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
+    """``[out, in]`` the way round that ``layer`` keeps its weight; of a convolution without its groups."""
+    if is_convolution(layer):
+        return put_patch_weight(layer, weight)
+    return weight.t() if is_transposed(layer) else weight
 
 
 def frozen_weight(layer: nn.Module) -> Weight:
@@ -151,7 +213,7 @@ def embed_scale(layer: nn.Module) -> float:
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """``x W^T`` without the bias, whatever the layer: ``[..., in]`` to ``[..., out]``."""
+    """``x W^T`` without the bias, whatever the layer: ``[..., in]`` to ``[..., out]`` (of a convolution: patches to channels)."""
     if isinstance(layer, QuantLinear):
         return quant_linear(x, layer.quantized())
     return torch.nn.functional.linear(x, dense_weight(layer))
@@ -160,10 +222,10 @@ def product(layer: nn.Module, x: Tensor) -> Tensor:
 def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
     """A new frozen layer like ``layer`` that holds ``weight`` ``[out, in]``; ``layer`` itself is untouched.
 
-    Class, settings and hooks are the layer's. A quantized layer becomes the kind of dense layer that it was. ``bias`` replaces the
-    bias, which is otherwise shared with ``layer``.
+    Class, settings and hooks are the layer's, and so are the modules in it. A quantized layer becomes the kind of dense layer that it
+    was, a convolution one without groups. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
     """
-    like = _dense_like(layer) if isinstance(layer, QuantLinear) else layer
+    like = _dense_like(layer) if isinstance(layer, QuantLinear) or is_foreign(layer) else layer
     new = copy.copy(like)
     take_from_front(new, Frozen)
     for name in (
@@ -172,19 +234,23 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
         "_hf_hook",
     ):  # bound to the old object; accelerate's move tensors between devices
         new.__dict__.pop(name, None)
-    own = nn.Parameter(weight.t().contiguous() if is_conv1d(like) else weight, requires_grad=False)
-    new._parameters = {**like._parameters, "weight": own}
+    own = nn.Parameter(as_stored(like, weight).contiguous(), requires_grad=False)
+    new._parameters = {**like._parameters, weight_name(like): own}
+    if is_convolution(new):
+        new.groups = 1
+    shared: Any = new._parameters.get("bias")
+    if bias is None and is_foreign(layer) and shared is not None and shared.dtype != weight.dtype:
+        bias = shared.detach().to(weight.dtype)  # which these layers cast to whatever they are given
     if bias is not None:
         new._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return new
 
 
-def _dense_like(layer: QuantLinear) -> nn.Module:
+def _dense_like(layer: Any) -> nn.Module:
     """A dense layer without memory, of the kind that was packed, with the packed one's bias and hooks."""
+    sizes = (layer.in_features, layer.out_features)
     with torch.device("meta"):
-        dense = (layer.conv1d or nn.Linear)(
-            *((layer.out_features, layer.in_features) if layer.conv1d else (layer.in_features, layer.out_features))
-        )
+        dense = layer.conv1d(*sizes[::-1]) if is_transposed(layer) else nn.Linear(*sizes)
     dense._parameters["bias"] = layer.bias
     take_hooks(dense, hooks_of(layer))
     return dense.train(layer.training)

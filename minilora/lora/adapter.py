@@ -19,14 +19,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, StateError, nearest
-from minilora.linear.layers import compute_dtype, dense_weight, in_out_features, is_transposed
+from minilora.errors import ConfigError, StateError, TargetError, nearest
+from minilora.linear.layers import as_stored, compute_dtype, dense_weight, in_out_features, is_foreign, weight_name
 from minilora.linear.shown import shown_weight
 from minilora.lora.config import LoraConfig
 
-__all__ = ["VARIANTS", "Adapter", "register", "variant"]
+__all__ = ["VARIANTS", "Adapter", "register", "variant", "variants_on"]
 
-VARIANTS: dict[str, type[Adapter]] = {}
+VARIANTS: dict[str, type[Adapter]] = {}  # for linear layers
+_ON: dict[str, dict[str, type[Adapter]]] = {"linear": VARIANTS, "embedding": {}, "convolution": {}, "attention": {}}
 
 
 class Adapter(nn.Module, ABC):
@@ -57,8 +58,12 @@ class Adapter(nn.Module, ABC):
     wants_file: str = ""
     # Parameters of the base model, by path, that its file brings: written when the adapter is placed.
     brings: Mapping[str, Tensor] = {}
+    # Whether the update is another one for each input: ``delta_weight`` raises then.
+    depends_on_input: ClassVar[bool] = False
     # A digest of what went into it beside config and base layer; a file remembers it, and loads beside the same only.
     made_with: str = ""
+    # The kind of layer that it stands on (``linear.layers.kind_of``), which ``register`` says.
+    on: ClassVar[str] = "linear"
     # Whether ``target_modules`` named this layer; False for one that follows from another field or layer.
     targeted: ClassVar[bool] = True
 
@@ -74,6 +79,11 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def delta_weight(self) -> Tensor:
         """The update as a dense ``[out, in]`` in fp32. One that depends on the input raises ``StateError``, and cannot be merged."""
+
+    @staticmethod
+    def file_path(path: str) -> str:
+        """The layer's path as it stands in a file."""
+        return path
 
     def delta_bias(self) -> Tensor | None:
         """The update of the bias, ``[out]`` in fp32, or None."""
@@ -106,9 +116,10 @@ class Adapter(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """What a model sees that asks for the weight: the base layer's with every update of this slot, made when it is computed with."""
-        stored: Tensor = self.innermost.weight  # type: ignore[assignment]
+        stored: Tensor = getattr(self.innermost, weight_name(self.innermost))
+        shape = (self.out_features, self.in_features) if is_foreign(self.innermost) else stored.shape
         trains = any(parameter.requires_grad for parameter in self.parameters())
-        return shown_weight(self._whole_weight, stored.shape, stored.dtype, stored.device, trains)
+        return shown_weight(self._whole_weight, torch.Size(shape), compute_dtype(self.innermost), stored.device, trains)
 
     @property
     def bias(self) -> Tensor | None:
@@ -130,15 +141,19 @@ class Adapter(nn.Module, ABC):
             if (
                 torch.compiler.is_compiling()
             ):  # asked for its dtype, most likely, and left out of the graph; a use of it shows
-                return torch.full_like(self.innermost.weight, torch.nan)  # type: ignore[arg-type]
+                return torch.full_like(as_stored(self.innermost, dense_weight(self.innermost)), torch.nan)
             raise StateError(
                 f"an adapted layer ({self.in_features} to {self.out_features}) is not called, its weight is read, where "
                 "lora_dropout cannot reach; set lora_dropout=0, or exclude the layer (exclude_modules)"
             )
         inner = self.innermost
+        if getattr(inner, "groups", 1) > 1:
+            raise StateError(
+                f"an adapted {type(inner).__name__} of {inner.groups} groups is not called, its weight is read, and the update joins the "
+                "groups; exclude the layer (exclude_modules)"
+            )
         update = torch.stack([adapter.delta_weight() for adapter in self._slot()]).sum(0)
-        whole = (dense_weight(inner).float() + update).to(compute_dtype(inner))
-        return whole.t() if is_transposed(inner) else whole
+        return as_stored(inner, (dense_weight(inner).float() + update).to(compute_dtype(inner)))
 
 
 def _drops(adapter: nn.Module) -> bool:
@@ -146,27 +161,49 @@ def _drops(adapter: nn.Module) -> bool:
     return dropout is not None and dropout.training and not isinstance(dropout, nn.Identity)
 
 
-def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
-    """Class decorator: make a variant known under ``name``.
+def register(name: str, on: str = "linear") -> Callable[[type[Adapter]], type[Adapter]]:
+    """Class decorator: make a variant known under ``name``, for one kind of layer (``linear.layers.kind_of``).
 
     Raises:
-        ConfigError: the name is taken by another class.
+        ConfigError: the name is taken by another class, or there is no such kind of layer.
     """
 
     def add(cls: type[Adapter]) -> type[Adapter]:
-        if VARIANTS.get(name, cls).__qualname__ != cls.__qualname__:
-            taken = VARIANTS[name].__name__
+        if on not in _ON:
+            raise ConfigError(f"on={on!r}: wanted a kind of layer, one of {', '.join(map(repr, _ON))}")
+        if _ON[on].get(name, cls).__qualname__ != cls.__qualname__:
+            taken = _ON[on][name].__name__
             raise ConfigError(f"variant name {name!r} is taken by {taken}; register yours under another name")
-        VARIANTS[name] = cls
+        _ON[on][name] = cls
+        cls.on = on
         return cls
 
     return add
 
 
 def variant(name: str) -> type[Adapter]:
-    """The registered class called ``name``. Raises ``ConfigError`` with the known names."""
+    """The registered class called ``name`` for linear layers. Raises ``ConfigError`` with the known names."""
     if name not in VARIANTS:
         raise ConfigError(
             f"variant {name!r} is not registered; known are {nearest(name, VARIANTS)}; import its module first"
         )
     return VARIANTS[name]
+
+
+def variants_on(kind: str) -> dict[str, type[Adapter]]:
+    """The registered classes for a kind of layer, by name."""
+    return dict(_ON[kind])
+
+
+def variant_at(name: str, kind: str, path: str, layer: nn.Module) -> type[Adapter]:
+    """The class called ``name`` for this layer. Raises ``ConfigError`` as ``variant``, ``TargetError`` where no such one stands there."""
+    linear = variant(name)
+    if kind == "linear":
+        return linear
+    if name not in _ON[kind]:
+        known = " or ".join(sorted(_ON[kind]))
+        a = "an" if kind == "embedding" else "a"
+        raise TargetError(
+            f"{path} is {a} {type(layer).__name__}, which takes {known}, not {name}; leave it out, or give it an adapter of its own"
+        )
+    return _ON[kind][name]

@@ -1,14 +1,15 @@
 """Which layers can stand under an adapter, or be packed: those that are nothing but their weight.
 
 An adapter adds to ``x W^T``, a merge changes ``W``, packing replaces it. All three are right only where the layer computes
-``x W^T + b`` (an embedding: its scaled rows) and nothing else. A class with a ``forward`` of its own is tried on a few numbers; a table
-that is rewritten while it is read, a weight that is computed or lies elsewhere, are refused by name before anything has changed.
-Next file: ``lora/match.py``.
+``x W^T + b`` (an embedding: its scaled rows; a convolution: ``W`` over patches) and nothing else. A class with a ``forward`` of its own
+is tried on a few numbers; a table that is rewritten while it is read, a weight that is computed or lies elsewhere, are refused by name
+before anything has changed. Next file: ``lora/match.py``.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,20 +18,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import StateError, TargetError
-from minilora.linear.layers import dense_weight, embed_scale, is_plain
+from minilora.linear.convolution import convolve, is_convolution, of_channels
+from minilora.linear.layers import (
+    dense_weight,
+    embed_scale,
+    is_attention_output,
+    is_foreign,
+    is_plain,
+    kind_of,
+    stored_weight,
+)
 from minilora.linear.packed import QuantLinear
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import READ_BY_PARENT
 from minilora.lora.slots import has_adapters
 
-__all__ = ["is_more_than_its_weight", "is_read_by_parent", "refuse_nested", "refuse_not_a_weight", "refuse_to_replace"]
+__all__ = [
+    "is_more_than_its_weight",
+    "is_read_by_parent",
+    "refuse_nested",
+    "refuse_not_a_weight",
+    "refuse_odd_attention",
+    "refuse_to_replace",
+]
 
+_IS = {
+    "linear": "x W^T + b",
+    "embedding": "an embedding's rows",
+    "convolution": "a convolution",
+    "attention": "torch's attention",
+}
+_KNOWN = (
+    QuantLinear.forward,
+    nn.Embedding.forward,
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+    nn.MultiheadAttention.forward,
+)
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}  # of the largest value; bf16 6e-2
 
 
 def refuse_not_a_weight(path: str, layer: nn.Module) -> None:
     """Raise ``TargetError`` for a layer that is more, or other, than its weight."""
-    if not isinstance(layer._parameters.get("weight"), Tensor):
+    if not isinstance(stored_weight(layer), Tensor):
         raise TargetError(
             f"{path}: its weight is computed (a parametrization, weight norm or pruning), so an adapter would not last; make it a plain "
             "parameter first, such as with torch.nn.utils.parametrize.remove_parametrizations"
@@ -44,10 +75,24 @@ def refuse_not_a_weight(path: str, layer: nn.Module) -> None:
             f"{path}: max_norm={layer.max_norm:g} rewrites the table while it is read; renormalize it once and set max_norm=None"
         )
     if is_more_than_its_weight(layer):
-        what = "an embedding's rows" if isinstance(layer, nn.Embedding) else "x W^T + b"
+        what = _IS[kind_of(layer) or "linear"]
         raise TargetError(
             f"{path}: {type(layer).__name__} computes something else than {what} in its own forward, so an update of the weight would not "
             "mean what it should; leave it out (exclude_modules)"
+        )
+
+
+def refuse_odd_attention(path: str, layer: nn.MultiheadAttention, output: nn.Module) -> None:
+    """Raise ``TargetError`` for an attention that has no single input projection, or another layer as its output projection."""
+    if not layer._qkv_same_embed_dim:
+        raise TargetError(
+            f"{path}: its keys or values have another width than its queries (kdim={layer.kdim}, vdim={layer.vdim}), so it has three "
+            "input projections and no adapter for them; leave it out (exclude_modules)"
+        )
+    if not is_attention_output(output):
+        kind = type(output).__name__
+        raise TargetError(
+            f"{path}: its out_proj is a {kind}, not the layer that torch gives it; leave it out (exclude_modules)"
         )
 
 
@@ -63,11 +108,13 @@ def refuse_to_replace(path: str, layer: nn.Module) -> None:
 
 def is_more_than_its_weight(layer: nn.Module) -> bool:
     """Whether calling this layer is something else than its product (an embedding: its rows), tried where its class does not say."""
-    if "forward" not in layer.__dict__ and (
-        is_plain(layer) or type(layer).forward in (QuantLinear.forward, nn.Embedding.forward)
-    ):
+    if is_foreign(layer):
         return False
-    weight = layer._parameters.get("weight")
+    if "forward" not in layer.__dict__ and (is_plain(layer) or type(layer).forward in _KNOWN):
+        return False
+    if isinstance(layer, nn.MultiheadAttention):  # too much in it to try it
+        return True
+    weight = stored_weight(layer)
     if weight is None or weight.is_meta:  # nothing to try it on
         return False
     probe = copy.copy(layer)  # its weights are the layer's; the layer itself is not touched
@@ -82,14 +129,24 @@ def is_more_than_its_weight(layer: nn.Module) -> bool:
 
 
 def _trial(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    if is_convolution(layer):
+        sizes = [2 * reach * (size - 1) + 3 for reach, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        x = _numbers(layer.weight, 1, layer.in_channels, *sizes)
+        plain = convolve(layer, x, layer.weight, layer.groups)
+        return x, plain if layer.bias is None else plain + of_channels(layer, layer.bias)
     weight = dense_weight(layer)
     if isinstance(layer, nn.Embedding):
         rows = sorted({0, 1 % len(weight), len(weight) // 2, len(weight) - 1})
         ids = torch.tensor([rows], device=weight.device)
         return ids, weight[ids] * embed_scale(layer)
-    x = torch.arange(2 * weight.shape[1], device=weight.device, dtype=torch.float32).view(2, -1).cos().to(weight.dtype)
+    x = _numbers(weight, 2, weight.shape[1])
     bias: Any = layer.bias
     return x, F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+
+
+def _numbers(weight: Tensor, *shape: int) -> Tensor:
+    """Some numbers of the weight's dtype and device."""
+    return torch.arange(math.prod(shape), device=weight.device, dtype=torch.float32).view(shape).cos().to(weight.dtype)
 
 
 def _same(found: Any, wanted: Tensor) -> bool:
@@ -100,7 +157,7 @@ def _same(found: Any, wanted: Tensor) -> bool:
 
 
 def _is_offloaded(layer: nn.Module) -> bool:
-    hook, weight = layer.__dict__.get("_hf_hook"), layer._parameters["weight"]
+    hook, weight = layer.__dict__.get("_hf_hook"), stored_weight(layer)
     hooks = getattr(hook, "hooks", (hook,))
     return bool(weight is not None and weight.is_meta and hook) or any(
         getattr(each, "offload", False) for each in hooks

@@ -44,7 +44,7 @@ class LoraConfig:
         modules_to_save: names of modules of which a full copy is trained and saved beside the adapter.
         init_lora_weights: True (A kaiming-uniform, B = 0), "gaussian" (A normal with std 1/r, B = 0), False (both random),
             "orthogonal", "pissa", "pissa_niter_N", "olora", "mica", "loftq"; from data "eva", "corda" or "lora_ga" (each a file in
-            ``variants/``), in any case.
+            ``variants/``), in any case. Of an embedding: A = 0 and B random, for all but "mica" and "loftq", as in PEFT.
         use_rslora: scaling ``lora_alpha / sqrt(r)``.
         use_dora: magnitude and direction apart (``variants/dora.py``).
         lora_bias: a trained bias on B, scaled as B is.
@@ -55,6 +55,7 @@ class LoraConfig:
         eva_config, corda_config, lora_ga_config: settings of the start value of that name (``lora/starts.py``), or their dictionary.
         rank_pattern, alpha_pattern: module-name regex to its own r or lora_alpha; the first that matches the path's end wins.
         task_type: one of TASK_TYPES or None.
+        alora_invocation_tokens: token ids from whose last occurrence in a row on the update is active (``variants/alora.py``).
 
     Raises:
         ConfigError: for a value that cannot be meant, naming the field, the value and what is wanted.
@@ -87,6 +88,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    alora_invocation_tokens: Sequence[int] | None = None
 
     def __getattr__(self, name: str) -> Any:
         """PEFT's remaining fields, which stand at their defaults."""
@@ -144,6 +146,7 @@ class LoraConfig:
         if isinstance(self.init_lora_weights, str):
             put("init_lora_weights", self.init_lora_weights.lower())  # "OLoRA" is as right
         self._check_settings(put)
+        put("alora_invocation_tokens", validate.invocation(self.alora_invocation_tokens))
         self._check_start()
         validate.tokens(self.trainable_token_indices)
         self._check_places(put)
@@ -205,6 +208,10 @@ class LoraConfig:
             raise ConfigError(
                 f"use_dora goes with init_lora_weights True, False or 'gaussian', not {init!r}; drop one of the two"
             )
+        if self.alora_invocation_tokens and self.variant != "alora":
+            raise ConfigError(
+                f"alora_invocation_tokens goes with plain LoRA, not with {self.variant}; drop one of the two"
+            )
         if self.lora_bias and self.variant != "lora":
             raise ConfigError(f"lora_bias goes with plain LoRA, not with {self.variant}; drop one of the two")
         if init == "orthogonal" and self.r % 2:
@@ -216,7 +223,9 @@ class LoraConfig:
         init = self.init_lora_weights
         if isinstance(init, str) and init not in ("gaussian", "eva"):  # EVA is plain LoRA from another A
             return "pissa" if init.startswith("pissa") else init
-        return "dora" if self.use_dora else "lora"
+        if self.use_dora:
+            return "dora"
+        return "alora" if self.alora_invocation_tokens else "lora"
 
     @property
     def pissa_rounds(self) -> int | None:

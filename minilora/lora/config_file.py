@@ -15,7 +15,6 @@ from minilora.files.validate import shown
 
 # PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
 OUT_OF_SCOPE: dict[str, Any] = {
-    "alora_invocation_tokens": None,
     "arrow_config": None,
     "kasa_config": None,
     "megatron_config": None,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from minilora.linear.convolution import is_convolution
 from minilora.linear.layers import is_linear
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
@@ -13,18 +14,22 @@ from minilora.lora.slots import adapters_of
 
 __all__ = ["coverage"]
 
-_OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
+_OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 
 
 def coverage(model: nn.Module) -> tuple[list[str], list[str]]:
-    """``(covered, others)``: paths of the linear weights that the active adapters change or train whole, and of those that they do not.
+    """``(covered, others)``: paths of the weights that the active adapters change or train whole, and of those that they do not.
 
-    A matrix that is a bare parameter (fused experts, the input projection of ``nn.MultiheadAttention``) counts as one weight: no adapter
-    can stand there.
+    Counted are linear layers, convolutions and both projections of ``nn.MultiheadAttention``. A matrix that is a bare parameter (fused
+    experts) counts as one weight: no adapter can stand there. Tables whose rows are looked up are not counted.
     """
     adapters = adapters_of(model)
     shown = {path: value for name in adapters.active for path, value in adapters.named(name).items()}
-    around = {path for path, value in shown.items() if isinstance(value, Adapter)}
+    around = {
+        f"{path}.in_proj_weight" if value.on == "attention" else path
+        for path, value in shown.items()
+        if isinstance(value, Adapter)
+    }
     whole = [path for path, value in shown.items() if isinstance(value, nn.Module) and not isinstance(value, Adapter)]
     covered: list[str] = []
     others: list[str] = []
@@ -35,9 +40,9 @@ def coverage(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def linear_weights(bare: Bare) -> Iterator[str]:
-    """Paths of all linear layers, and of matrices that are bare parameters."""
+    """Paths of all linear layers and convolutions, and of matrices that are bare parameters."""
     for path, module in bare.named_modules():
-        if is_linear(module) or isinstance(module, nn.Linear):
+        if is_linear(module) or isinstance(module, nn.Linear) or is_convolution(module):
             yield path
         elif not isinstance(module, _OTHERS):
             for name, parameter in module._parameters.items():

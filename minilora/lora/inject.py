@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from minilora.errors import ConfigError, StateError, TargetError
-from minilora.linear.layers import in_front, is_quantized
-from minilora.lora.adapter import Adapter, variant
+from minilora.linear.layers import in_front, is_foreign, is_quantized, kind_of
+from minilora.lora.adapter import Adapter, variant_at
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
@@ -22,6 +22,7 @@ from minilora.lora.match import match
 from minilora.lora.slot import Slot, Value, own_parameters
 from minilora.lora.slots import Adapters, adapters_of, attach, has_adapters, unwrapped
 from minilora.lora.tying import adapt_embedding, copy_biases, copy_modules, trained_rows
+from minilora.lora.variants.attention import attention_adapters
 
 
 def build(
@@ -38,17 +39,28 @@ def build(
     adapters = adapters_of(model) if has_adapters(model) else Adapters()
     check_adapter_name(adapter_name)
     adapters.check_new(adapter_name)
-    make = variant(kind or config.variant)
+    means = kind or config.variant
     found, bare = match(model, config), Bare(model)
     values: dict[str, Value] = {}
     modules = dict(bare.named_modules(remove_duplicate=False))
-    for path in found.targets:  # tables first, for they bring their tied heads along
+    # What a variant cannot stand on is refused first; tables come first then, for they bring their tied heads along.
+    makers = {
+        path: variant_at(means, kind_of(modules[path]) or "linear", path, modules[path]) for path in found.targets
+    }
+    for path, make in makers.items():
         if isinstance(table := modules[path], nn.Embedding):
-            values |= adapt_embedding(bare, path, table, config, kind or config.variant)
-    for path in found.targets:
+            values |= adapt_embedding(bare, path, table, config, make)
+    for path, make in makers.items():
         layer = modules[path]
         if path in values:
             continue
+        if isinstance(layer, nn.MultiheadAttention):
+            values |= attention_adapters(layer, modules[f"{path}.out_proj"], config, path)
+            continue
+        if make.replaces_base and is_foreign(layer):
+            raise TargetError(
+                f"{path}: is a {type(layer).__name__}, packed already, and {make.__name__} packs a dense layer; load the dense model"
+            )
         if make.replaces_base and path in adapters.slots and not is_quantized(layer):
             raise TargetError(
                 f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"

@@ -51,14 +51,26 @@ class LoRALinear(Adapter):
         self.lora_A, self.lora_B = _fp32(A, kind, place), _fp32(B, kind, place)
         self.register_parameter("lora_bias", None if bias is None else _fp32(bias, kind, place))
 
+    @property
+    def thin(self) -> int:
+        """How many inputs a row of B has."""
+        return self.r
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``(A [r, in], B [out, r])`` as they are now, without the scaling, in fp32."""
+        return self.lora_A.float(), self.lora_B.float()
+
     def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
         """Start values of A, B and the bias on B, drawn from torch's generator in PEFT's order, so that one seed gives both the same A.
 
         True: A uniform in +-1/sqrt(in) (kaiming, a = sqrt(5)), B = 0. "gaussian": A normal with std 1/r, B = 0. False: both random.
         """
         # Drawn one after the other as PEFT's two constructors and its own start value do, whether or not a draw is used.
-        A, B = _uniform((self.r, self.in_features), self.in_features), _uniform((self.out_features, self.r), self.r)
-        bias = _uniform((self.out_features,), self.r) if config.lora_bias else None
+        A, B = (
+            _uniform((self.r, self.in_features), self.in_features),
+            _uniform((self.out_features, self.thin), self.thin),
+        )
+        bias = _uniform((self.out_features,), self.thin) if config.lora_bias else None
         if config.init_lora_weights == "gaussian":
             A.normal_(std=1 / self.r)
         elif config.init_lora_weights is True:
@@ -90,7 +102,8 @@ class LoRALinear(Adapter):
         return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype), bias) * self.scaling
 
     def delta_weight(self) -> Tensor:
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        A, B = self.factors()
+        return self.scaling * (B @ A)
 
     def delta_bias(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias.float()
@@ -105,7 +118,8 @@ class LoRALinear(Adapter):
     def as_lora(self) -> tuple[Tensor, Tensor]:
         if self.lora_bias is not None:
             raise StateError("lora_bias: the update changes the bias too, which a plain LoRA cannot; merge it instead")
-        return self.lora_A.float(), self.scaling * self.lora_B.float()
+        A, B = self.factors()
+        return A, self.scaling * B
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"

@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from minilora.errors import StateError, TargetError, nearest
-from minilora.linear.layers import is_linear, is_quantized
+from minilora.linear.layers import is_foreign, is_linear, is_quantized, kind_of
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
 from minilora.lora.bare import Bare
-from minilora.lora.bases import is_more_than_its_weight, is_read_by_parent, refuse_nested, refuse_not_a_weight
+from minilora.lora.bases import (
+    is_more_than_its_weight,
+    is_read_by_parent,
+    refuse_nested,
+    refuse_not_a_weight,
+    refuse_odd_attention,
+)
 from minilora.lora.config import LoraConfig
 from minilora.lora.targets import Selection, ends_with, inside, layer_index, select
 
@@ -111,7 +117,9 @@ def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     for path in saved:
         if (outer := inside(path.rpartition(".")[0], copied)) is not None:
             raise TargetError(f"modules_to_save: {path} lies in {outer}, which is copied whole; name only one of them")
-        if packed := [name for name, module in modules[path].named_modules() if is_quantized(module)]:
+        if packed := [
+            name for name, module in modules[path].named_modules() if is_quantized(module) or is_foreign(module)
+        ]:
             raise TargetError(
                 f"modules_to_save: {path} is quantized{' in ' + packed[0] if packed[0] else ''} and cannot be trained whole; "
                 "name another, or give the dense model"
@@ -127,12 +135,16 @@ def refuse_unfit(model: nn.Module | Bare, modules: dict[str, nn.Module], targets
             raise StateError(
                 f"{path} carries an adapter already; add another with add_adapter, or merge_and_unload() first"
             )
-        if not (is_linear(module) or isinstance(module, nn.Embedding)):
+        if kind_of(module) is None:
             inside = [f"{path}.{name}" for name, child in module.named_modules() if name and is_linear(child)]
             hint = (
-                f"; name its linear layers, such as {inside[0]!r}" if inside else "; wanted Linear, Conv1D or Embedding"
+                f"; name its linear layers, such as {inside[0]!r}"
+                if inside
+                else "; wanted Linear, Conv1D or Embedding, Conv1d to Conv3d, or MultiheadAttention"
             )
             raise TargetError(f"{path} is a {type(module).__name__}, which takes no adapter{hint}")
+        if isinstance(module, nn.MultiheadAttention):
+            refuse_odd_attention(path, module, modules[f"{path}.out_proj"])
         refuse_not_a_weight(path, module)
     places: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -55,22 +55,24 @@ def holders(bare: Bare) -> dict[int, list[str]]:
     return found
 
 
-def adapt_embedding(bare: Bare, path: str, layer: nn.Embedding, config: LoraConfig, kind: str) -> dict[str, Value]:
-    """LoRA on an embedding, and with ``ensure_weight_tying`` the same update on a head that is tied to it.
+def adapt_embedding(
+    bare: Bare, path: str, layer: nn.Embedding, config: LoraConfig, make: type[Adapter]
+) -> dict[str, Value]:
+    """An adapter on an embedding, and with ``ensure_weight_tying`` the same update on a head that is tied to it.
 
     Raises:
-        TargetError: the head is tied and the config does not say to share the change, or the variant is for linear layers only.
+        TargetError: the head is tied and the config does not say to share the change, or an update that the head could not share.
     """
-    make = _ON_EMBEDDINGS.get(kind)
-    if make is None or config.lora_bias:
-        raise TargetError(
-            f"{path} is an Embedding, which takes {' or '.join(_ON_EMBEDDINGS)} without lora_bias only; leave it out, or give it an "
-            "adapter of its own"
-        )
+    if config.lora_bias:
+        raise TargetError(f"{path} is an Embedding, which has no bias for lora_bias; leave it out")
     tied = [other for other in sharers(bare, layer.weight) if other != path]
     if tied and not config.ensure_weight_tying:
         raise TargetError(
             f"{path} shares its weight with {tied[0]}; set ensure_weight_tying=True to adapt both alike, or minilora.untie(model) first"
+        )
+    if tied and make not in (LoRAEmbedding, MiCAEmbedding):
+        raise TargetError(
+            f"{path} shares its weight with {tied[0]}, which plain LoRA can share only; minilora.untie(model) first"
         )
     adapter = make(layer, config, path)
     return {path: adapter, **_twins(bare, tied, adapter, TiedEmbedding, TiedHead)}

@@ -5,13 +5,14 @@ Next file: ``many/merging.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import is_quantized
+from minilora.linear.layers import in_out_features, is_foreign, is_quantized, stored_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
@@ -99,6 +100,8 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
     adapters.settle(change)
     if has_parted(Bare(model), adapters, merged):
         say_untied(change, model)
+    if merged and any(isinstance(slot.base, nn.Module) and is_foreign(slot.base) for slot in adapters.slots.values()):
+        say_dense(change, model)
     for slot in adapters.slots.values():  # what trained whole stays, in the dtype that the model has
         for value in (slot.kept[name] for name in merged if name in slot.kept):
             if isinstance(value, Adapter):
@@ -111,6 +114,30 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
                 change.classes(value)
                 in_given_dtype(value)
     detach(change, model)
+
+
+def say_dense(change: Change, model: nn.Module) -> None:
+    """Say in ``model.config`` which layers another library's quantizer shall leave alone from now on, or that there is no quantizer.
+
+    Saved and loaded, the model would otherwise be looked for packed weights where merged, dense ones are.
+    """
+    said = getattr(getattr(model, "config", None), "quantization_config", None)
+    if said is None:
+        return
+    if any(is_foreign(module) for module in model.modules()):
+        dense = [
+            path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not is_foreign(module)
+        ]
+        if hasattr(said, "llm_int8_skip_modules"):
+            change.put(said, "llm_int8_skip_modules", dense)
+        return
+    change.drop(model.config.__dict__, "quantization_config")
+    for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
+        if name in model.__dict__:
+            change.drop(model.__dict__, name)
+    for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(model, name, False):
+            change.put(model, name, False)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -139,4 +166,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _logical_size(module: nn.Module, name: str, parameter: Tensor) -> int:
     if is_quantized(module) and name != "bias":
         return module.out_features * module.in_features if name == "weight" else 0
+    if is_foreign(module) and parameter is stored_weight(module):
+        return math.prod(in_out_features(module))
     return parameter.numel()

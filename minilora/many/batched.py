@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
+from minilora.linear.convolution import convolve_rows, is_convolution
 from minilora.linear.layers import embed_scale
 from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters, Block, adapters_of
+from minilora.lora.variants.attention import LoRAAttention, LoRAOutProj
 from minilora.lora.variants.tokens import TiedRows, TiedTable, TokenRows
 
 __all__ = ["BASE", "batch_adapters"]
@@ -109,6 +111,8 @@ class MixedLayer(nn.Module):
 
     def _with_update(self, pick: Tensor, x: Tensor, base: Tensor, stack: Factors) -> Tensor:
         A, B = stack
+        if is_convolution(self.base):
+            return base + convolve_rows(self.base, x, A[pick].to(x.dtype), B[pick].to(x.dtype)).view_as(base)
         if isinstance(self.base, nn.Embedding):
             thin = B[pick[:, None], x.reshape(len(pick), -1)].to(base.dtype)
             update = torch.bmm(thin, A[pick].to(base.dtype)) * self.scale
@@ -120,16 +124,17 @@ class MixedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """For models that look at its dtype; one weight cannot be another one for every row, so nobody computes with it."""
-        if _rows_of(self.adapters) is None:
-            return self.usual.weight
+        rows = _rows_of(self.adapters)
+        if rows is None or rows.stacks.get(self.path) is None:
+            return (self.usual if rows is None else self.base).weight
         stored: Tensor = self.base.weight
         return shown_weight(_refuse_to_read, stored.shape, stored.dtype, stored.device)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks a layer for (sizes, a bias) is what its usual content answers."""
+        """What a model asks a layer for (sizes, a bias) is what its usual content answers; for a mixed batch, its base."""
         if "usual" not in self.__dict__:  # a copy that is being made
             raise AttributeError(name)
-        return getattr(self.usual, name)
+        return getattr(self.usual if _rows_of(self.adapters) is None else self.base, name)
 
 
 def _with_rows_of(
@@ -249,6 +254,11 @@ def _low_rank(slot: Slot, name: str) -> Factors | None:
     if not isinstance(value, Adapter):
         raise StateError(
             f"adapter {name!r} trains {slot.path}, a bias, which cannot differ from row to row; use set_adapter instead"
+        )
+    if isinstance(value, (LoRAAttention, LoRAOutProj)):
+        raise StateError(
+            f"adapter {name!r}, {slot.path}: the weights of a MultiheadAttention are read and not called, so they cannot differ from row "
+            "to row; use set_adapter instead"
         )
     try:
         A, B = value.as_lora()

@@ -233,7 +233,9 @@ def _factors(value: Value) -> tuple[Tensor, Tensor]:
     if isinstance(value, LoRAEmbedding):
         return value.lora_embedding_A.data, value.lora_embedding_B.data
     if isinstance(value, LoRALinear):
-        return value.lora_A.data, value.lora_B.data
+        return value.lora_A.data.flatten(1), value.lora_B.data.flatten(
+            1
+        )  # views: of a convolution too they are written to
     raise StateError(f"{type(value).__name__} has no low-rank factors")
 
 

@@ -81,9 +81,17 @@ def _swap(model: nn.Module, stored: Stored, adapter_name: str) -> None:
         if type(here) is not type(value) or not isinstance(here, LoRALinear) or not isinstance(value, LoRALinear):
             kinds = f"{type(value).__name__}, adapter {adapter_name!r} has {type(here).__name__}"
             raise CheckpointError(f"{where}: adapts {path} as {kinds}; load it with load_adapter instead")
+        if getattr(value, "tokens", None) != getattr(here, "tokens", None):
+            raise CheckpointError(
+                f"{where}: {path} begins at other alora_invocation_tokens than the present adapter; use load_adapter"
+            )
         if value.r > here.r:
             raise CheckpointError(
                 f"{where}: {path} has rank {value.r}, the present adapter {here.r}; start from the largest rank"
+            )
+        if value.r != here.r and getattr(value.innermost, "groups", 1) > 1:
+            raise CheckpointError(
+                f"{where}: {path} is a convolution of groups, with rank {value.r}, the present adapter {here.r}; wanted equal ranks there"
             )
         if (value.lora_bias is None) != (here.lora_bias is None):
             raise CheckpointError(f"{where}: {path} differs in lora_bias; load it with load_adapter instead")

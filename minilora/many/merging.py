@@ -9,12 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import QuantLinear, compute_dtype, dense_weight, is_quantized, with_weight
+from minilora.linear.foreign import foreign_of
+from minilora.linear.layers import (
+    QuantLinear,
+    compute_dtype,
+    dense_weight,
+    is_foreign,
+    is_quantized,
+    stored_weight,
+    weight_name,
+    with_weight,
+)
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.bases import refuse_to_replace
@@ -87,8 +98,9 @@ def merged_layers(model: nn.Module, names: Sequence[str] | None = None, requanti
     losses: dict[str, tuple[float, float]] = {}
     for path in folded:
         refuse_to_replace(path, adapters.slots[path].base)  # type: ignore[arg-type]
+    flowing = _flowing(Bare(model))
     for path, adapters_here in folded.items():
-        layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize)
+        layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize, flowing)
     _share_again(adapters, layers)
     return Merged(chosen, folded, layers, _report(layers, losses))
 
@@ -136,16 +148,33 @@ def _folded(adapters: Adapters, names: Sequence[str]) -> dict[str, list[Adapter]
     return {path: values for path, values in found.items() if values}
 
 
-def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tuple[nn.Module, tuple[float, float]]:
+def _flowing(bare: Bare) -> torch.dtype | None:
+    """The dtype in which a model computes beside its packed layers: its first floating parameter's; None if it has none."""
+    packed = {id(stored_weight(module)) for module in bare.modules() if foreign_of(module) is not None}
+    floating = (p.dtype for _, p in bare.named_parameters() if p.is_floating_point() and id(p) not in packed)
+    return next(floating, None)
+
+
+def _merged_layer(
+    slot: Slot, folded: Sequence[Adapter], requantize: bool, flowing: torch.dtype | None
+) -> tuple[nn.Module, tuple[float, float]]:
     """A layer with the sum of the updates inside, and ``(|error|^2, |update|^2)``."""
-    base: nn.Module = slot.base  # type: ignore[assignment]
+    base: Any = slot.base
+    foreign = foreign_of(base)
+    if requantize and foreign is not None:
+        raise StateError(
+            f"{slot.path}: a {type(base).__name__} of another library is merged to a dense layer only; leave requantize out"
+        )
+    kind = (
+        flowing if foreign is not None and flowing else compute_dtype(base)
+    )  # they take and give any dtype, a dense one does not
     alone = [adapter.alone_on(base) for adapter in folded]
     with torch.no_grad():
         before = dense_weight(base)
         update = torch.stack([adapter.delta_weight() for adapter in alone]).sum(0)
-        merged = (before.float() + update).to(compute_dtype(base))
+        merged = (before.float() + update).to(kind)
         shifts = [shift for adapter in alone if (shift := adapter.delta_bias()) is not None]
-        bias = _moved_bias(base, shifts) if shifts else None
+        bias = _moved_bias(base, shifts, kind) if shifts else None
     if not is_finite(before):
         raise StateError(
             f"{slot.path}: its base weight holds NaN or infinity, so nothing is merged into it; load it again"
@@ -162,10 +191,10 @@ def _merged_layer(slot: Slot, folded: Sequence[Adapter], requantize: bool) -> tu
     return layer, (float(error.square().sum()), float(update.square().sum()))
 
 
-def _moved_bias(base: nn.Module, shifts: Sequence[Tensor]) -> Tensor:
+def _moved_bias(base: nn.Module, shifts: Sequence[Tensor], kind: torch.dtype) -> Tensor:
     shift = torch.stack(list(shifts)).sum(0)
     bias: Tensor | None = base.bias  # type: ignore[assignment]
-    return shift.to(compute_dtype(base)) if bias is None else (bias.float() + shift).to(bias.dtype)
+    return shift.to(kind) if bias is None else (bias.float() + shift).to(kind if is_foreign(base) else bias.dtype)
 
 
 def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[Adapter]]) -> None:
@@ -173,7 +202,7 @@ def _refuse_shared(model: nn.Module, adapters: Adapters, folded: dict[str, list[
     held_by = holders(Bare(model))
     for path in folded:
         base = adapters.slots[path].base
-        others = [other for other in held_by.get(id(base._parameters["weight"]), ()) if other not in folded]  # type: ignore[union-attr]
+        others = [other for other in held_by.get(id(stored_weight(base)), ()) if other not in folded]
         if others:
             raise StateError(
                 f"{path} shares its weight with {others[0]}, which would not change; call minilora.untie(model) first if one of them is an "
@@ -185,7 +214,7 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
     """Layers that shared a weight share the merged one. Raises ``StateError`` where their updates make two of it."""
     first: dict[int, str] = {}
     for path, layer in layers.items():
-        twin = first.setdefault(id(adapters.slots[path].base._parameters["weight"]), path)  # type: ignore[union-attr]
+        twin = first.setdefault(id(stored_weight(adapters.slots[path].base)), path)
         if twin == path:
             continue
         if not torch.equal(dense_weight(layer), dense_weight(layers[twin])):
@@ -194,7 +223,7 @@ def _share_again(adapters: Adapters, layers: dict[str, nn.Module]) -> None:
                 "(exclude_modules), or give one a copy of the weight; for an embedding and its head minilora.untie(model) does that, and "
                 "ensure_weight_tying=True adapts both alike"
             )
-        layer._parameters["weight"] = layers[twin]._parameters["weight"]
+        layer._parameters[weight_name(layer)] = stored_weight(layers[twin])
 
 
 def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]) -> MergeReport:
@@ -202,7 +231,7 @@ def _report(layers: dict[str, nn.Module], losses: dict[str, tuple[float, float]]
         return 1.0 if update == 0 else max(0.0, 1 - (error / update) ** 0.5)
 
     kinds = {
-        layer.format if is_quantized(layer) else str(layer.weight.dtype).removeprefix("torch.")
+        layer.format if is_quantized(layer) else str(compute_dtype(layer)).removeprefix("torch.")
         for layer in layers.values()
     }
     whole = share(sum(error for error, _ in losses.values()), sum(update for _, update in losses.values()))

@@ -104,6 +104,10 @@ def sorted_parts(record: Adapters, names: Sequence[str], weights: Sequence[float
 
 def _plain(value: Any, name: str, path: str) -> Adapter:
     """The adapter if it is nothing but a low-rank update."""
+    if getattr(value.innermost, "groups", 1) > 1:
+        raise StateError(
+            f"{path}: its convolution has groups, and the factors of several adapters cannot be put together there; merge them one by one"
+        )
     try:
         value.as_lora()
     except StateError as error:

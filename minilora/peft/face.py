@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -17,6 +16,7 @@ from minilora.lora.change import Change
 from minilora.lora.copies import in_given_dtype
 from minilora.lora.slot import Value, own_parameters
 from minilora.lora.slots import adapters_of, has_adapters, unwrapped
+from minilora.lora.variants.alora import activated
 from minilora.many import batched
 
 __all__ = ["Face", "extend", "in_base_dtype", "refuse_extended", "refuse_second", "restore"]
@@ -31,7 +31,8 @@ class Generates(Front):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own ``generate``; with ``adapter_names`` each prompt gets its own adapter."""
-        with nullcontext() if adapter_names is None else batched.batch_adapters(self, adapter_names):
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with activated(self, prompt) if adapter_names is None else batched.batch_adapters(self, adapter_names):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -19,6 +19,7 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build_new, checked, place, place_in
 from minilora.lora.slots import adapters_of, has_adapters
+from minilora.lora.variants.alora import activated
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.peft.card import write_card
 from minilora.peft.face import extend, in_base_dtype, refuse_extended, refuse_second, restore
@@ -268,7 +269,8 @@ class PeftModel(Shape):
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The forward; with ``adapter_names`` each row of the batch gets its own adapter."""
         if adapter_names is None:
-            return super().__call__(*args, **kwargs)
+            with activated(self, kwargs.get("input_ids", args[0] if args else None)):
+                return super().__call__(*args, **kwargs)
         with batched.batch_adapters(self, adapter_names):
             return super().__call__(*args, **kwargs)
 

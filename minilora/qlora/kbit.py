@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError
 from minilora.linear.fronts import Front, put_in_front
+from minilora.linear.layers import is_foreign, stored_weight
 from minilora.linear.packed import dtype_after
 from minilora.lora.bases import refuse_nested
 from minilora.lora.change import LOCK, Change
@@ -111,7 +112,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _halves(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.dtype in _HALF]
+    packed = {id(stored_weight(part)) for part in module.modules() if is_foreign(part)}  # bytes, called halves by some
+    return [parameter for parameter in module.parameters() if parameter.dtype in _HALF and id(parameter) not in packed]
 
 
 def _raise(change: Change, norm: Any) -> None:

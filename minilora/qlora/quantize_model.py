@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError, StateError, TargetError
-from minilora.linear.layers import QuantLinear, dense_weight, is_linear, is_quantized
+from minilora.linear.layers import QuantLinear, dense_weight, is_foreign, is_linear, is_quantized
 from minilora.lora.bases import refuse_nested, refuse_to_replace
 from minilora.lora.change import LOCK, Change
 from minilora.lora.inject import slot_at
@@ -70,17 +70,16 @@ def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     refuse_nested(model.named_modules())
     modules = {path: module for path, module in model.named_modules() if path}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        paths = [path for path in linear_paths(model) if not is_quantized(modules[path])]
+        paths = [path for path in linear_paths(model) if not (is_quantized(modules[path]) or is_foreign(modules[path]))]
     else:
         paths = select(modules, target_modules, "target_modules")
     refuse_unfit(model, modules, paths)
     if tables := [path for path in paths if not is_linear(modules[path])]:
-        raise TargetError(
-            f"{tables[0]} is an Embedding, whose rows are looked up one by one; quantize linear layers only"
-        )
+        kind = type(modules[tables[0]]).__name__
+        raise TargetError(f"{tables[0]}: {kind} has no packed form; quantize linear layers only")
     for path in paths:
         refuse_to_replace(path, modules[path])
-    if packed := [path for path in paths if is_quantized(modules[path])]:
+    if packed := [path for path in paths if is_quantized(modules[path]) or is_foreign(modules[path])]:
         raise TargetError(f"{packed[0]} is quantized already; leave it out of target_modules")
     if not paths:
         raise TargetError("no dense linear layer is left to quantize; wanted a model that is not packed already")

@@ -23,10 +23,11 @@ def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Ad
 
 @torch.no_grad()
 def update_ratios(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
-    """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path."""
+    """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path; of those that are the same for every input."""
     return {
         path: float(adapter.delta_weight().norm() / dense_weight(adapter.innermost).float().norm().clamp(min=1e-30))
         for path, adapter in adapters_in(model, adapter_name).items()
+        if not adapter.depends_on_input
     }
 
 
@@ -37,8 +38,8 @@ def spectrum(adapter: Adapter) -> Tensor:
     For LoRA from the small factors alone, ``svd(R_B R_A^T)`` after two QR decompositions, O((in + out) r^2); a dense SVD otherwise.
     """
     if isinstance(adapter, LoRALinear) and type(adapter).delta_weight is LoRALinear.delta_weight:
-        right = torch.linalg.qr(adapter.lora_A.float().T, mode="r").R
-        left = torch.linalg.qr(adapter.lora_B.float(), mode="r").R
+        A, B = adapter.factors()
+        right, left = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
         return torch.linalg.svdvals(adapter.scaling * left @ right.T)
     return torch.linalg.svdvals(adapter.delta_weight().float())
 

@@ -20,7 +20,8 @@ from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
 from minilora.lora.adapter import Adapter
 from minilora.lora.slots import adapters_of
-from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
+from minilora.lora.variants.attention import LoRAOutProj
+from minilora.lora.variants.embedding import TiedHead
 from minilora.quant.finite import is_finite
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
 from minilora.store.programs import TARGETS
@@ -68,7 +69,7 @@ def _check_target(target: str) -> None:
 
 
 def _factors(path: str, value: object, target: str) -> tuple[Tensor, Tensor]:
-    if isinstance(value, (LoRAEmbedding, TiedHead)):
+    if isinstance(value, (LoRAOutProj, TiedHead)) or (isinstance(value, Adapter) and value.on != "linear"):
         raise StateError(
             f"{path}: {target} takes adapters of linear layers only; merge this one into the model instead"
         )
@@ -90,7 +91,7 @@ def _stored_factors(stored: Stored) -> dict[str, tuple[Tensor, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
         path, _, name = key.removeprefix(PREFIX).rpartition(".lora_")
-        if name not in ("A.weight", "B.weight"):
+        if name not in ("A.weight", "B.weight") or tensor.dim() != 2 or ".base_layer." in key:
             raise StateError(
                 f"{stored.path}: {key} is no factor of a linear layer, and other programs cannot hold it; merge instead"
             )

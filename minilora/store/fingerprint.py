@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
+from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear, stored_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.slot import Value
@@ -95,7 +95,7 @@ def _parameters_hash(bare: Bare) -> str:
 
 def _sample(layer: nn.Module) -> list[str] | None:
     """``[dtype or "packed", values as hexadecimal little-endian fp32]``; None where the weight is not at hand."""
-    weight = layer._parameters.get("weight")
+    weight = stored_weight(layer)
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
     in_features, out_features = in_out_features(layer)

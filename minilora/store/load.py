@@ -213,6 +213,9 @@ def _exact(stored: Stored) -> LoraConfig:
     files = [f".{name}" for kind in (variant(stored.variant), LoRAEmbedding) for name in kind.file_names.values()]
     keys = [key.removeprefix(PREFIX) for key in stored.tensors]
     paths = {key.removesuffix(file) for key in keys for file in files if key.endswith(file)}
+    paths = {
+        path for path in paths if ".base_layer." not in path
+    }  # an attention's output projection goes with its attention
     return dataclasses.replace(
         config,
         target_modules="|".join(map(re.escape, sorted(paths))),

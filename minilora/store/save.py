@@ -53,7 +53,7 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
     for path, value in values.items():
         if isinstance(value, Adapter):
             held = {file: getattr(value, name) for name, file in value.file_names.items()}
-            own = {f"{path}.{file}": tensor for file, tensor in held.items() if tensor is not None}
+            own = {f"{value.file_path(path)}.{file}": tensor for file, tensor in held.items() if tensor is not None}
         elif isinstance(value, nn.Parameter):
             owner, _, attr = path.rpartition(".")
             inner = ".base_layer" if isinstance(values.get(owner), Adapter) else ""

@@ -185,7 +185,7 @@ def test_with_weight_without_bias_has_none():
 
 
 @pytest.mark.parametrize("call", [in_out_features, dense_weight])
-@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.Conv1d(4, 6, 3), nn.Sequential()])
+@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.ConvTranspose1d(4, 6, 3), nn.Sequential()])
 def test_other_modules_are_refused_by_name(call, module):
     with pytest.raises(TargetError, match=f"{type(module).__name__} is not a linear layer; wanted Linear, Conv1D"):
         call(module)

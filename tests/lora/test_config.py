@@ -206,7 +206,6 @@ def test_changing_the_dictionary_changes_neither_config_nor_defaults():
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"megatron_core": "os"}, "megatron_core='os'"),
         ({"qalora_group_size": 8}, "qalora_group_size=8"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ],
     ids=str,
 )

@@ -2,8 +2,12 @@
 
 from minilora.lora.adapter import register
 from minilora.lora.variants import (
+    alora,
+    attention,
+    convolution,
     corda,
     dora,
+    dora_embedding,
     embedding,
     loftq,
     lora_fa,
@@ -17,8 +21,12 @@ from minilora.lora.variants import (
 )
 
 __all__ = [
+    "alora",
+    "attention",
+    "convolution",
     "corda",
     "dora",
+    "dora_embedding",
     "embedding",
     "loftq",
     "lora_fa",

@@ -25,6 +25,24 @@ _caching = False  # see DoraCaching
 _NOTHING = 1e-6  # of the sum of two squared norms: what rounding leaves of a difference that is zero
 
 
+def moved_norms(squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """The norms of the rows of ``W + s B A``, ``[out]``: from ``squared``, those of W squared, and ``WA = A W^T`` ``[r, out]``."""
+    cross, square = (WA.T * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)
+    moved = squared + 2 * s * cross + s * s * square
+    return torch.where(moved > _NOTHING * (squared + s * s * square), moved, 0).sqrt()
+
+
+def ratio_and_moves(magnitude: Tensor, norms: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
+    """``m / c``, and 1 or 0 for whether a row takes the update.
+
+    A row of zeros has no direction: its ratio is 1, so that it stays what it was and B gets its gradient. One that the update cancels
+    has lost its own, and is the base's.
+    """
+    gone = norms == 0
+    ratio = torch.where(gone, 1.0, magnitude.float() / torch.where(gone, 1.0, norms))
+    return ratio, 1.0 - (gone & (squared > 0)).float()
+
+
 @register("dora")
 class DoRALinear(LoRALinear):
     """A linear layer whose update is scaled row by row.
@@ -43,16 +61,18 @@ class DoRALinear(LoRALinear):
         super().__init__(base_layer, config, path)
         squared = dense_weight(self.innermost).float().square().sum(1)
         self.register_buffer("base_norm_squared", squared, persistent=False)
-        self.lora_magnitude_vector = nn.Parameter(self.row_norms().clone())
+        self.lora_magnitude_vector = nn.Parameter(self.over_outputs(self.row_norms()).clone())
+
+    def over_outputs(self, values: Tensor) -> Tensor:
+        """``[out]`` shaped so that it is broadcast over the layer's output."""
+        return values
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """``c``: the norms of the rows of ``W + s B A``, fp32 ``[out]``."""
-        A, B, s = self.lora_A.float(), self.lora_B.float(), self.scaling
-        WA = product(self.innermost, A.to(self._base_dtype())).float().T
-        cross, square = (WA * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)
-        squared = self.base_norm_squared + 2 * s * cross + s * s * square
-        return torch.where(squared > _NOTHING * (self.base_norm_squared + s * s * square), squared, 0).sqrt()
+        A, B = self.factors()
+        WA = product(self.innermost, A.to(self._base_dtype())).float()
+        return moved_norms(self.base_norm_squared, WA, A, B, self.scaling)
 
     def _base_dtype(self) -> torch.dtype:
         """What the innermost layer takes: its weight's dtype; a packed one takes fp32."""
@@ -61,21 +81,15 @@ class DoRALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         shown = self.base_layer(x)
         plain = self.innermost(x) if isinstance(self.base_layer, Adapter) else shown
-        if (bias := self.innermost.bias) is not None:
-            plain = plain - bias.to(plain.dtype)
-        ratio, moves = (each.to(plain.dtype) for each in self._ratio())
+        bias: Tensor | None = self.innermost.bias  # type: ignore[assignment]
+        if bias is not None:
+            plain = plain - self.over_outputs(bias).to(plain.dtype)
+        ratio, moves = (self.over_outputs(each).to(plain.dtype) for each in self._ratio())
         return shown + (ratio - 1) * plain + ratio * moves * self.update(self.lora_dropout(x))
 
     def _ratio(self) -> tuple[Tensor, Tensor]:
-        """``m / c``, and 1 or 0 for whether a row takes the update, ``[out]`` both.
-
-        A row of zeros has no direction: its ratio is 1, so that it stays what it was and B gets its gradient. One that the update cancels
-        has lost its own, and is the base's.
-        """
-        norms = self._norms()
-        gone = norms == 0
-        ratio = torch.where(gone, 1.0, self.lora_magnitude_vector.float() / torch.where(gone, 1.0, norms))
-        return ratio, 1.0 - (gone & (self.base_norm_squared > 0)).float()
+        """As ``ratio_and_moves``, ``[out]`` both."""
+        return ratio_and_moves(self.lora_magnitude_vector.flatten(), self._norms(), self.base_norm_squared)
 
     def _norms(self) -> Tensor:
         """``row_norms``, computed again only for other numbers while ``DoraCaching`` is on and the layer does not train."""
@@ -95,7 +109,7 @@ class DoRALinear(LoRALinear):
 
     def reset(self) -> None:
         super().reset()
-        self.lora_magnitude_vector.copy_(self.row_norms())
+        self.lora_magnitude_vector.copy_(self.over_outputs(self.row_norms()))
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         raise StateError(

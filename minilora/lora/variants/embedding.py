@@ -1,6 +1,8 @@
 """LoRA on an embedding: ``E[token] + s * (B A)^T [token]``, with A ``[r, tokens]`` and B ``[dimension, r]`` (as loralib and PEFT).
 
-A starts at zero and B random, the other way round from a linear layer, so that the rows of the table start unchanged.
+A starts at zero and B random, the other way round from a linear layer, so that the rows of the table start unchanged. A config whose
+linear layers start from a part of their weight ("pissa", "olora", "orthogonal") starts an embedding in this same way: so does PEFT, and
+its files mean it.
 """
 
 from __future__ import annotations
@@ -12,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.linear.layers import compute_dtype, embed_scale
-from minilora.lora.adapter import Adapter
+from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
 
 
+@register("orthogonal", on="embedding")
+@register("olora", on="embedding")
+@register("pissa", on="embedding")
+@register("corda", on="embedding")
+@register("lora_ga", on="embedding")
+@register("lora", on="embedding")
 class LoRAEmbedding(Adapter):
     """An embedding with a low-rank update; dropout does not apply to token ids.
 

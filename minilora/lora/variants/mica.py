@@ -31,6 +31,7 @@ class MiCALinear(LoRALinear):
         return torch.zeros(self.r, self.in_features), minor_directions(dense_weight(self.innermost), self.r), None
 
 
+@register("mica", on="embedding")
 class MiCAEmbedding(LoRAEmbedding):
     """The same on an embedding."""
 
