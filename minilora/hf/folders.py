@@ -78,7 +78,7 @@ def refuse_odd_files(name: str, place: str) -> None:
             raise CheckpointError(
                 f"model {name!r}: {path.name} is no index of weights ({error}); copy it again"
             ) from None
-        if far := [file for file in named if not isinstance(file, str) or Path(file).name != file]:
+        if far := [file for file in named if not isinstance(file, str) or not file or Path(file).name != file]:
             raise CheckpointError(
                 f"model {name!r}: {path.name} names {str(far[0])[:200]!r}; wanted files of the folder"
             )

@@ -149,7 +149,7 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
     then, where = checkpoint.meaning, checkpoint.path
     for part, words in (("training", "schedule"), ("adapter", "adapter"), ("data", "data set")):
         keys = sorted(now[part].keys() | then[part].keys())
-        if changed := [key for key in keys if now[part].get(key) != then[part].get(key)]:
+        if changed := [key for key in keys if _text(now[part].get(key)) != _text(then[part].get(key))]:
             here, there = (_short(side[part].get(changed[0])) for side in (now, then))
             cause = _cause(now["notes"], then.get("notes", {})) if part == "data" else ""
             raise CheckpointError(
@@ -161,7 +161,9 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
             f"{where}: its step {checkpoint.step} is after the last of the run, {now['training']['steps']}; copy the folder again, or "
             "begin anew with --overwrite"
         )
-    if {key: now["base"].get(key) for key in then["base"]} != then["base"]:  # an older minilora remembered less
+    if _text({key: now["base"].get(key) for key in then["base"]}) != _text(
+        then["base"]
+    ):  # an older minilora remembered less
         raise CheckpointError(
             f"{where}: another base model: its weights, dtype or packing are not those of the checkpoint; load the same one, or begin "
             "anew with --overwrite"
@@ -171,6 +173,11 @@ def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[
             say(
                 f"{key} is {value}, in the checkpoint {_short(then['bits'].get(key))}: the same run, but its last bits may differ"
             )
+
+
+def _text(value: Any) -> str:
+    """What two values must have in common to be the same: 1 is not true, nor 1.0."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _cause(now: Mapping[str, str], then: Mapping[str, str]) -> str:

@@ -162,6 +162,21 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize(
+    "named", ["../model.safetensors", "/etc/hostname", "a/../../b.safetensors", "", 7, None, ["a"]], ids=str
+)
+def test_an_index_that_names_weights_elsewhere_is_refused(model_folder, tmp_path, named):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": named}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as caught:
+        load_model(str(folder))
+    said = str(caught.value)
+    assert "model.safetensors.index.json" in said and said.isprintable()
+
+
 @pytest.mark.slow
 def test_every_field_of_a_model_s_config_with_every_hostile_value(place):
     """Loading is refused in one line, or gives a model; what transformers makes of a number that may be meant is its own."""

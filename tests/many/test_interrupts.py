@@ -28,6 +28,9 @@ from tests.interrupt import Interrupt
 
 QUICK = 40  # lines tried of each call in the quick test
 
+# A file that was opened in the very line before the interrupt is closed by the garbage collector, which says so.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 # ---- models
 
