@@ -184,7 +184,7 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
         "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}",
         "headline": [
             {"label": "training loss", "value": change},
-            {"label": "parameters trained", "value": f"{trainable / 1e6:.2f} M of {total / 1e6:.0f} M"},
+            {"label": "parameters trained", "value": f"{trainable:,} of {total:,}"},
             {"label": "time", "value": f"{sum(outcome.seconds.values()):.0f} s"},
             {"label": "peak memory", "value": f"{outcome.peak_mb / 1000:.2f} GB"},
         ],

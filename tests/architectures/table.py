@@ -69,7 +69,7 @@ def cell(text: str) -> str:
 def row(outcome: Outcome) -> str:
     """One line of one of the two tables."""
     if outcome.not_built:
-        return f"| {cell(outcome.model_type)} | {cell(outcome.not_built)} |"
+        return f"| {cell(outcome.model_type)} | {cell(why_not(outcome.not_built))} |"
     said = collections.defaultdict(list)
     for name, answer in outcome.answers.items():
         if answer != "right":
@@ -77,6 +77,13 @@ def row(outcome: Outcome) -> str:
     words = "; ".join(f"**{', '.join(map(cell, names))}** {cell(answer)}" for answer, names in said.items()) or "right"
     covered, whole = outcome.covers
     return f"| {cell(outcome.model_type)} | {cell(outcome.kind)} | {covered} of {whole} | {words} |"
+
+
+def why_not(said: str) -> str:
+    """An error of building in the page's words, without a path of this machine."""
+    said = re.sub(r"<module '([\w.]+)' from '[^']*'>", r"the module \1", said)
+    said = re.sub(r"^OverflowError: (.*parameters)$", r"larger than the 4 million parameters that are tried (\1)", said)
+    return re.sub(r"^KeyError: '\w+ (has no head that is tried here)'$", r"\1", said)
 
 
 def read() -> tuple[dict[str, str], dict[str, str]]:
@@ -109,7 +116,7 @@ def page(built: dict[str, str], missing: dict[str, str]) -> str:
         "<!-- written by `python tests/architectures/table.py`; do not edit -->",
         "",
         f"transformers {transformers.__version__} lists {len(built) + len(missing)} model types that have a model. {len(built)} of them "
-        "are built here, tiny and from random numbers, and LoRA on all their linear layers is asked eight questions. "
+        "are built here, tiny and from random numbers, and LoRA on all their linear layers (`all-linear`: not the output head, nor fused experts, which are bare parameters) is asked eight questions. "
         f"{whole} are right in all eight, and {silent} answers are silently wrong: what minilora does not do, it refuses by name.",
         "",
         "| question | " + " | ".join(KINDS.values()) + " |",
@@ -131,6 +138,9 @@ def page(built: dict[str, str], missing: dict[str, str]) -> str:
         *(built[name] for name in sorted(built)),
         "",
         "## Not built",
+        "",
+        "What stands here says nothing about minilora: the type could not be made tiny, or called without a download. Whether yours works, "
+        "`minilora.check_adapter(model, batch)` tells.",
         "",
         "| model type | why |",
         "|-|-|",
