@@ -255,19 +255,38 @@ class LoraConfig:
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> LoraConfig:
-        """The config of an adapter folder. Raises ``CheckpointError`` for the file and ``ConfigError`` for a field, by name."""
+    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None, **fields: Any) -> LoraConfig:
+        """The config of an adapter folder. Raises ``CheckpointError`` for the file and ``ConfigError`` for a field, by name.
+
+        ``fields`` are set instead of the file's; what only says where a Hub has the file (``revision``, ``token``) is of no use here:
+        ``minilora.peft`` fetches from there.
+        """
         # Only files need these, and parse imports torch: a config alone comes without.
         from minilora.files.parse import parse_json
         from minilora.files.read import read_bytes
 
-        source = Path(folder) / "adapter_config.json"
+        source = Path(folder) / (subfolder or "") / "adapter_config.json"
         raw = read_bytes(source, "the adapter's config")
         try:
             content = parse_json(raw)
         except ValueError as error:
             raise CheckpointError(f"{source}: not JSON that an adapter has ({error}); save the adapter again") from None
-        return cls.from_dict(content, str(source))
+        strange = config_file.unknown_keys(content, _OWN)
+        if strange:
+            warn(f"{source}: minilora does not know {', '.join(map(repr, strange[:8]))} and ignores it, as PEFT would")
+        known = {name: value for name, value in content.items() if name not in strange}
+        return cls.from_dict(known | {name: value for name, value in fields.items() if name in _OWN}, str(source))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
+        """The content of a JSON file, as PEFT's function of this name returns it. Raises ``CheckpointError`` for what is none."""
+        from minilora.files.parse import parse_json
+        from minilora.files.read import read_bytes
+
+        try:
+            return parse_json(read_bytes(Path(path_json_file), "the config"))
+        except ValueError as error:
+            raise CheckpointError(f"{path_json_file}: no JSON ({error})") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``adapter_config.json`` into the folder, which is made if need be."""

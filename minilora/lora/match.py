@@ -28,6 +28,7 @@ from minilora.lora.targets import Selection, ends_with, inside, layer_index, sel
 
 ALL_LINEAR = "all-linear"
 # A new task head is trained whole: PEFT's rule by task type.
+_HEADS_OF_PEFT = ("classifier", "score")
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
@@ -108,7 +109,12 @@ def linear_paths(model: nn.Module | Bare) -> list[str]:
 
 
 def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
-    names = tuple(config.modules_to_save or ())
+    # PEFT writes both names of a head into a classifier's file, whichever the model has.
+    usual = [name for name in _HEADS_OF_PEFT if any(ends_with(path, name) for path in modules)]
+    idle = {
+        name for name in _HEADS_OF_PEFT if usual and name not in usual and config.task_type in ("SEQ_CLS", "TOKEN_CLS")
+    }
+    names = tuple(name for name in config.modules_to_save or () if name not in idle)
     heads = [head for head in _HEADS.get(config.task_type or "", ()) if any(ends_with(path, head) for path in modules)]
     if not names and not heads:
         return []

@@ -30,6 +30,7 @@ from minilora.lora.slot import Slot, Value, check_stack, own_parameters
 __all__ = [
     "Adapters",
     "Block",
+    "adapters_in",
     "adapters_of",
     "attach",
     "detach",
@@ -236,6 +237,14 @@ def adapters_of(model: nn.Module) -> Adapters:
             f"{type(model).__name__} has no adapters; call minilora.inject(model, LoraConfig(...)) or get_peft_model first"
         )
     return unwrapped(model).__dict__[_ATTRIBUTE]
+
+
+def adapters_in(model: nn.Module) -> list[Adapter]:
+    """Every adapter that a model has, the inactive ones too; also where another library's names stand in their places."""
+    if not has_adapters(model):
+        return []
+    slots = list(adapters_of(model).slots.values())
+    return [value for slot in slots for value in list(slot.kept.values()) if isinstance(value, Adapter)]
 
 
 def attach(change: Change, model: nn.Module, adapters: Adapters) -> None:

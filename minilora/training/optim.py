@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minilora.errors import ConfigError, StateError
+from minilora.lora.slots import adapters_in
 
 __all__ = ["create_loraplus_optimizer", "lora_plus_groups"]
 
@@ -69,7 +70,8 @@ def create_loraplus_optimizer(
     b: list[nn.Parameter] = []
     b_without_decay: list[nn.Parameter] = []
     seen: set[int] = set()
-    for module in model.modules():
+    # Adapters first: where PEFT's names stand in their places, the model's own modules call a matrix "weight".
+    for module in (*adapters_in(model), *model.modules()):
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minilora.errors import ConfigError, warn
-from minilora.lora.adapter import Adapter
-from minilora.lora.slots import adapters_of
+from minilora.lora.slots import adapters_in, adapters_of
 
 __all__ = ["LoraFAOptimizer", "create_lorafa_optimizer"]
 
@@ -144,8 +143,8 @@ def create_lorafa_optimizer(
     if use_rslora is not None:
         warn("use_rslora of create_lorafa_optimizer is deprecated; the adapter's config says it", FutureWarning)
     scaling: dict[int, float] = {}
-    for module in model.modules():
-        if isinstance(module, Adapter) and isinstance(getattr(module, "scaling", None), (int, float)):
+    for module in adapters_in(model):
+        if isinstance(getattr(module, "scaling", None), (int, float)):
             for trained, frozen in _FROZEN_BESIDE.items():
                 own = module._parameters
                 if own.get(trained) is not None and (beside := own.get(frozen)) is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minilora.errors import ConfigError, KindError
-from minilora.lora.adapter import Adapter
+from minilora.lora.slots import adapters_in
 
 __all__ = ["create_riemannian_optimizer", "factor_pairs", "precondition"]
 
@@ -71,7 +71,7 @@ def create_riemannian_optimizer(
 
 def factor_pairs(model: nn.Module) -> list[Pair]:
     """``(A [r, in], B [out, r])`` of every adapted linear layer of which both train."""
-    own = [module._parameters for module in model.modules() if isinstance(module, Adapter)]
+    own = [adapter._parameters for adapter in adapters_in(model)]
     pairs = [(held.get("lora_A"), held.get("lora_B")) for held in own]
     return [
         (A, B)
