@@ -116,7 +116,8 @@ def page(built: dict[str, str], missing: dict[str, str]) -> str:
         "<!-- written by `python tests/architectures/table.py`; do not edit -->",
         "",
         f"transformers {transformers.__version__} lists {len(built) + len(missing)} model types that have a model. {len(built)} of them "
-        "are built here, tiny and from random numbers, and LoRA on all their linear layers (`all-linear`: not the output head, nor fused experts, which are bare parameters) is asked eight questions. "
+        "are built here, tiny and from random numbers, and LoRA on all their linear layers (`all-linear`: not the output head, nor fused "
+        "experts, which are bare parameters) is asked eight questions. "
         f"{whole} are right in all eight, and {silent} answers are silently wrong: what minilora does not do, it refuses by name.",
         "",
         "| question | " + " | ".join(KINDS.values()) + " |",
