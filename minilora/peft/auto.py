@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from minilora.errors import CheckpointError, ConfigError, MissingPackageError, StateError
 from minilora.lora.config import LoraConfig
 from minilora.peft.hub import folder_of
@@ -129,6 +131,16 @@ class AutoPeftModelForCausalLM(AutoPeftModel):
     """For ``task_type="CAUSAL_LM"``."""
 
     loader, face = "AutoModelForCausalLM", PeftModelForCausalLM
+
+    @classmethod
+    def _base(cls, stored: LoraConfig, kwargs: dict[str, Any]) -> Any:
+        """As minilora loads a model, a packed folder too, where nothing is asked that only transformers knows."""
+        if kwargs.keys() <= {"dtype", "trust_remote_code"} and not stored.revision:
+            from minilora.hf.load import load_model
+
+            trusted = kwargs.get("trust_remote_code", False)
+            return load_model(str(stored.base_model_name_or_path), kwargs.get("dtype", torch.float32), trusted)
+        return super()._base(stored, kwargs)
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):

@@ -16,10 +16,10 @@ from minilora.errors import CheckpointError, ConfigError
 
 pytest.importorskip("transformers")
 from minilora.hf import load_model, load_tokenizer
-from minilora.hf.auto import AutoPeftModelForCausalLM
 from minilora.hf.folders import read_config
 from minilora.hf.load import skeleton
 from minilora.hf.trials import PlanJob
+from minilora.peft.auto import AutoPeftModelForCausalLM
 
 ROOT = Path(minilora.__file__).parents[1]
 CODE = """
