@@ -27,6 +27,7 @@ from minilora.linear.layers import is_quantized
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
 from minilora.lora.match import match
+from minilora.many.adapted import count_parameters
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
@@ -143,7 +144,7 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
     inject(model, job.lora)
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(model)
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
     covered, others = coverage(model)
     left = sorted({path.rsplit(".", 1)[-1] for path in others})
@@ -172,7 +173,7 @@ class _Clock:
 def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[str, Any]:
     """What ``report.render`` draws of a run."""
     ratios = update_ratios(model)
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(model)
     losses = outcome.losses
     change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
     memory = [{"name": "weights as loaded", "bytes": dense_bytes, "note": job.dtype}, *memory_table(model)]
