@@ -25,8 +25,8 @@ from minilora.lora.slots import has_adapters
 
 __all__ = ["is_more_than_its_weight", "is_read_by_parent", "refuse_nested", "refuse_not_a_weight", "refuse_to_replace"]
 
-# What a layer may hold: of a packed one the scales too.
-_OWN = {"weight", "bias", "absmax", "nested_absmax", "nested_offset"}
+# What a layer may hold: of a packed one the scales too, of an embedding the factor that ``embed_scale`` reads (a buffer in Gemma 3).
+_OWN = {"weight", "bias", "absmax", "nested_absmax", "nested_offset", "embed_scale"}
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}  # of the largest value; bf16 6e-2
 
 

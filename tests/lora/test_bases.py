@@ -389,3 +389,17 @@ def test_what_was_set_on_a_layer_is_found_on_what_takes_its_place(randomize):
     torch.testing.assert_close(plain(x), 3 * packed)
     minilora.merge(randomize(minilora.inject(plain, config("inner"))))
     assert plain.inner.factor == 3.0 and not minilora.linear.layers.is_quantized(plain.inner)
+
+
+def test_an_embedding_with_its_factor_in_a_buffer_is_adapted(randomize):
+    """Gemma 3's: ``embed_scale`` is a buffer, and part of what the rows are multiplied with."""
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    torch.manual_seed(0)
+    table, ids = gemma.Gemma3TextScaledWordEmbedding(9, OUT, padding_idx=0, embed_scale=2.5), torch.tensor([[1, 4, 8]])
+    model = Net(table).eval()
+    before = model.inner(ids)
+    minilora.inject(model, config("inner"))
+    assert torch.equal(model.inner(ids), before)
+    randomize(model)
+    wanted = before + 2.5 * model.inner.delta_weight()[ids]
+    torch.testing.assert_close(model.inner(ids), wanted, rtol=1e-4, atol=1e-4)
