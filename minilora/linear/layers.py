@@ -16,7 +16,7 @@ from minilora.errors import TargetError
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
-from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_hooks
+from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_attributes, take_hooks
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -189,17 +189,7 @@ def _dense_like(layer: QuantLinear) -> nn.Module:
         )
     dense._parameters["bias"] = layer.bias
     take_hooks(dense, hooks_of(layer))
-    own = set(vars(dense)) | {
-        "absmax",
-        "nested_absmax",
-        "nested_offset",
-        "book",
-        "blocksize",
-        "dtype",
-        "double_quant",
-        "conv1d",
-    }
-    dense.__dict__.update({name: value for name, value in vars(layer).items() if name[0] != "_" and name not in own})
+    take_attributes(dense, layer)
     return dense.train(layer.training)
 
 
