@@ -143,10 +143,26 @@ def kernels(triton: str) -> str:
     return markdown(["launch", *archs], [[name, *(cell.get((name, arch), "") for arch in archs)] for name in launches])
 
 
+def cost() -> str:
+    """Time at n and at 4n of what must not grow with the square."""
+    rows = [
+        [
+            row["task"],
+            f"{int(row['n']):,} {row['unit']}",
+            amount(row["ms"], "ms"),
+            amount(row["ms at 4n"], "ms"),
+            row["ratio"],
+        ]
+        for row in read("cost")
+    ]
+    return markdown(["", "n", "time at n", "at 4n", "ratio"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed("cpu"),
     "cpu, two threads": lambda: speed("cpu_2_threads"),
     "cpu, without bf16": lambda: speed("cpu_no_bf16"),
+    "cost": cost,
     "formats": formats,
     "loading": loading,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},

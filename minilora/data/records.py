@@ -51,8 +51,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     source = Path(path)
     refuse_path(source, DataError)
     if not source.is_file():
+        missing = "a folder, a pipe or a device, and no file" if source.exists() else "no such file"
         raise DataError(
-            f"{source}: no such file; wanted JSONL with 'messages', 'prompt' and 'completion', or 'text' in every line"
+            f"{source}: {missing}; wanted JSONL with 'messages', 'prompt' and 'completion', or 'text' in every line"
         )
     records: list[Record] = []
     try:

@@ -19,7 +19,7 @@ try:
 except ImportError:  # pragma: no cover: Windows; no locks, so nothing is swept either
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Disk", "Opened"]
+__all__ = ["Disk", "Held", "Opened"]
 
 Path = str | os.PathLike[str]
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -50,6 +50,36 @@ class Opened:
 
     def close(self) -> None:
         self.file.close()
+
+
+class Held:
+    """A lock, held until ``close`` or until nobody has this object any more: an interrupt on any line gives it back.
+
+    ``taken`` is False where the system has no locks (network file systems, Windows), and then nothing is held.
+    """
+
+    __slots__ = ("_handles", "taken")
+
+    def __init__(self, handle: int | None) -> None:
+        self._handles, self.taken = [handle] if handle is not None else [], handle is not None
+
+    def close(self) -> None:
+        if self._handles:
+            os.close(self._handles.pop())  # on one line: never twice, as the number may be another file's by then
+
+    __del__ = close
+
+    def lock(self) -> bool:
+        """Whether the open file could be locked; False if another one has it."""
+        try:
+            fcntl.flock(self._handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def handle(self) -> int:
+        return self._handles[0]
 
 
 class Disk:
@@ -187,67 +217,44 @@ class Disk:
 
     # ---- who is writing
 
-    def lock(self, folder: Path) -> int | None:
-        """Hold a folder until ``unlock`` or the end of this process. None if another process holds it.
-
-        -1 where folders cannot be locked (network file systems, Windows), and for a link.
-        """
+    def lock(self, folder: Path) -> Held | None:
+        """Hold a folder. None if another process holds it; not ``taken`` where folders cannot be locked, and for a link."""
         if fcntl is None:
-            return -1
+            return Held(None)
         try:
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _NO_LINK)
+            held = Held(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _NO_LINK))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP):
-                return -1
+                return Held(None)
             raise
         try:
-            if _lock(handle):
-                return handle
+            return held if held.lock() else None
         except OSError:
-            os.close(handle)
-            return -1
-        os.close(handle)
-        return None
+            return Held(None)
 
-    def hold(self, path: Path, content: bytes) -> int | None:
-        """Hold a file, made if need be, until ``unlock`` or the end of this process, and write into it. None if another one holds it.
+    def hold(self, path: Path, content: bytes) -> Held | None:
+        """Hold a file, made if need be, and write into it. None if another one holds it; not ``taken`` where files cannot be locked.
 
-        -1 where files cannot be locked (network file systems, Windows). A file that holds more than a few bytes is somebody's, and
-        raises. Whoever holds the file may unlink it.
+        A file that holds more than a few bytes is somebody's, and raises. Whoever holds the file may unlink it.
         """
         while fcntl is not None:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            held = Held(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+            found = os.fstat(held.handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_LOCK:
+                raise OSError(errno.EEXIST, "another file of that name is there", str(path))
             try:
-                found = os.fstat(handle)
-                if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_LOCK:
-                    raise OSError(errno.EEXIST, "another file of that name is there", str(path))
-                if not _lock(handle):
-                    os.close(handle)
+                if not held.lock():
                     return None
-                if os.path.lexists(path) and os.path.samestat(found, os.lstat(path)):
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, content, 0)
-                    return handle
             except OSError as error:
-                os.close(handle)
                 if error.errno in _NO_LOCKS:
-                    return -1
+                    return Held(None)
                 raise
-            os.close(handle)  # its last holder has unlinked it just now
-        return -1
-
-    def unlock(self, handle: int) -> None:
-        if handle >= 0:
-            os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    """Whether an open file could be locked; False if another one has it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+            if os.path.lexists(path) and os.path.samestat(found, os.lstat(path)):
+                os.ftruncate(held.handle, 0)
+                os.pwrite(held.handle, content, 0)
+                return held
+            held.close()  # its last holder has unlinked it just now
+        return Held(None)
 
 
 def _flush(handle: int) -> None:

@@ -37,7 +37,7 @@ def staging(folder: Path, prefix: str) -> Iterator[Path]:
             with suppress(OSError):
                 disk.used.remove_folder(folder / token)
             raise
-        handle = disk.used.lock(staged)
+        held = disk.used.lock(staged)
     try:
         yield staged
     finally:
@@ -45,8 +45,8 @@ def staging(folder: Path, prefix: str) -> Iterator[Path]:
             for name in disk.used.names(folder):
                 if name.startswith(token) and is_ours(folder / name, prefix):
                     disk.used.remove_tree(folder / name)
-        if handle is not None:
-            disk.used.unlock(handle)
+        if held is not None:
+            held.close()
 
 
 def numbered(staged: Path, folder: Path) -> Path:
@@ -71,26 +71,26 @@ def is_ours(path: Path, prefix: str) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """One writer at a time, where folders can be locked."""
     deadline = time.monotonic() + _PATIENCE
-    while (handle := disk.used.lock(folder)) is None:
+    while (held := disk.used.lock(folder)) is None:
         if time.monotonic() > deadline:
             raise WriteError(f"{folder}: another process has been saving here for {_PATIENCE:.0f} s; end it first")
         time.sleep(0.005)
     try:
         yield
     finally:
-        disk.used.unlock(handle)
+        held.close()
 
 
 def sweep(folder: Path, prefix: str) -> None:
     """Remove the staging folders of this prefix that no live writer holds."""
     for path in (folder / name for name in disk.used.names(folder) if name.startswith(prefix)):
-        if disk.used.kind(path) == "folder" and (left := disk.used.lock(path)) not in (None, -1):
+        if disk.used.kind(path) == "folder" and (left := disk.used.lock(path)) is not None and left.taken:
             with suppress(OSError):
                 if is_ours(path, prefix):
                     disk.used.remove_tree(path)
                 elif _FIRST_NAME.fullmatch(path.name.removeprefix(prefix)):
                     disk.used.remove_folder(path)  # fails, as it should, if anything is in it
-            disk.used.unlock(left)
+            left.close()
 
 
 def settle(folder: Path, mode: int) -> None:

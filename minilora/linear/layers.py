@@ -20,7 +20,7 @@ from minilora.linear.foreign import foreign_of
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
-from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_hooks
+from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_attributes, take_hooks
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -191,7 +191,9 @@ def carries(layer: nn.Module, x: Tensor) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the ``forward`` of its class is known to be the product with the weight, and nothing else."""
+    """Whether a call of its class is known to be the product with the weight, and nothing else."""
+    if type(layer).__call__ is not nn.Module.__call__:
+        return False
     return type(layer).forward in _PRODUCTS or (
         is_conv1d(layer) and type(layer).__module__ == "transformers.pytorch_utils"
     )
@@ -253,6 +255,7 @@ def _dense_like(layer: Any) -> nn.Module:
         dense = layer.conv1d(*sizes[::-1]) if is_transposed(layer) else nn.Linear(*sizes)
     dense._parameters["bias"] = layer.bias
     take_hooks(dense, hooks_of(layer))
+    take_attributes(dense, layer)
     return dense.train(layer.training)
 
 

@@ -18,10 +18,22 @@ from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
 
-__all__ = ["QuantLinear", "dtype_after", "hooks_of", "is_conv1d", "rows_of", "take_hooks"]
+__all__ = ["QuantLinear", "dtype_after", "hooks_of", "is_conv1d", "rows_of", "take_attributes", "take_hooks"]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
+_FIELDS = {
+    "nf",
+    "nx",
+    "book",
+    "blocksize",
+    "dtype",
+    "double_quant",
+    "conv1d",
+    "absmax",
+    "nested_absmax",
+    "nested_offset",
+}
 _FORMAT = "_extra_state"  # what torch calls it in a state dict
 
 
@@ -75,6 +87,7 @@ class QuantLinear(nn.Module):
         kind = type(layer) if is_conv1d(layer) else None
         packed = cls(quantize(rows_of(layer), config, name, importance), layer.bias, kind)  # type: ignore[arg-type]
         take_hooks(packed, hooks_of(layer))
+        take_attributes(packed, layer)
         return packed
 
     @property
@@ -137,12 +150,13 @@ class QuantLinear(nn.Module):
         return known | {"double_quant": self.double_quant, "shape": shape}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Raises ``QuantizationError`` for the bytes of another format, which would decode to anything. One that names none is older."""
+        """Raises ``QuantizationError`` for the bytes of another format, which would decode to anything.
+
+        A state that names no format was put together from parameters: torch says that a key is missing, and takes it with ``strict=False``.
+        """
         if isinstance(said := state_dict.get(prefix + _FORMAT), Tensor):
             _refuse_other_format(prefix.removesuffix("."), said, self._format())
-        strict_before = list(args[2])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        args[2][:] = [*strict_before, *(key for key in args[2][len(strict_before) :] if key != prefix + _FORMAT)]
 
     def extra_repr(self) -> str:
         bits = f"{self.quantized().bits_per_weight:.3f}"
@@ -175,6 +189,12 @@ def take_hooks(new: nn.Module, hooks: dict[str, Any] | None) -> None:
     """Give ``new`` the hooks of the layer whose place it takes; None for no hooks at all."""
     own = hooks if hooks is not None else {name: OrderedDict() for name in _HOOKS}
     new.__dict__.update(own, _is_full_backward_hook=True if own["_backward_hooks"] else None)
+
+
+def take_attributes(new: nn.Module, old: nn.Module) -> None:
+    """Give ``new`` what somebody set on the layer whose place it takes: public attributes that belong to neither kind of layer."""
+    known = vars(new).keys() | _FIELDS
+    new.__dict__.update({name: value for name, value in vars(old).items() if name[0] != "_" and name not in known})
 
 
 def _stored(values: Tensor) -> nn.Parameter:

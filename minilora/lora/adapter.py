@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,18 @@ class Adapter(nn.Module, ABC):
     def refuses(self, other: Adapter) -> str:
         """Why this one and another adapter of the same slot cannot be active or merged together; "" if they can."""
         return ""
+
+    def __getattr__(self, name: str) -> Any:
+        """What somebody set on the base layer as an attribute (a number that the model reads, a mark) is found here too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            own = self.innermost.__dict__
+            if name not in own:
+                raise
+            return own[name]
 
     @property
     def innermost(self) -> nn.Module:

@@ -56,6 +56,9 @@ _KNOWN = (
     nn.Conv3d.forward,
     nn.MultiheadAttention.forward,
 )
+
+# What a layer may hold: of a packed one the scales too, of an embedding the factor that ``embed_scale`` reads (a buffer in Gemma 3).
+_OWN = {"weight", "bias", "absmax", "nested_absmax", "nested_offset", "embed_scale"}
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}  # of the largest value; bf16 6e-2
 
 
@@ -65,6 +68,11 @@ def refuse_not_a_weight(path: str, layer: nn.Module) -> None:
         raise TargetError(
             f"{path}: its weight is computed (a parametrization, weight norm or pruning), so an adapter would not last; make it a plain "
             "parameter first, such as with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if more := _more_of(layer):
+        raise TargetError(
+            f"{path}: {type(layer).__name__} holds {more[0]!r} beside its weight and bias, which would be lost to the model; leave it out "
+            "(exclude_modules)"
         )
     if _is_offloaded(layer):
         raise TargetError(
@@ -96,6 +104,13 @@ def refuse_odd_attention(path: str, layer: nn.MultiheadAttention, output: nn.Mod
         )
 
 
+def _more_of(layer: nn.Module) -> list[str]:
+    """Names of what a layer holds beside its weight and bias (of an attention: beside what torch gives it)."""
+    if isinstance(layer, nn.MultiheadAttention) or is_foreign(layer):
+        return []
+    return sorted((layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - _OWN)
+
+
 def refuse_to_replace(path: str, layer: nn.Module) -> None:
     """Raise ``TargetError`` for a layer whose object has a ``forward`` of its own, which a layer in its place would not have."""
     if (
@@ -110,6 +125,8 @@ def is_more_than_its_weight(layer: nn.Module) -> bool:
     """Whether calling this layer is something else than its product (an embedding: its rows), tried where its class does not say."""
     if is_foreign(layer):
         return False
+    if type(layer).__call__ is not nn.Module.__call__ or _more_of(layer):
+        return True
     if "forward" not in layer.__dict__ and (is_plain(layer) or type(layer).forward in _KNOWN):
         return False
     if isinstance(layer, nn.MultiheadAttention):  # too much in it to try it

@@ -77,8 +77,9 @@ class Change:
     def drop(self, held: MutableMapping[str, Any], key: str) -> None:
         """``del held[key]``, where it is there; taken back, it stands in its old place again."""
         if key in held:
-            after = list(held.items())
-            self._back.append(partial(_put_before, held, after[[name for name, _ in after].index(key) :]))
+            keys = iter(held)
+            following = next((next(keys, None) for each in keys if each == key), None)
+            self._back.append(_PutBefore(held, key, held[key], following))
             del held[key]
 
     def put(self, thing: Any, name: str, value: Any) -> None:
@@ -117,11 +118,21 @@ class Change:
         self._back.append(partial(_as_it_was, module, type(module), own, inside))
 
 
-def _put_before(held: MutableMapping[str, Any], items: list[tuple[str, Any]]) -> None:
-    """The first of ``items`` goes in front of the rest of them, which are there."""
-    for key, value in items:
-        held.pop(key, None)
-        held[key] = value
+class _PutBefore:
+    """Puts a dropped item in front of the one that followed it. What stands behind is looked up once, so that it may be repeated."""
+
+    def __init__(self, held: MutableMapping[str, Any], key: str, value: Any, following: str | None) -> None:
+        self.held, self.key, self.value, self.following = held, key, value, following
+        self.items: list[tuple[str, Any]] | None = None
+
+    def __call__(self) -> None:
+        if self.items is None:
+            later = list(self.held.items())
+            at = next((place for place, (name, _) in enumerate(later) if name == self.following), len(later))
+            self.items = [(self.key, self.value), *later[at:]]
+        for key, value in self.items:
+            self.held.pop(key, None)
+            self.held[key] = value
 
 
 def _without(thing: Any, name: str) -> None:

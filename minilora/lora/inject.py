@@ -98,6 +98,8 @@ def check_adapter_name(name: str) -> None:
         raise StateError(
             f"adapter name {name!r}: wanted 1 to 64 letters, digits, '_' or '-', because it becomes a folder's name"
         )
+    if name == "__base__":
+        raise StateError("adapter name '__base__': in a batch it means no adapter; choose another")
 
 
 def place(

@@ -168,7 +168,9 @@ def _refuse_to_read() -> Tensor:
 def batch_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside the block every forward of this context gives row ``i`` of the batch the adapter ``names[i]``; "__base__" means none.
 
-    The values are the adapters' at the start of the block.
+    The values are the adapters' at the start of the block. A context is a thread's or a task's: what the block hands to a
+    ``ThreadPoolExecutor`` runs in another one, with the adapter that is active, unless it is run in ``contextvars.copy_context()``
+    (``asyncio.to_thread`` does that).
 
     Raises:
         StateError: an unknown name, training mode, merged adapters, a model without adapters in a ``disable_adapter`` block, or an adapter

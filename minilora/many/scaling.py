@@ -74,7 +74,7 @@ def scale_layer(layer: Adapter, scale: float) -> None:
     """Multiply an adapter's scaling in one layer."""
     _check(scale, "scale")
     _initial(layer)
-    layer.scaling = layer.scaling * scale  # type: ignore[operator, assignment]
+    layer.scaling = layer.scaling * scale
 
 
 def unscale_layer(layer: Adapter, scale: float | None = None) -> None:

@@ -34,20 +34,20 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     with told(folder, 0):
         make_folders(folder)
         for _ in range(_TRIES):
-            handle = disk.used.hold(folder / LOCK_FILE, f"{getpid()}\n".encode())
-            if handle is not None:
+            lock = disk.used.hold(folder / LOCK_FILE, f"{getpid()}\n".encode())
+            if lock is not None:
                 break
             time.sleep(0.01)  # who only looks whether it is held, holds it for a moment
         else:
             raise _refusal(folder)
-    if handle < 0:
+    if not lock.taken:
         say(f"{folder}: this system locks no files there, so nothing stops a second run in it; see that there is none")
     try:
         yield
     finally:
         with suppress(OSError):
             disk.used.unlink(folder / LOCK_FILE)
-        disk.used.unlock(handle)
+        lock.close()
         if not was_there:
             with suppress(OSError):  # something is in it: the run
                 disk.used.remove_folder(folder)
@@ -58,10 +58,10 @@ def refuse_held(folder: Path) -> None:
     if disk.used.kind(folder / LOCK_FILE) != "file":
         return
     with told(folder, 0):
-        handle = disk.used.hold(folder / LOCK_FILE, b"")
-    if handle is None:
+        lock = disk.used.hold(folder / LOCK_FILE, b"")
+    if lock is None:
         raise _refusal(folder)
-    disk.used.unlock(handle)
+    lock.close()
 
 
 def _refusal(folder: Path) -> CheckpointError:

@@ -149,7 +149,7 @@ def create_lorafa_optimizer(
                 own = module._parameters
                 if own.get(trained) is not None and (beside := own.get(frozen)) is not None:
                     beside.requires_grad_(False)
-                    scaling |= dict.fromkeys((id(own[trained]), id(beside)), float(module.scaling))  # type: ignore[arg-type]
+                    scaling |= dict.fromkeys((id(own[trained]), id(beside)), float(module.scaling))
     named = list(model.named_parameters())
     group = {
         "params": [parameter for _, parameter in named],

@@ -348,7 +348,7 @@ def _taken(w):
 
 DATA = [
     ("no file", lambda w: read_jsonl(w.tmp / "x.jsonl"), DataError, "x.jsonl: no such file", "wanted JSONL"),
-    ("a folder", lambda w: read_jsonl(w.tmp), DataError, "no such file", "wanted JSONL"),
+    ("a folder", lambda w: read_jsonl(w.tmp), DataError, "and no file", "wanted JSONL"),
     ("an empty file", data(""), DataError, "d.jsonl: holds no example", "one JSON object a line"),
     ("blank lines", data("\n \n"), DataError, "d.jsonl: holds no example", "one JSON object a line"),
     ("not JSON", data('{"text": "a"}\n{"text": }'), DataError, "d.jsonl:2:10: not JSON at column 10", "one object a line"),

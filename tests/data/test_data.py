@@ -227,7 +227,7 @@ def test_a_missing_file_says_what_was_wanted(tmp_path):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="a folder, a pipe or a device, and no file"):
         read_jsonl(tmp_path)
 
 

@@ -130,7 +130,7 @@ def test_only_names_are_removed_and_never_paths(tmp_path, docs, name):
 
 def test_a_link_cannot_be_locked_or_flushed(tmp_path, docs):
     (tmp_path / "link").symlink_to(docs)
-    assert Disk().lock(tmp_path / "link") == -1
+    assert not Disk().lock(tmp_path / "link").taken
     with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
         Disk().flush(tmp_path / "link")
 

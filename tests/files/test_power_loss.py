@@ -15,7 +15,7 @@ import pytest
 
 from minilora.files import disk as disk_module
 from minilora.files import read, write
-from minilora.files.disk import Disk
+from minilora.files.disk import Disk, Held
 
 PLACE = Path("/simulated/runs/adapter")
 OLD, NEW, NEXT = ({"w": mark * 3_000, "c": mark * 700} for mark in (b"o", b"n", b"x"))
@@ -133,10 +133,9 @@ class SimulatedDisk(Disk):
         self.remove_folder(path)
 
     def lock(self, folder):
-        return -2  # everybody else is dead
-
-    def unlock(self, handle):
-        pass
+        held = Held(None)
+        held.taken = True  # everybody else is dead
+        return held
 
 
 def folder_of(files, **more):

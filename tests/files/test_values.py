@@ -12,14 +12,7 @@ from minilora.files.validate import shown
 from minilora.hf.job import Job
 from minilora.hf.trials import BenchJob, PlanJob
 from minilora.training.schedule import TrainConfig
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
+from tests.hostile import nested
 
 HOSTILE = [
     10**400, 10**5_000, -(10**5_000), -1, 2**63, True, None, 0.5, 1e300, float("nan"), float("inf"), "", "x" * 5_000, "a\n\x1b[2J\u202e",

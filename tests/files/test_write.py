@@ -15,7 +15,7 @@ import pytest
 from minilora.errors import WriteError
 from minilora.files import disk as disk_module
 from minilora.files import read, staging, write
-from minilora.files.disk import Disk
+from minilora.files.disk import Disk, Held
 
 
 def contents(folder):
@@ -530,7 +530,7 @@ def test_a_commit_that_stopped_beside_its_spare_name_is_finished(old, name):
 def test_where_folders_cannot_be_locked_everything_is_written_and_nothing_swept(old, monkeypatch):
     class NoLocks(Disk):
         def lock(self, folder):
-            return -1
+            return Held(None)
 
     left = old.parent / f".place{staging.STAGED}12345678"
     left.mkdir()
@@ -629,22 +629,24 @@ def test_what_a_disk_refuses_names_the_path(tmp_path, monkeypatch):
 
 def test_a_lock_is_held_once_and_never_where_there_is_no_folder(tmp_path, monkeypatch):
     disk = Disk()
-    handle = disk.lock(tmp_path)
-    assert handle >= 0 and disk.lock(tmp_path) is None
-    disk.unlock(handle)
+    held = disk.lock(tmp_path)
+    assert held.taken and disk.lock(tmp_path) is None
+    held.close()
     again = disk.lock(tmp_path)
-    disk.unlock(again)
-    disk.unlock(-1)
+    held.close()  # a second time: nothing
+    assert again.taken and disk.lock(tmp_path) is None
+    del again  # as an interrupt does
+    assert disk.lock(tmp_path).taken
     (tmp_path / "file").write_bytes(b"1")
-    assert again >= 0 and disk.lock(tmp_path / "file") == -1
+    assert not disk.lock(tmp_path / "file").taken
 
     def no_locks(handle, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("minilora.files.disk.fcntl.flock", no_locks)
-    assert disk.lock(tmp_path) == -1
+    assert not disk.lock(tmp_path).taken
     monkeypatch.setattr("minilora.files.disk.fcntl", None)  # Windows
-    assert disk.lock(tmp_path) == -1
+    assert not disk.lock(tmp_path).taken
 
 
 def test_exchange_says_when_the_system_has_none(tmp_path, monkeypatch):

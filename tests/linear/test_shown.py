@@ -156,12 +156,14 @@ def test_a_state_that_names_its_layer():
         other.load_state_dict(model.state_dict())
 
 
-def test_a_state_that_is_older_than_the_format_still_loads():
+def test_a_state_that_names_no_format_loads_where_its_user_says_so():
     source, target = packed(), packed()
     target.codes.zero_()
     old = {name: value for name, value in source.state_dict().items() if name != "_extra_state"}
-    result = target.load_state_dict(old, strict=True)
-    assert not result.missing_keys and torch.equal(target(x_of(2)), source(x_of(2)))
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "_extra_state"'):
+        target.load_state_dict(old, strict=True)
+    result = target.load_state_dict(old, strict=False)
+    assert result.missing_keys == ["_extra_state"] and torch.equal(target(x_of(2)), source(x_of(2)))
 
 
 def test_a_state_is_tensors_only():

@@ -312,3 +312,94 @@ def test_dora_on_a_row_of_zeros_and_on_one_that_cancels():
         adapter(x), F.linear(x, base.weight + adapter.delta_weight(), base.bias), rtol=1e-4, atol=1e-5
     )
     assert torch.isfinite(adapter.delta_weight()).all()
+
+
+class Calls(nn.Linear):
+    """Its product is doubled where it is called, and not in its forward."""
+
+    def __call__(self, *args, **kwargs):
+        return 2 * super().__call__(*args, **kwargs)
+
+
+class Scales(nn.Linear):
+    """The model multiplies by what the layer holds beside its weight."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.full((1,), 3.0))
+
+
+class Counts(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("seen", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (Calls, "Calls computes something else"),
+        (Scales, "Scales holds 'scale' beside"),
+        (Counts, "Counts holds 'seen' beside"),
+    ],
+)
+def test_what_a_layer_has_more_is_refused_by_name(layer, words):
+    for change in (
+        lambda model: minilora.inject(model, config("inner")),
+        lambda model: minilora.quantize_model(model, target_modules=["inner"]),
+    ):
+        model = Net(layer(IN, OUT)).eval()
+        x = torch.randn(3, IN)
+        before, kept = model(x), model.inner
+        with pytest.raises(minilora.MiniLoraError, match=words):
+            change(model)
+        assert model.inner is kept and torch.equal(model(x), before)
+
+
+def test_the_word_for_no_adapter_names_none(make_mlp):
+    with pytest.raises(minilora.MiniLoraError, match="'__base__': in a batch it means no adapter"):
+        minilora.inject(make_mlp(), minilora.LoraConfig(r=2, lora_alpha=6, target_modules=["mid"]), "__base__")
+
+
+class Multiplies(nn.Module):
+    """A model that reads a number from its layer, and does without where there is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(IN, OUT)
+        self.inner.factor = 3.0
+
+    def forward(self, x):
+        return self.inner(x) * getattr(self.inner, "factor", 1.0)
+
+
+def test_what_was_set_on_a_layer_is_found_on_what_takes_its_place(randomize):
+    torch.manual_seed(0)
+    model, x = Multiplies().eval(), torch.randn(3, IN)
+    before = model(x)
+    minilora.inject(model, config("inner"))
+    assert torch.equal(model(x), before)
+    randomize(model)
+    wanted = model(x)
+    minilora.merge(model)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+    plain = Multiplies().eval()
+    minilora.quantize_model(plain)
+    packed = plain.inner(x)
+    torch.testing.assert_close(plain(x), 3 * packed)
+    minilora.merge(randomize(minilora.inject(plain, config("inner"))))
+    assert plain.inner.factor == 3.0 and not minilora.linear.layers.is_quantized(plain.inner)
+
+
+def test_an_embedding_with_its_factor_in_a_buffer_is_adapted(randomize):
+    """Gemma 3's: ``embed_scale`` is a buffer, and part of what the rows are multiplied with."""
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    torch.manual_seed(0)
+    table, ids = gemma.Gemma3TextScaledWordEmbedding(9, OUT, padding_idx=0, embed_scale=2.5), torch.tensor([[1, 4, 8]])
+    model = Net(table).eval()
+    before = model.inner(ids)
+    minilora.inject(model, config("inner"))
+    assert torch.equal(model.inner(ids), before)
+    randomize(model)
+    wanted = before + 2.5 * model.inner.delta_weight()[ids]
+    torch.testing.assert_close(model.inner(ids), wanted, rtol=1e-4, atol=1e-4)

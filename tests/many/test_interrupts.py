@@ -266,12 +266,15 @@ def half_states(name, make_mlp, folder, tries=None):
     assert ended is None, ended
     lines, after = interrupt.lines, state(model, name_of)
     points = range(1, lines + 1) if tries is None else sorted({1 + i * lines // tries for i in range(tries)})
-    bad = []
+    bad: list = []
+    unreached = 0
     for at in points:
         model = fresh()
         before = state(model, id)
         interrupt, ended = run(model, call, folder, at)
-        if ended != "interrupt":
+        if ended is None and not interrupt.where:
+            unreached += 1  # what is kept for the next call makes it some lines shorter
+        elif ended != "interrupt":
             bad.append((interrupt.where, ended))
         elif not free(LOCK):
             bad.append((interrupt.where, "locked"))
@@ -283,6 +286,7 @@ def half_states(name, make_mlp, folder, tries=None):
                 bad.append((interrupt.where, "again", wrong))
         elif wrong := differing(after, state(model, name_of)):
             bad.append((interrupt.where, wrong))
+    assert unreached <= 1 + len(points) // 20
     return len(points), bad
 
 

@@ -13,18 +13,12 @@ from minilora import LoraConfig, inject, load_adapter, save_adapter
 from minilora.errors import MiniLoraError
 from minilora.store import adapter_files
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
+from tests.hostile import nested
 
 
 def plain():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 3))
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 HOSTILE = [

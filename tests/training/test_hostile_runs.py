@@ -21,6 +21,7 @@ from minilora.training import checkpoint
 from minilora.training.checkpoint import OPTIMIZER_FILE, STATE_FILE, WEIGHTS_FILE, read_checkpoint
 from minilora.training.loop import TrainConfig, train
 from minilora.training.resume import LOG_FILE, kept_records, newest
+from tests.hostile import nested
 from tests.models import Words
 
 PAD, STEPS, AT = 40, 4, 2
@@ -91,13 +92,6 @@ def outcome(folder, whole, snapshot):
 
 
 # ---- the state of the run
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 HOSTILE = [

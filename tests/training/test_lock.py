@@ -86,8 +86,8 @@ def test_a_folder_that_was_made_for_it_is_gone_if_nothing_came_of_it(tmp_path):
 def test_who_only_looks_stops_nobody(tmp_path):
     """Looking takes the lock for a moment; a run that begins in it waits that long."""
     (tmp_path / LOCK_FILE).write_text("1\n")
-    handle = disk.used.hold(tmp_path / LOCK_FILE, b"")
-    timer = threading.Timer(0.03, disk.used.unlock, [handle])
+    held_a_moment = disk.used.hold(tmp_path / LOCK_FILE, b"")
+    timer = threading.Timer(0.03, held_a_moment.close)
     timer.start()
     enter(tmp_path)()
     timer.join()
