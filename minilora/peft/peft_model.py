@@ -48,6 +48,8 @@ class PeftModel(Shape):
     ``PeftModel(model, config, adapter_name)`` is ``get_peft_model`` under another name: it returns ``model`` itself.
     """
 
+    _hf_peft_config_loaded = True  # transformers asks this before it trains a model of packed weights
+
     def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "default", **fields: Any) -> Any:
         if model is None:  # a copy or a pickle, which is filled later
             return super().__new__(cls)
@@ -223,7 +225,16 @@ class PeftModel(Shape):
         allow_other_base: bool = False,
         **where: Any,
     ) -> checkpoint.LoadReport:
-        """Load an adapter and keep it aside, frozen unless ``is_trainable``. Arguments as of ``from_pretrained``; raises as it."""
+        """Load an adapter and keep it aside, frozen unless ``is_trainable``; into the one of that name, if there is one (so a run resumes).
+
+        Arguments as of ``from_pretrained``; raises as it.
+        """
+        if adapter_name in self.peft_config:
+            report = checkpoint.restore_adapter(
+                self, folder_of(model_id, where), adapter_name, strict, expect_sha256, allow_other_base, key_mapping
+            )
+            self.set_requires_grad(adapter_name, is_trainable)
+            return report
         stored, values, report = checkpoint.prepare_adapter(
             self,
             folder_of(model_id, where),

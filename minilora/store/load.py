@@ -107,12 +107,22 @@ def prepare_adapter(
 
     ``key_mapping`` renames the file's tensors: regular expressions, and what each is replaced by; the first that is found counts.
     """
-    stored = read_adapter(folder, config, expect_sha256)
-    if key_mapping:
-        stored = dataclasses.replace(stored, tensors={renamed(k, key_mapping): t for k, t in stored.tensors.items()})
+    stored = _read(folder, config, expect_sha256, key_mapping)
     values, report = load_values(model, stored, adapter_name, strict)
     refuse_other_base(model, stored, allow_other_base)
     return stored, values, report
+
+
+def _read(
+    folder: str | os.PathLike[str],
+    config: LoraConfig | None,
+    expect_sha256: str | None,
+    key_mapping: Mapping[str, str] | None,
+) -> Stored:
+    stored = read_adapter(folder, config, expect_sha256)
+    if not key_mapping:
+        return stored
+    return dataclasses.replace(stored, tensors={renamed(k, key_mapping): t for k, t in stored.tensors.items()})
 
 
 def renamed(key: str, mapping: Mapping[str, str]) -> str:
@@ -125,14 +135,24 @@ def renamed(key: str, mapping: Mapping[str, str]) -> str:
     return key
 
 
-def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+def restore_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    strict: bool = True,
+    expect_sha256: str | None = None,
+    allow_other_base: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+) -> LoadReport:
     """Copy a folder's tensors into an adapter that the model has already: resuming, not adding. What trains does not change.
+
+    Arguments and what is returned are those of ``load_adapter`` and ``prepare_adapter``.
 
     Raises:
         CheckpointError: as ``load_adapter``; the adapter is then as it was.
     """
-    stored, adapters = read_adapter(folder), adapters_of(model)
-    refuse_other_base(model, stored)
+    stored, adapters = _read(folder, None, expect_sha256, key_mapping), adapters_of(model)
+    refuse_other_base(model, stored, allow_other_base)
     own, kind = adapters.configs.get(adapter_name), adapters.variants.get(adapter_name)
     for path, value in adapters.named(adapter_name).items():
         if own is not None and isinstance(value, Adapter):
@@ -142,7 +162,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
                 raise CheckpointError(
                     f"{stored.path}: {path} has {said}; resume with the config that it was saved with"
                 )
-    fill(model, adapters.named(adapter_name), stored, strict=True)
+    return fill(model, adapters.named(adapter_name), stored, strict)
 
 
 def fill_adapter(
