@@ -1,0 +1,109 @@
+"""A model's adapters in folders: loading into it, saving, the card, the Hub. Next file: ``peft/peft_model.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from minilora.errors import StateError
+from minilora.lora.inject import place
+from minilora.lora.slots import adapters_of
+from minilora.peft.card import write_card
+from minilora.peft.face import in_base_dtype
+from minilora.peft.hub import folder_of, push
+from minilora.peft.many import Many, as_names
+from minilora.store import load as checkpoint
+
+__all__ = ["Folders"]
+
+
+class Folders(Many):
+    """The part of ``PeftModel`` that reads and writes."""
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        expect_sha256: str | None = None,
+        allow_other_base: bool = False,
+        **where: Any,
+    ) -> checkpoint.LoadReport:
+        """Load an adapter and keep it aside, frozen unless ``is_trainable``; into the one of that name, if there is one (so a run resumes).
+
+        Arguments as of ``from_pretrained``; raises as it.
+        """
+        if adapter_name in self.peft_config:
+            report = checkpoint.restore_adapter(
+                self, folder_of(model_id, where), adapter_name, strict, expect_sha256, allow_other_base, key_mapping
+            )
+            self.set_requires_grad(adapter_name, is_trainable)
+            return report
+        stored, values, report = checkpoint.prepare_adapter(
+            self,
+            folder_of(model_id, where),
+            adapter_name,
+            strict,
+            expect_sha256=expect_sha256,
+            allow_other_base=allow_other_base,
+            key_mapping=key_mapping,
+        )
+        if not autocast_adapter_dtype:
+            in_base_dtype(self, values)
+        own = dataclasses.replace(stored.config, inference_mode=not is_trainable)
+        place(self, own, adapter_name, values, stored.variant, activate=False, trainable=is_trainable)
+        return report
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: dict | None = None,
+        **_: Any,
+    ) -> None:
+        """Write adapters in PEFT's layout: "default" into the folder itself, others into a folder of their name in it; and a model card.
+
+        ``state_dict`` is what transformers' Trainer passes (the whole model's); the adapter's tensors are read from the model instead.
+        Of the other arguments of transformers' ``save_pretrained`` none concerns an adapter.
+        """
+        if not isinstance(safe_serialization, bool):
+            raise StateError(
+                f"safe_serialization={safe_serialization!r}: wanted selected_adapters= by name, as in PEFT"
+            )
+        if not safe_serialization:
+            raise StateError(
+                "safe_serialization=False would write a pickle, which runs code when it is read; leave it True"
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            raise StateError(
+                "path_initial_model_for_weight_conversion: minilora does not write the difference to a start value; save without it, or "
+                "merge_and_unload"
+            )
+        if not is_main_process:
+            return
+        chosen = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
+        adapters_of(self).check(chosen)
+        for name in chosen:
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            checkpoint.save_adapter(self, folder, name, save_embedding_layers)
+        write_card(self, save_directory)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write ``README.md``: the base model, the libraries, and tags by which a hub finds the adapter."""
+        write_card(self, output_dir)
+
+    def push_to_hub(self, repo_id: str, **fields: Any) -> Any:
+        """Save the adapters and upload them to the Hugging Face Hub (``huggingface_hub``); returns what the upload returns."""
+        return push(self, repo_id, **fields)
