@@ -4,9 +4,13 @@ Nothing else in minilora knows this room. A name is imported when it is asked fo
 ``import peft`` is answered from here.
 """
 
-from minilora.lazy import lazy_names
+from typing import Any
 
-__getattr__, __dir__, __all__ = lazy_names(
+from minilora.lazy import lazy_names
+from minilora.lora.config_file import PEFT_LAYOUT as __version__
+from minilora.peft.others import OTHERS, other
+
+_known, __dir__, __all__ = lazy_names(
     __name__,
     {
         "minilora.lora.config": ("LoraConfig",),
@@ -79,3 +83,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "minilora.training.precision": ("cast_mixed_precision_params",),
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    return other(name) if name in OTHERS else _known(name)
