@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,7 @@ from minilora.errors import StateError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build_new, checked, place
-from minilora.lora.slots import adapters_of
+from minilora.lora.slots import adapters_of, has_adapters
 from minilora.lora.variants.alora import activated
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.peft.face import in_base_dtype, refuse_extended, restore
@@ -103,7 +104,13 @@ class Many(Facts):
 
         ``safe_merge`` is PEFT's: here every merge is checked before anything changes. ``unmerge_adapter`` is exact.
         """
-        report = merging.merge(self, adapter_names, requantize)
+        adapters = adapters_of(self)
+        named = list(adapters.active) if adapter_names is None else as_names(adapter_names)
+        new = [name for name in named if name not in adapters.merged]
+        if named and not new:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return merging.MergeReport({}, 1.0, "what they are")
+        report = merging.merge(self, new, requantize)
         print(report)
         return report
 
@@ -152,8 +159,8 @@ class Many(Facts):
         return self
 
     def get_base_model(self) -> Any:
-        """The model itself (in PEFT it is another object; here nothing is wrapped)."""
-        return self
+        """The model as an object of its own class, without the methods of this one; all that is in it is the very same."""
+        return self.base_model.model if has_adapters(self) else self
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """With activations computed again, the first of them must need a gradient: switch that on, where the base model is not packed."""

@@ -13,6 +13,7 @@ from minilora.errors import ConfigError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import checked, inject
+from minilora.lora.slots import adapters_of, unwrapped
 from minilora.peft.faces import give_faces
 from minilora.peft.lora_model import LoraModel
 from minilora.store.adapter_files import PREFIX
@@ -56,6 +57,7 @@ def inject_adapter_in_model(
     inject(model, config, adapter_name)
     with LOCK, Change() as change:
         give_faces(change, model)
+        change.item(unwrapped(model).__dict__, "peft_config", adapters_of(model).configs)
     return model
 
 

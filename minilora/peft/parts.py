@@ -16,14 +16,17 @@ __all__ = ["Entry", "Field", "entries"]
 
 
 class Parameters(dict):
-    """``_parameters`` of an ``Entry``: name to parameter; what is put in is put into the adapter too."""
+    """``_parameters`` of an ``Entry``: name to parameter; what is put in is put into the adapter too.
+
+    It is whatever torch's own code puts there: FSDP1 puts plain tensors that are views of its flat parameter.
+    """
 
     def __init__(self, adapter: Adapter, attributes: Mapping[str, str]) -> None:
         super().__init__({name: adapter._parameters[attribute] for name, attribute in attributes.items()})
         self.adapter, self.attributes = adapter, dict(attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.adapter.register_parameter(self.attributes[name], value)
+        self.adapter._parameters[self.attributes[name]] = value
         super().__setitem__(name, value)
 
     def __reduce__(self) -> tuple:

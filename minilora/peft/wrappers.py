@@ -29,9 +29,28 @@ __all__ = [
 class AuxiliaryTrainingWrapper(BaseTunerLayer):
     """What trains beside LoRA layers. ``original_module`` is the frozen module."""
 
+    @property
+    def _adapters(self) -> set[str]:
+        """Names of the adapters that train something here."""
+        return set(self.kept)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that are active and train something here."""
+        return [name for name in super().active_adapters if name in self.kept]
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of an adapter's tensors in a file to their names in this module, both below its path."""
+        return {}
+
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with a trained copy for each adapter: ``modules_to_save["default"]``."""
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """As of the base class."""
+        names = self.kept[adapter_name].state_dict() if adapter_name in self.kept else ()
+        return {name: f"modules_to_save.{adapter_name}.{name}" for name in names}
 
 
 class TrainableTokensLayer(BaseTunerLayer):
@@ -47,6 +66,12 @@ class TrainableTokensLayer(BaseTunerLayer):
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """A table with a ``token_adapter`` beside it."""
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """As of the base class; a table that is tied to another has no tensor of its own."""
+        if not isinstance(self.kept.get(adapter_name), TokenRows):
+            return {}
+        return {"token_adapter.trainable_tokens_delta": f"token_adapter.trainable_tokens_delta.{adapter_name}"}
 
 
 def is_rows(value: Any) -> bool:
