@@ -142,7 +142,8 @@ def _refuse_nonfinite(adapters: Adapters, names: Sequence[str]) -> None:
             values = own_parameters(slot.kept[name]) if name in slot.kept else ()
             if not all(map(is_finite, values)):
                 raise StateError(
-                    f"{path}: adapter {name!r} holds NaN or infinity, so it is not merged; load an earlier save of it"
+                    f"{path}: NaNs detected in the merged weights. The adapter {name} seems to be broken: it holds NaN or infinity; "
+                    "load an earlier save of it"
                 )
 
 

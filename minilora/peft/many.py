@@ -17,6 +17,7 @@ from minilora.lora.variants.alora import activated
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.peft.face import in_base_dtype, refuse_extended, restore
 from minilora.peft.facts import Facts
+from minilora.peft.meta import emptied
 
 __all__ = ["Many", "as_names"]
 
@@ -37,11 +38,16 @@ class Many(Facts):
         autocast_adapter_dtype: bool = True,
         variant: str | None = None,
     ) -> None:
-        """Inject another adapter and keep it aside; ``set_adapter`` makes it active. Raises as ``inject``."""
+        """Inject another adapter and keep it aside; ``set_adapter`` makes it active. Raises as ``inject``.
+
+        ``low_cpu_mem_usage`` makes it without values, as for ``get_peft_model``.
+        """
         config = checked(peft_config)
         values = build_new(self, config, adapter_name, variant)
         if not autocast_adapter_dtype:
             in_base_dtype(self, values)
+        if low_cpu_mem_usage:
+            emptied(values)
         place(self, config, adapter_name, values, variant, activate=False)
 
     def delete_adapter(self, adapter_name: str) -> None:

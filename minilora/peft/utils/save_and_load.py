@@ -15,6 +15,7 @@ from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slots import unwrapped
 from minilora.peft.hub import folder_of
+from minilora.peft.meta import made_real
 from minilora.store.adapter_files import read_adapter
 from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
 from minilora.store.tables import saved_tables
@@ -82,8 +83,9 @@ def set_peft_model_state_dict(
     Args:
         ignore_mismatched_sizes, strict: what does not fit raises ``CheckpointError``; with the first, or ``strict=False``, the rest is
             loaded, and the result says what was left out.
-        low_cpu_mem_usage: PEFT's; the tensors are copied into the parameters that are there.
+        low_cpu_mem_usage: PEFT's; an adapter that was made without values (on the meta device) gets its memory here.
     """
+    made_real(innermost(model), adapter_name)
     tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
     return fill_adapter(innermost(model), tensors, adapter_name, strict and not ignore_mismatched_sizes)
 
