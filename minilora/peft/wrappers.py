@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.lora.adapter import Adapter
 from minilora.lora.slot import Slot
@@ -62,6 +62,12 @@ class TrainableTokensLayer(BaseTunerLayer):
     def token_indices(self) -> dict[str, list[int]]:
         """Adapter name to the rows that it trains."""
         return {name: getattr(value, "source", value).token_indices.tolist() for name, value in self.kept.items()}
+
+    @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """Adapter name to the rows as the base model has them, ``[rows, dimension]``."""
+        table = self.slot.base.weight
+        return {name: table[rows].detach() for name, rows in self.token_indices.items()}
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
