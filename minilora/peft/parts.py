@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minilora.lora.adapter import Adapter
@@ -39,7 +40,7 @@ class Entry(nn.Module):
     weight: Tensor
 
     def __init__(self, adapter: Adapter, attributes: Mapping[str, str]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         own = {name: attribute for name, attribute in attributes.items() if attribute in adapter._parameters}
         self.__dict__["_parameters"] = Parameters(adapter, own)
         for name, attribute in attributes.items():
@@ -59,6 +60,14 @@ class Entry(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` through this matrix alone."""
         return nn.functional.linear(x, self.weight, self._parameters.get("bias"))
+
+    def extra_repr(self) -> str:
+        """The shape of the weight."""
+        return ", ".join(map(str, self.weight.shape))
+
+
+class LinearEntry(Entry, nn.Linear):  # type: ignore[override]
+    """One whose weight is a matrix: to PEFT's users an ``nn.Linear``."""
 
 
 class Values(nn.ParameterDict):
@@ -90,6 +99,11 @@ class Field(dict):
         super().__setitem__(name, value)
 
 
+def _entry(adapter: Adapter, attributes: Mapping[str, str]) -> Entry:
+    kind = LinearEntry if getattr(adapter, attributes.get("weight", ""), torch.empty(0)).dim() == 2 else Entry
+    return kind(adapter, attributes)
+
+
 def entries(layer: nn.Module, kept: Mapping[str, Adapter]) -> None:
     """Give a layer the dictionaries that its adapters' ``file_names`` speak of: "lora_A.weight" is an ``Entry`` under ``lora_A``."""
     dropout = {
@@ -109,7 +123,7 @@ def entries(layer: nn.Module, kept: Mapping[str, Adapter]) -> None:
             layer._modules[group] = Values({name: kept[name] for name in by_name}, attribute)
         else:
             held = {
-                name: Entry(kept[name], {part or "weight": at for part, at in parts.items()})
+                name: _entry(kept[name], {part or "weight": at for part, at in parts.items()})
                 for name, parts in by_name.items()
             }
             layer._modules[group] = nn.ModuleDict(held)
