@@ -5,7 +5,6 @@ They are made by ``peft/faces.py``, stand in the model, and share their paramete
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters
 from minilora.many import scaling
 from minilora.peft.base import BaseTunerLayer, face_of
-from minilora.peft.parts import Field, entries
+from minilora.peft.parts import Field
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "lora_layer"]
 
@@ -154,16 +153,11 @@ _KINDS: tuple[tuple[Any, type], ...] = (
 )
 
 
-def lora_layer(slot: Slot, base: nn.Module, kept: Mapping[str, Adapter], adapters: Adapters) -> nn.Module:
-    """The ``LoraLayer`` of a slot.
-
-    Args:
-        base: what is shown as ``base_layer``. kept: the adapters that are shown, by name.
-    """
+def lora_layer(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
+    """The ``LoraLayer`` of a slot, which shows ``base`` as its ``base_layer``, and no adapter yet."""
     kind = next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
-    layer = face_of(kind, slot, kept, adapters)
+    layer = face_of(kind, slot, adapters)
     layer._modules["base_layer"] = base
-    entries(layer, kept)
     return layer
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.lora.adapter import Adapter
+from minilora.lora.change import Change
 
-__all__ = ["Entry", "Field", "entries"]
+__all__ = ["Entry", "Field", "Values", "dictionary", "enter", "leave"]
 
 
 class Parameters(dict):
@@ -73,15 +74,18 @@ class LinearEntry(Entry, nn.Linear):  # type: ignore[override]
 class Values(nn.ParameterDict):
     """``lora_embedding_A``: adapter name to a parameter."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], attribute: str) -> None:
-        super().__init__()
-        for name, adapter in adapters.items():
-            self._keys[name] = None
-            value = getattr(adapter, attribute)
-            if attribute in adapter._parameters:
-                self._parameters[name] = value
-            else:
-                self.__dict__[name] = value
+    def enter(self, change: Change, name: str, adapter: Adapter, attribute: str) -> None:
+        """Show an adapter's parameter under the adapter's name."""
+        change.item(self._keys, name, None)
+        held = (
+            self._parameters if attribute in adapter._parameters else self.__dict__
+        )  # a tied one's is no parameter of its own
+        change.item(held, name, getattr(adapter, attribute))
+
+    def leave(self, change: Change, name: str) -> None:
+        """Show it no longer."""
+        for held in (self._keys, self._parameters, self.__dict__):
+            change.drop(held, name)
 
     def __setitem__(self, key: str, value: Any) -> None:
         raise TypeError(f"the parameter of {key!r} can be written into (.data, copy_), not replaced")
@@ -104,26 +108,34 @@ def _entry(adapter: Adapter, attributes: Mapping[str, str]) -> Entry:
     return kind(adapter, attributes)
 
 
-def entries(layer: nn.Module, kept: Mapping[str, Adapter]) -> None:
-    """Give a layer the dictionaries that its adapters' ``file_names`` speak of: "lora_A.weight" is an ``Entry`` under ``lora_A``."""
-    dropout = {
-        name: drop for name, adapter in kept.items() if (drop := adapter._modules.get("lora_dropout")) is not None
-    }
-    if dropout:
-        layer._modules["lora_dropout"] = nn.ModuleDict(dropout)
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    for name, adapter in kept.items():
-        for attribute, file in adapter.file_names.items():
-            if getattr(adapter, attribute, None) is not None:
-                group, _, part = file.partition(".")
-                found.setdefault(group, {}).setdefault(name, {})[part] = attribute
-    for group, by_name in found.items():
-        if all("" in parts for parts in by_name.values()) and not group.startswith("lora_magnitude"):
-            (attribute,) = {parts[""] for parts in by_name.values()}
-            layer._modules[group] = Values({name: kept[name] for name in by_name}, attribute)
+def enter(change: Change, layer: nn.Module, name: str, adapter: Adapter) -> None:
+    """Give a layer's dictionaries an adapter, by its ``file_names``: "lora_A.weight" is an ``Entry`` in the dictionary ``lora_A``."""
+    if (drop := adapter._modules.get("lora_dropout")) is not None:
+        change.item(dictionary(change, layer, "lora_dropout", nn.ModuleDict)._modules, name, drop)
+    found: dict[str, dict[str, str]] = {}
+    for attribute, file in adapter.file_names.items():
+        if getattr(adapter, attribute, None) is not None:
+            group, _, part = file.partition(".")
+            found.setdefault(group, {})[part] = attribute
+    for group, parts in found.items():
+        if "" in parts and not group.startswith("lora_magnitude"):
+            dictionary(change, layer, group, Values).enter(change, name, adapter, parts[""])
         else:
-            held = {
-                name: _entry(kept[name], {part or "weight": at for part, at in parts.items()})
-                for name, parts in by_name.items()
-            }
-            layer._modules[group] = nn.ModuleDict(held)
+            entry = _entry(adapter, {part or "weight": at for part, at in parts.items()})
+            change.item(dictionary(change, layer, group, nn.ModuleDict)._modules, name, entry)
+
+
+def leave(change: Change, layer: nn.Module, name: str) -> None:
+    """Take an adapter out of a layer's dictionaries."""
+    for held in layer._modules.values():
+        if isinstance(held, Values):
+            held.leave(change, name)
+        elif isinstance(held, nn.ModuleDict):
+            change.drop(held._modules, name)
+
+
+def dictionary(change: Change, layer: nn.Module, group: str, kind: type[nn.Module]) -> Any:
+    """A layer's dictionary of this name, made if it is missing."""
+    if group not in layer._modules:
+        change.item(layer._modules, group, kind())
+    return layer._modules[group]
