@@ -477,7 +477,9 @@ def test_an_adapter_that_is_not_finite_is_not_merged(two, snapshot, name, value)
     with torch.no_grad():
         two._minilora_adapters.slots["mid"].kept[name].lora_A[-1, -1] = value
     before = snapshot(two)
-    with pytest.raises(StateError, match=f"mid: NaNs detected in the merged weights. The adapter {name} seems to be broken"):
+    with pytest.raises(
+        StateError, match=f"mid: NaNs detected in the merged weights. The adapter {name} seems to be broken"
+    ):
         merge(two)
     assert snapshot(two) == before
     merge(two, ["one" if name == "two" else "two"])
@@ -636,7 +638,9 @@ def test_deleting_one_of_several_active_ones_keeps_the_rest(two, make_mlp, rando
 def test_deleting_what_is_merged_is_refused(two, snapshot):
     merge(two)
     before = snapshot(two)
-    with pytest.raises(StateError, match=r"Cannot delete adapter\(s\) \['two'\] while they are merged. Please unmerge them first."):
+    with pytest.raises(
+        StateError, match=r"Cannot delete adapter\(s\) \['two'\] while they are merged. Please unmerge them first."
+    ):
         delete_adapter(two, "two")
     assert snapshot(two) == before
     delete_adapter(two, "one")
