@@ -122,6 +122,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "parts",
             "wrappers",
             "meta",
+            "inner",
             "others",
             "functional",
             "lora_model",

@@ -131,14 +131,15 @@ class Adapters:
         """Take adapter ``name`` out of the record; slots that are left empty go, with their base put back."""
         for slot in self.slots.values():
             change.drop(slot.kept, name)
+        self.refresh(change, name)
         empty = {path for path, slot in self.slots.items() if not slot.kept}
         for path in empty:
+            change.put(self.slots[path], "face", None)
             self.slots[path].show(change, (), parent=self.home(path))
         if empty:
             change.put(self, "slots", {path: slot for path, slot in self.slots.items() if path not in empty})
         change.drop(self.configs, name)
         change.drop(self.variants, name)
-        self.refresh(change, name)
 
     def refresh(self, change: Change, name: str) -> None:
         """After what slots keep of an adapter has changed: bring their faces in line."""

@@ -47,7 +47,7 @@ def _follow(change: Change, slot: Slot, name: str) -> bool:
     left = [kind for kind, shell in shells.items() if name in shell.kept]
     if wanted is not None and wanted not in shells:
         return False
-    if any(kind != wanted and len(shells[kind].kept) == 1 for kind in left):
+    if slot.kept and any(kind != wanted and len(shells[kind].kept) == 1 for kind in left):
         return False
     for kind in left:
         shells[kind].leave(change, name)

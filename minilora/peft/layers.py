@@ -5,6 +5,7 @@ They are made by ``peft/faces.py``, stand in the model, and share their paramete
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,34 +49,44 @@ class LoraLayer(BaseTunerLayer):
     )
 
     @property
-    def r(self) -> dict[str, int]:
+    def r(self) -> Mapping[str, int]:
         """Adapter name to rank."""
-        return {name: adapter.r for name, adapter in self.kept.items() if hasattr(adapter, "r")}
+        return self._numbers(lambda name: getattr(self.kept[name], "r", 0))
 
     @property
-    def lora_alpha(self) -> dict[str, float]:
+    def lora_alpha(self) -> Mapping[str, float]:
         """Adapter name to ``lora_alpha`` at this layer."""
-        return {name: self.adapters.configs[name].for_module(self.slot.path)[1] for name in self.kept}
+        return self._numbers(lambda name: self.adapters.configs[name].for_module(self.slot.path)[1])
 
     @property
-    def scaling(self) -> dict[str, float]:
+    def scaling(self) -> Any:
         """Adapter name to the factor of its update; may be set."""
-        return Field({name: adapter for name, adapter in self.kept.items() if hasattr(adapter, "scaling")}, "scaling")
+        return Field(
+            self.kept,
+            lambda name: getattr(self.kept[name], "scaling", 1.0),
+            lambda name, value: setattr(self.kept[name], "scaling", value),
+        )
 
     @property
-    def use_rslora(self) -> dict[str, bool]:
+    def use_rslora(self) -> Mapping[str, bool]:
         """Adapter name to the config's field."""
-        return {name: self.adapters.configs[name].use_rslora for name in self.kept}
+        return self._of_configs("use_rslora")
 
     @property
-    def use_dora(self) -> dict[str, bool]:
+    def use_dora(self) -> Mapping[str, bool]:
         """Adapter name to the config's field."""
-        return {name: self.adapters.configs[name].use_dora for name in self.kept}
+        return self._of_configs("use_dora")
 
     @property
-    def lora_bias(self) -> dict[str, bool]:
+    def lora_bias(self) -> Mapping[str, bool]:
         """Adapter name to the config's field."""
-        return {name: self.adapters.configs[name].lora_bias for name in self.kept}
+        return self._of_configs("lora_bias")
+
+    def _numbers(self, get: Callable[[str], Any]) -> Any:
+        return Field(self.kept, get)
+
+    def _of_configs(self, field: str) -> Any:
+        return self._numbers(lambda name: getattr(self.adapters.configs[name], field))
 
     @property
     def in_features(self) -> int:

@@ -5,12 +5,13 @@ Each stands for something of an adapter, and writing into it writes there. Next 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
 from minilora.lora.change import Change
 
@@ -91,16 +92,37 @@ class Values(nn.ParameterDict):
         raise TypeError(f"the parameter of {key!r} can be written into (.data, copy_), not replaced")
 
 
-class Field(dict):
-    """Adapter name to one of the adapters' numbers; what is set is set on the adapter."""
+class Field(MutableMapping):
+    """Adapter name to a number of the adapters, as it is now; what is set is set on the adapter (or cannot be)."""
 
-    def __init__(self, adapters: Mapping[str, Any], attribute: str) -> None:
-        super().__init__({name: getattr(adapter, attribute) for name, adapter in adapters.items()})
-        self._adapters, self._attribute = dict(adapters), attribute
+    def __init__(
+        self, kept: Mapping[str, Any], get: Callable[[str], Any], put: Callable[[str, Any], None] | None = None
+    ) -> None:
+        self._kept, self._get, self._put = kept, get, put
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._kept:
+            raise KeyError(name)
+        return self._get(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._adapters[name], self._attribute, value)
-        super().__setitem__(name, value)
+        if name not in self._kept or self._put is None:
+            raise StateError(
+                f"{name!r}: this number follows from the adapter's config and cannot be set; make another adapter"
+            )
+        self._put(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise StateError(f"{name!r} goes when its adapter is deleted: delete_adapter({name!r}) of the model")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 def _entry(adapter: Adapter, attributes: Mapping[str, str]) -> Entry:

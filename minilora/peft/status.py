@@ -14,6 +14,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.slot import Slot, own_parameters
 from minilora.lora.slots import Adapters, adapters_of, has_adapters, unwrapped
 from minilora.many.adapted import count_parameters
+from minilora.peft.face import Face
 from minilora.peft.wrappers import is_rows
 
 __all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
@@ -63,7 +64,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         raise StateError("No adapter layers found in the model: it has no adapters; get_peft_model or inject first")
     adapters = adapters_of(model)
     slots = [slot for slot in adapters.slots.values() if isinstance(slot.base, nn.Module)]
-    prefix = "model." if hasattr(model, "base_model") and hasattr(model, "peft_config") else ""
+    prefix = "model." if isinstance(unwrapped(model), Face) else ""
     return [_of_layer(slot, adapters, prefix) for slot in slots]
 
 
@@ -135,7 +136,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             if (found := [of(layer)[name] for layer in layers if name in of(layer)])
         }
 
-    is_face = hasattr(model, "peft_config")
+    is_face = isinstance(unwrapped(model), Face)
     return TunerModelStatus(
         base_model_type=type(unwrapped(model)).__name__,
         adapter_model_type="LoraModel" if is_face else "None",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.lora.change import Change
 from minilora.lora.slot import Slot
@@ -70,15 +70,16 @@ class TrainableTokensLayer(BaseTunerLayer):
             rows.enter(change, name, value, "trainable_tokens_delta")
 
     @property
-    def token_indices(self) -> dict[str, list[int]]:
+    def token_indices(self) -> Any:
         """Adapter name to the rows that it trains."""
-        return {name: getattr(value, "source", value).token_indices.tolist() for name, value in self.kept.items()}
+        return parts.Field(
+            self.kept, lambda name: getattr(self.kept[name], "source", self.kept[name]).token_indices.tolist()
+        )
 
     @property
-    def trainable_tokens_original(self) -> dict[str, Tensor]:
+    def trainable_tokens_original(self) -> Any:
         """Adapter name to the rows as the base model has them, ``[rows, dimension]``."""
-        table = self.slot.base.weight
-        return {name: table[rows].detach() for name, rows in self.token_indices.items()}
+        return parts.Field(self.kept, lambda name: self.slot.base.weight[self.token_indices[name]].detach())
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
