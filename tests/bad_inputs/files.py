@@ -223,7 +223,7 @@ WRITE = [
     ("save over a file", _over_a_file, WriteError, "file", "choose a writable folder"),
     ("save where nobody can", lambda w: save_adapter(w.adapted, "/proc/adapter"), WriteError, "/proc", "choose a writable folder"),
     ("save a pickle", lambda w: w.adapted.save_pretrained(w.tmp / "out", safe_serialization=False), StateError, "safe_serialization=False", "leave it True"),
-    ("save some of nobody", lambda w: w.adapted.save_pretrained(w.tmp / "out", ["default", "fr"]), StateError, "'fr'", "there are 'default'"),
+    ("save some of nobody", lambda w: w.adapted.save_pretrained(w.tmp / "out", selected_adapters=["default", "fr"]), StateError, "'fr'", "there are 'default'"),
     ("a state with less", state(lambda t: t.pop(FIRST)), CheckpointError, FIRST, "wrong base model or config?"),
     ("a state with more", state(lambda t: t.update(x=t[FIRST])), CheckpointError, "x is unexpected", "wrong base model"),
     ("a state of another shape", state(lambda t: t.update({FIRST: t[FIRST].T})), CheckpointError, "is [12, 3]", "want [3, 12]"),

@@ -235,7 +235,7 @@ def folder(make_mlp, tmp_path_factory):
     model = three(make_mlp)
     model.save_pretrained(folder)
     inject(model, config(["mid"], r=1, lora_alpha=5), "other")
-    model.save_pretrained(folder, ["other"])
+    model.save_pretrained(folder, selected_adapters=["other"])
     return folder
 
 
