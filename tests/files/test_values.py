@@ -34,7 +34,9 @@ CONFIGS = {
 FIELDS = [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config)]
 
 
-@pytest.mark.filterwarnings("ignore:.* specified but will be ignored:UserWarning")  # settings of a start that is not asked for
+@pytest.mark.filterwarnings(
+    "ignore:.* specified but will be ignored:UserWarning"
+)  # settings of a start that is not asked for
 @pytest.mark.parametrize(("config", "name"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_value_of_any_kind_is_taken_or_refused(config, name):
     refused = 0
