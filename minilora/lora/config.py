@@ -106,7 +106,7 @@ class LoraConfig:
             raise ConfigError(f"LoraConfig has no field {name!r}; the closest are {nearest(name, _OWN)}")
         if "in_use" in self.__dict__ and name not in _ABOUT_THE_FILE:
             raise ConfigError(
-                f"{name}={value!r}: a model has adapters of this config already; change a config before a model gets it"
+                f"{name}={validate.shown(value)}: a model has adapters of this config already; change a config before a model gets it"
             )
         self.__dict__[name] = value
         for kept in ("rank_keys", "alpha_keys"):

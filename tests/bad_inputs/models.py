@@ -131,6 +131,12 @@ def mixed(names, rows=3, **fields):
     return call
 
 
+def _two_copies(w):
+    model = w.with_adapter("first", modules_to_save=["last"])
+    model.add_adapter("other", lora("first", modules_to_save=["last"]))
+    return model
+
+
 def _mixed_while_training(w):
     with batch_adapters(w.adapted.train(), ["other"]):
         pass
@@ -161,7 +167,7 @@ MANY = [
     ("a sum by a taken name", combine(new="other"), StateError, "'other' already", "another name"),
     ("a sum by a bad name", combine(new="a/b"), StateError, "'a/b'", "1 to 64 letters"),
     ("a sum of DoRA", lambda w: add_weighted_adapter(w.with_adapter(use_dora=True), ["default"], [1.0], "new"), StateError, "adapter 'default', first", "merge it instead"),
-    ("a sum of copies", lambda w: add_weighted_adapter(w.with_adapter("first", modules_to_save=["last"]), ["default"], [1.0], "new"), StateError, "rows of last", "merge the adapters"),
+    ("a sum of copies", lambda w: add_weighted_adapter(_two_copies(w), ["default", "other"], [1.0, 1.0], "new"), StateError, "last, copied by 'default' and 'other'", "leave one of them out"),
     ("a sum without adapters", lambda w: add_weighted_adapter(w.plain, ["a"], [1.0], "b"), StateError, "MLP has no adapters", "get_peft_model"),
     ("rows of nobody", mixed(["other", "ohter", "__base__"]), StateError, "'ohter'", "'other'"),
     ("rows without names", mixed([]), StateError, "no adapter names", "one for each row"),
@@ -170,7 +176,7 @@ MANY = [
     ("rows while merged", _mixed_while_merged, StateError, "['default'] are merged", "unmerge before"),
     ("rows while disabled", _mixed_while_disabled, StateError, "disabled here", "leave disable_adapter()"),
     ("rows of DoRA", mixed(["default"] * 3, use_dora=True), StateError, "adapter 'default', first", "merge it instead"),
-    ("rows of a copy", mixed(["default"] * 3, modules_to_save=["last"]), StateError, "copy of last", "activate another"),
+    ("rows of a bias", mixed(["default"] * 3, bias="lora_only"), StateError, "trains first.bias", "activate another"),
 ]  # fmt: skip
 
 
