@@ -129,6 +129,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "auto",
             "hub",
             "card",
+            "meta",
+            "inner",
             "functional",
             "others",
             "helpers",

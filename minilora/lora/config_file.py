@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -33,9 +34,17 @@ WHY_NOT = {
 # Written by PEFT beside the fields; they describe the file, not the adapter.
 FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
 PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
+
+
+class PeftType(enum.StrEnum):
+    """The method; minilora has one."""
+
+    LORA = "LORA"
+
+
 ABOUT: dict[str, Any] = {
     "auto_mapping": None,
-    "peft_type": "LORA",
+    "peft_type": PeftType.LORA,
     "peft_version": PEFT_LAYOUT,
     "is_prompt_learning": False,
 }

@@ -35,6 +35,7 @@ class Slot:
         over: what stands in front of all that while batches mix adapters (``many/batched.py``); else None.
         face: what is found in the place by those who look with another library's names, if the model has such faces: it calls what
             stands there (its ``stands``), and is not looked at otherwise.
+        only: names of the adapters that this place shows, where it was given its own. off: whether it shows none, whatever is active.
     """
 
     path: str
@@ -46,6 +47,8 @@ class Slot:
     hooks: dict[str, Any] | None = None
     over: nn.Module | None = None
     face: Any = None
+    only: tuple[str, ...] | None = None
+    off: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.base, nn.Module):

@@ -58,7 +58,7 @@ class Adapters:
     """The named adapters of one model.
 
     Attributes:
-        slots: by path. configs, variants: by adapter name. active: names in the slots now, innermost first. merged: names folded
+        slots: by path. configs, variants: by adapter name. chosen: names in the slots now, innermost first. merged: names folded
             into the layers. blocks: the ``with`` blocks that run now, on any thread. faces: gives slots their faces after their content
             has changed, where the model has such (``minilora/peft``).
     """
@@ -67,14 +67,26 @@ class Adapters:
         self.slots: dict[str, Slot] = {}
         self.configs: dict[str, LoraConfig] = {}
         self.variants: dict[str, str] = {}
-        self.active: tuple[str, ...] = ()
+        self.chosen: tuple[str, ...] = ()
+        self.odd: tuple[str, ...] = ()  # paths of slots that show others than the rest (``only``, ``off``)
         self.merged: tuple[str, ...] = ()
         self.blocks: tuple[Block, ...] = ()
-        self.faces: Callable[[Change, Adapters], None] | None = None
+        self.faces: Callable[[Change, Adapters, str], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model is in none of the ``with`` blocks that the model is in."""
         return vars(self) | {"blocks": tuple(block for block in self.blocks if block.lasts)}
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the active adapters. Raises ``StateError`` where some layers were given others than the rest, or switched off."""
+        if self.odd:
+            shown = self.slots[self.odd[0]]
+            what = "none" if shown.off else list(self.chosen if shown.only is None else shown.only)
+            raise StateError(
+                f"{self.odd[0]} shows adapters {what} and other layers show others; set_adapter or enable_adapters of the model first"
+            )
+        return self.chosen
 
     @property
     def mixing(self) -> bool:
@@ -83,8 +95,8 @@ class Adapters:
 
     @property
     def is_bare(self) -> bool:
-        """Whether a ``bare`` block runs, on whatever thread."""
-        return any(block.open and not block.mixes for block in self.blocks)
+        """Whether a ``bare`` block runs, on whatever thread, or every layer was switched off."""
+        return any(block.open and not block.mixes for block in self.blocks) or self._all_off
 
     def named(self, name: str) -> dict[str, Value]:
         """Path to what adapter ``name`` keeps there. Raises ``StateError`` if there is no such adapter."""
@@ -119,19 +131,20 @@ class Adapters:
         """Take adapter ``name`` out of the record; slots that are left empty go, with their base put back."""
         for slot in self.slots.values():
             change.drop(slot.kept, name)
+        self.refresh(change, name)
         empty = {path for path, slot in self.slots.items() if not slot.kept}
         for path in empty:
+            change.put(self.slots[path], "face", None)
             self.slots[path].show(change, (), parent=self.home(path))
         if empty:
             change.put(self, "slots", {path: slot for path, slot in self.slots.items() if path not in empty})
         change.drop(self.configs, name)
         change.drop(self.variants, name)
-        self.refresh(change)
 
-    def refresh(self, change: Change) -> None:
-        """After what slots keep has changed: bring their faces in line."""
+    def refresh(self, change: Change, name: str) -> None:
+        """After what slots keep of an adapter has changed: bring their faces in line."""
         if self.faces is not None:
-            self.faces(change, self)
+            self.faces(change, self, name)
 
     def activate(self, change: Change, names: Sequence[str]) -> None:
         """Show exactly these adapters (their sum, on top of what is merged), and make them trainable and no other."""
@@ -139,27 +152,69 @@ class Adapters:
         self.refuse_while_mixing()
         check_stack(self.slots, names, self.merged)
         for slot in self.slots.values():  # only what comes or goes: the others are frozen since they went
-            for name in dict.fromkeys((*self.active, *names)):
+            for name in dict.fromkeys((*(self.chosen if slot.only is None else slot.only), *names)):
                 if (value := slot.kept.get(name)) is None:
                     continue
                 for parameter in own_parameters(value):
                     change.put(parameter, "requires_grad", name in names)
                 if name not in names and isinstance(value, Adapter):  # holds on to nothing that it stood on
                     change.item(value._modules, "base_layer", slot.base)
-        change.put(self, "active", tuple(names))
+            change.put(slot, "only", None)
+        change.put(self, "chosen", tuple(names))
+        change.put(self, "odd", self._odd())
         self.settle(change)
 
+    def activate_here(self, change: Change, slot: Slot, names: Sequence[str]) -> None:
+        """``activate`` at one place only. Once every layer was given the same, these are the model's active adapters."""
+        self.check_set(names)
+        self.refuse_while_mixing()
+        check_stack({slot.path: slot}, names, self.merged)
+        for name, value in slot.kept.items():
+            for parameter in own_parameters(value):
+                change.put(parameter, "requires_grad", name in names)
+        change.put(slot, "only", tuple(names))
+        if len({each.only for each in self._layers()}) == 1:
+            self.activate(change, names)
+        else:
+            change.put(self, "odd", self._odd())
+            self.settle(change)
+
+    def switch_here(self, change: Change, slot: Slot, on: bool) -> None:
+        """Show no adapter at one place, or again what is active there."""
+        self.refuse_while_mixing()
+        change.put(slot, "off", not on)
+        change.put(self, "odd", self._odd())
+        self.settle(change)
+
+    def _layers(self) -> list[Slot]:
+        """The slots but those of biases, which go with their layers."""
+        return [slot for slot in self.slots.values() if isinstance(slot.base, nn.Module)]
+
+    def _odd(self) -> tuple[str, ...]:
+        shown = {slot.path: slot for slot in self._layers()}
+        some_off = len({slot.off for slot in shown.values()}) > 1
+        return tuple(
+            path for path, slot in shown.items() if slot.only not in (None, self.chosen) or (some_off and slot.off)
+        )
+
+    @property
+    def _all_off(self) -> bool:
+        layers = self._layers() if any(slot.off for slot in self.slots.values()) else ()
+        return bool(layers) and all(slot.off for slot in layers)
+
     def settle(self, change: Change) -> None:
-        """Bring the slots in line with ``active``, ``merged`` and ``blocks``; what trains does not change."""
-        (active, merged), mixing = ((), ()) if self.is_bare else (self.active, self.merged), self.mixing
+        """Bring the slots in line with ``chosen``, ``merged`` and ``blocks``; what trains does not change."""
+        bare, mixing = self.is_bare, self.mixing
+        (chosen, merged) = ((), ()) if bare else (self.chosen, self.merged)
         for slot in self.slots.values():
             if not mixing:
                 change.put(slot, "over", None)
             if isinstance(slot.base, nn.Module):
-                slot.show(change, active, merged)
+                own = chosen if slot.only is None or bare else slot.only
+                slot.show(change, () if slot.off else own, () if slot.off else merged)
         for path, slot in self.slots.items():
             if isinstance(slot.base, nn.Parameter):
-                slot.show(change, active, merged, self.home(path, bool(merged)))
+                slot.show(change, chosen, merged, self.home(path, bool(merged)))
 
     def home(self, path: str, merged: bool = False) -> nn.Module:
         """The module that a slot lies in: a bias belongs to whatever layer stands there now."""
@@ -254,6 +309,6 @@ def attach(change: Change, model: nn.Module, adapters: Adapters) -> None:
 
 def detach(change: Change, model: nn.Module) -> None:
     """Forget the record: the model is a plain model again, with whatever its slots hold now."""
-    change.classes(model)
+    change.classes(model.modules())
     take_back(model)
     change.drop(unwrapped(model).__dict__, _ATTRIBUTE)

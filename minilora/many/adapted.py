@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from minilora.errors import StateError
+from minilora.errors import StateError, nearest
 from minilora.linear.layers import in_out_features, is_foreign, is_quantized, stored_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
@@ -49,24 +49,24 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Forget an adapter and its parameters; if it was the only active one, the first of the others becomes active.
 
     Raises:
-        StateError: an unknown name, a merged adapter, or the only one (``unload`` takes that out).
+        StateError: an unknown name, or a merged adapter.
     """
     adapters = adapters_of(model)
     with LOCK, Change() as change:
-        adapters.check([name])
+        if name not in adapters.configs:
+            raise StateError(f"Adapter {name} does not exist; there are {nearest(name, adapters.configs)}")
         adapters.refuse_while_mixing()
         if name in adapters.merged:
-            raise StateError(f"adapter {name!r} is merged; unmerge first")
-        if len(adapters.configs) == 1:
-            raise StateError(f"adapter {name!r} is the only one; unload() gives back the plain model")
+            raise StateError(f"Cannot delete adapter(s) [{name!r}] while they are merged. Please unmerge them first.")
         left = tuple(other for other in adapters.active if other != name)
-        successor = left or (min(other for other in adapters.configs if other != name),)
+        others = sorted(other for other in adapters.configs if other != name)
+        successor = left or tuple(others[:1])
         check_stack(adapters.slots, successor, adapters.merged)
         adapters.forget(change, name)
         if not left:
             adapters.activate(change, successor)
         elif left != adapters.active:
-            change.put(adapters, "active", left)
+            change.put(adapters, "chosen", left)
             adapters.settle(change)
 
 
@@ -92,7 +92,7 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
     adapters.refuse_while_mixing()
     # A merged layer holds its update; copies and biases of merged adapters simply stay in their slots.
     merged = adapters.merged if keep_merged else ()
-    change.put(adapters, "active", merged)
+    change.put(adapters, "chosen", merged)
     change.put(adapters, "merged", merged)
     change.put(adapters, "faces", None)
     for slot in adapters.slots.values():
@@ -111,7 +111,7 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
             if isinstance(value, nn.Parameter):
                 value.data = value.data.to(slot.base.dtype)  # type: ignore[arg-type]
             else:
-                change.classes(value)
+                change.classes(value.modules())
                 in_given_dtype(value)
     detach(change, model)
 

@@ -258,7 +258,7 @@ def initialize_lora_eva_weights(
     with LOCK, Change() as change:
         record.forget(change, adapter_name)
         if active:
-            change.put(record, "active", ())
+            change.put(record, "chosen", ())
         place_in(change, model, new, adapter_name, values, activate=active, trainable=trains)
     if missing:
         warn(

@@ -63,11 +63,12 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
     """Fold the named adapters (default: the active ones) into their layers; the originals are kept for ``unmerge``.
 
     A quantized layer becomes dense in the dtype it had before quantization, unless ``requantize``: four bits erase most of a small
-    update, and the report says how much. Adapters that are active and not named go on working on top. All merged layers are made
-    aside, and the model works on with its adapters until they are put in.
+    update, and the report says how much. Adapters that are active and not named go on working on top. Where others are merged already,
+    the sum of all is folded into the originals anew. All merged layers are made aside, and the model works on with its adapters until
+    they are put in.
 
     Raises:
-        StateError: an unknown name, adapters are merged already, a layer shares its weight with one that would not change, an adapter
+        StateError: an unknown name, one that is merged already, a layer shares its weight with one that would not change, an adapter
             holds NaN or infinity, or a merged weight overflows its dtype. Nothing has changed then, nor after any other failure.
     """
     merged = merged_layers(model, names, requantize)
@@ -78,9 +79,10 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, requantize: bool
 
 @dataclass(frozen=True)
 class Merged:
-    """Layers with the updates of adapters ``names`` inside, by path, not yet in the model."""
+    """Layers with the updates of adapters ``names`` inside, by path, not yet in the model; ``before`` were merged when they were made."""
 
     names: tuple[str, ...]
+    before: tuple[str, ...]
     folded: dict[str, list[Adapter]]
     layers: dict[str, nn.Module]
     report: MergeReport
@@ -89,8 +91,10 @@ class Merged:
 def merged_layers(model: nn.Module, names: Sequence[str] | None = None, requantize: bool = False) -> Merged:
     """What ``merge`` puts into the model, which is not touched. Raises as ``merge``."""
     adapters = adapters_of(model)
-    chosen = tuple(adapters.active if names is None else [names] if isinstance(names, str) else names)
-    _check_merge(adapters, chosen)
+    before = adapters.merged
+    named = adapters.active if names is None else [names] if isinstance(names, str) else names
+    chosen = (*before, *named)
+    _check_merge(adapters, chosen, before)
     folded = _folded(adapters, chosen)
     _refuse_nonfinite(adapters, chosen)
     _refuse_shared(model, adapters, folded)
@@ -102,13 +106,16 @@ def merged_layers(model: nn.Module, names: Sequence[str] | None = None, requanti
     for path, adapters_here in folded.items():
         layers[path], losses[path] = _merged_layer(adapters.slots[path], adapters_here, requantize, flowing)
     _share_again(adapters, layers)
-    return Merged(chosen, folded, layers, _report(layers, losses))
+    return Merged(chosen, before, folded, layers, _report(layers, losses))
 
 
-def _check_merge(adapters: Adapters, names: Sequence[str]) -> None:
+def _check_merge(adapters: Adapters, names: Sequence[str], before: Sequence[str]) -> None:
+    """``names``: what shall be merged then. ``before``: what is merged now."""
+    adapters.check(names)
+    again = [name for name in names[len(before) :] if name in before]
+    if again or adapters.merged != before:
+        raise StateError(f"adapters {again or list(adapters.merged)} are merged already; call unmerge first")
     adapters.check_set(names)
-    if adapters.merged:
-        raise StateError(f"adapters {list(adapters.merged)} are merged already; call unmerge first")
     if not names:
         raise StateError("no adapter is active, so there is nothing to merge; name one, or set_adapter first")
     check_stack(adapters.slots, [*adapters.active, *names], names)
@@ -117,7 +124,7 @@ def _check_merge(adapters: Adapters, names: Sequence[str]) -> None:
 def put_in(change: Change, model: nn.Module, merged: Merged) -> None:
     """Merged layers into the slots. Raises ``StateError`` if the adapters have changed since they were made."""
     adapters = adapters_of(model)
-    _check_merge(adapters, merged.names)
+    _check_merge(adapters, merged.names, merged.before)
     adapters.refuse_while_mixing()
     if _folded(adapters, merged.names) != merged.folded:
         raise StateError(
@@ -135,7 +142,8 @@ def _refuse_nonfinite(adapters: Adapters, names: Sequence[str]) -> None:
             values = own_parameters(slot.kept[name]) if name in slot.kept else ()
             if not all(map(is_finite, values)):
                 raise StateError(
-                    f"{path}: adapter {name!r} holds NaN or infinity, so it is not merged; load an earlier save of it"
+                    f"{path}: NaNs detected in the merged weights. The adapter {name} seems to be broken: it holds NaN or infinity; "
+                    "load an earlier save of it"
                 )
 
 

@@ -1,4 +1,6 @@
 # What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
+
+__version__: str
 from minilora.lora.config import LoraConfig as LoraConfig
 from minilora.lora.starts import CordaConfig as CordaConfig
 from minilora.lora.starts import EvaConfig as EvaConfig

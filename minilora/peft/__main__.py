@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minilora.lora.config_file import PEFT_LAYOUT
+from minilora.peft import __version__
 
 __all__ = ["answer_for_peft", "main"]
 
@@ -54,7 +54,7 @@ class Named(importlib.metadata.Distribution):
 
     def read_text(self, filename: str) -> str | None:
         """``METADATA``, and nothing else."""
-        return f"Metadata-Version: 2.1\nName: peft\nVersion: {PEFT_LAYOUT}\n" if filename == "METADATA" else None
+        return f"Metadata-Version: 2.1\nName: peft\nVersion: {__version__}\n" if filename == "METADATA" else None
 
     def locate_file(self, path: Any) -> Any:
         """Where minilora lies."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from minilora.errors import StateError
+from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import own_parameters
+from minilora.peft import parts
 
 __all__ = ["BaseTuner", "BaseTunerLayer", "face_of"]
 
@@ -30,6 +32,16 @@ class BaseTunerLayer(nn.Module, ABC):
     slot: Any
     adapters: Any
     kept: Any
+
+    def enter(self, change: Change, name: str, value: Any) -> None:
+        """Show an adapter."""
+        change.item(self.kept, name, value)
+        parts.enter(change, self, name, value)
+
+    def leave(self, change: Change, name: str) -> None:
+        """Show it no longer."""
+        change.drop(self.kept, name)
+        parts.leave(change, self, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the adapters and the base layer compute."""
@@ -77,13 +89,13 @@ class BaseTunerLayer(nn.Module, ABC):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters of the model."""
-        return list(self.adapters.active)
+        """Names of the adapters that are active in this layer."""
+        return list(self.adapters.chosen if self.slot.only is None else self.slot.only)
 
     @property
     def active_adapter(self) -> list[str]:
         """The same: PEFT's layers hold a list."""
-        return list(self.adapters.active)
+        return self.active_adapters
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -97,8 +109,22 @@ class BaseTunerLayer(nn.Module, ABC):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the model is in a ``disable_adapter`` block."""
-        return self.adapters.is_bare
+        """Whether the layer is switched off, or the model in a ``disable_adapter`` block."""
+        return self.adapters.is_bare or self.slot.off
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these the active adapters of this layer; frozen with ``inference_mode``. What asks for those of the whole model (merging,
+        training) raises until every layer has the same."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        with LOCK, Change() as change:
+            self.adapters.activate_here(change, self.slot, names)
+        if inference_mode:
+            self.set_requires_grad(names, False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let this layer show its adapters, or none."""
+        with LOCK, Change() as change:
+            self.adapters.switch_here(change, self.slot, enabled)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not, here."""
@@ -119,18 +145,14 @@ class BaseTunerLayer(nn.Module, ABC):
         """Refused by name: a model is unmerged as one."""
         self._of_the_model("unmerge_adapter()")
 
-    def set_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused by name: a model has one set of active adapters."""
-        self._of_the_model("set_adapter()")
-
     def delete_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Refused by name: an adapter is deleted from the whole model."""
         self._of_the_model("delete_adapter()")
 
 
-def face_of(kind: type[BaseTunerLayer], slot: Any, kept: Mapping[str, Any], adapters: Any) -> Any:
+def face_of(kind: type[BaseTunerLayer], slot: Any, adapters: Any) -> Any:
     """A face of this kind without children, for a place of a model."""
     face = kind()
-    face.__dict__.update(slot=slot, adapters=adapters, kept=dict(kept), stands=slot.standing)
+    face.__dict__.update(slot=slot, adapters=adapters, kept={}, stands=slot.standing)
     face.training = slot.standing.training
     return face

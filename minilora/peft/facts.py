@@ -24,7 +24,7 @@ class Facts(Shape):
     @property
     def active_adapter(self) -> str:
         """The name of the active adapter (the first, if several are active)."""
-        return adapters_of(self).active[0]
+        return next(iter(adapters_of(self).active), "")
 
     @property
     def active_adapters(self) -> list[str]:

@@ -12,7 +12,7 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.lora.slot import own_parameters
-from minilora.lora.slots import adapters_of, has_adapters
+from minilora.lora.slots import adapters_of, has_adapters, unwrapped
 from minilora.many import adapted, combine, merging
 from minilora.peft.base import BaseTuner
 from minilora.peft.faces import give_faces, twin
@@ -113,8 +113,13 @@ class LoraModel(BaseTuner):
         adapters_of(self._whole).hide()
 
     def enable_adapter_layers(self) -> None:
-        """Undo ``disable_adapter_layers``; does nothing otherwise."""
-        adapters_of(self._whole).unhide()
+        """Undo ``disable_adapter_layers``, and switch layers on that were off."""
+        adapters = adapters_of(self._whole)
+        adapters.unhide()
+        with LOCK, Change() as change:
+            for slot in adapters.slots.values():
+                if slot.off:
+                    adapters.switch_here(change, slot, True)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the weights."""
@@ -132,11 +137,17 @@ class LoraModel(BaseTuner):
             return self._whole.merge_and_unload(progressbar, safe_merge, adapter_names)
         if not adapters_of(self._whole).merged:
             merging.merge(self._whole, adapter_names)
-        return adapted.unload(self._whole, keep_merged=True)
+        return self._plain(keep_merged=True)
 
     def unload(self) -> Any:
         """The plain model as it was."""
-        return self._whole.unload() if hasattr(self._whole, "unload") else adapted.unload(self._whole)
+        return self._whole.unload() if hasattr(self._whole, "unload") else self._plain(keep_merged=False)
+
+    def _plain(self, keep_merged: bool) -> nn.Module:
+        with LOCK, Change() as change:
+            adapted.take_out(change, self._whole, keep_merged)
+            change.drop(unwrapped(self._whole).__dict__, "peft_config")  # of inject_adapter_in_model
+        return self._whole
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Make a new adapter from others (``minilora.many.combine``)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,11 +12,12 @@ from minilora.errors import StateError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build_new, checked, place
-from minilora.lora.slots import adapters_of
+from minilora.lora.slots import adapters_of, has_adapters
 from minilora.lora.variants.alora import activated
 from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.peft.face import in_base_dtype, refuse_extended, restore
 from minilora.peft.facts import Facts
+from minilora.peft.meta import emptied
 
 __all__ = ["Many", "as_names"]
 
@@ -36,11 +38,16 @@ class Many(Facts):
         autocast_adapter_dtype: bool = True,
         variant: str | None = None,
     ) -> None:
-        """Inject another adapter and keep it aside; ``set_adapter`` makes it active. Raises as ``inject``."""
+        """Inject another adapter and keep it aside; ``set_adapter`` makes it active. Raises as ``inject``.
+
+        ``low_cpu_mem_usage`` makes it without values, as for ``get_peft_model``.
+        """
         config = checked(peft_config)
         values = build_new(self, config, adapter_name, variant)
         if not autocast_adapter_dtype:
             in_base_dtype(self, values)
+        if low_cpu_mem_usage:
+            emptied(values)
         place(self, config, adapter_name, values, variant, activate=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -92,6 +99,14 @@ class Many(Facts):
         """The bare base model inside the block, for every thread; ``adapter_names=["__base__"] * rows`` in a call is for that call."""
         return adapted.disabled(self)
 
+    def disable_adapter_layers(self) -> None:
+        """The bare model until ``enable_adapter_layers``."""
+        self.base_model.disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """Undo ``disable_adapter_layers``, and switch layers on that were off."""
+        self.base_model.enable_adapter_layers()
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
@@ -103,7 +118,13 @@ class Many(Facts):
 
         ``safe_merge`` is PEFT's: here every merge is checked before anything changes. ``unmerge_adapter`` is exact.
         """
-        report = merging.merge(self, adapter_names, requantize)
+        adapters = adapters_of(self)
+        named = list(adapters.active) if adapter_names is None else as_names(adapter_names)
+        new = [name for name in named if name not in adapters.merged]
+        if named and not new:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return merging.MergeReport({}, 1.0, "what they are")
+        report = merging.merge(self, new, requantize)
         print(report)
         return report
 
@@ -152,8 +173,8 @@ class Many(Facts):
         return self
 
     def get_base_model(self) -> Any:
-        """The model itself (in PEFT it is another object; here nothing is wrapped)."""
-        return self
+        """The model as an object of its own class, without the methods of this one; all that is in it is the very same."""
+        return self.base_model.model if has_adapters(self) else self
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """With activations computed again, the first of them must need a gradient: switch that on, where the base model is not packed."""

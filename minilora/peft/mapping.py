@@ -12,9 +12,11 @@ from torch import Tensor
 from minilora.errors import ConfigError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
-from minilora.lora.inject import checked, inject
+from minilora.lora.inject import build_new, checked, place_in
+from minilora.lora.slots import adapters_of, unwrapped
 from minilora.peft.faces import give_faces
 from minilora.peft.lora_model import LoraModel
+from minilora.peft.meta import emptied
 from minilora.store.adapter_files import PREFIX
 
 __all__ = [
@@ -47,15 +49,19 @@ def inject_adapter_in_model(
     """``inject`` with PEFT's order of arguments: the model gains layers with PEFT's names and no methods.
 
     Args:
-        low_cpu_mem_usage: PEFT's; adapters are made on the device of their layers.
+        low_cpu_mem_usage: make the adapter without values, on the meta device; ``set_peft_model_state_dict`` brings them.
         state_dict: an adapter's tensors: exactly the layers that it has are adapted, whatever ``target_modules`` says. It is not loaded.
     """
     config = checked(peft_config)
     if state_dict is not None:
         config = _targets_of(config, state_dict)
-    inject(model, config, adapter_name)
+    values = build_new(model, config, adapter_name, None)
+    if low_cpu_mem_usage:
+        emptied(values)
     with LOCK, Change() as change:
+        place_in(change, model, config, adapter_name, values)
         give_faces(change, model)
+        change.item(unwrapped(model).__dict__, "peft_config", adapters_of(model).configs)
     return model
 
 

@@ -21,6 +21,7 @@ from minilora.peft.face import extend, in_base_dtype, refuse_second
 from minilora.peft.faces import give_faces
 from minilora.peft.folders import Folders
 from minilora.peft.hub import folder_of
+from minilora.peft.meta import emptied
 from minilora.store import load as checkpoint
 
 __all__ = [
@@ -181,7 +182,7 @@ def get_peft_model(
         mixed: PEFT's mixture of several methods, of which minilora has one: False.
         autocast_adapter_dtype: keep adapters in fp32; False keeps them in the dtype of the layer that each adapts.
         revision: of the base model; goes into the saved config.
-        low_cpu_mem_usage: PEFT's; adapters are made on the device of their layers.
+        low_cpu_mem_usage: make the adapter without values, on the meta device; ``set_peft_model_state_dict`` brings them.
         variant: name of a registered variant, such as "vera"; None for the one that the config means.
         face: the class whose methods the model gains; by default the one of the config's task.
 
@@ -195,6 +196,8 @@ def get_peft_model(
     values = build_new(model, config, adapter_name, variant)
     if not autocast_adapter_dtype:
         in_base_dtype(model, values)
+    if low_cpu_mem_usage:
+        emptied(values)
     with LOCK, Change() as change:
         place_in(change, model, config, adapter_name, values, variant)
         give_faces(change, model)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import enum
 
+from minilora.lora.config_file import PeftType
+
 __all__ = ["PeftType", "TaskType"]
-
-
-class PeftType(enum.StrEnum):
-    """The method; minilora has one."""
-
-    LORA = "LORA"
 
 
 class TaskType(enum.StrEnum):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
-from minilora.lora.slots import unwrapped
+from minilora.peft.face import Face
 from minilora.peft.hub import folder_of
+from minilora.peft.inner import gathered, innermost
+from minilora.peft.meta import made_real
 from minilora.store.adapter_files import read_adapter
 from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
 from minilora.store.tables import saved_tables
@@ -42,16 +44,18 @@ def get_peft_model_state_dict(
 
     Args:
         state_dict: the whole model's (as FSDP gathers it): the tensors are taken from there instead of from the model.
-        unwrap_compiled: PEFT's; what ``torch.compile`` or DDP wrapped is always looked into.
+        unwrap_compiled: PEFT's; what ``torch.compile``, DDP or FSDP wrapped is always looked into.
 
     Where the model has PEFT's methods (``get_peft_model``) names begin with "base_model.model.", after ``inject`` they do not, as in PEFT.
     """
     inner = innermost(model)
-    own = adapter_state_dict(inner, adapter_name)
-    if state_dict is not None:
-        own = {key: _found(key, adapter_name, state_dict) for key in own}
-    own |= saved_tables(inner, adapter_name, save_embedding_layers)
-    return own if hasattr(inner, "peft_config") else {key.removeprefix(_PREFIX): value for key, value in own.items()}
+    with gathered(model) as copied:
+        own = adapter_state_dict(inner, adapter_name)
+        if state_dict is not None:
+            own = {key: _found(key, adapter_name, state_dict) for key in own}
+        own |= saved_tables(inner, adapter_name, save_embedding_layers)
+        own = {key: copied(value) for key, value in own.items()}
+    return own if isinstance(inner, Face) else {key.removeprefix(_PREFIX): value for key, value in own.items()}
 
 
 def _found(key: str, adapter_name: str, state_dict: Mapping[str, Tensor]) -> Tensor:
@@ -82,10 +86,12 @@ def set_peft_model_state_dict(
     Args:
         ignore_mismatched_sizes, strict: what does not fit raises ``CheckpointError``; with the first, or ``strict=False``, the rest is
             loaded, and the result says what was left out.
-        low_cpu_mem_usage: PEFT's; the tensors are copied into the parameters that are there.
+        low_cpu_mem_usage: PEFT's; an adapter that was made without values (on the meta device) gets its memory here.
     """
+    made_real(innermost(model), adapter_name)
     tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
-    return fill_adapter(innermost(model), tensors, adapter_name, strict and not ignore_mismatched_sizes)
+    with gathered(model, write=True):
+        return fill_adapter(innermost(model), tensors, adapter_name, strict and not ignore_mismatched_sizes)
 
 
 def load_peft_weights(
@@ -135,14 +141,3 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             if isinstance(own[key], Tensor):
                 change.overwrite(own[key], state_dict[key].to(own[key].device, own[key].dtype))
     return IncompatibleKeys(missing, extra)
-
-
-def innermost(model: Any) -> Any:
-    """The model inside of what ``torch.compile``, DDP or ``DataParallel`` returned."""
-    while True:
-        inner: Any = unwrapped(model)
-        if set(inner._modules) == {"module"} and type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = inner._modules["module"]
-        if inner is model:
-            return model
-        model = inner
