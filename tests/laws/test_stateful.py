@@ -6,10 +6,10 @@ nothing of an inactive one may be among the model's parameters. A refused call m
 has happened, or it has not; batches whose rows want different adapters run between the calls, and while adapters come and go beside.
 """
 
+import contextlib
 import copy
 import shutil
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,9 @@ from minilora.many.hotswap import hotswap_adapter
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
 from tests.interrupt import Interrupt
 from tests.models import Conv1D, finished
+
+# A file that was opened in the very line before the interrupt is closed by the garbage collector, which says so.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 SHAPES = {
     "first": (12, 20),
@@ -175,7 +178,7 @@ class Machine(RuleBasedStateMachine):
     def tensors(self):
         return {name: content(adapter_state_dict(self.model, name)) for name in self.known}
 
-    @contextmanager
+    @contextlib.contextmanager
     def refused(self):
         before, tensors = self.state(), self.tensors()
         with pytest.raises(MiniLoraError):
@@ -269,6 +272,7 @@ class Machine(RuleBasedStateMachine):
             self.shown([name])
         new.trains = activate and trainable
 
+    @precondition(lambda self: self.known)
     @rule(places=st.lists(place, min_size=1, max_size=3))
     def set_adapters(self, places):
         names = self.several(places)
@@ -279,6 +283,7 @@ class Machine(RuleBasedStateMachine):
         self.do(lambda: minilora.set_adapter(self.model, names if len(names) > 1 else names[0]))
         self.shown(names)
 
+    @precondition(lambda self: self.known)
     @rule(where=place)
     def write_values(self, where):
         """What an optimizer does to an adapter."""
@@ -319,6 +324,7 @@ class Machine(RuleBasedStateMachine):
             inside(depth)
         assert self.state() == before
 
+    @precondition(lambda self: self.known)
     @rule(places=st.lists(st.none() | place, min_size=2, max_size=4), beside=st.booleans())
     def mix(self, places, beside):
         """A batch of which every row gets its own adapter; with ``beside`` another adapter comes and goes while it runs."""
@@ -350,17 +356,19 @@ class Machine(RuleBasedStateMachine):
             minilora.delete_adapter(self.model, "beside")
         assert self.state() == before
 
+    @precondition(lambda self: self.known)
     @rule(places=st.none() | st.lists(place, min_size=1, max_size=2))
     def merge(self, places):
         names = None if places is None else self.several(places)
-        chosen = self.active if names is None else names
+        more = self.active if names is None else names
+        chosen = [*self.merged, *more]  # what is merged already stays in
         rest = [name for name in self.active if name not in chosen]
-        if self.merged or self.refuses([*rest, *chosen], chosen):
+        if not chosen or set(more) & set(self.merged) or self.refuses([*rest, *chosen], chosen):
             with self.refused():
                 minilora.merge(self.model, names)
             return
         report = self.do(lambda: minilora.merge(self.model, names))
-        self.merged = list(chosen)
+        self.merged = chosen
         if report is None:  # stopped after it had happened
             return
         assert set(report.layers) == {path for name in chosen for path in self.known[name].deltas}
@@ -387,6 +395,7 @@ class Machine(RuleBasedStateMachine):
         assert self.state() == before
         return folder
 
+    @precondition(lambda self: self.known)
     @rule(where=place, activate=st.booleans(), trainable=st.booleans())
     def save_and_load(self, where, activate, trainable):
         source, name = self.one(where), self.new()
@@ -400,26 +409,28 @@ class Machine(RuleBasedStateMachine):
             trainable,
         )
 
+    @precondition(lambda self: self.known)
     @rule(where=place)
     def delete(self, where):
         name = self.one(where)
         others = sorted(set(self.known) - {name})
-        if name in self.merged or not others:
+        if name in self.merged:
             with self.refused():
                 minilora.delete_adapter(self.model, name)
             return
         if self.active == [name] and any(self.refuses([other], self.merged) for other in others):
             return  # what becomes active then is not said
         self.do(lambda: minilora.delete_adapter(self.model, name))
-        was_active = name in self.active
         del self.known[name]
-        if was_active:
-            self.active.remove(name)
+        if name not in self.active:
+            return
+        self.active.remove(name)
         if not self.active:
-            (first,) = adapters_of(self.model).active
-            assert first in others
-            self.shown([first])
+            shown = adapters_of(self.model).active
+            assert len(shown) == min(1, len(others)) and set(shown) <= set(others)
+            self.shown(shown)
 
+    @precondition(lambda self: self.known)
     @rule(
         places=st.lists(place, min_size=1, max_size=3),
         weights=st.lists(st.sampled_from([-1.5, 0.25, 2.0]), min_size=3, max_size=3),
@@ -449,6 +460,7 @@ class Machine(RuleBasedStateMachine):
         ranks = adapters_of(self.model).configs[name].r
         self.known[name] = Known("lora", ranks, 1.0, deltas, trains=False)
 
+    @precondition(lambda self: self.known)
     @rule(giver=place, taker=place)
     def hotswap(self, giver, taker):
         source, name = self.one(giver), self.one(taker)
@@ -530,17 +542,13 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def the_base_is_untouched(self):
-        if not self.known:
-            return
-        with disabled(self.model):
+        with disabled(self.model) if self.known else contextlib.nullcontext():
             assert same_content(content(self.model.state_dict()), self.bytes)
             assert all(getattr(self.model, path) is layer for path, layer in self.layers.items())
             assert not any(parameter.requires_grad for parameter in self.model.parameters())
 
     @invariant()
     def exactly_the_active_train_and_no_other_is_in_the_model(self):
-        if not self.known:
-            return
         record = adapters_of(self.model)
         assert list(record.active) == self.active and list(record.merged) == self.merged
         assert record.configs.keys() == self.known.keys()
