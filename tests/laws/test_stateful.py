@@ -442,7 +442,7 @@ class Machine(RuleBasedStateMachine):
             add_weighted_adapter(self.model, sources, weights[: len(sources)], name, "cat")
 
         parts = [self.known[source] for source in sources]
-        if name in self.known or any(part.kind == "dora" or part.biases for part in parts):
+        if name in self.known or any(part.kind == "dora" for part in parts):
             with self.refused():
                 call()
             return
@@ -457,8 +457,12 @@ class Machine(RuleBasedStateMachine):
         for part, weight in zip(parts, weights, strict=False):
             for path, delta in part.deltas.items():
                 deltas[path] = deltas.get(path, 0) + weight * delta
+        biases = {path: self.bias[path].clone() for path in deltas} if any(part.biases for part in parts) else {}
+        for part, weight in zip(parts, weights, strict=False):
+            for path, bias in part.biases.items():
+                biases[path] += weight * (bias - self.bias[path])
         ranks = adapters_of(self.model).configs[name].r
-        self.known[name] = Known("lora", ranks, 1.0, deltas, trains=False)
+        self.known[name] = Known("lora", ranks, 1.0, deltas, biases, trains=False)
 
     @precondition(lambda self: self.known)
     @rule(giver=place, taker=place)
