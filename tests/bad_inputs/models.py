@@ -83,7 +83,7 @@ SWITCH = [
     ("switch to a number", lambda w: w.adapted.set_adapter(5), StateError, "5", "wanted a name"),
     ("switch without adapters", lambda w: minilora.set_adapter(w.plain, "x"), StateError, "MLP has no adapters", "get_peft_model"),
     ("switch while merged", lambda w: w.merged.set_adapter("other"), StateError, "['default'] are merged", "unmerge_adapter() first"),
-    ("delete nobody", lambda w: w.adapted.delete_adapter("fr"), StateError, "'fr'", "there are 'default'"),
+    ("delete nobody", lambda w: w.adapted.delete_adapter("fr"), StateError, "Adapter fr does not exist", "there are 'default'"),
     ("delete a merged one", lambda w: w.merged.delete_adapter("default"), StateError, "['default'] while they are merged", "unmerge them first"),
     ("unload nothing", lambda w: minilora.unload(w.plain), StateError, "MLP has no adapters", "get_peft_model"),
     ("unmerge nothing", lambda w: w.adapted.unmerge_adapter(), StateError, "no adapter is merged", "merge "),

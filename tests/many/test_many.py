@@ -154,16 +154,25 @@ def test_a_deleted_adapter_gives_its_places_back(three, add, make_mlp, x):
 
 
 def test_what_cannot_be_deleted(three, unchanged, add):
-    with unchanged(three, StateError, "no adapter is called 'z'"):
+    with unchanged(three, StateError, "Adapter z does not exist; there are 'a', 'b', 'c'"):
         delete_adapter(three, "z")
     merge(three, ["b"])
-    with unchanged(three, StateError, "'b' is merged; unmerge first"):
+    with unchanged(
+        three, StateError, r"Cannot delete adapter\(s\) \['b'\] while they are merged. Please unmerge them first"
+    ):
         delete_adapter(three, "b")
-    unmerge(three)
-    delete_adapter(three, "a")
-    delete_adapter(three, "b")
-    with unchanged(three, StateError, "the only one; unload"):
-        delete_adapter(three, "c")
+
+
+def test_the_last_adapter_can_be_deleted_and_another_put_in(three, make_mlp, x):
+    for name in ("a", "b", "c"):
+        delete_adapter(three, name)
+    record = adapters_of(three)
+    assert not record.slots and not record.configs and record.active == ()
+    assert torch.equal(three(x), make_mlp()(x)) and not any(p.requires_grad for p in three.parameters())
+    with pytest.raises(StateError, match="no adapter is active"):
+        merge(three)
+    inject(three, lora(["mid"], init_lora_weights=False), "a")
+    assert record.active == ("a",) and not torch.equal(three(x), make_mlp()(x))
 
 
 def test_a_deletion_whose_successor_cannot_be_shown_is_all_or_nothing(make_mlp, add, x):
