@@ -89,6 +89,7 @@ class LoraConfig:
     revision: str | None = None
     inference_mode: bool = False
     alora_invocation_tokens: Sequence[int] | None = None
+    in_use = False  # no field: whether a model has adapters of it
 
     def __getattr__(self, name: str) -> Any:
         """PEFT's remaining fields, which stand at their defaults."""
@@ -104,7 +105,9 @@ class LoraConfig:
             return
         if name not in _OWN:
             raise ConfigError(f"LoraConfig has no field {name!r}; the closest are {nearest(name, _OWN)}")
-        if "in_use" in self.__dict__ and name not in _ABOUT_THE_FILE:
+        if self.in_use and name == "init_lora_weights" and (value is True or value == self.init_lora_weights):
+            return  # PEFT's way to save a start that it has taken from the weight; files here say what they are, before and after
+        if self.in_use and name not in _ABOUT_THE_FILE:
             raise ConfigError(
                 f"{name}={value!r}: a model has adapters of this config already; change a config before a model gets it"
             )
@@ -114,7 +117,7 @@ class LoraConfig:
 
     def for_use(self) -> LoraConfig:
         """A copy, validated as a whole, that can no longer be changed. Raises ``ConfigError`` for what was set and cannot be meant."""
-        own = self if "in_use" in self.__dict__ else dataclasses.replace(self)
+        own = self if self.in_use else dataclasses.replace(self)
         own.__dict__["in_use"] = True
         return own
 

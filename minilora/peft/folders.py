@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from minilora.errors import StateError
+from minilora.files.write import write_files
 from minilora.lora.inject import place
 from minilora.lora.slots import adapters_of
 from minilora.peft.card import write_card
 from minilora.peft.face import in_base_dtype
 from minilora.peft.hub import folder_of, push
 from minilora.peft.many import Many, as_names
+from minilora.peft.plain import plain_files
 from minilora.store import load as checkpoint
+from minilora.store.save import adapter_files
 
 __all__ = ["Folders"]
 
@@ -69,12 +72,14 @@ class Folders(Many):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         state_dict: dict | None = None,
         **_: Any,
     ) -> None:
         """Write adapters in PEFT's layout: "default" into the folder itself, others into a folder of their name in it; and a model card.
 
+        With ``path_initial_model_for_weight_conversion``, the folder in which an adapter with a start of its own (PiSSA, OLoRA, CorDA,
+        LoRA-GA) was saved before it trained, it is written as a plain LoRA of twice the rank (``peft/plain.py``).
         ``state_dict`` is what transformers' Trainer passes (the whole model's); the adapter's tensors are read from the model instead.
         Of the other arguments of transformers' ``save_pretrained`` none concerns an adapter.
         """
@@ -86,18 +91,19 @@ class Folders(Many):
             raise StateError(
                 "safe_serialization=False would write a pickle, which runs code when it is read; leave it True"
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise StateError(
-                "path_initial_model_for_weight_conversion: minilora does not write the difference to a start value; save without it, or "
-                "merge_and_unload"
-            )
         if not is_main_process:
             return
         chosen = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
         adapters_of(self).check(chosen)
-        for name in chosen:
-            folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            checkpoint.save_adapter(self, folder, name, save_embedding_layers)
+        start = path_initial_model_for_weight_conversion
+        made = {
+            name: adapter_files(self, name, save_embedding_layers)
+            if start is None
+            else plain_files(self, start, name, save_embedding_layers)
+            for name in chosen
+        }
+        for name, files in made.items():
+            write_files(save_directory if name == "default" else os.path.join(save_directory, name), files)
         write_card(self, save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:

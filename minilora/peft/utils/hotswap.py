@@ -7,12 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError, warn
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
+from minilora.lora.factors import widened
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many import hotswap
@@ -82,12 +82,19 @@ def prepare_model_for_compiled_hotswap(
                 f"Trying to change the rank to {target_rank}, but a layer has {larger[0]}; give the largest rank of all"
             )
         for layer in layers:
-            _pad(layer, target_rank)
+            groups = getattr(layer.innermost, "groups", 1)
+            if target_rank % groups:
+                raise StateError(
+                    f"Trying to change the rank to {target_rank}, but a convolution has {groups} groups; wanted a multiple of them"
+                )
+        for layer in layers:
+            _widen(layer, target_rank)
         for name in adapters_of(inner).configs:
             _say(inner, name, target_rank)
         for each in config.values() if isinstance(config, dict) else [config] if config is not None else []:
-            each.r = target_rank
-            each.rank_pattern = {}
+            if not each.in_use:  # the model's own say it already
+                each.r = target_rank
+                each.rank_pattern = {}
 
 
 def _say(model: nn.Module, name: str, rank: int) -> None:
@@ -103,12 +110,7 @@ def _say(model: nn.Module, name: str, rank: int) -> None:
         change.item(adapters.configs, name, new.for_use())
 
 
-@torch.no_grad()
-def _pad(layer: LoRALinear, rank: int) -> None:
-    """Fill A and B up with zeros; the factor stays."""
-    more = rank - layer.r
-    if more:
-        A, B = layer.lora_A, layer.lora_B
-        A.data = torch.cat([A, A.new_zeros(more, A.shape[1])])
-        B.data = torch.cat([B, B.new_zeros(B.shape[0], more)], 1)
-        layer.r = rank
+def _widen(layer: LoRALinear, rank: int) -> None:
+    """The same update at this rank; the factor stays."""
+    layer.lora_A.data, layer.lora_B.data = widened(layer.lora_A.data, layer.lora_B.data, rank)
+    layer.r = rank
