@@ -119,6 +119,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "many",
             "folders",
             "plain",
+            "notes",
             "base",
             "layers",
             "parts",

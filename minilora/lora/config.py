@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, ConfigError, nearest, warn
+from minilora.errors import CheckpointError, ConfigError, KindError, nearest, warn
 from minilora.files import validate
 from minilora.lora import config_file
 from minilora.lora.patterns import Patterns
@@ -25,7 +25,7 @@ from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConf
 
 _ABOUT_THE_FILE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 BIAS_CHOICES = ("none", "all", "lora_only")
-TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass
@@ -135,7 +135,8 @@ class LoraConfig:
         put("task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(
-                f"task_type={validate.shown(self.task_type)}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}"
+                f"Invalid task type: {validate.shown(self.task_type)}. Must be one of the following task types: {', '.join(TASK_TYPES)}. "
+                "None is for every other task"
             )
         if self.layer_replication is not None:
             raise ConfigError(
@@ -164,17 +165,16 @@ class LoraConfig:
         """The fields that say where: layers and names of modules."""
         put("layers_to_transform", validate.layers(self.layers_to_transform))
         put("layers_pattern", validate.names("layers_pattern", self.layers_pattern))
-        if (
-            self.layers_to_transform is not None
-            and isinstance(self.target_modules, str)
-            and self.target_modules != "all-linear"
-        ):
-            raise ConfigError(
-                "layers_to_transform goes with a list of target_modules; a regex can name the layers itself"
-            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            given = getattr(self, name) not in (None, (), [], "")
+            if given and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str. A regex can name the layers itself; or give a list"
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
-                f"layers_pattern={validate.shown(self.layers_pattern)} does nothing without layers_to_transform; give both"
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                f"layers_pattern={validate.shown(self.layers_pattern)} does nothing alone"
             )
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             put(name, validate.names(name, getattr(self, name)))
@@ -216,9 +216,15 @@ class LoraConfig:
                 f"alora_invocation_tokens goes with plain LoRA, not with {self.variant}; drop one of the two"
             )
         if self.lora_bias and self.variant != "lora":
-            raise ConfigError(f"lora_bias goes with plain LoRA, not with {self.variant}; drop one of the two")
-        if init == "orthogonal" and self.r % 2:
-            raise ConfigError(f"r={self.r}: init_lora_weights='orthogonal' wants an even r; set r={self.r + 1}")
+            raise ConfigError(
+                f"The argument lora_bias=True is for plain LoRA, not for {self.variant}; drop one of the two"
+            )
+        residual = ("pissa", "olora", "corda", "lora_ga")
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and self.variant in residual:
+            warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion to plain LoRA "
+                f"(save_pretrained with path_initial_model_for_weight_conversion) does not work for {self.variant}; all else does"
+            )
 
     @property
     def variant(self) -> str:
@@ -274,9 +280,14 @@ class LoraConfig:
             content = parse_json(raw)
         except ValueError as error:
             raise CheckpointError(f"{source}: not JSON that an adapter has ({error}); save the adapter again") from None
+        if "peft_type" not in content:
+            raise KindError(
+                f"The LoraConfig config that is trying to be loaded is missing required keys: {{'peft_type'}}. {source}: wanted what "
+                "save_pretrained wrote"
+            )
         strange = config_file.unknown_keys(content, _OWN)
         if strange:
-            warn(f"{source}: minilora does not know {', '.join(map(repr, strange[:8]))} and ignores it, as PEFT would")
+            config_file.say_unknown(strange, source)
         known = {name: value for name, value in content.items() if name not in strange}
         return cls.from_dict(known | {name: value for name, value in fields.items() if name in _OWN}, str(source))
 
@@ -287,9 +298,11 @@ class LoraConfig:
         from minilora.files.read import read_bytes
 
         try:
-            return parse_json(read_bytes(Path(path_json_file), "the config"))
+            content = parse_json(read_bytes(Path(path_json_file), "the config"))
         except ValueError as error:
             raise CheckpointError(f"{path_json_file}: no JSON ({error})") from None
+        content.pop("runtime_config", None)  # says how, and not what
+        return content
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``adapter_config.json`` into the folder, which is made if need be."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from minilora.errors import ConfigError, nearest
+from minilora.errors import ConfigError, nearest, warn
 from minilora.files.validate import shown
 
 # PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
@@ -90,6 +90,14 @@ def refuse_set(fields: Mapping[str, Any]) -> None:
             raise ConfigError(f"peft_type={shown(value)}: minilora has 'LORA' only")
         if name not in OUT_OF_SCOPE and name not in ABOUT:
             raise TypeError(f"LoraConfig got an unexpected field {name!r}; PEFT has none of that name either")
+
+
+def say_unknown(names: Sequence[str], source: object) -> None:
+    """Warn of keys of a file that ``LoraConfig`` does not have."""
+    shown_names = [name[:60] for name in names[:8]]
+    warn(
+        f"Unexpected keyword arguments {shown_names} for class LoraConfig, these are ignored. {source} has them; PEFT would ignore them too"
+    )
 
 
 def unknown_keys(content: Mapping[str, Any], names: Collection[str]) -> list[str]:

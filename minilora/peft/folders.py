@@ -13,8 +13,9 @@ from minilora.lora.inject import place
 from minilora.lora.slots import adapters_of
 from minilora.peft.card import write_card
 from minilora.peft.face import in_base_dtype
-from minilora.peft.hub import folder_of, push
+from minilora.peft.hub import cached_config, folder_of, name_of, push
 from minilora.peft.many import Many, as_names
+from minilora.peft.notes import say_changed_base, say_left_out
 from minilora.peft.plain import plain_files
 from minilora.store import load as checkpoint
 from minilora.store.save import adapter_files
@@ -38,6 +39,7 @@ class Folders(Many):
         strict: bool = True,
         expect_sha256: str | None = None,
         allow_other_base: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **where: Any,
     ) -> checkpoint.LoadReport:
         """Load an adapter and keep it aside, frozen unless ``is_trainable``; into the one of that name, if there is one (so a run resumes).
@@ -46,8 +48,16 @@ class Folders(Many):
         """
         if adapter_name in self.peft_config:
             report = checkpoint.restore_adapter(
-                self, folder_of(model_id, where), adapter_name, strict, expect_sha256, allow_other_base, key_mapping
+                self,
+                folder_of(model_id, where),
+                adapter_name,
+                strict,
+                expect_sha256,
+                allow_other_base,
+                key_mapping,
+                ignore_mismatched_sizes,
             )
+            say_left_out(self, report if ignore_mismatched_sizes else None)
             self.set_requires_grad(adapter_name, is_trainable)
             return report
         stored, values, report = checkpoint.prepare_adapter(
@@ -58,9 +68,12 @@ class Folders(Many):
             expect_sha256=expect_sha256,
             allow_other_base=allow_other_base,
             key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
+        say_left_out(self, report if ignore_mismatched_sizes else None)
         if not autocast_adapter_dtype:
             in_base_dtype(self, values)
+        say_changed_base([*self.peft_config.values(), stored.config])
         own = dataclasses.replace(stored.config, inference_mode=not is_trainable)
         place(self, own, adapter_name, values, stored.variant, activate=False, trainable=is_trainable)
         return report
@@ -96,12 +109,14 @@ class Folders(Many):
         chosen = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
         adapters_of(self).check(chosen)
         start = path_initial_model_for_weight_conversion
-        made = {
-            name: adapter_files(self, name, save_embedding_layers)
-            if start is None
-            else plain_files(self, start, name, save_embedding_layers)
-            for name in chosen
-        }
+        made = {}
+        for name in chosen:
+            how = (
+                name,
+                save_embedding_layers,
+                cached_config(self.peft_config[name].base_model_name_or_path or name_of(self)),
+            )
+            made[name] = adapter_files(self, *how) if start is None else plain_files(self, start, *how)
         for name, files in made.items():
             write_files(save_directory if name == "default" else os.path.join(save_directory, name), files)
         write_card(self, save_directory)

@@ -12,7 +12,7 @@ from typing import Any
 from minilora.errors import CheckpointError, MissingPackageError, printable
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 
-__all__ = ["folder_of", "push"]
+__all__ = ["cached_config", "folder_of", "name_of", "push"]
 
 _WHERE = ("revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type")
 # What PEFT's loaders take for other kinds of storage and mean nothing where an adapter is made on its layer's device.
@@ -66,6 +66,25 @@ def folder_of(model_id: str | os.PathLike[str], where: dict[str, Any]) -> Path:
     with contextlib.suppress(Exception):  # PEFT's adapters have no seal
         hf_hub_download(name, SEAL_FILE, subfolder=subfolder or None, **known)
     return Path(config).parent
+
+
+def name_of(model: Any) -> str | None:
+    """The name or folder that a model was loaded from; None if it does not say."""
+    own = vars(model).get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return own if isinstance(own, str) and own else None
+
+
+def cached_config(name: str | None) -> Path | None:
+    """The ``config.json`` of a model's id, if it was fetched from the Hub once; asks no network."""
+    if not name or os.path.isdir(name) or name.count("/") > 1 or find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no id
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def push(

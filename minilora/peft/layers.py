@@ -79,6 +79,11 @@ class LoraLayer(BaseTunerLayer):
         return {name: self.adapters.configs[name].lora_bias for name in self.kept}
 
     @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """Adapter name to what of it never trains (MiCA's B)."""
+        return {name: tuple(sorted(adapter.fixed)) for name, adapter in self.kept.items() if adapter.fixed}
+
+    @property
     def in_features(self) -> int:
         """Of the base layer."""
         return self._any().in_features

@@ -17,6 +17,7 @@ from minilora.lora.slots import adapters_of, unwrapped
 from minilora.peft.faces import give_faces
 from minilora.peft.lora_model import LoraModel
 from minilora.peft.meta import emptied
+from minilora.peft.notes import say_new
 from minilora.store.adapter_files import PREFIX
 
 __all__ = [
@@ -56,6 +57,7 @@ def inject_adapter_in_model(
     if state_dict is not None:
         config = _targets_of(config, state_dict)
     values = build_new(model, config, adapter_name, None)
+    say_new(model, config, values)
     if low_cpu_mem_usage:
         emptied(values)
     with LOCK, Change() as change:

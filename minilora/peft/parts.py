@@ -47,6 +47,11 @@ class Entry(nn.Module):
                 self.__dict__[name] = getattr(adapter, attribute)
 
     @property
+    def bias(self) -> Tensor | None:
+        """Of ``lora_B`` where ``lora_bias`` is set, else None."""
+        return self._parameters.get("bias")
+
+    @property
     def in_features(self) -> int:
         """Columns of the weight."""
         return self.weight.shape[1]
@@ -58,7 +63,7 @@ class Entry(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` through this matrix alone."""
-        return nn.functional.linear(x, self.weight, self._parameters.get("bias"))
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class Values(nn.ParameterDict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.config import LoraConfig
 from minilora.lora.factors import beside
 from minilora.lora.layer import LoRALinear
-from minilora.lora.slot import Value
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedEmbedding, TiedHead
 from minilora.lora.variants.residual import ResidualLoRA
@@ -31,18 +31,26 @@ from minilora.store.tables import saved_tables
 
 __all__ = ["plain_files"]
 
-_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # by the dtype of the folder, of the norms of both factors; fp32 1e-4
+_CLOSE = {
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}  # by the dtype of the folder, of the norms of both factors; fp32 1e-4
 _STARTS = ("lora", "pissa", "olora", "corda", "lora_ga")
 
 
 @torch.no_grad()
 def plain_files(
-    model: nn.Module, start: str | os.PathLike[str], adapter_name: str, save_embedding_layers: bool | str = "auto"
+    model: nn.Module,
+    start: str | os.PathLike[str],
+    adapter_name: str,
+    save_embedding_layers: bool | str = "auto",
+    base_config: Path | None = None,
 ) -> dict[str, bytes]:
     """The sealed files of an adapter as a plain LoRA; trained copies, biases and token rows stay as they are.
 
     Args:
         start: the folder in which this adapter was saved before it trained.
+        save_embedding_layers, base_config: as ``saved_tables``.
 
     Raises:
         ConfigError: ``use_rslora`` with a pattern, whose scaling the file could not say. StateError: an update that is no low-rank product
@@ -60,7 +68,7 @@ def plain_files(
             f"{adapter_name!r} is written as the LoRA that it is"
         )
     values, known = adapters_of(model).named(adapter_name), read_adapter(start).tensors
-    tensors, tables = tensors_of(values), saved_tables(model, adapter_name, save_embedding_layers)
+    tensors, tables = tensors_of(values), saved_tables(model, adapter_name, save_embedding_layers, base_config)
     for path, value in values.items():
         if isinstance(value, Adapter) and not is_rows(value):
             for name in value.file_names:  # a start may be among them

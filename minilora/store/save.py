@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from minilora.store.adapter_files import (
     seal,
 )
 from minilora.store.fingerprint import brought_by, fingerprint
-from minilora.store.tables import saved_tables
+from minilora.store.tables import saved_tables, table_of
 
 __all__ = ["adapter_files", "adapter_state_dict", "file_key", "save_adapter", "saved_config", "tensors_of"]
 
@@ -98,10 +99,13 @@ def save_adapter(
 
 
 def adapter_files(
-    model: nn.Module, adapter_name: str = "default", save_embedding_layers: bool | str = "auto"
+    model: nn.Module,
+    adapter_name: str = "default",
+    save_embedding_layers: bool | str = "auto",
+    base_config: Path | None = None,
 ) -> dict[str, bytes]:
-    """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``."""
-    tables = saved_tables(model, adapter_name, save_embedding_layers)
+    """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``; ``base_config`` as ``saved_tables``."""
+    tables = saved_tables(model, adapter_name, save_embedding_layers, base_config)
     held = adapter_state_dict(model, adapter_name) | tables
     tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
     if (key := not_finite(tensors)) is not None:
@@ -120,7 +124,7 @@ def base_of(model: nn.Module, adapter_name: str = "default", tables: Collection[
     """What an adapter's file remembers of the model under it (``fingerprint``), without the ``tables`` that it brings."""
     values = adapters_of(model).named(adapter_name)
     rows = (TokenRows, TiedRows)  # these bring a part of the table that they are around
-    names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tables}
+    names = {f"{table_of(key)}.weight" for key in tables}
     paths = [
         path
         for path, value in values.items()

@@ -68,10 +68,14 @@ def prepare_model_for_compiled_hotswap(
         raise StateError(f"check_compiled={check_compiled!r}: wanted 'error', 'warn' or 'ignore'")
     compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
     if compiled and check_compiled != "ignore":
-        said = "the model is compiled already; call prepare_model_for_compiled_hotswap before torch.compile"
         if check_compiled == "error":
-            raise StateError(said)
-        warn(said)
+            raise StateError(
+                "Call prepare_model_for_compiled_hotswap *before* compiling the model, which is compiled already"
+            )
+        warn(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled; it will be compiled again, so call it "
+            "before torch.compile"
+        )
     inner = innermost(model)
     if not has_adapters(inner):
         raise StateError("No adapter layers found on the model; load the first adapter before preparing it")
@@ -79,13 +83,16 @@ def prepare_model_for_compiled_hotswap(
     if target_rank is not None:
         if larger := [layer.r for layer in layers if layer.r > target_rank]:
             raise StateError(
-                f"Trying to change the rank to {target_rank}, but a layer has {larger[0]}; give the largest rank of all"
+                f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({larger[0]}); give the "
+                "largest rank of all"
             )
         for layer in layers:
             groups = getattr(layer.innermost, "groups", 1)
             if target_rank % groups:
+                kind = type(layer.innermost).__name__
                 raise StateError(
-                    f"Trying to change the rank to {target_rank}, but a convolution has {groups} groups; wanted a multiple of them"
+                    f"Trying to pad a {kind} LoRA adapter with groups={groups} to target rank {target_rank}, but the target rank is not "
+                    f"divisible by {groups}. Please choose a target rank that is divisible by {groups}."
                 )
         for layer in layers:
             _widen(layer, target_rank)
@@ -94,7 +101,7 @@ def prepare_model_for_compiled_hotswap(
         for each in config.values() if isinstance(config, dict) else [config] if config is not None else []:
             if not each.in_use:  # the model's own say it already
                 each.r = target_rank
-                each.rank_pattern = {}
+                each.rank_pattern = dict.fromkeys(each.rank_pattern, target_rank)
 
 
 def _say(model: nn.Module, name: str, rank: int) -> None:
@@ -105,7 +112,8 @@ def _say(model: nn.Module, name: str, rank: int) -> None:
     alphas = {path: v.scaling * by_rank for path, v in adapters.named(name).items() if isinstance(v, LoRALinear)}
     usual = max(alphas.values(), key=list(alphas.values()).count)
     others = {path: alpha for path, alpha in alphas.items() if alpha != usual}
-    new = dataclasses.replace(config, r=rank, lora_alpha=usual, rank_pattern={}, alpha_pattern=others)
+    ranks = dict.fromkeys(config.rank_pattern, rank)
+    new = dataclasses.replace(config, r=rank, lora_alpha=usual, rank_pattern=ranks, alpha_pattern=others)
     with LOCK, Change() as change:
         change.item(adapters.configs, name, new.for_use())
 
