@@ -13,7 +13,7 @@ from pathlib import Path
 ROOMS: list[tuple[str, str, list[str]]] = [
     ("errors", "the exceptions that minilora raises", []),
     ("lazy", "names that are imported when asked for", []),
-    ("files", "reading and writing files safely", ["validate", "parse", "disk", "read", "write", "staging"]),
+    ("files", "reading and writing files safely", ["validate", "parse", "disk", "read", "write", "staging", "hub"]),
     (
         "quant",
         "weights stored in a few bits",

@@ -21,7 +21,7 @@ from minilora.errors import CheckpointError, ConfigError, KindError, nearest, wa
 from minilora.files import validate
 from minilora.lora import config_file
 from minilora.lora.patterns import Patterns
-from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, settings
+from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, settings
 
 _ABOUT_THE_FILE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -93,6 +93,8 @@ class LoraConfig:
 
     def __getattr__(self, name: str) -> Any:
         """PEFT's remaining fields, which stand at their defaults."""
+        if name == "runtime_config":
+            return self.__dict__.setdefault(name, LoraRuntimeConfig())
         if name in config_file.OUT_OF_SCOPE:
             return config_file.OUT_OF_SCOPE[name]
         if name in config_file.ABOUT:
@@ -102,6 +104,9 @@ class LoraConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in config_file.OUT_OF_SCOPE or name in config_file.ABOUT:
             config_file.refuse_set({name: value})
+            return
+        if name == "runtime_config":
+            self.__dict__[name] = settings(name, value, LoraRuntimeConfig) or LoraRuntimeConfig()
             return
         if name not in _OWN:
             raise ConfigError(f"LoraConfig has no field {name!r}; the closest are {nearest(name, _OWN)}")
@@ -267,14 +272,17 @@ class LoraConfig:
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None, **fields: Any) -> LoraConfig:
         """The config of an adapter folder. Raises ``CheckpointError`` for the file and ``ConfigError`` for a field, by name.
 
-        ``fields`` are set instead of the file's; what only says where a Hub has the file (``revision``, ``token``) is of no use here:
-        ``minilora.peft`` fetches from there.
+        Args:
+            folder: on this disk, or an id on the Hugging Face Hub.
+            fields: are set instead of the file's; ``revision``, ``token``, ``cache_dir`` and the like say where the Hub has it.
         """
         # Only files need these, and parse imports torch: a config alone comes without.
+        from minilora.files.hub import FETCH, fetched
         from minilora.files.parse import parse_json
         from minilora.files.read import read_bytes
 
-        source = Path(folder) / (subfolder or "") / "adapter_config.json"
+        where = {name: fields.pop(name) for name in FETCH if name in fields}
+        source = fetched(folder, subfolder or "", ("adapter_config.json",), (), where) / "adapter_config.json"
         raw = read_bytes(source, "the adapter's config")
         try:
             content = parse_json(raw)
@@ -335,8 +343,11 @@ _init = LoraConfig.__init__
 @functools.wraps(_init)
 def _init_as_in_peft(self: LoraConfig, *args: Any, **fields: Any) -> None:
     """The fields, and PEFT's remaining ones at their defaults. Raises ``ConfigError`` where one of these is set."""
+    runtime = fields.pop("runtime_config", None)
     config_file.refuse_set({name: fields.pop(name) for name in list(fields) if name not in _OWN})
     _init(self, *args, **fields)
+    if runtime is not None:
+        self.runtime_config = runtime
 
 
 LoraConfig.__init__ = _init_as_in_peft  # type: ignore[method-assign]

@@ -32,7 +32,7 @@ WHY_NOT = {
     "target_parameters": "it adapts bare parameters of expert layers, and minilora adapts layers",
 }
 # Written by PEFT beside the fields; they describe the file, not the adapter.
-FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
+FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version", "runtime_config")
 PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
 
 

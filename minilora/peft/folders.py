@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from minilora.errors import StateError
+from minilora.files.hub import cached
 from minilora.files.write import write_files
 from minilora.lora.inject import place
 from minilora.lora.slots import adapters_of
 from minilora.peft.card import write_card
 from minilora.peft.face import in_base_dtype
-from minilora.peft.hub import cached_config, folder_of, name_of, push
+from minilora.peft.hub import folder_of, name_of, push
 from minilora.peft.many import Many, as_names
 from minilora.peft.notes import say_changed_base, say_left_out
 from minilora.peft.plain import plain_files
@@ -114,7 +115,7 @@ class Folders(Many):
             how = (
                 name,
                 save_embedding_layers,
-                cached_config(self.peft_config[name].base_model_name_or_path or name_of(self)),
+                cached(self.peft_config[name].base_model_name_or_path or name_of(self), "config.json"),
             )
             made[name] = adapter_files(self, *how) if start is None else plain_files(self, start, *how)
         for name, files in made.items():

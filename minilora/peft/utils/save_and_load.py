@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
+from minilora.files.hub import cached
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slots import adapters_of, unwrapped
 from minilora.peft.face import Face
-from minilora.peft.hub import cached_config, folder_of, name_of
+from minilora.peft.hub import folder_of, name_of
 from minilora.peft.meta import made_real
 from minilora.peft.notes import say_left_out
 from minilora.store.adapter_files import read_adapter
@@ -58,7 +59,7 @@ def get_peft_model_state_dict(
     if state_dict is not None:
         own = {key: _found(key, adapter_name, state_dict) for key in own}
     base = adapters_of(inner).configs[adapter_name].base_model_name_or_path or name_of(inner)
-    own |= saved_tables(inner, adapter_name, save_embedding_layers, cached_config(base))
+    own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
     return own if isinstance(inner, Face) else {key.removeprefix(_PREFIX): value for key, value in own.items()}
 
 
