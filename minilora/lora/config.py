@@ -140,8 +140,8 @@ class LoraConfig:
         put("task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(
-                f"Invalid task type: {validate.shown(self.task_type)}. Must be one of the following task types: {', '.join(TASK_TYPES)}. "
-                "None is for every other task"
+                f"task_type: Invalid task type: {validate.shown(self.task_type)}. Must be one of the following task types: "
+                f"{', '.join(TASK_TYPES)}. task_type=None is for every other task"
             )
         if self.layer_replication is not None:
             raise ConfigError(
