@@ -52,7 +52,8 @@ def ordered(folder: Path, files: list[str]) -> list[Path]:
     """The files of a folder in reading order; where ROOMS gives none, by name. A folder in it stands for its files."""
     if not folder.is_dir():
         return []
-    names = files or sorted({path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"})
+    inside = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    names = files or sorted(inside - {"__init__", "__main__"})
     found: list[Path] = []
     for path in (folder / name for name in names):
         found += ordered(path, []) if path.is_dir() else [path.with_suffix(".py")]
@@ -111,7 +112,8 @@ def index(folders: list[tuple[str, str, Path, list[Path]]]) -> str:
     lines += ["| folder | what lives there | files |", "|---|---|---|"]
     for name, about, folder, files in folders:
         inside = [f"[{file.stem}]({page_of(file)}.md)" for file in files if file.parent == folder]
-        inside += [f"{sub.name}/" for sub in sorted({file.parent for file in files} - {folder})]
+        subs = sorted({file.parent for file in files} - {folder})
+        inside += [f"{sub.relative_to(folder).as_posix()}/" for sub in subs]
         lines.append(f"| [{name}]({name}.md) | {about} | {', '.join(inside)} |")
     return "\n".join([*lines, "", *toctree(name for name, *_ in folders)])
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig
+from minilora.lora.slots import adapters_of
 from minilora.peft.layers import LoraLayer
 
 LAYERS = ("first", "mid", "last")  # all linear ones of MLP
@@ -37,6 +38,11 @@ def randomize(module, seed=0):
 def adapted_paths(model):
     """Where adapters sit, in the order of the model."""
     return [path for path, module in nn.Module.named_modules(model) if isinstance(module, LoraLayer)]
+
+
+def standing(model, path):
+    """What a call of an adapted place runs: the outermost adapter, or the merged layer. ``get_submodule`` may find PEFT's names for it."""
+    return adapters_of(model).slots[path].standing
 
 
 # ---- without transformers

@@ -120,8 +120,9 @@ def test_an_example_runs_as_it_stands(tmp_path, name):
     assert len(said) == len(PYTHON[name])
     for code, output in zip(PYTHON[name], said, strict=True):
         assert bool(output.strip()) is ("print" in code or "report = " in code), code
-        for folder in re.findall(r'save_(?:adapter\(model, |pretrained\()"([\w-]+)"', code):
-            assert {path.name for path in (tmp_path / folder).iterdir()} == (PACKED if folder == "packed" else ADAPTER)
+        for way, folder in re.findall(r'save_(adapter\(model, |pretrained\()"([\w-]+)"', code):
+            adapter = ADAPTER | {"README.md"} if way == "pretrained(" else ADAPTER
+            assert {path.name for path in (tmp_path / folder).iterdir()} == (PACKED if folder == "packed" else adapter)
         losses = [float(line.split()[1]) for line in output.splitlines() if re.fullmatch(r"\d+ \d+\.\d+", line)]
         assert len(losses) == (3 if "optimizer.step" in code else 0) and losses == sorted(losses, reverse=True)
         if "optimizer.step" in code and "print_trainable" in code:
@@ -406,7 +407,7 @@ def test_the_drawing_has_every_folder_and_file(scripts):
     assert sorted(name for name, _, _ in rooms) == sorted(there - {"__init__", "__main__"})
     for room, _, files in rooms:
         found = (
-            {path.stem for path in (ROOT / "minilora" / room).iterdir()} - {"__init__", "__pycache__"}
+            {path.stem for path in (ROOT / "minilora" / room).iterdir()} - {"__init__", "__main__", "__pycache__"}
             if files
             else set()
         )
@@ -524,7 +525,8 @@ def test_a_page_shows_the_whole_file(scripts, module):
 def test_the_source_of_a_name_is_found(scripts):
     link = scripts["source_pages"].link
     assert link("minilora", "merge") == "../folders/many/merging.html#merge"
-    assert link("minilora", "PeftModel.active_adapter") == "../folders/peft_model.html#peftmodel"
+    assert link("minilora", "PeftModel.from_pretrained") == "../folders/peft/peft_model.html#peftmodel"
+    assert link("minilora", "PeftModel.active_adapter") == "../folders/peft/facts.html#facts"
     assert link("minilora", "QuantLinear.from_linear") == "../folders/linear/packed.html#quantlinear"
 
 

@@ -144,7 +144,7 @@ def pattern(name: str, value: object) -> dict[str, Any]:
     return dict(value)
 
 
-def positive(name: str, value: object) -> None:
+def positive(name: str, value: object, usual: str = "lora_alpha = r or 2*r is usual") -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value <= _LARGEST:  # type: ignore[operator]
-        raise ConfigError(f"{name}={shown(value)}: wanted a finite number > 0; lora_alpha = r or 2*r is usual")
+        raise ConfigError(f"{name}={shown(value)}: wanted a finite number > 0; {usual}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -78,9 +79,9 @@ class CastsBias(Front):
         return held if held is None or weight is None or held.dtype == weight.dtype else held.to(weight.dtype)
 
 
-def in_front(model: nn.Module) -> None:
+def in_front(layers: Iterable[nn.Module]) -> None:
     """Give dense frozen layers the class ``Frozen`` where that can help: on a CPU without bf16 products, or with an fp16 weight."""
-    for layer in model.modules():
+    for layer in layers:
         if (type(layer) is nn.Linear or (is_conv1d(layer) and not isinstance(layer, Frozen))) and _is_slow(layer):
             put_in_front(layer, Frozen)
 

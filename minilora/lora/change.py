@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -107,9 +107,9 @@ class Change:
                 self._back.append(partial(setattr, part, "training", part.training))
         module.train(mode)
 
-    def classes(self, model: nn.Module) -> None:
+    def classes(self, modules: Iterable[nn.Module]) -> None:
         """Before the classes of layers change: note them."""
-        self._back.append(partial(_classes, [(module, type(module)) for module in model.modules()]))
+        self._back.append(partial(_classes, [(module, type(module)) for module in modules]))
 
     def watch(self, module: nn.Module) -> None:
         """Before code that is not ours changes a module: note its attributes and what its parts, parameters and hooks are."""

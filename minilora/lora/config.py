@@ -114,7 +114,7 @@ class LoraConfig:
             return  # PEFT's way to save a start that it has taken from the weight; files here say what they are, before and after
         if self.in_use and name not in _ABOUT_THE_FILE:
             raise ConfigError(
-                f"{name}={value!r}: a model has adapters of this config already; change a config before a model gets it"
+                f"{name}={validate.shown(value)}: a model has adapters of this config already; change a config before a model gets it"
             )
         self.__dict__[name] = value
         for kept in ("rank_keys", "alpha_keys"):

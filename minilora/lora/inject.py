@@ -162,9 +162,9 @@ def place_in(
             change.drop(vars(value.innermost), value.data_name)
     change.item(adapters.configs, adapter_name, config)
     change.item(adapters.variants, adapter_name, kind or config.variant)
-    adapters.refresh(change)
-    change.classes(model)
-    in_front(model)
+    adapters.refresh(change, adapter_name)
+    change.classes(modules.values())
+    in_front(modules.values())
     for path in values:
         if isinstance(adapters.slots[path].base, nn.Parameter):
             keep_bias_in_fp32(adapters.slots[path].parent)

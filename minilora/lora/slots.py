@@ -71,7 +71,7 @@ class Adapters:
         self.odd: tuple[str, ...] = ()  # paths of slots that show others than the rest (``only``, ``off``)
         self.merged: tuple[str, ...] = ()
         self.blocks: tuple[Block, ...] = ()
-        self.faces: Callable[[Change, Adapters], None] | None = None
+        self.faces: Callable[[Change, Adapters, str], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model is in none of the ``with`` blocks that the model is in."""
@@ -131,6 +131,7 @@ class Adapters:
         """Take adapter ``name`` out of the record; slots that are left empty go, with their base put back."""
         for slot in self.slots.values():
             change.drop(slot.kept, name)
+        self.refresh(change, name)
         empty = {path for path, slot in self.slots.items() if not slot.kept}
         for path in empty:
             change.put(self.slots[path], "face", None)  # the plain layer stands there again
@@ -139,12 +140,11 @@ class Adapters:
             change.put(self, "slots", {path: slot for path, slot in self.slots.items() if path not in empty})
         change.drop(self.configs, name)
         change.drop(self.variants, name)
-        self.refresh(change)
 
-    def refresh(self, change: Change) -> None:
-        """After what slots keep has changed: bring their faces in line."""
+    def refresh(self, change: Change, name: str) -> None:
+        """After what slots keep of an adapter has changed: bring their faces in line."""
         if self.faces is not None:
-            self.faces(change, self)
+            self.faces(change, self, name)
 
     def activate(self, change: Change, names: Sequence[str]) -> None:
         """Show exactly these adapters (their sum, on top of what is merged), and make them trainable and no other."""
@@ -309,6 +309,6 @@ def attach(change: Change, model: nn.Module, adapters: Adapters) -> None:
 
 def detach(change: Change, model: nn.Module) -> None:
     """Forget the record: the model is a plain model again, with whatever its slots hold now."""
-    change.classes(model)
+    change.classes(model.modules())
     take_back(model)
     change.drop(unwrapped(model).__dict__, _ATTRIBUTE)

@@ -18,11 +18,12 @@ from minilora.files import validate
 __all__ = ["CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"]
 
 T = TypeVar("T")
+_LARGEST_RHO = 2**31 - 1  # no layer has more ranks
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name}={value!r}: wanted one of {', '.join(map(repr, choices))}")
+        raise ConfigError(f"{name}={validate.shown(value)}: wanted one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ class EvaConfig:
     def __post_init__(self) -> None:
         for name, value in (("rho", self.rho), ("tau", self.tau)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"{name}={value!r}: wanted a number")
-        if not self.rho >= 1:
-            raise ConfigError(f"`rho` must be >= 1.0, and is {self.rho!r}; 2.0 is usual")
+                raise ConfigError(f"{name}={validate.shown(value)}: wanted a number")
+        if not 1 <= self.rho <= _LARGEST_RHO:
+            raise ConfigError(f"`rho` must be >= 1.0 and finite, and is {validate.shown(self.rho)}; 2.0 is usual")
         if not 0 <= self.tau <= 1:
-            raise ConfigError(f"`tau` must be between 0.0 and 1.0. It is {self.tau!r}; 0.99 is usual")
+            raise ConfigError(f"`tau` must be between 0.0 and 1.0. It is {validate.shown(self.tau)}; 0.99 is usual")
+        label = self.label_mask_value
+        if type(label) is not int or not -(2**63) <= label < 2**63:
+            raise ConfigError(f"label_mask_value={validate.shown(label)}: wanted a label; -100 is usual")
         for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
             validate.flag(name, getattr(self, name))
 
@@ -80,7 +84,9 @@ class CordaConfig:
         _choice("corda_method", self.corda_method, ("ipm", "kpm"))
         for name in ("cache_file", "covariance_file"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, os.fspath(value))
+                value = os.fspath(value) if isinstance(value, os.PathLike) else value
+                validate.text(name, value)
+                object.__setattr__(self, name, value)
         for name in ("verbose", "use_float16_for_covariance", "prune_temporary_fields"):
             validate.flag(name, getattr(self, name))
 
@@ -104,7 +110,7 @@ class LoraGAConfig:
     def __post_init__(self) -> None:
         _choice("direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
         _choice("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
-        validate.positive("stable_gamma", self.stable_gamma)
+        validate.positive("stable_gamma", self.stable_gamma, "16 is usual")
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class LoftQConfig:
     loftq_iter: int = 1
 
     def __post_init__(self) -> None:
-        validate.loftq(dataclasses.asdict(self))
+        validate.loftq(vars(self))
 
 
 @dataclass
@@ -141,10 +147,11 @@ def settings(name: str, value: object, kind: type[T]) -> T | None:
     if value is None or isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        raise KindError(f"{name}={value!r}: wanted a {kind.__name__}, a dict, or None")
+        raise KindError(f"{name}={validate.shown(value)}: wanted a {kind.__name__}, a dict, or None")
     known: Any = kind
     names = [field.name for field in dataclasses.fields(known)]
     for key in value:
         if key not in names:
-            raise ConfigError(f"{name}: unknown key {key!r}; the closest known ones are {nearest(str(key), names)}")
+            close = nearest(key if isinstance(key, str) else "", names)
+            raise ConfigError(f"{name}: unknown key {validate.shown(key)}; the closest known ones are {close}")
     return kind(**value)

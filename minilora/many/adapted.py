@@ -111,7 +111,7 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
             if isinstance(value, nn.Parameter):
                 value.data = value.data.to(slot.base.dtype)  # type: ignore[arg-type]
             else:
-                change.classes(value)
+                change.classes(value.modules())
                 in_given_dtype(value)
     detach(change, model)
 

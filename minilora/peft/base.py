@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minilora.errors import StateError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import own_parameters
+from minilora.peft import parts
 
 __all__ = ["BaseTuner", "BaseTunerLayer", "face_of"]
 
@@ -31,6 +32,16 @@ class BaseTunerLayer(nn.Module, ABC):
     slot: Any
     adapters: Any
     kept: Any
+
+    def enter(self, change: Change, name: str, value: Any) -> None:
+        """Show an adapter."""
+        change.item(self.kept, name, value)
+        parts.enter(change, self, name, value)
+
+    def leave(self, change: Change, name: str) -> None:
+        """Show it no longer."""
+        change.drop(self.kept, name)
+        parts.leave(change, self, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the adapters and the base layer compute."""
@@ -139,9 +150,9 @@ class BaseTunerLayer(nn.Module, ABC):
         self._of_the_model("delete_adapter()")
 
 
-def face_of(kind: type[BaseTunerLayer], slot: Any, kept: Mapping[str, Any], adapters: Any) -> Any:
+def face_of(kind: type[BaseTunerLayer], slot: Any, adapters: Any) -> Any:
     """A face of this kind without children, for a place of a model."""
     face = kind()
-    face.__dict__.update(slot=slot, adapters=adapters, kept=dict(kept), stands=slot.standing)
+    face.__dict__.update(slot=slot, adapters=adapters, kept={}, stands=slot.standing)
     face.training = slot.standing.training
     return face

@@ -30,40 +30,64 @@ def give_faces(change: Change, model: nn.Module) -> None:
     adapters.settle(change)
 
 
-def _refresh(change: Change, adapters: Adapters) -> None:
-    """Make the faces that are missing, and bring the others in line with what their slots keep."""
+def _refresh(change: Change, adapters: Adapters, name: str | None = None) -> None:
+    """Bring the faces in line with what their slots keep of adapter ``name`` (None: of all), which came, went or was replaced."""
     for slot in adapters.slots.values():
-        if not isinstance(slot.base, nn.Module):
-            continue
-        old: Any = slot.face
-        if old is not None and old.__dict__["content"] == _content(slot):
-            continue
-        new: Any = _around(slot, adapters)
-        new.__dict__["content"] = _content(slot)
-        if type(old) is type(new):  # who holds the face sees what is new in it
-            for name in ("_modules", "kept", "content"):
-                change.item(vars(old), name, vars(new)[name])
-        else:
-            change.put(slot, "face", new)
+        if isinstance(slot.base, nn.Module) and not (name is not None and _follow(change, slot, name)):
+            _rebuild(change, slot, adapters)
 
 
-def _content(slot: Slot) -> list[int]:
-    """What a face was made of."""
-    return [id(slot.base), *(id(value) for value in slot.kept.values())]
+def _follow(change: Change, slot: Slot, name: str) -> bool:
+    """Change one entry of a face. False where the face itself must become another."""
+    face, value = slot.face, slot.kept.get(name)
+    if face is None or vars(face)["shown"] is not slot.base:
+        return False
+    shells = vars(face)["shells"]
+    wanted = None if value is None else _kind_of(value)
+    left = [kind for kind, shell in shells.items() if name in shell.kept]
+    if wanted is not None and wanted not in shells:
+        return False
+    if slot.kept and any(kind != wanted and len(shells[kind].kept) == 1 for kind in left):
+        return False
+    for kind in left:
+        shells[kind].leave(change, name)
+    if value is not None and wanted is not None:
+        shells[wanted].enter(change, name, value)
+    return True
 
 
-def _around(slot: Slot, adapters: Adapters) -> nn.Module:
+def _rebuild(change: Change, slot: Slot, adapters: Adapters) -> None:
+    old: Any = slot.face
+    new: Any = _around(change, slot, adapters)
+    if type(old) is type(new):  # who holds the face sees what is new in it
+        for name in ("_modules", "kept", "shown", "shells"):
+            change.item(vars(old), name, vars(new)[name])
+        shells = vars(old)["shells"]
+        change.item(shells, next(reversed(shells)), old)
+    else:
+        change.put(slot, "face", new)
+
+
+def _around(change: Change, slot: Slot, adapters: Adapters) -> nn.Module:
     """What PEFT has in the place of a slot: wrappers for copies and rows inside, the LoRA layer outside."""
-    adapting = {name: value for name, value in slot.kept.items() if isinstance(value, Adapter)}
-    copies = {name: value for name, value in slot.kept.items() if name not in adapting}
-    rows = {name: value for name, value in adapting.items() if is_rows(value)}
-    lora = {name: value for name, value in adapting.items() if name not in rows}
     shown: Any = slot.base
-    ways: Any = ((copies, saved_wrapper), (rows, rows_wrapper), (lora, lora_layer))
-    for kept, wrap in ways:
-        if kept:
-            shown = wrap(slot, shown, kept, adapters)
+    shells: dict[str, Any] = {}
+    for kind, shell in _SHELLS:
+        if kept := {name: value for name, value in slot.kept.items() if _kind_of(value) == kind}:
+            shells[kind] = shown = shell(slot, shown, adapters)
+            for name, value in kept.items():
+                shown.enter(change, name, value)
+    vars(shown).update(shells=shells, shown=slot.base)
     return shown
+
+
+def _kind_of(value: Any) -> str:
+    if not isinstance(value, Adapter):
+        return "copy"
+    return "rows" if is_rows(value) else "lora"
+
+
+_SHELLS: tuple[tuple[str, Any], ...] = (("copy", saved_wrapper), ("rows", rows_wrapper), ("lora", lora_layer))
 
 
 def twin(model: nn.Module) -> nn.Module:

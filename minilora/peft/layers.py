@@ -5,7 +5,7 @@ They are made by ``peft/faces.py``, stand in the model, and share their paramete
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters
 from minilora.many import scaling
 from minilora.peft.base import BaseTunerLayer, face_of
-from minilora.peft.parts import Field, entries
+from minilora.peft.parts import Field
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "lora_layer"]
 
@@ -49,34 +49,44 @@ class LoraLayer(BaseTunerLayer):
     )
 
     @property
-    def r(self) -> dict[str, int]:
+    def r(self) -> Mapping[str, int]:
         """Adapter name to rank."""
-        return {name: adapter.r for name, adapter in self.kept.items() if hasattr(adapter, "r")}
+        return self._numbers(lambda name: getattr(self.kept[name], "r", 0))
 
     @property
-    def lora_alpha(self) -> dict[str, float]:
+    def lora_alpha(self) -> Mapping[str, float]:
         """Adapter name to ``lora_alpha`` at this layer."""
-        return {name: self.adapters.configs[name].for_module(self.slot.path)[1] for name in self.kept}
+        return self._numbers(lambda name: self.adapters.configs[name].for_module(self.slot.path)[1])
 
     @property
-    def scaling(self) -> dict[str, float]:
+    def scaling(self) -> Any:
         """Adapter name to the factor of its update; may be set."""
-        return Field({name: adapter for name, adapter in self.kept.items() if hasattr(adapter, "scaling")}, "scaling")
+        return Field(
+            self.kept,
+            lambda name: getattr(self.kept[name], "scaling", 1.0),
+            lambda name, value: setattr(self.kept[name], "scaling", value),
+        )
 
     @property
-    def use_rslora(self) -> dict[str, bool]:
+    def use_rslora(self) -> Mapping[str, bool]:
         """Adapter name to the config's field."""
-        return {name: self.adapters.configs[name].use_rslora for name in self.kept}
+        return self._of_configs("use_rslora")
 
     @property
-    def use_dora(self) -> dict[str, bool]:
+    def use_dora(self) -> Mapping[str, bool]:
         """Adapter name to the config's field."""
-        return {name: self.adapters.configs[name].use_dora for name in self.kept}
+        return self._of_configs("use_dora")
 
     @property
-    def lora_bias(self) -> dict[str, bool]:
+    def lora_bias(self) -> Mapping[str, bool]:
         """Adapter name to the config's field."""
-        return {name: self.adapters.configs[name].lora_bias for name in self.kept}
+        return self._of_configs("lora_bias")
+
+    def _numbers(self, get: Callable[[str], Any]) -> Any:
+        return Field(self.kept, get)
+
+    def _of_configs(self, field: str) -> Any:
+        return self._numbers(lambda name: getattr(self.adapters.configs[name], field))
 
     @property
     def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
@@ -159,16 +169,11 @@ _KINDS: tuple[tuple[Any, type], ...] = (
 )
 
 
-def lora_layer(slot: Slot, base: nn.Module, kept: Mapping[str, Adapter], adapters: Adapters) -> nn.Module:
-    """The ``LoraLayer`` of a slot.
-
-    Args:
-        base: what is shown as ``base_layer``. kept: the adapters that are shown, by name.
-    """
+def lora_layer(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
+    """The ``LoraLayer`` of a slot, which shows ``base`` as its ``base_layer``, and no adapter yet."""
     kind = next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
-    layer = face_of(kind, slot, kept, adapters)
+    layer = face_of(kind, slot, adapters)
     layer._modules["base_layer"] = base
-    entries(layer, kept)
     return layer
 
 

@@ -113,8 +113,13 @@ class LoraModel(BaseTuner):
         adapters_of(self._whole).hide()
 
     def enable_adapter_layers(self) -> None:
-        """Undo ``disable_adapter_layers``; does nothing otherwise."""
-        adapters_of(self._whole).unhide()
+        """Undo ``disable_adapter_layers``, and switch layers on that were off."""
+        adapters = adapters_of(self._whole)
+        adapters.unhide()
+        with LOCK, Change() as change:
+            for slot in adapters.slots.values():
+                if slot.off:
+                    adapters.switch_here(change, slot, True)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the weights."""

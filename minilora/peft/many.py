@@ -102,6 +102,14 @@ class Many(Facts):
         """The bare base model inside the block, for every thread; ``adapter_names=["__base__"] * rows`` in a call is for that call."""
         return adapted.disabled(self)
 
+    def disable_adapter_layers(self) -> None:
+        """The bare model until ``enable_adapter_layers``."""
+        self.base_model.disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """Undo ``disable_adapter_layers``, and switch layers on that were off."""
+        self.base_model.enable_adapter_layers()
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)

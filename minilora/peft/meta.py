@@ -41,9 +41,7 @@ def made_real(model: nn.Module, adapter_name: str) -> None:
                     device = next(iter([*base.parameters(), *base.buffers()])).device
                     new = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
                     change.item(module._parameters, name, new)
-                    if slot.face is not None:
-                        change.item(vars(slot.face), "content", None)  # its parts hold the old ones
-        adapters.refresh(change)
+        adapters.refresh(change, adapter_name)  # the parts of faces hold the old ones
 
 
 def _trained(value: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -5,14 +5,17 @@ Each stands for something of an adapter, and writing into it writes there. Next 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
+from minilora.lora.change import Change
 
-__all__ = ["Entry", "Field", "entries"]
+__all__ = ["Entry", "Field", "Values", "dictionary", "enter", "leave"]
 
 
 class Parameters(dict):
@@ -39,7 +42,7 @@ class Entry(nn.Module):
     weight: Tensor
 
     def __init__(self, adapter: Adapter, attributes: Mapping[str, str]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         own = {name: attribute for name, attribute in attributes.items() if attribute in adapter._parameters}
         self.__dict__["_parameters"] = Parameters(adapter, own)
         for name, attribute in attributes.items():
@@ -65,56 +68,101 @@ class Entry(nn.Module):
         """``x`` through this matrix alone."""
         return nn.functional.linear(x, self.weight, self.bias)
 
+    def extra_repr(self) -> str:
+        """The shape of the weight."""
+        return ", ".join(map(str, self.weight.shape))
+
+
+class LinearEntry(Entry, nn.Linear):  # type: ignore[override, misc]
+    """One whose weight is a matrix: to PEFT's users an ``nn.Linear``."""
+
 
 class Values(nn.ParameterDict):
     """``lora_embedding_A``: adapter name to a parameter."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], attribute: str) -> None:
-        super().__init__()
-        for name, adapter in adapters.items():
-            self._keys[name] = None
-            value = getattr(adapter, attribute)
-            if attribute in adapter._parameters:
-                self._parameters[name] = value
-            else:
-                self.__dict__[name] = value
+    def enter(self, change: Change, name: str, adapter: Adapter, attribute: str) -> None:
+        """Show an adapter's parameter under the adapter's name."""
+        change.item(self._keys, name, None)
+        held = (
+            self._parameters if attribute in adapter._parameters else self.__dict__
+        )  # a tied one's is no parameter of its own
+        change.item(held, name, getattr(adapter, attribute))
+
+    def leave(self, change: Change, name: str) -> None:
+        """Show it no longer."""
+        for held in (self._keys, self._parameters, self.__dict__):
+            change.drop(held, name)
 
     def __setitem__(self, key: str, value: Any) -> None:
         raise TypeError(f"the parameter of {key!r} can be written into (.data, copy_), not replaced")
 
 
-class Field(dict):
-    """Adapter name to one of the adapters' numbers; what is set is set on the adapter."""
+class Field(MutableMapping):
+    """Adapter name to a number of the adapters, as it is now; what is set is set on the adapter (or cannot be)."""
 
-    def __init__(self, adapters: Mapping[str, Any], attribute: str) -> None:
-        super().__init__({name: getattr(adapter, attribute) for name, adapter in adapters.items()})
-        self._adapters, self._attribute = dict(adapters), attribute
+    def __init__(
+        self, kept: Mapping[str, Any], get: Callable[[str], Any], put: Callable[[str, Any], None] | None = None
+    ) -> None:
+        self._kept, self._get, self._put = kept, get, put
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._kept:
+            raise KeyError(name)
+        return self._get(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._adapters[name], self._attribute, value)
-        super().__setitem__(name, value)
+        if name not in self._kept or self._put is None:
+            raise StateError(
+                f"{name!r}: this number follows from the adapter's config and cannot be set; make another adapter"
+            )
+        self._put(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise StateError(f"{name!r} goes when its adapter is deleted: delete_adapter({name!r}) of the model")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
-def entries(layer: nn.Module, kept: Mapping[str, Adapter]) -> None:
-    """Give a layer the dictionaries that its adapters' ``file_names`` speak of: "lora_A.weight" is an ``Entry`` under ``lora_A``."""
-    dropout = {
-        name: drop for name, adapter in kept.items() if (drop := adapter._modules.get("lora_dropout")) is not None
-    }
-    if dropout:
-        layer._modules["lora_dropout"] = nn.ModuleDict(dropout)
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    for name, adapter in kept.items():
-        for attribute, file in adapter.file_names.items():
-            if getattr(adapter, attribute, None) is not None:
-                group, _, part = file.partition(".")
-                found.setdefault(group, {}).setdefault(name, {})[part] = attribute
-    for group, by_name in found.items():
-        if all("" in parts for parts in by_name.values()) and not group.startswith("lora_magnitude"):
-            (attribute,) = {parts[""] for parts in by_name.values()}
-            layer._modules[group] = Values({name: kept[name] for name in by_name}, attribute)
+def _entry(adapter: Adapter, attributes: Mapping[str, str]) -> Entry:
+    kind = LinearEntry if getattr(adapter, attributes.get("weight", ""), torch.empty(0)).dim() == 2 else Entry
+    return kind(adapter, attributes)
+
+
+def enter(change: Change, layer: nn.Module, name: str, adapter: Adapter) -> None:
+    """Give a layer's dictionaries an adapter, by its ``file_names``: "lora_A.weight" is an ``Entry`` in the dictionary ``lora_A``."""
+    if (drop := adapter._modules.get("lora_dropout")) is not None:
+        change.item(dictionary(change, layer, "lora_dropout", nn.ModuleDict)._modules, name, drop)
+    found: dict[str, dict[str, str]] = {}
+    for attribute, file in adapter.file_names.items():
+        if getattr(adapter, attribute, None) is not None:
+            group, _, part = file.partition(".")
+            found.setdefault(group, {})[part] = attribute
+    for group, parts in found.items():
+        if "" in parts and not group.startswith("lora_magnitude"):
+            dictionary(change, layer, group, Values).enter(change, name, adapter, parts[""])
         else:
-            held = {
-                name: Entry(kept[name], {part or "weight": at for part, at in parts.items()})
-                for name, parts in by_name.items()
-            }
-            layer._modules[group] = nn.ModuleDict(held)
+            entry = _entry(adapter, {part or "weight": at for part, at in parts.items()})
+            change.item(dictionary(change, layer, group, nn.ModuleDict)._modules, name, entry)
+
+
+def leave(change: Change, layer: nn.Module, name: str) -> None:
+    """Take an adapter out of a layer's dictionaries."""
+    for held in layer._modules.values():
+        if isinstance(held, Values):
+            held.leave(change, name)
+        elif isinstance(held, nn.ModuleDict):
+            change.drop(held._modules, name)
+
+
+def dictionary(change: Change, layer: nn.Module, group: str, kind: type[nn.Module]) -> Any:
+    """A layer's dictionary of this name, made if it is missing."""
+    if group not in layer._modules:
+        change.item(layer._modules, group, kind())
+    return layer._modules[group]

@@ -1,7 +1,7 @@
 """What a model answers that is asked for its modules, parameters and state: PEFT's names, the inactive adapters included.
 
 The layers have PEFT's names themselves (``peft/faces.py``); what is added here is ``base_model.model`` above them.
-Next file: ``peft/peft_model.py``.
+Next file: ``peft/facts.py``.
 """
 
 from __future__ import annotations

@@ -9,15 +9,19 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import is_quantized
+from minilora.linear.layers import is_foreign, is_quantized
 from minilora.lora.adapter import Adapter
 from minilora.lora.slot import Slot, own_parameters
 from minilora.lora.slots import Adapters, adapters_of, has_adapters, unwrapped
 from minilora.many.adapted import count_parameters
+from minilora.peft.face import Face
+from minilora.peft.wrappers import is_rows
 
 __all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
 
 Mixed = Any  # True, False or "irregular"
+_TRAINED_WHOLE = ("ModulesToSaveWrapper", "TrainableTokensLayer")
+_BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
 
 
 @dataclass
@@ -26,7 +30,7 @@ class TunerLayerStatus:
 
     name: str
     module_type: str
-    enabled: bool
+    enabled: Mixed
     active_adapters: list[str]
     merged_adapters: list[str]
     requires_grad: dict[str, Mixed]
@@ -60,31 +64,58 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         raise StateError("No adapter layers found in the model: it has no adapters; get_peft_model or inject first")
     adapters = adapters_of(model)
     slots = [slot for slot in adapters.slots.values() if isinstance(slot.base, nn.Module)]
-    prefix = "model." if hasattr(model, "base_model") and hasattr(model, "peft_config") else ""
+    prefix = "model." if isinstance(unwrapped(model), Face) else ""
     return [_of_layer(slot, adapters, prefix) for slot in slots]
 
 
 def _of_layer(slot: Slot, adapters: Adapters, prefix: str) -> TunerLayerStatus:
     trained = {name: list(own_parameters(value)) for name, value in slot.kept.items()}
     return TunerLayerStatus(
-        name=prefix + slot.path,
+        name=prefix + slot.path + (".token_adapter" if any(map(is_rows, slot.kept.values())) else ""),
         module_type=_type_of(slot),
-        enabled=not adapters.is_bare,
-        active_adapters=list(adapters.active),
+        enabled=not (adapters.is_bare or slot.off),
+        active_adapters=_active_here(slot, adapters),
         merged_adapters=[name for name in adapters.merged if name in slot.kept],
         requires_grad={name: _same(p.requires_grad for p in values) for name, values in trained.items() if values},
         available_adapters=sorted(slot.kept),
         devices={name: sorted({p.device.type for p in values}) for name, values in trained.items() if values},
-        quantization_backend="minilora" if isinstance(slot.base, nn.Module) and is_quantized(slot.base) else None,
+        quantization_backend=_packed_by(slot.base),
     )
+
+
+def _active_here(slot: Slot, adapters: Adapters) -> list[str]:
+    """The active adapters of a layer; of a trained copy only those that have one, as in PEFT."""
+    names = adapters.chosen if slot.only is None else slot.only
+    return list(names) if _type_of(slot) not in _TRAINED_WHOLE else [name for name in names if name in slot.kept]
+
+
+def _packed_by(base: Any) -> str | None:
+    if is_foreign(base):
+        return _BACKENDS.get(type(base).__name__, type(base).__name__)
+    return "minilora" if is_quantized(base) else None
 
 
 def _type_of(slot: Slot) -> str:
     if not any(isinstance(value, Adapter) for value in slot.kept.values()):
         return "ModulesToSaveWrapper"
+    if any(map(is_rows, slot.kept.values())):
+        return "TrainableTokensLayer"
     kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     name = next((kind.__name__ for kind in kinds if isinstance(slot.base, kind)), "Linear")
     return f"lora.{name}"
+
+
+def _of_whole(layers: list[TunerLayerStatus]) -> list[list[str]]:
+    """What each layer says of the active adapters; a copy only where it does not agree with them."""
+    lora = [layer.active_adapters for layer in layers if layer.module_type not in _TRAINED_WHOLE]
+    names = lora[0] if lora else []
+    copies = [layer for layer in layers if layer.module_type in _TRAINED_WHOLE]
+    odd = [
+        each.active_adapters
+        for each in copies
+        if each.active_adapters != [name for name in names if name in each.available_adapters]
+    ]
+    return lora + odd
 
 
 def _same(values: Iterable[Any]) -> Any:
@@ -105,7 +136,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             if (found := [of(layer)[name] for layer in layers if name in of(layer)])
         }
 
-    is_face = hasattr(model, "peft_config")
+    is_face = isinstance(unwrapped(model), Face)
     return TunerModelStatus(
         base_model_type=type(unwrapped(model)).__name__,
         adapter_model_type="LoraModel" if is_face else "None",
@@ -113,8 +144,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable_params=trainable,
         total_params=every,
         num_adapter_layers=len(layers),
-        enabled=not adapters.is_bare,
-        active_adapters=list(adapters.active),
+        enabled=_same(layer.enabled for layer in layers),
+        active_adapters=_same(whole) if (whole := _of_whole(layers)) else list(adapters.chosen),
         merged_adapters=list(adapters.merged),
         requires_grad=together(lambda layer: layer.requires_grad, _same),
         available_adapters=sorted(adapters.configs),

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from minilora.lora.adapter import Adapter
+from minilora.lora.change import Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters
 from minilora.lora.variants.embedding import Tied
 from minilora.lora.variants.tokens import TokenRows
+from minilora.peft import parts
 from minilora.peft.base import BaseTunerLayer, face_of
-from minilora.peft.parts import Values
 
 __all__ = [
     "AuxiliaryTrainingWrapper",
@@ -47,6 +46,11 @@ class AuxiliaryTrainingWrapper(BaseTunerLayer):
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with a trained copy for each adapter: ``modules_to_save["default"]``."""
 
+    def enter(self, change: Change, name: str, value: Any) -> None:
+        """As of the base class."""
+        change.item(self.kept, name, value)
+        change.item(self.modules_to_save._modules, name, value)
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """As of the base class."""
         names = self.kept[adapter_name].state_dict() if adapter_name in self.kept else ()
@@ -58,14 +62,38 @@ class TrainableTokensLayer(BaseTunerLayer):
 
     adapter_layer_names = ("trainable_tokens_delta",)
 
+    def enter(self, change: Change, name: str, value: Any) -> None:
+        """As of the base class; rows that are tied to another table's have none of their own."""
+        change.item(self.kept, name, value)
+        if isinstance(value, TokenRows):
+            rows = parts.dictionary(change, self, "trainable_tokens_delta", parts.Values)
+            rows.enter(change, name, value, "trainable_tokens_delta")
+
     @property
-    def token_indices(self) -> dict[str, list[int]]:
+    def token_indices(self) -> Any:
         """Adapter name to the rows that it trains."""
-        return {name: getattr(value, "source", value).token_indices.tolist() for name, value in self.kept.items()}
+        return parts.Field(
+            self.kept, lambda name: getattr(self.kept[name], "source", self.kept[name]).token_indices.tolist()
+        )
+
+    @property
+    def trainable_tokens_original(self) -> Any:
+        """Adapter name to the rows as the base model has them, ``[rows, dimension]``."""
+        return parts.Field(self.kept, lambda name: self.slot.base.weight[self.token_indices[name]].detach())
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """A table with a ``token_adapter`` beside it."""
+
+    def enter(self, change: Change, name: str, value: Any) -> None:
+        """As of the base class."""
+        change.item(self.kept, name, value)
+        self.token_adapter.enter(change, name, value)
+
+    def leave(self, change: Change, name: str) -> None:
+        """As of the base class."""
+        change.drop(self.kept, name)
+        self.token_adapter.leave(change, name)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """As of the base class; a table that is tied to another has no tensor of its own."""
@@ -79,20 +107,17 @@ def is_rows(value: Any) -> bool:
     return isinstance(value, TokenRows) or (isinstance(value, Tied) and isinstance(value.source, TokenRows))
 
 
-def saved_wrapper(slot: Slot, base: nn.Module, kept: Mapping[str, nn.Module], adapters: Adapters) -> nn.Module:
+def saved_wrapper(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
     """The ``ModulesToSaveWrapper`` of a slot; arguments as of ``lora_layer``."""
-    wrapper = face_of(ModulesToSaveWrapper, slot, kept, adapters)
-    wrapper._modules.update(original_module=base, modules_to_save=nn.ModuleDict(dict(kept)))
+    wrapper = face_of(ModulesToSaveWrapper, slot, adapters)
+    wrapper._modules.update(original_module=base, modules_to_save=nn.ModuleDict())
     return wrapper
 
 
-def rows_wrapper(slot: Slot, base: nn.Module, kept: Mapping[str, Adapter], adapters: Adapters) -> nn.Module:
+def rows_wrapper(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
     """The ``TrainableTokensWrapper`` of a slot; arguments as of ``lora_layer``."""
-    layer = face_of(TrainableTokensLayer, slot, kept, adapters)
-    own = {name: value for name, value in kept.items() if isinstance(value, TokenRows)}
+    layer = face_of(TrainableTokensLayer, slot, adapters)
     layer._modules["base_layer"] = base
-    if own:
-        layer._modules["trainable_tokens_delta"] = Values(own, "trainable_tokens_delta")
-    wrapper = face_of(TrainableTokensWrapper, slot, kept, adapters)
+    wrapper = face_of(TrainableTokensWrapper, slot, adapters)
     wrapper._modules.update(original_module=base, token_adapter=layer)
     return wrapper

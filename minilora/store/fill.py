@@ -1,6 +1,6 @@
 """A file's tensors into adapters: nothing is copied before every name, shape and dtype has been compared, and then all or nothing.
 
-Next file: ``lora/variants/dora.py``.
+Next file: ``peft/peft_model.py``.
 """
 
 from __future__ import annotations

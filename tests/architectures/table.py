@@ -132,9 +132,12 @@ def page(built: dict[str, str], missing: dict[str, str]) -> str:
         "questions are then asked without it. *PEFT at fault* means that PEFT raises, or computes something else than the law; minilora is "
         "then held to the law alone. Which numbers count as equal stands in `tests/architectures/checks.py`.",
         "",
+        "The third column says how many of the weights that a model multiplies with have an adapter. Counted are linear layers, "
+        "convolutions and matrices that are bare parameters, such as fused experts; tables whose rows are looked up are not.",
+        "",
         "## Built",
         "",
-        "| model type | class | adapted linear weights | answers |",
+        "| model type | class | adapted weights | answers |",
         "|-|-|-|-|",
         *(built[name] for name in sorted(built)),
         "",

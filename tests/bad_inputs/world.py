@@ -57,7 +57,7 @@ class World:
         """An adapter with one value that is not finite."""
         model = self.with_adapter()
         with torch.no_grad():
-            model.first.lora_B[0, 0] = value
+            model.first.lora_B["default"].weight[0, 0] = value
         return model
 
     def shared(self):

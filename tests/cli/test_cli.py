@@ -22,6 +22,7 @@ import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, quantize_model
 from minilora.cli import main, train
 from minilora.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory, TrainingError, WriteError
+from minilora.lora.slots import adapters_of
 from minilora.training.loop import TrainConfig
 from minilora.training.progress import Progress
 
@@ -553,7 +554,7 @@ def test_before_and_after_are_answers_of_one_packed_model(monkeypatch, model_fol
 
     def answer(model, tokenizer, prompts, most):
         packed = {type(layer).__name__ for layer in model.modules() if "book" in vars(layer)}
-        asked.append((packed, list(model.peft_config), bool(model.model.layers[0].mlp.up_proj.lora_B.any())))
+        asked.append((packed, list(adapters_of(model).configs), bool(model.model.layers[0].mlp.up_proj.lora_B.any())))
         return ["said"] * len(prompts)
 
     monkeypatch.setattr(finetune, "answers", answer)

@@ -11,6 +11,7 @@ from minilora.errors import ConfigError, MiniLoraError
 from minilora.files.validate import shown
 from minilora.hf.job import Job
 from minilora.hf.trials import BenchJob, PlanJob
+from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from minilora.training.schedule import TrainConfig
 from tests.hostile import nested
 
@@ -24,11 +25,18 @@ CONFIGS = {
     BenchJob: {"model": "m"},
     TrainConfig: {},
     LoraConfig: {"target_modules": ["a"]},
+    EvaConfig: {},
+    CordaConfig: {},
+    LoraGAConfig: {},
+    LoftQConfig: {},
     QuantConfig: {},
 }
 FIELDS = [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config)]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.* specified but will be ignored:UserWarning"
+)  # settings of a start that is not asked for
 @pytest.mark.parametrize(("config", "name"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_value_of_any_kind_is_taken_or_refused(config, name):
     refused = 0

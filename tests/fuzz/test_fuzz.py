@@ -19,6 +19,9 @@ def test_mutated_files_are_refused_or_read(target, count):
     assert done == {target: count} and not failures, failures[0][1]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.* specified but will be ignored:UserWarning"
+)  # settings of a start that is not asked for
 def test_both_outcomes_come_about(tmp_path):
     """A fuzzer whose every input is refused at the door tests nothing behind it."""
     draw, outcomes = engine.random.Random(2), {}

@@ -17,6 +17,7 @@ from minilora.linear.layers import dense_weight, kind_of
 from minilora.lora.adapter import variants_on
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of
+from minilora.lora.starts import CordaConfig, LoraGAConfig
 from minilora.many.adapted import disabled
 
 LAYERS = {
@@ -38,6 +39,9 @@ FIELDS = {
         "pissa": {"init_lora_weights": "pissa"},
         "olora": {"init_lora_weights": "olora"},
         "orthogonal": {"init_lora_weights": "orthogonal"},
+        "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig()},
+        "lora_ga": {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
+        "mica": {"init_lora_weights": "mica"},
     },
     "attention": {"lora": {}, "rslora": {"use_rslora": True}},
 }  # fmt: skip

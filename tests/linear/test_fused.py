@@ -494,7 +494,7 @@ def test_the_result_is_the_same_layer_with_less_rounding(slow_cpu, calls):
     model = nn.Sequential(nn.Linear(33, 20)).bfloat16().requires_grad_(False)
     x = draw(5, 33, dtype=torch.bfloat16)
     exact = nn.functional.linear(x.double(), model[0].weight.double(), model[0].bias.double())
-    layers.in_front(model)
+    layers.in_front(model.modules())
     got = model(x)
     assert len(calls) == 1 and got.dtype == torch.bfloat16
     close(got.double(), exact, 2**-8)
@@ -502,7 +502,7 @@ def test_the_result_is_the_same_layer_with_less_rounding(slow_cpu, calls):
 
 def test_autocast_reaches_frozen_layers_too(slow_cpu, calls):
     model = nn.Sequential(nn.Linear(33, 20)).requires_grad_(False)
-    layers.in_front(model)
+    layers.in_front(model.modules())
     x = draw(5, 33)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(x)
@@ -513,7 +513,7 @@ def test_autocast_reaches_frozen_layers_too(slow_cpu, calls):
 
 def test_a_frozen_layer_that_is_made_to_train_gets_its_gradient(slow_cpu, calls):
     model = nn.Sequential(nn.Linear(33, 20)).bfloat16()
-    layers.in_front(model)
+    layers.in_front(model.modules())
     model(draw(5, 33, dtype=torch.bfloat16)).float().sum().backward()
     assert model[0].weight.grad is not None and not calls
 
@@ -521,7 +521,7 @@ def test_a_frozen_layer_that_is_made_to_train_gets_its_gradient(slow_cpu, calls)
 @pytest.mark.parametrize("again", ["deepcopy", "pickle"])
 def test_copies_are_such_layers_too(again, slow_cpu):
     model = nn.Sequential(nn.Linear(33, 20)).bfloat16().requires_grad_(False)
-    layers.in_front(model)
+    layers.in_front(model.modules())
     if again == "deepcopy":
         twin = copy.deepcopy(model)
     else:

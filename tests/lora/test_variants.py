@@ -828,7 +828,8 @@ def test_layers_to_transform_come_back_from_the_file(make_llama, randomize, ids,
 # ---- choosing and writing a variant
 
 
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"corda", "lora_ga"}))  # these start from data: test_starts.py
+# Two start from data (test_starts.py), and an activated adapter wants the tokens of a call (parity/test_peft_alora.py).
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"corda", "lora_ga", "alora"}))
 def test_inject_takes_a_variant_by_name(name, tmp_path, randomize):
     base = "linear" if name == "loftq" else "nf4"  # it packs the layer itself
     model, adapter = make(base, name)
@@ -840,6 +841,14 @@ def test_inject_takes_a_variant_by_name(name, tmp_path, randomize):
     again = nn.ModuleDict({"layer": make_base(base)}).eval()
     load_adapter(again, tmp_path)
     assert type(again["layer"]) is VARIANTS[name] and torch.equal(again["layer"](inputs()), adapter(inputs()))
+
+
+def test_an_activated_adapter_by_name_wants_its_invocation(snapshot):
+    model = nn.ModuleDict({"layer": make_base()})
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"wants its invocation; give alora_invocation_tokens="):
+        inject(model, config(), variant="alora")
+    assert snapshot(model) == before
 
 
 def test_an_unknown_variant_is_named(snapshot):

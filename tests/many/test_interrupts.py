@@ -120,7 +120,7 @@ def two_blocks(model, folder):
 
 
 def new_tensors(model):
-    return {key: tensor + 1 for key, tensor in minilora.get_peft_model_state_dict(model, "a").items()}
+    return {key: tensor + 1 for key, tensor in minilora.get_peft_model_state_dict(model, adapter_name="a").items()}
 
 
 CALLS = {
@@ -163,7 +163,7 @@ CALLS = {
     "prepare_model_for_kbit_training": (half, lambda m, f: prepare_model_for_kbit_training(m, False)),
     "prepare all": (half, lambda m, f: prepare_model_for_kbit_training(m, False, upcast="all")),
     "calibrate": (one_layer, lambda m, f: calibrate(m, [X])),
-    "save_pretrained": (merged, lambda m, f: m.save_pretrained(f / "saved", ["a"])),
+    "save_pretrained": (merged, lambda m, f: m.save_pretrained(f / "saved", selected_adapters=["a"])),
     "print_trainable_parameters": (stacked, lambda m, f: m.print_trainable_parameters()),
 }
 
@@ -185,15 +185,7 @@ def state(model, mark):
     found = {
         "class": [kind.__name__ for kind in type(model).__mro__],
         "attributes": sorted(model.__dict__),
-        "places": [
-            (path, mark(m), m.training, type(m).__mro__[1].__name__, sorted(vars(m)))
-            for path, m in model.named_modules(remove_duplicate=False)
-        ],
-        "hooks": [(path, len(m._forward_hooks), len(m._forward_pre_hooks)) for path, m in model.named_modules()],
-        "parameters": [
-            (path, mark(p), p.requires_grad, digest(p)) for path, p in model.named_parameters(remove_duplicate=False)
-        ],
-        "buffers": [(path, digest(p)) for path, p in model.named_buffers()],
+        **tree(model, mark),
         "tied": getattr(getattr(model, "config", None), "tie_word_embeddings", None),
     }
     if has_adapters(model):
@@ -210,12 +202,31 @@ def state(model, mark):
             (path, mark(slot.parent), mark(slot.base), slot.merged is not None and mark(slot.merged))
             for path, slot in record.slots.items()
         ]
+        found["standing"] = [
+            (path, tree(slot.standing, mark)) for path, slot in record.slots.items() if isinstance(slot.base, nn.Module)
+        ]
         found["kept"] = [
             (path, name, mark(value), [(digest(p), p.requires_grad) for p in own(value)])
             for path, slot in record.slots.items()
             for name, value in slot.kept.items()
         ]
     return found
+
+
+def tree(module, mark):
+    """What is in a module and below it, under its own names: PEFT's are made anew for each who asks."""
+    inside = list(nn.Module.named_modules(module, remove_duplicate=False))
+    return {
+        "places": [(path, mark(m), m.training, type(m).__mro__[1].__name__, sorted(vars(m))) for path, m in inside],
+        "hooks": [(path, len(m._forward_hooks), len(m._forward_pre_hooks)) for path, m in inside],
+        "parameters": [
+            (path, name, mark(p), p.requires_grad, digest(p))
+            for path, m in inside
+            for name, p in m._parameters.items()
+            if p is not None
+        ],
+        "buffers": [(path, name, digest(b)) for path, m in inside for name, b in m._buffers.items() if b is not None],
+    }
 
 
 def own(value):
@@ -235,7 +246,7 @@ def folder(make_mlp, tmp_path_factory):
     model = three(make_mlp)
     model.save_pretrained(folder)
     inject(model, config(["mid"], r=1, lora_alpha=5), "other")
-    model.save_pretrained(folder, ["other"])
+    model.save_pretrained(folder, selected_adapters=["other"])
     return folder
 
 

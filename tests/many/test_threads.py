@@ -95,8 +95,8 @@ def merged(model, folder):
 
 
 OPERATIONS = {
-    "save": lambda model, folder: model.save_pretrained(folder / "out", ["a", "b"]),
-    "state dict": lambda model, folder: minilora.get_peft_model_state_dict(model, "a"),
+    "save": lambda model, folder: model.save_pretrained(folder / "out", selected_adapters=["a", "b"]),
+    "state dict": lambda model, folder: minilora.get_peft_model_state_dict(model, adapter_name="a"),
     "count": count,
     "add and delete": add,
     "load and delete": load,
@@ -172,7 +172,7 @@ def test_many_threads_that_add_lose_nothing(model, aside):
     (active,) = record.active
     for slot in record.slots.values():
         if isinstance(slot.base, nn.Module):
-            assert slot.parent._modules[slot.attr] is slot.kept.get(active, slot.base)
+            assert slot.standing is slot.kept.get(active, slot.base)
 
 
 def test_of_two_that_take_one_name_one_is_refused(model):

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 import minilora
 from minilora.linear.ops import cpu_has_bf16
+from minilora.report.inspect import adapters_in
+from tests.models import adapted_paths
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
@@ -206,13 +208,14 @@ def test_fresh_adapter_leaves_bf16_logits_as_exact_as_the_processor_allows(build
 @every_case
 def test_scaling_of_every_layer_is_equal(build_model, family, fields):
     ours, theirs = (wrap(library, build_model(family), fields) for library in (minilora, peft))
-    found = {name: layer.scaling for name, layer in ours.named_modules() if isinstance(layer, minilora.LoRALinear)}
-    wanted = {
-        name.removeprefix(PREFIX): layer.scaling["default"]
-        for name, layer in theirs.named_modules()
-        if hasattr(layer, "scaling") and hasattr(layer, "lora_A")
-    }
+    found, wanted = (
+        {name: layer.scaling["default"] for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+        for model in (ours, theirs)
+    )
     assert found == wanted and found
+    assert {path: layer.scaling for path, layer in adapters_in(ours).items()} == {
+        name.removeprefix(PREFIX): scaling for name, scaling in wanted.items()
+    }
 
 
 # One step and five
@@ -766,7 +769,7 @@ def targeted(build_model, library, family, fields):
             return None
     if library is peft:
         return set(model.base_model.targeted_module_names)
-    return {name for name, layer in model.named_modules() if isinstance(layer, minilora.LoRALinear)}
+    return set(adapted_paths(model))
 
 
 def test_fuzzed_selections_target_the_modules_that_peft_targets(build_model):

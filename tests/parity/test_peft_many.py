@@ -15,6 +15,7 @@ from peft.utils.hotswap import hotswap_adapter
 
 import minilora
 from minilora.report.inspect import adapters_in
+from tests.models import adapted_paths
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
@@ -644,8 +645,7 @@ def tiny(kind):
 def test_default_targets_of_an_architecture_are_those_of_peft(kind):
     theirs = peft.get_peft_model(tiny(kind), peft.LoraConfig(r=4, lora_alpha=12, init_lora_weights=False))
     model = minilora.get_peft_model(tiny(kind), minilora.LoraConfig(r=4, lora_alpha=12))
-    found = {path for path, layer in model.named_modules() if isinstance(layer, minilora.LoRALinear)}
-    assert found == set(theirs.base_model.targeted_module_names) != set()
+    assert set(adapted_paths(model)) == set(theirs.base_model.targeted_module_names) != set()
 
 
 @pytest.mark.parametrize("kind", MODELS)

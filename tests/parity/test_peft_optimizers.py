@@ -20,6 +20,7 @@ from minilora.training.optim import create_loraplus_optimizer
 from minilora.training.optim_lora_fa import LoraFAOptimizer, create_lorafa_optimizer
 from minilora.training.optim_riemannian import create_riemannian_optimizer
 from tests.compare import close
+from tests.models import standing
 
 # PEFT's check of shapes takes the bias of lora_bias for a broken factor.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Adapter 'default'. \d+ LoRA tensor\(s\) have invalid shape")
@@ -146,7 +147,7 @@ def test_lora_fa_is_the_closest_step_to_the_gradient_of_the_weight():
 def test_lora_fa_on_an_embedding_trains_the_factor_that_starts_at_zero():
     torch.manual_seed(0)
     model = minilora.get_peft_model(Net(), minilora.LoraConfig(r=3, lora_alpha=12, target_modules=["embedding"]))
-    layer = model.embedding
+    layer = standing(model, "embedding")
     random = layer.lora_embedding_B.detach().clone()
     run(model, create_lorafa_optimizer(model, 3, 12, 1e-2))
     assert torch.equal(layer.lora_embedding_B, random) and layer.lora_embedding_A.any()
@@ -171,7 +172,7 @@ def test_lora_fa_says_what_does_not_fit():
     ours, _ = pair()
     with pytest.raises(ConfigError, match="was passed to create_lorafa_optimizer"):
         create_lorafa_optimizer(ours, 3, 12, 1e-2, use_rslora=True)
-    assert ours.first.lora_A.requires_grad
+    assert standing(ours, "first").lora_A.requires_grad
     with pytest.warns(UserWarning, match="adapter 'default' has r=3, lora_alpha=12"):
         create_lorafa_optimizer(ours, 8, 12, 1e-2)
     with pytest.warns(FutureWarning, match="deprecated"):
@@ -219,7 +220,7 @@ def test_riemannian_in_half_precision(kind):
     ours, _ = pair()
     ours.to(kind)
     optimizer = create_riemannian_optimizer(ours, torch.optim.SGD, lr=0.1, reg=1e-4)
-    A, B = ours.first.lora_A, ours.first.lora_B
+    A, B = standing(ours, "first").lora_A, standing(ours, "first").lora_B
     A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
     gram = A.double() @ A.double().T + 1e-4 * torch.eye(3).double()
     want = B.grad.double() @ torch.linalg.inv(gram)

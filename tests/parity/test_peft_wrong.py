@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import minilora
 from minilora.linear.layers import dense_weight
 from minilora.report.inspect import adapters_in
+from tests.models import standing
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
@@ -517,7 +518,7 @@ def test_2321_merging_into_four_bits_erases_a_small_update(llama, in_four_bits):
     start = dense_weight(layer.innermost).double()
     assert 0 < delta.norm() < 0.05 * start.norm()
     report = ours.merge_adapter()
-    merged = dense_weight(ours.get_submodule(PATH)).double()
+    merged = dense_weight(standing(ours, PATH)).double()
     assert (merged - start - delta).norm() < 1e-4 * delta.norm()
     assert report.survived > 0.999 and "float32" in report.into
     module = theirs.base_model.model.get_submodule(PATH)
@@ -539,7 +540,7 @@ def test_2321_asked_to_requantize_minilora_says_how_much_is_lost(llama):
     report = model.merge_adapter(requantize=True)
     assert report.into == "nf4"
     for path, survived in report.layers.items():
-        error = (dense_weight(model.get_submodule(path)).double() - starts[path] - deltas[path]).norm()
+        error = (dense_weight(standing(model, path)).double() - starts[path] - deltas[path]).norm()
         assert survived == pytest.approx(max(0.0, 1 - (error / deltas[path].norm()).item()), abs=1e-3)
     assert report.survived < 0.5
 

@@ -245,7 +245,7 @@ def test_saved_model_is_the_adapter(build, build_model, fit, token_ids, tmp_path
     model = build("lora")
     fit(model).save_model(str(tmp_path / "final"))
     assert {file.name for file in (tmp_path / "final").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "minilora.json", "training_args.bin",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "minilora.json", "training_args.bin",
     }  # fmt: skip
     loaded = minilora.PeftModel.from_pretrained(build_model("llama"), tmp_path / "final")
     assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
@@ -263,6 +263,7 @@ def test_plain_trainer_trains_and_saves_only_the_adapter(build, build_model, fit
     assert differ_everywhere(tensors_of(plain), start)
     plain.save_pretrained(tmp_path / "final")
     assert {file.name for file in (tmp_path / "final").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "minilora.json",

@@ -230,7 +230,7 @@ def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "load_tokenizer", lambda *_, **__: None)
     monkeypatch.setattr(finetune, "encode_all", lambda records, *_: [])
     monkeypatch.setattr(
-        finetune, "get_peft_model", lambda adapted, _: seen.append(adapted.q_proj) or (_ for _ in ()).throw(Stop)
+        finetune, "inject", lambda adapted, _: seen.append(adapted.q_proj) or (_ for _ in ()).throw(Stop)
     )
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     job = finetune.Job(

@@ -17,7 +17,7 @@ from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many import hotswap
 from minilora.peft.hub import folder_of
-from minilora.peft.utils.save_and_load import innermost
+from minilora.peft.inner import innermost
 
 __all__ = ["hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"]
 

@@ -14,9 +14,10 @@ from minilora.errors import CheckpointError
 from minilora.files.hub import cached
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
-from minilora.lora.slots import adapters_of, unwrapped
+from minilora.lora.slots import adapters_of
 from minilora.peft.face import Face
 from minilora.peft.hub import folder_of, name_of
+from minilora.peft.inner import gathered, innermost
 from minilora.peft.meta import made_real
 from minilora.peft.notes import say_left_out
 from minilora.store.adapter_files import read_adapter
@@ -50,16 +51,18 @@ def get_peft_model_state_dict(
 
     Args:
         state_dict: the whole model's (as FSDP gathers it): the tensors are taken from there instead of from the model.
-        unwrap_compiled: PEFT's; what ``torch.compile`` or DDP wrapped is always looked into.
+        unwrap_compiled: PEFT's; what ``torch.compile``, DDP or FSDP wrapped is always looked into.
 
     Where the model has PEFT's methods (``get_peft_model``) names begin with "base_model.model.", after ``inject`` they do not, as in PEFT.
     """
     inner = innermost(model)
-    own = adapter_state_dict(inner, adapter_name)
-    if state_dict is not None:
-        own = {key: _found(key, adapter_name, state_dict) for key in own}
     base = adapters_of(inner).configs[adapter_name].base_model_name_or_path or name_of(inner)
-    own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
+    with gathered(model) as copied:
+        own = adapter_state_dict(inner, adapter_name)
+        if state_dict is not None:
+            own = {key: _found(key, adapter_name, state_dict) for key in own}
+        own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
+        own = {key: copied(value) for key, value in own.items()}
     return own if isinstance(inner, Face) else {key.removeprefix(_PREFIX): value for key, value in own.items()}
 
 
@@ -95,7 +98,8 @@ def set_peft_model_state_dict(
     """
     made_real(innermost(model), adapter_name)
     tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
-    report = fill_adapter(innermost(model), tensors, adapter_name, strict, ignore_mismatched_sizes)
+    with gathered(model, write=True):
+        report = fill_adapter(innermost(model), tensors, adapter_name, strict, ignore_mismatched_sizes)
     say_left_out(innermost(model), report if ignore_mismatched_sizes else None)
     return report
 
@@ -147,14 +151,3 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             if isinstance(own[key], Tensor):
                 change.overwrite(own[key], state_dict[key].to(own[key].device, own[key].dtype))
     return IncompatibleKeys(missing, extra)
-
-
-def innermost(model: Any) -> Any:
-    """The model inside of what ``torch.compile``, DDP or ``DataParallel`` returned."""
-    while True:
-        inner: Any = unwrapped(model)
-        if set(inner._modules) == {"module"} and type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = inner._modules["module"]
-        if inner is model:
-            return model
-        model = inner

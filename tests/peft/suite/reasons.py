@@ -1,0 +1,84 @@
+"""Why tests of PEFT do not pass on minilora: kind, reason, and what is found in the error, the failing line or the test's name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+STRICTER, WORKS, SCOPE, INTERNAL, WORDS, OPEN = (
+    "stricter by design",
+    "works where PEFT raises",
+    "out of scope",
+    "internal to PEFT",
+    "refused too, in other words",
+    "not explained",
+)
+# Features that `docs/limits.md` says are refused by name.
+OUT_OF_SCOPE = (
+    "target_parameters", "Arrow", "BD-LoRA", "VeLoRA", "KaSA", "MonteCLoRA", "QA-LoRA", "Megatron", "layer replication", "mixed models",
+)  # fmt: skip
+REASONS: tuple[tuple[str, str, str], ...] = (
+    (STRICTER, "a pickle is not written (`safe_serialization=False`)", r"would write a pickle"),
+    (STRICTER, "the caller's config is never changed nor kept: the model has a copy", r'\["default"\] is config'),
+    (
+        STRICTER,
+        "an adapter is not loaded onto another base than its own (these tests draw a new one)",
+        r"another base model",
+    ),
+    (STRICTER, "a changed folder is refused: its seal is broken", r"is not the file that was saved|minilora.json"),
+    (
+        STRICTER,
+        "a second `get_peft_model` or `from_pretrained` on a model that has adapters",
+        r"has adapters \[.*\] already",
+    ),
+    (STRICTER, "an entry that matches nothing is refused", r"entry .* matches nothing|matches no adapted layer"),
+    (STRICTER, "a layer that stands in two places is refused", r"are one shared layer"),
+    (STRICTER, "tied weights are refused without `ensure_weight_tying` or `untie`", r"shares its weight with"),
+    (
+        STRICTER,
+        "the gradients of parameters are not switched off while adapters are disabled",
+        r"to require gradients",
+    ),
+    (
+        STRICTER,
+        "aLoRA raises where it cannot know the invocation; PEFT leaves it out of that call",
+        r"does not know where its invocation",
+    ),
+    (STRICTER, "rows of a batch with different aLoRA adapters", r"an activated adapter \(aLoRA\) changes"),
+    (STRICTER, "an unknown key of a config is refused", r"unknown key"),
+    (
+        STRICTER,
+        "an update that reads its base weight does not stand on a merged one",
+        r"reads the base weight, in which",
+    ),
+    (STRICTER, "a model without a known architecture has no default targets", r"has no default for model_type"),
+    (
+        WORKS,
+        "a second adapter with biases, `generate` with positional arguments, `lora_bias` beside a start",
+        r"DID NOT RAISE",
+    ),
+    (SCOPE, "another method in a fixture", r"the config is a \w+Config|Config: minilora has LoRA"),
+    (SCOPE, "expert parameters", r"ParamWrapper|target_parameters="),
+    (
+        INTERNAL,
+        "`model.forward` does not take `adapter_names`; the call of the model does",
+        r"unexpected keyword argument 'adapter_names'",
+    ),
+    (INTERNAL, "functions and classes inside PEFT's tuners", r"MissingInMinilora"),
+    (INTERNAL, "`LoraConfig._register_custom_module`, experimental in PEFT", r"_register_custom_module"),
+    (INTERNAL, "one layer is merged or loses its adapter alone", r"changes a whole model here, not one layer"),
+    (INTERNAL, "parts that a test puts into a layer by hand", r"quantization_backend|irregular"),
+    (WORDS, "", r"Regex pattern did not match"),
+)
+
+
+def reason(test: dict[str, Any]) -> tuple[str, str]:
+    """``(kind, reason)`` of a test that fails on minilora and passes on PEFT."""
+    for feature in test["features"]:
+        if feature in OUT_OF_SCOPE:
+            return SCOPE, feature
+    text = f"{test.get('error', '')}\n{test.get('line', '')}\n{test['id']}"
+    return next(
+        ((kind, why) for kind, why, found in REASONS if re.search(found, text)),
+        (OPEN, test["id"].split("::")[-1].split("[")[0]),
+    )
