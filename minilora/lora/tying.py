@@ -156,8 +156,8 @@ def trained_rows(
             return {}
         if config.ensure_weight_tying:
             raise TargetError(
-                f"trainable_token_indices: {path} is tied to a table of which other rows train; name the same rows, or set "
-                "ensure_weight_tying=False"
+                "trainable_token_indices: Cannot ensure weight tying when different token indices are specified, and "
+                f"{path} is tied to a table of which other rows train; name the same rows, or set ensure_weight_tying=False"
             )
     if not isinstance(layer, nn.Embedding):
         return {path: HeadRows(layer, indices, path)}
