@@ -13,7 +13,7 @@ from pathlib import Path
 ROOMS: list[tuple[str, str, list[str]]] = [
     ("errors", "the exceptions that minilora raises", []),
     ("lazy", "names that are imported when asked for", []),
-    ("files", "reading and writing files safely", ["validate", "parse", "disk", "read", "write", "staging"]),
+    ("files", "reading and writing files safely", ["validate", "parse", "disk", "read", "write", "staging", "hub"]),
     (
         "quant",
         "weights stored in a few bits",
@@ -33,6 +33,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "config",
             "config_file",
             "starts",
+            "factors",
             "slot",
             "slots",
             "change",
@@ -119,6 +120,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "facts",
             "many",
             "folders",
+            "plain",
+            "notes",
             "base",
             "layers",
             "parts",

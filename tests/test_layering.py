@@ -22,7 +22,7 @@ ROOMS = [name for name, _, _ in runpy.run_path(str(ROOT / "docs" / "draw_design.
 RESTRICTED = {
     "transformers": {"hf", "peft", "cli"},
     "tokenizers": {"hf", "cli"},
-    "huggingface_hub": {"hf", "peft", "cli"},
+    "huggingface_hub": {"files", "hf", "peft", "cli"},
     "minilora_kernels": {"linear"},
     "triton": set(),
     "peft": {"hf"},  # to run beside it in a bench, in a process of its own

@@ -94,8 +94,8 @@ def refuse_odd_attention(path: str, layer: nn.MultiheadAttention, output: nn.Mod
     """Raise ``TargetError`` for an attention that has no single input projection, or another layer as its output projection."""
     if not layer._qkv_same_embed_dim:
         raise TargetError(
-            f"{path}: its keys or values have another width than its queries (kdim={layer.kdim}, vdim={layer.vdim}), so it has three "
-            "input projections and no adapter for them; leave it out (exclude_modules)"
+            f"{path}: Only same embed for query/key/value is supported as of now for MultiheadAttention; kdim={layer.kdim} and "
+            f"vdim={layer.vdim} mean three input projections, which have no adapter; leave it out (exclude_modules)"
         )
     if not is_attention_output(output):
         kind = type(output).__name__

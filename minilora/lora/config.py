@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, ConfigError, nearest, warn
+from minilora.errors import CheckpointError, ConfigError, KindError, nearest, warn
 from minilora.files import validate
 from minilora.lora import config_file
 from minilora.lora.patterns import Patterns
-from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, settings
+from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, settings
 
 _ABOUT_THE_FILE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 BIAS_CHOICES = ("none", "all", "lora_only")
-TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass
@@ -89,9 +89,12 @@ class LoraConfig:
     revision: str | None = None
     inference_mode: bool = False
     alora_invocation_tokens: Sequence[int] | None = None
+    in_use = False  # no field: whether a model has adapters of it
 
     def __getattr__(self, name: str) -> Any:
         """PEFT's remaining fields, which stand at their defaults."""
+        if name == "runtime_config":
+            return self.__dict__.setdefault(name, LoraRuntimeConfig())
         if name in config_file.OUT_OF_SCOPE:
             return config_file.OUT_OF_SCOPE[name]
         if name in config_file.ABOUT:
@@ -102,9 +105,14 @@ class LoraConfig:
         if name in config_file.OUT_OF_SCOPE or name in config_file.ABOUT:
             config_file.refuse_set({name: value})
             return
+        if name == "runtime_config":
+            self.__dict__[name] = settings(name, value, LoraRuntimeConfig) or LoraRuntimeConfig()
+            return
         if name not in _OWN:
             raise ConfigError(f"LoraConfig has no field {name!r}; the closest are {nearest(name, _OWN)}")
-        if "in_use" in self.__dict__ and name not in _ABOUT_THE_FILE:
+        if self.in_use and name == "init_lora_weights" and (value is True or value == self.init_lora_weights):
+            return  # PEFT's way to save a start that it has taken from the weight; files here say what they are, before and after
+        if self.in_use and name not in _ABOUT_THE_FILE:
             raise ConfigError(
                 f"{name}={validate.shown(value)}: a model has adapters of this config already; change a config before a model gets it"
             )
@@ -114,7 +122,7 @@ class LoraConfig:
 
     def for_use(self) -> LoraConfig:
         """A copy, validated as a whole, that can no longer be changed. Raises ``ConfigError`` for what was set and cannot be meant."""
-        own = self if "in_use" in self.__dict__ else dataclasses.replace(self)
+        own = self if self.in_use else dataclasses.replace(self)
         own.__dict__["in_use"] = True
         return own
 
@@ -132,7 +140,8 @@ class LoraConfig:
         put("task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(
-                f"task_type={validate.shown(self.task_type)}: wanted None or one of {', '.join(map(repr, TASK_TYPES))}"
+                f"task_type: Invalid task type: {validate.shown(self.task_type)}. Must be one of the following task types: "
+                f"{', '.join(TASK_TYPES)}. task_type=None is for every other task"
             )
         if self.layer_replication is not None:
             raise ConfigError(
@@ -161,17 +170,16 @@ class LoraConfig:
         """The fields that say where: layers and names of modules."""
         put("layers_to_transform", validate.layers(self.layers_to_transform))
         put("layers_pattern", validate.names("layers_pattern", self.layers_pattern))
-        if (
-            self.layers_to_transform is not None
-            and isinstance(self.target_modules, str)
-            and self.target_modules != "all-linear"
-        ):
-            raise ConfigError(
-                "layers_to_transform goes with a list of target_modules; a regex can name the layers itself"
-            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            given = getattr(self, name) not in (None, (), [], "")
+            if given and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str. A regex can name the layers itself; or give a list"
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
-                f"layers_pattern={validate.shown(self.layers_pattern)} does nothing without layers_to_transform; give both"
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                f"layers_pattern={validate.shown(self.layers_pattern)} does nothing alone"
             )
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             put(name, validate.names(name, getattr(self, name)))
@@ -213,9 +221,15 @@ class LoraConfig:
                 f"alora_invocation_tokens goes with plain LoRA, not with {self.variant}; drop one of the two"
             )
         if self.lora_bias and self.variant != "lora":
-            raise ConfigError(f"lora_bias goes with plain LoRA, not with {self.variant}; drop one of the two")
-        if init == "orthogonal" and self.r % 2:
-            raise ConfigError(f"r={self.r}: init_lora_weights='orthogonal' wants an even r; set r={self.r + 1}")
+            raise ConfigError(
+                f"The argument lora_bias=True is for plain LoRA, not for {self.variant}; drop one of the two"
+            )
+        residual = ("pissa", "olora", "corda", "lora_ga")
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and self.variant in residual:
+            warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion to plain LoRA "
+                f"(save_pretrained with path_initial_model_for_weight_conversion) does not work for {self.variant}; all else does"
+            )
 
     @property
     def variant(self) -> str:
@@ -258,22 +272,30 @@ class LoraConfig:
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None, **fields: Any) -> LoraConfig:
         """The config of an adapter folder. Raises ``CheckpointError`` for the file and ``ConfigError`` for a field, by name.
 
-        ``fields`` are set instead of the file's; what only says where a Hub has the file (``revision``, ``token``) is of no use here:
-        ``minilora.peft`` fetches from there.
+        Args:
+            folder: on this disk, or an id on the Hugging Face Hub.
+            fields: are set instead of the file's; ``revision``, ``token``, ``cache_dir`` and the like say where the Hub has it.
         """
         # Only files need these, and parse imports torch: a config alone comes without.
+        from minilora.files.hub import FETCH, fetched
         from minilora.files.parse import parse_json
         from minilora.files.read import read_bytes
 
-        source = Path(folder) / (subfolder or "") / "adapter_config.json"
+        where = {name: fields.pop(name) for name in FETCH if name in fields}
+        source = fetched(folder, subfolder or "", ("adapter_config.json",), (), where) / "adapter_config.json"
         raw = read_bytes(source, "the adapter's config")
         try:
             content = parse_json(raw)
         except ValueError as error:
             raise CheckpointError(f"{source}: not JSON that an adapter has ({error}); save the adapter again") from None
+        if "peft_type" not in content:
+            raise KindError(
+                f"The LoraConfig config that is trying to be loaded is missing required keys: {{'peft_type'}}. {source}: wanted what "
+                "save_pretrained wrote"
+            )
         strange = config_file.unknown_keys(content, _OWN)
         if strange:
-            warn(f"{source}: minilora does not know {', '.join(map(repr, strange[:8]))} and ignores it, as PEFT would")
+            config_file.say_unknown(strange, source)
         known = {name: value for name, value in content.items() if name not in strange}
         return cls.from_dict(known | {name: value for name, value in fields.items() if name in _OWN}, str(source))
 
@@ -284,9 +306,11 @@ class LoraConfig:
         from minilora.files.read import read_bytes
 
         try:
-            return parse_json(read_bytes(Path(path_json_file), "the config"))
+            content = parse_json(read_bytes(Path(path_json_file), "the config"))
         except ValueError as error:
             raise CheckpointError(f"{path_json_file}: no JSON ({error})") from None
+        content.pop("runtime_config", None)  # says how, and not what
+        return content
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``adapter_config.json`` into the folder, which is made if need be."""
@@ -319,8 +343,11 @@ _init = LoraConfig.__init__
 @functools.wraps(_init)
 def _init_as_in_peft(self: LoraConfig, *args: Any, **fields: Any) -> None:
     """The fields, and PEFT's remaining ones at their defaults. Raises ``ConfigError`` where one of these is set."""
+    runtime = fields.pop("runtime_config", None)
     config_file.refuse_set({name: fields.pop(name) for name in list(fields) if name not in _OWN})
     _init(self, *args, **fields)
+    if runtime is not None:
+        self.runtime_config = runtime
 
 
 LoraConfig.__init__ = _init_as_in_peft  # type: ignore[method-assign]

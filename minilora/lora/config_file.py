@@ -8,10 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from minilora.errors import ConfigError, nearest
+from minilora.errors import ConfigError, nearest, warn
 from minilora.files.validate import shown
 
 # PEFT's remaining fields with their defaults: written to the file so that its key set is PEFT's, refused when set otherwise.
@@ -32,7 +32,7 @@ WHY_NOT = {
     "target_parameters": "it adapts bare parameters of expert layers, and minilora adapts layers",
 }
 # Written by PEFT beside the fields; they describe the file, not the adapter.
-FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version")
+FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version", "runtime_config")
 PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads it to judge unknown keys
 
 
@@ -90,6 +90,14 @@ def refuse_set(fields: Mapping[str, Any]) -> None:
             raise ConfigError(f"peft_type={shown(value)}: minilora has 'LORA' only")
         if name not in OUT_OF_SCOPE and name not in ABOUT:
             raise TypeError(f"LoraConfig got an unexpected field {name!r}; PEFT has none of that name either")
+
+
+def say_unknown(names: Sequence[str], source: object) -> None:
+    """Warn of keys of a file that ``LoraConfig`` does not have."""
+    shown_names = [name[:60] for name in names[:8]]
+    warn(
+        f"Unexpected keyword arguments {shown_names} for class LoraConfig, these are ignored. {source} has them; PEFT would ignore them too"
+    )
 
 
 def unknown_keys(content: Mapping[str, Any], names: Collection[str]) -> list[str]:

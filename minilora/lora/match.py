@@ -61,7 +61,12 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
     targets = [path for path in targets if not inside(path, copied)]
     targets = _in_layers(targets, config)
     if not targets:
-        raise TargetError("nothing is left to adapt after exclude_modules and modules_to_save; loosen one of them")
+        raise TargetError(
+            "No modules were targeted for adaptation. This might be caused by a combination of target_modules, exclude_modules and "
+            "modules_to_save that leaves none; loosen one of them"
+        )
+    if config.ensure_weight_tying:
+        targets = _with_tables(modules, targets)
     refuse_unfit(bare, modules, targets)
     _refuse_idle_patterns(config, targets)
     tokens = _tokens(bare, modules, config)
@@ -78,7 +83,9 @@ def _wanted(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> li
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         heads = _HEADS.get(config.task_type or "", ())
-        return [path for path in linear_paths(bare) if not any(ends_with(path, head) for head in heads)]
+        tied = _tables(modules) if config.ensure_weight_tying else {}  # a head that is tied stays so, with no adapter
+        linear = [path for path in linear_paths(bare) if _weight(modules[path]) not in tied]
+        return [path for path in linear if not any(ends_with(path, head) for head in heads)]
     if wanted is not None:
         return select(modules, wanted, "target_modules")
     default = default_targets(bare)
@@ -186,6 +193,27 @@ def _in_layers(targets: list[str], config: LoraConfig) -> list[str]:
         where = f"layers {known[0]} to {known[-1]}" if known else "no numbered layer"
         raise TargetError(f"layers_to_transform: {missing[0]} is not there; target_modules are found in {where}")
     return [path for path, index in index_of.items() if index in chosen or path in named]
+
+
+def _with_tables(modules: dict[str, nn.Module], targets: list[str]) -> list[str]:
+    """The targets, and for a head that is tied to a table of which none is a target, its first table: so that they stay one."""
+    tables = _tables(modules)
+    tied = [tables.get(_weight(modules[path]), []) for path in targets]
+    chosen = set(targets).union(paths[0] for paths in tied if paths and not set(paths) & set(targets))
+    return [path for path in modules if path in chosen]
+
+
+def _tables(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
+    """The weights of all tables, and the paths of each."""
+    found: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            found.setdefault(_weight(module), []).append(path)
+    return found
+
+
+def _weight(module: nn.Module) -> int:
+    return id(module._parameters.get("weight", module))
 
 
 def _tokens(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, Sequence[int]]:

@@ -134,7 +134,7 @@ class Adapters:
         self.refresh(change, name)
         empty = {path for path, slot in self.slots.items() if not slot.kept}
         for path in empty:
-            change.put(self.slots[path], "face", None)
+            change.put(self.slots[path], "face", None)  # the plain layer stands there again
             self.slots[path].show(change, (), parent=self.home(path))
         if empty:
             change.put(self, "slots", {path: slot for path, slot in self.slots.items() if path not in empty})

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from minilora.errors import ConfigError, KindError, nearest
 from minilora.files import validate
 
-__all__ = ["CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"]
+__all__ = ["CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"]
 
 T = TypeVar("T")
 _LARGEST_RHO = 2**31 - 1  # no layer has more ranks
@@ -122,6 +122,20 @@ class LoftQConfig:
 
     def __post_init__(self) -> None:
         validate.loftq(vars(self))
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """What PEFT does at run time and no file holds.
+
+    ``ephemeral_gpu_offload`` computes on a GPU what is offloaded to the CPU. Here an adapter is computed where its layer is, with the same
+    numbers, so the flag is kept and not used.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        validate.flag("ephemeral_gpu_offload", self.ephemeral_gpu_offload)
 
 
 def settings(name: str, value: object, kind: type[T]) -> T | None:

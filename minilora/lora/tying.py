@@ -64,7 +64,7 @@ def adapt_embedding(
         TargetError: the head is tied and the config does not say to share the change, or an update that the head could not share.
     """
     if config.lora_bias:
-        raise TargetError(f"{path} is an Embedding, which has no bias for lora_bias; leave it out")
+        raise TargetError(f"{path}: lora_bias=True is not supported for Embedding, which has no bias; leave it out")
     tied = [other for other in sharers(bare, layer.weight) if other != path]
     if tied and not config.ensure_weight_tying:
         raise TargetError(
@@ -156,8 +156,8 @@ def trained_rows(
             return {}
         if config.ensure_weight_tying:
             raise TargetError(
-                f"trainable_token_indices: {path} is tied to a table of which other rows train; name the same rows, or set "
-                "ensure_weight_tying=False"
+                "trainable_token_indices: Cannot ensure weight tying when different token indices are specified, and "
+                f"{path} is tied to a table of which other rows train; name the same rows, or set ensure_weight_tying=False"
             )
     if not isinstance(layer, nn.Embedding):
         return {path: HeadRows(layer, indices, path)}

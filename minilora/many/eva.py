@@ -130,7 +130,9 @@ def get_eva_state_dict(
     with adapters_of(model).bare() if has_adapters(model) else nullcontext():
         try:
             for path in paths:
-                stands = unwrapped(model).get_submodule(path)  # the layer, or the face before it, which is what gets called
+                stands = unwrapped(model).get_submodule(
+                    path
+                )  # the layer, or the face before it, which is what gets called
                 change.item(stands._forward_pre_hooks, "minilora.eva", listen(path))  # type: ignore[arg-type]
             change.train(unwrapped(model), False)
             first = next(iter(dataloader), None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError, StateError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
+from minilora.lora.factors import widened
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
@@ -89,10 +90,6 @@ def _swap(model: nn.Module, stored: Stored, adapter_name: str) -> None:
             raise CheckpointError(
                 f"{where}: {path} has rank {value.r}, the present adapter {here.r}; start from the largest rank"
             )
-        if value.r != here.r and getattr(value.innermost, "groups", 1) > 1:
-            raise CheckpointError(
-                f"{where}: {path} is a convolution of groups, with rank {value.r}, the present adapter {here.r}; wanted equal ranks there"
-            )
         if (value.lora_bias is None) != (here.lora_bias is None):
             raise CheckpointError(f"{where}: {path} differs in lora_bias; load it with load_adapter instead")
     for path, here in present.items():
@@ -118,8 +115,9 @@ def _in_scaling_of(old: LoRALinear, new: LoRALinear | None) -> dict[str, Tensor]
     again.reset()
     if new is not None:
         ratio = new.scaling / old.scaling
-        again.lora_A.zero_()[: new.r] = new.lora_A
-        again.lora_B[:, : new.r] = new.lora_B * ratio
+        A, B = widened(new.lora_A, new.lora_B * ratio, old.r)
+        again.lora_A.copy_(A)
+        again.lora_B.copy_(B)
         if again.lora_bias is not None and new.lora_bias is not None:
             again.lora_bias.copy_(new.lora_bias * ratio)
         for name in old.file_names.keys() - {"lora_A", "lora_B", "lora_bias"}:

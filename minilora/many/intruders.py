@@ -18,6 +18,7 @@ from minilora.files import validate
 from minilora.linear.layers import dense_weight
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
+from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding
 
@@ -66,6 +67,8 @@ def reduce_intruder_dimension(
     values = build(model, config, new_adapter_name, "lora")
     for path, value in values.items():
         _fill(value, old[path], path, (top_k, threshold_epsilon, mitigation_lambda), say)
+        for parameter, model_of in zip(own_parameters(value), own_parameters(old[path]), strict=True):
+            parameter.data = parameter.data.to(model_of.dtype)
     say(f"Enabling new adapter {new_adapter_name}")
     place(model, config, new_adapter_name, values, "lora")
 

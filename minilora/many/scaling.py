@@ -27,7 +27,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     _check(multiplier, "multiplier")
     scaled = [value for value in _values(model) if _has_scaling(value)]
     if not scaled:
-        raise StateError("scaling is only supported for models with low-rank adapters; inject one first")
+        raise StateError("scaling is only supported for models with `LoraLayer`s; inject an adapter first")
     change = Change()
     try:
         try:  # twice, so that an interrupt on the way out cannot leave a scaling
@@ -52,7 +52,7 @@ def _has_scaling(value: object) -> bool:
 
 def _check(factor: object, name: str) -> None:
     if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise KindError(f"{name}={factor!r}: wanted a number, and it is a {type(factor).__name__}")
+        raise KindError(f"Argument {name} should be of type float, got {type(factor)}; {name}={factor!r}")
     if not math.isfinite(factor):
         raise ConfigError(f"{name}={factor!r}: wanted a finite number")
 

@@ -19,6 +19,7 @@ _known, __dir__, __all__ = lazy_names(
             "EvaConfig",
             "LoftQConfig",
             "LoraGAConfig",
+            "LoraRuntimeConfig",
         ),
         "minilora.lora.variants.lora_ga": ("preprocess_loraga",),
         "minilora.many.convert": (
@@ -67,6 +68,7 @@ _known, __dir__, __all__ = lazy_names(
             "NoMatchingPeftModuleError",
             "PeftError",
         ),
+        "minilora.peft.utils.loftq_utils": ("replace_lora_weights_loftq",),
         "minilora.peft.utils.peft_types": (
             "PeftType",
             "TaskType",

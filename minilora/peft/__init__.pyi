@@ -6,6 +6,7 @@ from minilora.lora.starts import CordaConfig as CordaConfig
 from minilora.lora.starts import EvaConfig as EvaConfig
 from minilora.lora.starts import LoftQConfig as LoftQConfig
 from minilora.lora.starts import LoraGAConfig as LoraGAConfig
+from minilora.lora.starts import LoraRuntimeConfig as LoraRuntimeConfig
 from minilora.lora.variants.lora_ga import preprocess_loraga as preprocess_loraga
 from minilora.many.convert import convert_to_lora as convert_to_lora
 from minilora.many.convert import save_as_lora as save_as_lora
@@ -39,6 +40,7 @@ from minilora.peft.status import get_layer_status as get_layer_status
 from minilora.peft.status import get_model_status as get_model_status
 from minilora.peft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from minilora.peft.utils.error import PeftError as PeftError
+from minilora.peft.utils.loftq_utils import replace_lora_weights_loftq as replace_lora_weights_loftq
 from minilora.peft.utils.peft_types import PeftType as PeftType
 from minilora.peft.utils.peft_types import TaskType as TaskType
 from minilora.peft.utils.save_and_load import get_base_model_state_dict as get_base_model_state_dict

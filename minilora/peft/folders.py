@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from minilora.errors import StateError
+from minilora.files.hub import cached
+from minilora.files.write import write_files
 from minilora.lora.inject import place
 from minilora.lora.slots import adapters_of
 from minilora.peft.card import write_card
 from minilora.peft.face import in_base_dtype
-from minilora.peft.hub import folder_of, push
+from minilora.peft.hub import folder_of, name_of, push
 from minilora.peft.many import Many, as_names
+from minilora.peft.notes import say_changed_base, say_left_out
+from minilora.peft.plain import plain_files
 from minilora.store import load as checkpoint
+from minilora.store.save import adapter_files
 
 __all__ = ["Folders"]
 
@@ -35,6 +40,7 @@ class Folders(Many):
         strict: bool = True,
         expect_sha256: str | None = None,
         allow_other_base: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **where: Any,
     ) -> checkpoint.LoadReport:
         """Load an adapter and keep it aside, frozen unless ``is_trainable``; into the one of that name, if there is one (so a run resumes).
@@ -43,8 +49,16 @@ class Folders(Many):
         """
         if adapter_name in self.peft_config:
             report = checkpoint.restore_adapter(
-                self, folder_of(model_id, where), adapter_name, strict, expect_sha256, allow_other_base, key_mapping
+                self,
+                folder_of(model_id, where),
+                adapter_name,
+                strict,
+                expect_sha256,
+                allow_other_base,
+                key_mapping,
+                ignore_mismatched_sizes,
             )
+            say_left_out(self, report if ignore_mismatched_sizes else None)
             self.set_requires_grad(adapter_name, is_trainable)
             return report
         stored, values, report = checkpoint.prepare_adapter(
@@ -55,9 +69,12 @@ class Folders(Many):
             expect_sha256=expect_sha256,
             allow_other_base=allow_other_base,
             key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
+        say_left_out(self, report if ignore_mismatched_sizes else None)
         if not autocast_adapter_dtype:
             in_base_dtype(self, values)
+        say_changed_base([*self.peft_config.values(), stored.config])
         own = dataclasses.replace(stored.config, inference_mode=not is_trainable)
         place(self, own, adapter_name, values, stored.variant, activate=False, trainable=is_trainable)
         return report
@@ -69,12 +86,14 @@ class Folders(Many):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         state_dict: dict | None = None,
         **_: Any,
     ) -> None:
         """Write adapters in PEFT's layout: "default" into the folder itself, others into a folder of their name in it; and a model card.
 
+        With ``path_initial_model_for_weight_conversion``, the folder in which an adapter with a start of its own (PiSSA, OLoRA, CorDA,
+        LoRA-GA) was saved before it trained, it is written as a plain LoRA of twice the rank (``peft/plain.py``).
         ``state_dict`` is what transformers' Trainer passes (the whole model's); the adapter's tensors are read from the model instead.
         Of the other arguments of transformers' ``save_pretrained`` none concerns an adapter.
         """
@@ -86,18 +105,21 @@ class Folders(Many):
             raise StateError(
                 "safe_serialization=False would write a pickle, which runs code when it is read; leave it True"
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise StateError(
-                "path_initial_model_for_weight_conversion: minilora does not write the difference to a start value; save without it, or "
-                "merge_and_unload"
-            )
         if not is_main_process:
             return
         chosen = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
         adapters_of(self).check(chosen)
+        start = path_initial_model_for_weight_conversion
+        made = {}
         for name in chosen:
-            folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            checkpoint.save_adapter(self, folder, name, save_embedding_layers)
+            how = (
+                name,
+                save_embedding_layers,
+                cached(self.peft_config[name].base_model_name_or_path or name_of(self), "config.json"),
+            )
+            made[name] = adapter_files(self, *how) if start is None else plain_files(self, start, *how)
+        for name, files in made.items():
+            write_files(save_directory if name == "default" else os.path.join(save_directory, name), files)
         write_card(self, save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:

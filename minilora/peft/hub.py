@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, MissingPackageError, printable
+from minilora.errors import CheckpointError, MissingPackageError
+from minilora.files.hub import FETCH, fetched
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 
-__all__ = ["folder_of", "push"]
+__all__ = ["folder_of", "name_of", "push"]
 
-_WHERE = ("revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type")
 # What PEFT's loaders take for other kinds of storage and mean nothing where an adapter is made on its layer's device.
 _IDLE = (
     "torch_device",
@@ -41,31 +40,19 @@ def folder_of(model_id: str | os.PathLike[str], where: dict[str, Any]) -> Path:
     subfolder = known.pop("subfolder", None) or ""
     for name in _IDLE:
         known.pop(name, None)
-    if strange := sorted(known.keys() - set(_WHERE)):
+    if strange := sorted(known.keys() - set(FETCH)):
         raise CheckpointError(
-            f"{strange[0]}=: no argument of a loader; wanted one of {', '.join(('subfolder', *_WHERE))}"
+            f"{strange[0]}=: no argument of a loader; wanted one of {', '.join(('subfolder', *FETCH))}"
         )
-    local = Path(model_id) / subfolder
-    name = os.fspath(model_id)
-    if local.exists() or os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-        return local
-    if find_spec("huggingface_hub") is None:
-        raise MissingPackageError(
-            f"{name}: no such folder, and huggingface_hub is not installed to look on the Hub; pip install it"
-        )
-    from huggingface_hub import hf_hub_download
+    return fetched(
+        model_id, subfolder, (CONFIG_FILE, WEIGHTS_FILE), (SEAL_FILE,), known
+    )  # PEFT's adapters have no seal
 
-    try:
-        config = hf_hub_download(name, CONFIG_FILE, subfolder=subfolder or None, **known)
-        hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder or None, **known)
-    except Exception as error:  # whatever the network says, in one line
-        said = printable(str(error)).split(". ")[0][:200]
-        raise CheckpointError(
-            f"{name}: no such folder, and the Hub does not give an adapter of that id ({said})"
-        ) from None
-    with contextlib.suppress(Exception):  # PEFT's adapters have no seal
-        hf_hub_download(name, SEAL_FILE, subfolder=subfolder or None, **known)
-    return Path(config).parent
+
+def name_of(model: Any) -> str | None:
+    """The name or folder that a model was loaded from; None if it does not say."""
+    own = vars(model).get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return own if isinstance(own, str) and own else None
 
 
 def push(

@@ -89,6 +89,11 @@ class LoraLayer(BaseTunerLayer):
         return self._numbers(lambda name: getattr(self.adapters.configs[name], field))
 
     @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """Adapter name to what of it never trains (MiCA's B)."""
+        return {name: tuple(sorted(adapter.fixed)) for name, adapter in self.kept.items() if adapter.fixed}
+
+    @property
     def in_features(self) -> int:
         """Of the base layer."""
         return self._any().in_features

@@ -18,6 +18,7 @@ from minilora.many import adapted, batched, combine, hotswap, merging
 from minilora.peft.face import in_base_dtype, refuse_extended, restore
 from minilora.peft.facts import Facts
 from minilora.peft.meta import emptied
+from minilora.peft.notes import say_changed_base, say_new
 
 __all__ = ["Many", "as_names"]
 
@@ -44,6 +45,8 @@ class Many(Facts):
         """
         config = checked(peft_config)
         values = build_new(self, config, adapter_name, variant)
+        say_new(self, config, values)
+        say_changed_base([*self.peft_config.values(), config])
         if not autocast_adapter_dtype:
             in_base_dtype(self, values)
         if low_cpu_mem_usage:

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, TargetError, warn
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build_new, checked, place_in
+from minilora.lora.match import match
 from minilora.lora.slots import adapters_of, unwrapped
 from minilora.peft.faces import give_faces
 from minilora.peft.lora_model import LoraModel
 from minilora.peft.meta import emptied
+from minilora.peft.notes import say_new
 from minilora.store.adapter_files import PREFIX
 
 __all__ = [
@@ -54,8 +56,9 @@ def inject_adapter_in_model(
     """
     config = checked(peft_config)
     if state_dict is not None:
-        config = _targets_of(config, state_dict)
+        config = _targets_of(model, config, state_dict)
     values = build_new(model, config, adapter_name, None)
+    say_new(model, config, values)
     if low_cpu_mem_usage:
         emptied(values)
     with LOCK, Change() as change:
@@ -65,17 +68,30 @@ def inject_adapter_in_model(
     return model
 
 
-def _targets_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """The config with the layers that an adapter's tensors belong to."""
+def _targets_of(model: Any, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """The config with the layers that an adapter's tensors belong to; warns where the config itself means others."""
     found = (
         re.split(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b", key)[0]
         for key in tensors
         if ".lora_" in key
     )
-    paths = dict.fromkeys(path.removeprefix(PREFIX) for path in found)
+    paths = dict.fromkeys(path.removeprefix(PREFIX).replace("_orig_mod.", "") for path in found)
     if not paths:
         raise ConfigError(
             "state_dict holds no tensor of an adapter; wanted names such as 'layers.0.q_proj.lora_A.weight'"
+        )
+    try:
+        meant = set(match(model, config).targets)
+    except TargetError:  # it need not say anything about this model
+        meant = set(paths)
+    more = {"PEFT config": sorted(meant - paths.keys()), "state_dict": sorted(paths.keys() - meant)}
+    if said := [
+        f"The {where} contained these additional target modules: {names}. " for where, names in more.items() if names
+    ]:
+        warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided state_dict. This "
+            f"is not necessarily an issue and can be ignored if this was the intent. {''.join(said)}The state_dict counts",
+            RuntimeWarning,
         )
     return dataclasses.replace(
         config, target_modules=list(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None

@@ -50,6 +50,11 @@ class Entry(nn.Module):
                 self.__dict__[name] = getattr(adapter, attribute)
 
     @property
+    def bias(self) -> Tensor | None:
+        """Of ``lora_B`` where ``lora_bias`` is set, else None."""
+        return self._parameters.get("bias")
+
+    @property
     def in_features(self) -> int:
         """Columns of the weight."""
         return self.weight.shape[1]
@@ -61,14 +66,14 @@ class Entry(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` through this matrix alone."""
-        return nn.functional.linear(x, self.weight, self._parameters.get("bias"))
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The shape of the weight."""
         return ", ".join(map(str, self.weight.shape))
 
 
-class LinearEntry(Entry, nn.Linear):  # type: ignore[override]
+class LinearEntry(Entry, nn.Linear):  # type: ignore[override, misc]
     """One whose weight is a matrix: to PEFT's users an ``nn.Linear``."""
 
 

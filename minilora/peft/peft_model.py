@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.errors import StateError
+from minilora.errors import StateError, warn
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build_new, checked, place_in
@@ -20,8 +20,9 @@ from minilora.lora.slots import adapters_of, has_adapters
 from minilora.peft.face import extend, in_base_dtype, refuse_second
 from minilora.peft.faces import give_faces
 from minilora.peft.folders import Folders
-from minilora.peft.hub import folder_of
+from minilora.peft.hub import folder_of, name_of
 from minilora.peft.meta import emptied
+from minilora.peft.notes import say_left_out, say_new, say_renamed
 from minilora.store import load as checkpoint
 
 __all__ = [
@@ -79,16 +80,21 @@ class PeftModel(Folders):
         key_mapping: dict[str, str] | None = None,
         expect_sha256: str | None = None,
         allow_other_base: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **where: Any,
     ) -> Any:
         """Load the adapter folder ``model_id`` into ``model``: active, in eval mode and frozen unless ``is_trainable``.
+
+        A model that has adapters keeps them: the folder goes beside them, or into the one of its name, with a warning.
 
         Args:
             model_id: a folder, or an id on the Hugging Face Hub (``revision``, ``subfolder``, ``token`` and the like say which).
             config: is used instead of the file's.
             autocast_adapter_dtype: keep adapters in fp32; False keeps them in the dtype of the layer that each adapts.
             ephemeral_gpu_offload, low_cpu_mem_usage, torch_device: PEFT's; adapters are made on the device of their layers.
-            key_mapping: regular expressions over the file's tensor names, and what each is replaced by.
+            key_mapping: regular expressions over the file's tensor names, and what each is replaced by; the model's own
+                ``_checkpoint_conversion_mapping`` (transformers' names of another version) by default.
+            ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
             expect_sha256, allow_other_base: as for ``minilora.load_adapter``.
 
         Raises:
@@ -98,8 +104,13 @@ class PeftModel(Folders):
             raise StateError(
                 f"from_pretrained got a {type(model).__name__} first; wanted the loaded base model, then the adapter's folder"
             )
-        refuse_second(model)
-        stored, values, _ = checkpoint.prepare_adapter(
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        if has_adapters(model):
+            where |= {"key_mapping": key_mapping, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+            where |= {"expect_sha256": expect_sha256, "allow_other_base": allow_other_base}
+            return _beside(cls, model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, where)
+        stored, values, report = checkpoint.prepare_adapter(
             model,
             folder_of(model_id, where),
             adapter_name,
@@ -107,7 +118,9 @@ class PeftModel(Folders):
             expect_sha256=expect_sha256,
             allow_other_base=allow_other_base,
             key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
+        say_left_out(model, report if ignore_mismatched_sizes else None)
         own = dataclasses.replace(stored.config, inference_mode=not is_trainable)
         if not autocast_adapter_dtype:
             in_base_dtype(model, values)
@@ -157,6 +170,35 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
 }
 
 
+def _beside(
+    face: type[PeftModel],
+    model: Any,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool,
+    config: LoraConfig | None,
+    autocast_adapter_dtype: bool,
+    options: dict[str, Any],
+) -> Any:
+    """``from_pretrained`` on a model that has adapters. Raises ``StateError`` for a ``config``, which is for a first adapter."""
+    if config is not None:
+        raise StateError(
+            f"the model has adapters {list(adapters_of(model).configs)} already, and a folder beside them brings its own; leave out config="
+        )
+    warn(
+        "You are trying to modify a model with PEFT for a second time. Its adapters stay; if you want to reload the model with a different "
+        "config, make sure to call `.unload()` before"
+    )
+    with LOCK, Change() as change:
+        give_faces(change, model)
+        extend(change, model, _face(face, next(iter(adapters_of(model).configs.values()))))
+        model.load_adapter(
+            model_id, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, **options
+        )
+    model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    return model.train(is_trainable)
+
+
 def _face(face: type[PeftModel], config: LoraConfig) -> type[PeftModel]:
     """The class by the config's task, where none was asked for."""
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel) if face is PeftModel else face
@@ -192,8 +234,11 @@ def get_peft_model(
     if mixed:
         raise StateError("mixed=True: minilora has one method, LoRA; several adapters of it need no mixed model")
     refuse_second(model)
-    config = checked(peft_config if revision is None else dataclasses.replace(peft_config, revision=revision))
+    given, name = checked(peft_config), name_of(model)
+    say_renamed(given, name)
+    config = dataclasses.replace(given, base_model_name_or_path=name, revision=revision or given.revision).for_use()
     values = build_new(model, config, adapter_name, variant)
+    say_new(model, config, values)
     if not autocast_adapter_dtype:
         in_base_dtype(model, values)
     if low_cpu_mem_usage:

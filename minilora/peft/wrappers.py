@@ -63,11 +63,10 @@ class TrainableTokensLayer(BaseTunerLayer):
     adapter_layer_names = ("trainable_tokens_delta",)
 
     def enter(self, change: Change, name: str, value: Any) -> None:
-        """As of the base class; rows that are tied to another table's have none of their own."""
+        """As of the base class; rows that are tied to another table's are shown, and are no parameters here."""
         change.item(self.kept, name, value)
-        if isinstance(value, TokenRows):
-            rows = parts.dictionary(change, self, "trainable_tokens_delta", parts.Values)
-            rows.enter(change, name, value, "trainable_tokens_delta")
+        rows = parts.dictionary(change, self, "trainable_tokens_delta", parts.Values)
+        rows.enter(change, name, value, "trainable_tokens_delta")
 
     @property
     def token_indices(self) -> Any:

@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.errors import CheckpointError, ConfigError, warn
+from minilora.errors import CheckpointError, ConfigError
 from minilora.files import validate
 from minilora.files.parse import parse_json, parse_tensors
 from minilora.files.read import read_files, refuse_path
 from minilora.lora.config import LoraConfig, unknown_keys
+from minilora.lora.config_file import say_unknown
 from minilora.quant.finite import is_finite
 from minilora.store.fingerprint import is_fingerprint
 
@@ -177,8 +178,7 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
             f"{path}: {len(foreign):,} keys that no adapter's config has; wanted PEFT's adapter_config.json"
         )
     if ignored:
-        listed = ", ".join(repr(key[:60]) for key in ignored[:8])
-        warn(f"{path}: minilora does not know {listed} and ignores it, as PEFT would")
+        say_unknown(ignored, path)
     known = {key: value for key, value in content.items() if key not in foreign}
     return LoraConfig.from_dict(known, str(path)), ignored
 

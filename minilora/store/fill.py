@@ -37,11 +37,19 @@ class LoadReport:
 
 
 def fill(
-    model: nn.Module, values: Mapping[str, Value], stored: Stored, strict: bool, fresh: bool = False
+    model: nn.Module,
+    values: Mapping[str, Value],
+    stored: Stored,
+    strict: bool,
+    fresh: bool = False,
+    ignore_mismatched_sizes: bool = False,
 ) -> LoadReport:
-    """Copy the file's tensors into adapters after comparing every name and shape; ``fresh`` ones are in no model yet."""
+    """Copy the file's tensors into adapters after comparing every name and shape; ``fresh`` ones are in no model yet.
+
+    With ``ignore_mismatched_sizes`` a tensor of another shape is left out and told of, and not refused.
+    """
     own = tensors_of(values)
-    tables, not_ours = brought_tables(model, values, stored.tensors, own, fresh)
+    tables, not_ours, unlike = brought_tables(model, values, stored.tensors, own, fresh, ignore_mismatched_sizes)
     tensors = {key: tensor for key, tensor in stored.tensors.items() if key not in not_ours}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
@@ -53,7 +61,7 @@ def fill(
         raise CheckpointError(
             f"{stored.path}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?"
         )
-    if strict and wrong:
+    if strict and wrong and not ignore_mismatched_sizes:
         found, wanted = list(tensors[wrong[0]].shape), list(own[wrong[0]].shape)
         raise CheckpointError(
             f"{stored.path}: {wrong[0]} is {found}, config and model want {wanted}; wrong base model or r"
@@ -76,7 +84,7 @@ def fill(
                 change.overwrite(bare.get_parameter(name), tensor)
             for key in fitting:
                 change.overwrite(own[key], tensors[key])
-    return LoadReport(missing, extra, wrong)
+    return LoadReport(missing, extra, sorted({*wrong, *unlike}))
 
 
 def _refuse_unequal_twins(

@@ -102,13 +102,16 @@ def prepare_adapter(
     expect_sha256: str | None = None,
     allow_other_base: bool = False,
     key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
 ) -> tuple[Stored, dict[str, Value], LoadReport]:
     """What ``load_adapter`` does before it touches the model: the folder, what goes into each slot, what was left out. Raises as it.
 
-    ``key_mapping`` renames the file's tensors: regular expressions, and what each is replaced by; the first that is found counts.
+    Args:
+        key_mapping: renames the file's tensors: regular expressions, and what each is replaced by; the first that is found counts.
+        ignore_mismatched_sizes: leave out a tensor of another shape, and say so in the report.
     """
     stored = _read(folder, config, expect_sha256, key_mapping)
-    values, report = load_values(model, stored, adapter_name, strict)
+    values, report = load_values(model, stored, adapter_name, strict, ignore_mismatched_sizes)
     refuse_other_base(model, stored, allow_other_base)
     return stored, values, report
 
@@ -143,6 +146,7 @@ def restore_adapter(
     expect_sha256: str | None = None,
     allow_other_base: bool = False,
     key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
 ) -> LoadReport:
     """Copy a folder's tensors into an adapter that the model has already: resuming, not adding. What trains does not change.
 
@@ -162,11 +166,15 @@ def restore_adapter(
                 raise CheckpointError(
                     f"{stored.path}: {path} has {said}; resume with the config that it was saved with"
                 )
-    return fill(model, adapters.named(adapter_name), stored, strict)
+    return fill(model, adapters.named(adapter_name), stored, strict, False, ignore_mismatched_sizes)
 
 
 def fill_adapter(
-    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str = "default", strict: bool = True
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
 ) -> LoadReport:
     """Copy tensors, named as in a file, into an adapter that the model has already. Raises as ``load_adapter``; all or nothing."""
     adapters = adapters_of(model)
@@ -174,11 +182,11 @@ def fill_adapter(
     stored = Stored(adapters.configs[adapter_name], dict(tensors), adapters.variants[adapter_name], Path("state dict"))
     if (bad := not_finite(stored.tensors)) is not None:
         raise CheckpointError(f"{stored.path}: {bad} holds NaN or infinity; the run that saved it had diverged")
-    return fill(model, values, stored, strict)
+    return fill(model, values, stored, strict, False, ignore_mismatched_sizes)
 
 
 def load_values(
-    model: nn.Module, stored: Stored, adapter_name: str, strict: bool = True
+    model: nn.Module, stored: Stored, adapter_name: str, strict: bool = True, ignore_mismatched_sizes: bool = False
 ) -> tuple[dict[str, Value], LoadReport]:
     """What a stored adapter puts into each slot, without touching the model, and what was left out. Raises as ``load_adapter``."""
     config = _exact(stored)
@@ -190,7 +198,7 @@ def load_values(
             f"{stored.path}: its {stored.variant} layers were made with another calibration; load it inside the block that it was made "
             "in (variants.loftq.calibrated), or onto its packed base"
         )
-    report = fill(model, values, stored, strict, fresh=True)
+    report = fill(model, values, stored, strict, True, ignore_mismatched_sizes)
     return values, dataclasses.replace(report, ignored_config_keys=stored.ignored)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ from minilora.store.adapter_files import (
     seal,
 )
 from minilora.store.fingerprint import brought_by, fingerprint
-from minilora.store.tables import saved_tables
+from minilora.store.tables import saved_tables, table_of
 
-__all__ = ["adapter_files", "adapter_state_dict", "save_adapter", "saved_config", "tensors_of"]
+__all__ = ["adapter_files", "adapter_state_dict", "file_key", "save_adapter", "saved_config", "tensors_of"]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -52,17 +53,26 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, value in values.items():
         if isinstance(value, Adapter):
-            held = {file: getattr(value, name) for name, file in value.file_names.items()}
-            own = {f"{value.file_path(path)}.{file}": tensor for file, tensor in held.items() if tensor is not None}
+            held = {name: getattr(value, name) for name in value.file_names}
+            own = {file_key(path, value, name): tensor for name, tensor in held.items() if tensor is not None}
         elif isinstance(value, nn.Parameter):
             owner, _, attr = path.rpartition(".")
             inner = ".base_layer" if isinstance(values.get(owner), Adapter) else ""
-            own = {f"{owner}{inner}.{attr}": value}
+            own = {_in_file(f"{owner}{inner}.{attr}"): value}
         else:
-            own = {f"{path}.{name}": tensor for name, tensor in value.state_dict().items()}
-        # A part that torch.compile wrapped is found at another path and is called the same in a file.
-        tensors.update({PREFIX + name.replace("._orig_mod", ""): tensor.detach() for name, tensor in own.items()})
+            own = {_in_file(f"{path}.{name}"): tensor for name, tensor in value.state_dict().items()}
+        tensors.update({key: tensor.detach() for key, tensor in own.items()})
     return tensors
+
+
+def file_key(path: str, adapter: Adapter, name: str) -> str:
+    """What a file calls one of the tensors of an adapter."""
+    return _in_file(f"{adapter.file_path(path)}.{adapter.file_names[name]}")
+
+
+def _in_file(name: str) -> str:
+    """A part that ``torch.compile`` wrapped is found at another path and is called the same in a file."""
+    return PREFIX + name.replace("._orig_mod", "")
 
 
 def save_adapter(
@@ -89,10 +99,13 @@ def save_adapter(
 
 
 def adapter_files(
-    model: nn.Module, adapter_name: str = "default", save_embedding_layers: bool | str = "auto"
+    model: nn.Module,
+    adapter_name: str = "default",
+    save_embedding_layers: bool | str = "auto",
+    base_config: Path | None = None,
 ) -> dict[str, bytes]:
-    """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``."""
-    tables = saved_tables(model, adapter_name, save_embedding_layers)
+    """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``; ``base_config`` as ``saved_tables``."""
+    tables = saved_tables(model, adapter_name, save_embedding_layers, base_config)
     held = adapter_state_dict(model, adapter_name) | tables
     tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
     if (key := not_finite(tensors)) is not None:
@@ -111,7 +124,7 @@ def base_of(model: nn.Module, adapter_name: str = "default", tables: Collection[
     """What an adapter's file remembers of the model under it (``fingerprint``), without the ``tables`` that it brings."""
     values = adapters_of(model).named(adapter_name)
     rows = (TokenRows, TiedRows)  # these bring a part of the table that they are around
-    names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tables}
+    names = {f"{table_of(key)}.weight" for key in tables}
     paths = [
         path
         for path, value in values.items()

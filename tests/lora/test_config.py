@@ -20,7 +20,7 @@ BAD = [
     *[("lora_alpha", value, "finite number > 0; lora_alpha = r") for value in (0, -8, INF, NAN, "8", None, True)],
     *[("lora_dropout", value, "probability in [0, 1); 0.05") for value in (1.0, -0.1, NAN, 1.5, "0", None, True)],
     *[("bias", value, "one of 'none', 'all', 'lora_only'") for value in ("some", None, True)],
-    *[("task_type", value, "None or one of 'CAUSAL_LM', 'SEQ_2_SEQ_LM'") for value in ("LM", 3)],
+    *[("task_type", value, "Must be one of the following task types: SEQ_CLS, SEQ_2_SEQ_LM") for value in ("LM", 3)],
     *[
         ("init_lora_weights", value, "wanted True, False, 'pissa_niter_N' or one of")
         for value in ("bogus", "pissa_niter", None)
@@ -280,15 +280,23 @@ def test_what_is_huge_is_refused_in_a_short_line(fields):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"lora_bias": True, "use_dora": True}, "lora_bias goes with plain LoRA, not with dora"),
-        ({"lora_bias": True, "init_lora_weights": "olora"}, "lora_bias goes with plain LoRA, not with olora"),
+        ({"lora_bias": True, "use_dora": True}, "The argument lora_bias=True is for plain LoRA, not for dora"),
+        (
+            {"lora_bias": True, "init_lora_weights": "olora"},
+            "The argument lora_bias=True is for plain LoRA, not for olora",
+        ),
         (
             {"use_dora": True, "init_lora_weights": "pissa"},
             "use_dora goes with init_lora_weights True, False or 'gaussian', not 'pissa'",
         ),
-        ({"r": 3, "init_lora_weights": "orthogonal"}, "r=3: init_lora_weights='orthogonal' wants an even r; set r=4"),
-        ({"layers_to_transform": 0, "target_modules": ".*q"}, "layers_to_transform goes with a list of target_modules"),
-        ({"layers_pattern": "h"}, "layers_pattern='h' does nothing without layers_to_transform"),
+        (
+            {"layers_to_transform": 0, "target_modules": ".*q"},
+            "`layers_to_transform` cannot be used when `target_modules` is a str",
+        ),
+        (
+            {"layers_pattern": "h"},
+            "`layers_to_transform` must also be specified. layers_pattern='h' does nothing alone",
+        ),
         ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]]: replicated layers share weights"),
         ({"use_rslora": 1}, "use_rslora=1: wanted True or False"),
     ],
@@ -312,7 +320,7 @@ def test_fields_that_do():
 def test_a_config_is_saved_and_read_alone(tmp_path):
     FULL.save_pretrained(tmp_path / "new")
     assert LoraConfig.from_pretrained(tmp_path / "new") == dataclasses.replace(FULL, inference_mode=True)
-    (tmp_path / "new" / "adapter_config.json").write_text('{"r": 0}')
+    (tmp_path / "new" / "adapter_config.json").write_text('{"r": 0, "peft_type": "LORA"}')
     with pytest.raises(ConfigError, match=r"new/adapter_config\.json: r=0"):
         LoraConfig.from_pretrained(tmp_path / "new")
 

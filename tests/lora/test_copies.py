@@ -230,7 +230,8 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(randomize, tmp_path):
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
 def test_a_copy_that_parts_from_its_twin_is_not_tied_again_by_saving(saved, randomize, tmp_path):
-    model = minilora.get_peft_model(llama(tied=True), config(modules_to_save=[saved]))
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
+        model = minilora.get_peft_model(llama(tied=True), config(modules_to_save=[saved]))
     wanted = logits(randomize(model))
     bare = model.merge_and_unload()
     assert bare.config.tie_word_embeddings is False

@@ -376,7 +376,7 @@ def test_loading_under_a_taken_name_or_onto_a_peft_model(folder, make_gpt2, snap
     with pytest.raises(StateError, match="an adapter is called 'default' already"):
         load_adapter(model, folder)
     with pytest.raises(StateError, match=r"has adapters \['default'\] already"):
-        PeftModel.from_pretrained(model, folder, "other")
+        PeftModel.from_pretrained(model, folder, "other", config=lora(["c_fc"]))
     assert snapshot(model) == before
 
 
@@ -432,7 +432,7 @@ def test_a_pattern_in_a_file_cannot_hang_the_load(folder, make_gpt2, changes):
 
 def test_the_config_of_a_folder_can_be_read_alone(folder):
     edit_config(lora_alpha=14, a_key_of_tomorrow=1)(folder)
-    with pytest.warns(UserWarning, match=rf"{CONFIG}: minilora does not know 'a_key_of_tomorrow'"):
+    with pytest.warns(UserWarning, match=rf"keyword arguments \['a_key_of_tomorrow'\] .*{CONFIG} has them"):
         assert read_config(folder).lora_alpha == 14
     remove(CONFIG_FILE)(folder)
     with pytest.raises(CheckpointError, match=rf"{CONFIG}: the adapter's config cannot be read"):
@@ -441,9 +441,9 @@ def test_the_config_of_a_folder_can_be_read_alone(folder):
 
 def test_a_warning_of_unknown_keys_stays_short(folder):
     edit_config(**{f"{at}{'x' * 100}": 1 for at in range(12)})(folder)
-    with pytest.warns(UserWarning, match="minilora does not know '0xx") as caught:
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments \\['0xx") as caught:
         read_config(folder)
-    assert len(str(caught[0].message)) < len(str(folder)) + 8 * 64 + 100
+    assert len(str(caught[0].message)) < len(str(folder)) + 8 * 64 + 150
 
 
 def test_without_strict_what_fits_is_loaded_and_the_rest_listed(folder, make_gpt2):

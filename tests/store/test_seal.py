@@ -272,7 +272,7 @@ def test_peft_reads_a_sealed_folder_without_a_warning(folder, make_gpt2, ids):
 
 def test_unknown_keys_are_refused_in_our_files_and_told_of_in_others(folder, make_gpt2):
     edit(unsealed(folder), lora_beta=2, another=None)
-    with pytest.warns(UserWarning, match=r"minilora does not know 'another', 'lora_beta' and ignores it"):
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['another', 'lora_beta'\]"):
         report = load_adapter(make_gpt2(), folder)
     assert report.ignored_config_keys == ["another", "lora_beta"]
     with pytest.raises(ConfigError, match="unknown key 'another'"):
@@ -654,6 +654,6 @@ def test_what_is_not_finite_is_found_without_a_model(make_gpt2, folder):
 
 def test_the_warning_of_unknown_keys_points_at_the_caller_and_cuts_them(make_gpt2, folder):
     edit(unsealed(folder), **{"x" * 70: 1})
-    with pytest.warns(UserWarning, match=f"does not know '{'x' * 60}' and") as caught:
+    with pytest.warns(UserWarning, match=rf"arguments \['{'x' * 60}'\] for") as caught:
         load_adapter(make_gpt2(), folder)
     assert caught[0].filename == __file__

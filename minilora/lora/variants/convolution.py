@@ -9,6 +9,7 @@ A, which see all inputs. So the update joins the groups, and merging it makes a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from minilora.lora.variants.dora import DoRALinear
 _POINTWISE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of the weight
 
 
+@register(
+    "lora_ga", on="convolution"
+)  # which has no gradient's directions for a kernel: it starts as plain LoRA, as in PEFT
 @register("lora", on="convolution")
 class LoRAConv(LoRALinear):
     """A convolution (1d, 2d or 3d) with a low-rank update.
@@ -51,6 +55,12 @@ class LoRAConv(LoRALinear):
     def thin(self) -> int:
         layer: Any = self.innermost
         return self.r // layer.groups
+
+    def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+        plain = config.init_lora_weights in (True, False, "gaussian")
+        return super().initial_factors(
+            config if plain else replace(config, init_lora_weights=True, lora_ga_config=None)
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B = self.lora_B.float().flatten(1)

@@ -70,15 +70,21 @@ def loftq(
     best: tuple[float, QuantizedTensor, Tensor, Tensor] | None = None
     for _ in range(rounds):
         packed = quantize(wide - low, config, name, importance)
-        U, S, Vh = torch.linalg.svd((wide - packed.dequantize(torch.float32)) * heavy, full_matrices=False)
-        root = (S[:r] / scaling).sqrt()
-        A, B = root[:, None] * Vh[:r] / heavy, U[:, :r] * root
+        A, B = best_factors((wide - packed.dequantize(torch.float32)) * heavy, r, scaling)
+        A = A / heavy
         low = scaling * (B @ A)
         error = float(((wide - packed.dequantize(torch.float32) - low) * heavy).norm())
         if best is None or error < best[0]:
             best = (error, packed, A, B)
     assert best is not None  # rounds >= 1 is validated
     return replace(best[1], dtype=weight.dtype), best[2], best[3]
+
+
+def best_factors(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """``(A [r, in], B [out, r])`` for which ``scaling * B A`` is the best rank-r part of ``[out, in]``, split evenly."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = (S[:r] / scaling).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
 
 
 def _column_weights(weight: Tensor, importance: Tensor | None) -> Tensor:

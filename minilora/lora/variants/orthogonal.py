@@ -24,7 +24,9 @@ class OrthogonalLoRA(LoRALinear):
     def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, None]:
         super().initial_factors(config)  # draws what PEFT draws before
         if self.r % 2:
-            raise ConfigError(f"r={self.r}: an orthogonal start wants an even r; set r={self.r + 1}")
+            raise ConfigError(
+                f"Orthogonal initialization requires the LoRA rank to be even, got {self.r} instead. Set r={self.r + 1}"
+            )
         plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         Q = torch.linalg.qr(torch.randn(self.r, self.r, **plain)).Q
         A = (torch.randn(self.in_features, self.r // 2, **plain) @ Q[0::2]).T / 10

@@ -12,12 +12,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.linear.layers import dense_weight
 from minilora.lora.config import LoraConfig
+from minilora.lora.factors import beside
 from minilora.lora.layer import LoRALinear
 
 
@@ -53,7 +53,7 @@ class ResidualLoRA(LoRALinear):
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         A, B = super().as_lora()
-        return torch.cat([A, self.start_A.float()]), torch.cat([B, -self.scaling * self.start_B.float()], 1)
+        return beside(A, B, self.start_A.float(), -self.scaling * self.start_B.float())
 
 
 class DataStartLoRA(ResidualLoRA):

@@ -62,28 +62,32 @@ class HeadRows(TokenRows):
         return _with_logits(self, self, x)
 
 
-class TiedTable(Tied):
-    """Another embedding over the same table (an encoder's and a decoder's): the same rows are replaced in it."""
+class TiedToRows(Tied):
+    """Base of what shares its weight with an embedding of which rows train."""
 
     reads_base: ClassVar[bool] = True
+
+    @property
+    def trainable_tokens_delta(self) -> Tensor:
+        """The other's rows."""
+        return self.source.trainable_tokens_delta
+
+    def refuses(self, other: Adapter) -> str:
+        return _overlap(self.source, other)
+
+
+class TiedTable(TiedToRows):
+    """Another embedding over the same table (an encoder's and a decoder's): the same rows are replaced in it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _with_rows(self, self.source, x)
 
-    def refuses(self, other: Adapter) -> str:
-        return _overlap(self.source, other)
 
-
-class TiedRows(Tied):
+class TiedRows(TiedToRows):
     """The output head that shares its weight with an embedding of which rows train: the same rows give its logits."""
-
-    reads_base: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
         return _with_logits(self, self.source, x)
-
-    def refuses(self, other: Adapter) -> str:
-        return _overlap(self.source, other)
 
 
 def _overlap(rows: TokenRows, other: Adapter) -> str:

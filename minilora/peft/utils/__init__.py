@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "NoMatchingPeftModuleError",
             "PeftError",
         ),
+        "minilora.peft.utils.loftq_utils": ("replace_lora_weights_loftq",),
         "minilora.peft.utils.other": (
             "CONFIG_NAME",
             "INCLUDE_LINEAR_LAYERS_SHORTHAND",

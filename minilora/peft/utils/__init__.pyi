@@ -1,6 +1,7 @@
 # What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
 from minilora.peft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from minilora.peft.utils.error import PeftError as PeftError
+from minilora.peft.utils.loftq_utils import replace_lora_weights_loftq as replace_lora_weights_loftq
 from minilora.peft.utils.other import CONFIG_NAME as CONFIG_NAME
 from minilora.peft.utils.other import INCLUDE_LINEAR_LAYERS_SHORTHAND as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from minilora.peft.utils.other import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME

@@ -7,12 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minilora.errors import StateError, warn
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
+from minilora.lora.factors import widened
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many import hotswap
@@ -68,10 +68,14 @@ def prepare_model_for_compiled_hotswap(
         raise StateError(f"check_compiled={check_compiled!r}: wanted 'error', 'warn' or 'ignore'")
     compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
     if compiled and check_compiled != "ignore":
-        said = "the model is compiled already; call prepare_model_for_compiled_hotswap before torch.compile"
         if check_compiled == "error":
-            raise StateError(said)
-        warn(said)
+            raise StateError(
+                "Call prepare_model_for_compiled_hotswap *before* compiling the model, which is compiled already"
+            )
+        warn(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled; it will be compiled again, so call it "
+            "before torch.compile"
+        )
     inner = innermost(model)
     if not has_adapters(inner):
         raise StateError("No adapter layers found on the model; load the first adapter before preparing it")
@@ -79,15 +83,25 @@ def prepare_model_for_compiled_hotswap(
     if target_rank is not None:
         if larger := [layer.r for layer in layers if layer.r > target_rank]:
             raise StateError(
-                f"Trying to change the rank to {target_rank}, but a layer has {larger[0]}; give the largest rank of all"
+                f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({larger[0]}); give the "
+                "largest rank of all"
             )
         for layer in layers:
-            _pad(layer, target_rank)
+            groups = getattr(layer.innermost, "groups", 1)
+            if target_rank % groups:
+                kind = type(layer.innermost).__name__
+                raise StateError(
+                    f"Trying to pad a {kind} LoRA adapter with groups={groups} to target rank {target_rank}, but the target rank is not "
+                    f"divisible by {groups}. Please choose a target rank that is divisible by {groups}."
+                )
+        for layer in layers:
+            _widen(layer, target_rank)
         for name in adapters_of(inner).configs:
             _say(inner, name, target_rank)
         for each in config.values() if isinstance(config, dict) else [config] if config is not None else []:
-            each.r = target_rank
-            each.rank_pattern = {}
+            if not each.in_use:  # the model's own say it already
+                each.r = target_rank
+                each.rank_pattern = dict.fromkeys(each.rank_pattern, target_rank)
 
 
 def _say(model: nn.Module, name: str, rank: int) -> None:
@@ -98,17 +112,13 @@ def _say(model: nn.Module, name: str, rank: int) -> None:
     alphas = {path: v.scaling * by_rank for path, v in adapters.named(name).items() if isinstance(v, LoRALinear)}
     usual = max(alphas.values(), key=list(alphas.values()).count)
     others = {path: alpha for path, alpha in alphas.items() if alpha != usual}
-    new = dataclasses.replace(config, r=rank, lora_alpha=usual, rank_pattern={}, alpha_pattern=others)
+    ranks = dict.fromkeys(config.rank_pattern, rank)
+    new = dataclasses.replace(config, r=rank, lora_alpha=usual, rank_pattern=ranks, alpha_pattern=others)
     with LOCK, Change() as change:
         change.item(adapters.configs, name, new.for_use())
 
 
-@torch.no_grad()
-def _pad(layer: LoRALinear, rank: int) -> None:
-    """Fill A and B up with zeros; the factor stays."""
-    more = rank - layer.r
-    if more:
-        A, B = layer.lora_A, layer.lora_B
-        A.data = torch.cat([A, A.new_zeros(more, A.shape[1])])
-        B.data = torch.cat([B, B.new_zeros(B.shape[0], more)], 1)
-        layer.r = rank
+def _widen(layer: LoRALinear, rank: int) -> None:
+    """The same update at this rank; the factor stays."""
+    layer.lora_A.data, layer.lora_B.data = widened(layer.lora_A.data, layer.lora_B.data, rank)
+    layer.r = rank

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
+from minilora.files.hub import cached
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
+from minilora.lora.slots import adapters_of
 from minilora.peft.face import Face
-from minilora.peft.hub import folder_of
+from minilora.peft.hub import folder_of, name_of
 from minilora.peft.inner import gathered, innermost
 from minilora.peft.meta import made_real
+from minilora.peft.notes import say_left_out
 from minilora.store.adapter_files import read_adapter
 from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
 from minilora.store.tables import saved_tables
@@ -31,6 +34,10 @@ __all__ = [
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
 _PREFIX = "base_model.model."
+
+
+class OtherKeys(CheckpointError, RuntimeError):
+    """A state dict has other names than the model; torch raises ``RuntimeError`` there."""
 
 
 def get_peft_model_state_dict(
@@ -49,11 +56,12 @@ def get_peft_model_state_dict(
     Where the model has PEFT's methods (``get_peft_model``) names begin with "base_model.model.", after ``inject`` they do not, as in PEFT.
     """
     inner = innermost(model)
+    base = adapters_of(inner).configs[adapter_name].base_model_name_or_path or name_of(inner)
     with gathered(model) as copied:
         own = adapter_state_dict(inner, adapter_name)
         if state_dict is not None:
             own = {key: _found(key, adapter_name, state_dict) for key in own}
-        own |= saved_tables(inner, adapter_name, save_embedding_layers)
+        own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
         own = {key: copied(value) for key, value in own.items()}
     return own if isinstance(inner, Face) else {key.removeprefix(_PREFIX): value for key, value in own.items()}
 
@@ -84,14 +92,16 @@ def set_peft_model_state_dict(
     """Copy tensors into an adapter that the model has.
 
     Args:
-        ignore_mismatched_sizes, strict: what does not fit raises ``CheckpointError``; with the first, or ``strict=False``, the rest is
-            loaded, and the result says what was left out.
+        ignore_mismatched_sizes: leave out what has another shape, with a warning.
+        strict: what does not fit raises ``CheckpointError``; False loads the rest, and the result says what was left out.
         low_cpu_mem_usage: PEFT's; an adapter that was made without values (on the meta device) gets its memory here.
     """
     made_real(innermost(model), adapter_name)
     tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
     with gathered(model, write=True):
-        return fill_adapter(innermost(model), tensors, adapter_name, strict and not ignore_mismatched_sizes)
+        report = fill_adapter(innermost(model), tensors, adapter_name, strict, ignore_mismatched_sizes)
+    say_left_out(innermost(model), report if ignore_mismatched_sizes else None)
+    return report
 
 
 def load_peft_weights(
@@ -123,13 +133,13 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         ``(missing_keys, unexpected_keys)``.
 
     Raises:
-        CheckpointError: ``strict`` and names differ, or a shape is another; nothing has changed then.
+        CheckpointError: ``strict`` and names differ (a ``RuntimeError`` too), or a shape is another; nothing has changed then.
     """
     own = get_base_model_state_dict(model)
     missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if strict and (missing or extra):
-        what = f"{missing[0]} is missing" if missing else f"{extra[0]} is unexpected"
-        raise CheckpointError(
+        what = f"Missing key {missing[0]}" if missing else f"Unexpected key {extra[0]}"
+        raise OtherKeys(
             f"state_dict: {what} ({len(missing)} missing, {len(extra)} unexpected); set strict=False to load the rest"
         )
     for key in own.keys() & state_dict.keys():

@@ -1,7 +1,5 @@
 """``peft.utils.warning``."""
 
+from minilora.peft.notes import PeftWarning
+
 __all__ = ["PeftWarning"]
-
-
-class PeftWarning(UserWarning):
-    """Base of PEFT's own warnings; those of minilora are plain ``UserWarning``."""

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "EvaConfig",
             "LoftQConfig",
             "LoraGAConfig",
+            "LoraRuntimeConfig",
         ),
         "minilora.lora.variants.lora_ga": ("preprocess_loraga",),
         "minilora.many.convert": (

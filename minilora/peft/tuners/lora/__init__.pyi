@@ -4,6 +4,7 @@ from minilora.lora.starts import CordaConfig as CordaConfig
 from minilora.lora.starts import EvaConfig as EvaConfig
 from minilora.lora.starts import LoftQConfig as LoftQConfig
 from minilora.lora.starts import LoraGAConfig as LoraGAConfig
+from minilora.lora.starts import LoraRuntimeConfig as LoraRuntimeConfig
 from minilora.lora.variants.lora_ga import preprocess_loraga as preprocess_loraga
 from minilora.many.convert import convert_to_lora as convert_to_lora
 from minilora.many.convert import save_as_lora as save_as_lora
