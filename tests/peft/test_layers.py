@@ -1,0 +1,104 @@
+"""What a layer answers under PEFT's names."""
+
+import pytest
+import torch
+from torch import nn
+
+from minilora.many.intruders import reduce_intruder_dimension
+from minilora.peft import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
+from minilora.peft.layers import LoraLayer
+from minilora.peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from tests.models import finished, llama, lora, mlp, randomize
+
+
+def test_what_never_trains_has_a_name():
+    model = get_peft_model(mlp(), lora(["first"], init_lora_weights="mica"))
+    model.add_adapter("other", lora(["first", "last"]))
+    layers = model.base_model.model
+    assert layers.first.frozen_peft_weight_names == {"default": ("lora_B",)}
+    assert layers.last.frozen_peft_weight_names == {}
+
+
+def test_a_factor_without_a_bias_says_so():
+    plain, biased = (get_peft_model(mlp(), lora(["last"], lora_bias=which)) for which in (False, True))
+    assert plain.base_model.model.last.lora_B["default"].bias is None
+    assert biased.base_model.model.last.lora_B["default"].bias.shape == (5,)
+    assert {name for name, _ in biased.named_parameters()} - {name for name, _ in plain.named_parameters()} == {
+        "base_model.model.last.lora_B.default.bias"
+    }
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "v_proj"], r".*(lm_head|v_proj)"])
+def test_a_head_that_is_to_stay_tied_takes_its_table_along(targets, tmp_path):
+    model = get_peft_model(llama(tie_word_embeddings=True), lora(targets, ensure_weight_tying=True))
+    layers = model.base_model.model
+    table, head = layers.model.embed_tokens, layers.lm_head
+    assert isinstance(table, LoraLayer) and isinstance(head, LoraLayer)
+    assert table.lora_embedding_A["default"].data_ptr() == head.lora_B["default"].weight.data_ptr()
+    ids = torch.tensor([[3, 9, 1]])
+    wanted = randomize(model).eval()(ids).logits
+    model.save_pretrained(tmp_path)
+    from minilora.peft import PeftModel
+
+    again = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(again(ids).logits, wanted)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_all_linear_leaves_a_head_alone_that_is_to_stay_tied():
+    class Model(nn.Module):  # which does not say what its output embedding is
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mid, self.head = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 20, bias=False)
+            self.head.weight = self.embed.weight
+
+    with pytest.warns(UserWarning, match="no tied modules are added"):
+        model = get_peft_model(Model(), LoraConfig(target_modules="all-linear", ensure_weight_tying=True))
+    assert model.targeted_module_names == ["mid"]
+
+
+def test_tied_rows_are_shown_at_every_table():
+    model = get_peft_model(llama(tie_word_embeddings=True), lora(["v_proj"], trainable_token_indices=[3, 5]))
+    layers = model.base_model.model
+    own, tied = layers.model.embed_tokens.token_adapter, layers.lm_head.token_adapter
+    assert isinstance(own, TrainableTokensLayer) and isinstance(tied, TrainableTokensLayer)
+    assert tied.trainable_tokens_delta["default"] is own.trainable_tokens_delta["default"]
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
+    assert sum("trainable_tokens_delta" in name for name in names) == 1
+
+
+def test_lora_ga_beside_layers_that_have_no_gradients_directions():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.conv, self.embed = nn.Linear(14, 20), nn.Conv2d(3, 8, 3), nn.Embedding(9, 14)
+
+        def forward(self, x):
+            return self.lin(x)
+
+    model = finished(Model())
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["lin", "conv", "embed"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    x, image = torch.randn(2, 14), torch.randn(1, 3, 6, 6)
+    wanted = model(x), model.conv(image)
+    preprocess_loraga(model, config, lambda: model(x).square().sum().backward())
+    adapted = get_peft_model(model, config)
+    torch.testing.assert_close(adapted(x), wanted[0])
+    torch.testing.assert_close(adapted.base_model.model.conv(image), wanted[1])  # it starts as plain LoRA
+    assert not adapted.base_model.model.conv.lora_B["default"].weight.any()
+    assert adapted.base_model.model.conv.lora_A["default"].weight.any()
+
+
+def test_without_intruders_an_adapter_keeps_its_dtype():
+    model = get_peft_model(mlp().bfloat16(), lora(["first"]), autocast_adapter_dtype=False)
+    reduce_intruder_dimension(randomize(model), threshold_epsilon=999)
+    layer = model.base_model.model.first
+    assert {layer.lora_A[name].weight.dtype for name in ("default", "intruder_reduced")} == {torch.bfloat16}
+    assert not torch.equal(layer.lora_B["default"].weight, layer.lora_B["intruder_reduced"].weight)
