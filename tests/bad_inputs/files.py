@@ -153,7 +153,7 @@ LOAD = [
     ("another base", lambda w: load_adapter(w.make_mlp(1), w.folder()), CheckpointError, "another base model", "allow_other_base=True"),
     ("another architecture", lambda w: load_adapter(w.llama, w.folder()), TargetError, "'first'", "closest names"),
     ("a name as model", lambda w: load_adapter("smollm2", w.folder()), StateError, "the model is a str", "wanted a torch module"),
-    ("over an adapter", lambda w: PeftModel.from_pretrained(w.adapted, w.folder()), StateError, "['default', 'other'] already", "unload()"),
+    ("over an adapter", lambda w: PeftModel.from_pretrained(w.adapted, w.folder(), config=LoraConfig()), StateError, "['default', 'other'] already", "leave out config="),
 ]  # fmt: skip
 
 
