@@ -29,6 +29,10 @@ def emptied(values: dict[str, Value]) -> None:
 def made_real(model: nn.Module, adapter_name: str) -> None:
     """Give an adapter that has none memory for its values, on the devices of their layers."""
     adapters = adapters_of(model)
+    held = (module._parameters[name] for value in adapters.named(adapter_name).values() if isinstance(value, nn.Module)
+            for module, name in _trained(value))  # fmt: skip
+    if not any(parameter is not None and parameter.is_meta for parameter in held):
+        return
     with LOCK, Change() as change:
         for slot in adapters.slots.values():
             value = slot.kept.get(adapter_name)
@@ -39,7 +43,7 @@ def made_real(model: nn.Module, adapter_name: str) -> None:
                 if old.is_meta:
                     base: Any = slot.base
                     device = next(iter([*base.parameters(), *base.buffers()])).device
-                    new = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
+                    new = nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad)
                     change.item(module._parameters, name, new)
         adapters.refresh(change, adapter_name)  # the parts of faces hold the old ones
 
