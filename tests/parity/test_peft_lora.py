@@ -584,7 +584,8 @@ def test_unloaded_model_is_that_of_peft(pair, family, fields):
 # A trained copy of a head that shares its weight with the embedding
 
 tied_head = pytest.mark.filterwarnings(
-    "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter:UserWarning"
+    "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter:UserWarning",
+    "ignore:lm_head shares its weight with another layer, and is in the adapter:UserWarning",
 )
 TIED = {"target_modules": ["c_fc"], "modules_to_save": ["lm_head"]}
 
