@@ -141,7 +141,7 @@ class LoraConfig:
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(
                 f"task_type: Invalid task type: {validate.shown(self.task_type)}. Must be one of the following task types: "
-                f"{', '.join(TASK_TYPES)}. task_type=None is for every other task"
+                f"{', '.join(TASK_TYPES)}; task_type=None is for every other task"
             )
         if self.layer_replication is not None:
             raise ConfigError(
@@ -178,7 +178,7 @@ class LoraConfig:
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified; "
                 f"layers_pattern={validate.shown(self.layers_pattern)} does nothing alone"
             )
         for name in ("target_modules", "exclude_modules", "modules_to_save"):

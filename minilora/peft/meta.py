@@ -29,18 +29,21 @@ def emptied(values: dict[str, Value]) -> None:
 def made_real(model: nn.Module, adapter_name: str) -> None:
     """Give an adapter that has none memory for its values, on the devices of their layers."""
     adapters = adapters_of(model)
+    kept = [(slot.base, slot.kept.get(adapter_name)) for slot in adapters.slots.values()]
+    empty: list[Any] = [
+        (base, module, name)
+        for base, value in kept
+        if isinstance(value, nn.Module)
+        for module, name in _trained(value)
+        if getattr(module._parameters[name], "is_meta", False)
+    ]
+    if not empty:
+        return
     with LOCK, Change() as change:
-        for slot in adapters.slots.values():
-            value = slot.kept.get(adapter_name)
-            if not isinstance(value, nn.Module):
-                continue
-            for module, name in _trained(value):
-                old: Any = module._parameters[name]
-                if old.is_meta:
-                    base: Any = slot.base
-                    device = next(iter([*base.parameters(), *base.buffers()])).device
-                    new = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
-                    change.item(module._parameters, name, new)
+        for base, module, name in empty:
+            device = next(iter([*base.parameters(), *base.buffers()])).device
+            old = module._parameters[name]
+            change.item(module._parameters, name, nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad))
         adapters.refresh(change, adapter_name)  # the parts of faces hold the old ones
 
 

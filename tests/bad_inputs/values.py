@@ -33,7 +33,7 @@ _FIELDS = [
     *((LoraConfig, {}, {"lora_alpha": a}, "lora_alpha=", "r or 2*r") for a in (0, -1, NAN, INF, "16", None, True, 1e40)),
     *((LoraConfig, {}, {"lora_dropout": p}, "lora_dropout=", "0.05") for p in (1.0, -0.1, NAN, 1.5, "0.1", None, True)),
     *((LoraConfig, {}, {"bias": b}, "bias=", "'lora_only'") for b in ("some", None, True, [])),
-    *((LoraConfig, {}, {"task_type": t}, "task_type: Invalid task type", "CAUSAL_LM,") for t in ("CAUSAL", 3, ["CAUSAL_LM"])),
+    *((LoraConfig, {}, {"task_type": t}, "task_type: Invalid task type: ", "CAUSAL_LM") for t in ("CAUSAL", 3, ["CAUSAL_LM"])),
     (LoraConfig, {}, {"use_rslora": "yes"}, "use_rslora='yes'", "True or False"),
     (LoraConfig, {}, {"use_dora": 1}, "use_dora=1", "True or False"),
     (LoraConfig, {}, {"lora_bias": None}, "lora_bias=None", "True or False"),
@@ -51,7 +51,7 @@ _FIELDS = [
         (LoraConfig, {}, {"layers_to_transform": at}, "layers_to_transform=", "such as [0, 1]")
         for at in (-1, "0", [], [0, -1], [True], 1.5, {"0": 1})
     ),
-    (LoraConfig, {}, {"layers_pattern": "h"}, "layers_pattern='h'", "`layers_to_transform` must also be specified"),
+    (LoraConfig, {}, {"layers_pattern": "h"}, "layers_pattern='h'", "must also be specified"),
     (LoraConfig, {"layers_to_transform": 0}, {"layers_pattern": 3}, "layers_pattern=3", "a list of module names"),
     (LoraConfig, {"layers_to_transform": 0}, {"target_modules": ".*q"}, "layers_to_transform", "can name the layers itself"),
     *((LoraConfig, {}, {"target_modules": t}, "target_modules=", "a list of module names") for t in (5, [1], {"q": 1}, b"q", [None])),

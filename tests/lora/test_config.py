@@ -295,7 +295,7 @@ def test_what_is_huge_is_refused_in_a_short_line(fields):
         ),
         (
             {"layers_pattern": "h"},
-            "`layers_to_transform` must also be specified. layers_pattern='h' does nothing alone",
+            "`layers_to_transform` must also be specified; layers_pattern='h' does nothing alone",
         ),
         ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]]: replicated layers share weights"),
         ({"use_rslora": 1}, "use_rslora=1: wanted True or False"),

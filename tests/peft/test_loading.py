@@ -236,3 +236,13 @@ def test_model_is_the_model_where_it_has_no_part_of_that_name():
     assert not hasattr(model.unload(), "model")
     inner = get_peft_model(llama(), lora(["v_proj"]))
     assert type(inner.model).__name__ == "LlamaModel"  # its own part
+
+
+def test_an_adapter_without_values_gets_its_memory_when_it_is_filled():
+    filled = randomize(get_peft_model(mlp(), lora(["first", "mid"]))).eval()
+    model = get_peft_model(mlp(), lora(["first", "mid"]), low_cpu_mem_usage=True).eval()
+    assert all(p.is_meta for name, p in model.named_parameters() if "lora_" in name)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(filled), low_cpu_mem_usage=True)
+    assert not model.base_model.model.first.lora_A["default"].weight.is_meta
+    x = torch.randn(2, 12)
+    torch.testing.assert_close(model(x), filled(x))
