@@ -107,12 +107,7 @@ class Bare:
     def _base_of(self, question: str) -> nn.Module | None:
         """What is under the module that the model names."""
         with LOCK, Change():  # nobody puts another layer into the slots between the two questions
-            try:
-                shown: nn.Module | None = getattr(self.model, question, lambda: None)()
-            except (
-                NotImplementedError
-            ):  # transformers' models without such a layer (sound, pictures) say so in this way
-                return None
+            shown = _answer(self.model, question)
             for slot in self._slots.values():
                 if shown is not None and shown is slot.parent._modules.get(slot.attr):
                     return slot.base if isinstance(slot.base, nn.Module) else shown
@@ -137,3 +132,11 @@ def _home(slots: dict[str, Slot], path: str) -> nn.Module:
     """The module of the bare model in which a slot lies: of a bias, the layer that stands there now."""
     slot, owner = slots[path], slots.get(path.rpartition(".")[0])
     return owner.base if owner is not None and isinstance(owner.base, nn.Module) else slot.parent
+
+
+def _answer(model: nn.Module, question: str) -> nn.Module | None:
+    """What the model says; transformers' models without such a layer (sound, pictures) raise ``NotImplementedError``."""
+    try:
+        return getattr(model, question, lambda: None)()
+    except NotImplementedError:
+        return None
