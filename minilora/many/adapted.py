@@ -58,14 +58,15 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         adapters.refuse_while_mixing()
         if name in adapters.merged:
             raise StateError(f"Cannot delete adapter(s) [{name!r}] while they are merged. Please unmerge them first.")
-        left = tuple(other for other in adapters.active if other != name)
+        active = adapters.active
+        left = tuple(other for other in active if other != name)
         others = sorted(other for other in adapters.configs if other != name)
-        successor = left or tuple(others[:1])
+        successor = left or tuple(others[: name in active])
         check_stack(adapters.slots, successor, adapters.merged)
         adapters.forget(change, name)
-        if not left:
+        if active and not left:
             adapters.activate(change, successor)
-        elif left != adapters.active:
+        elif left != active:
             change.put(adapters, "chosen", left)
             adapters.settle(change)
 
