@@ -8,6 +8,7 @@ SFTTrainer included. The three methods are private to transformers; 5.24 is what
 from __future__ import annotations
 
 import os
+from types import MethodType
 from typing import Any
 
 import transformers
@@ -21,6 +22,14 @@ __all__ = ["LoraTrainer", "LoraTrainerMixin"]
 
 class LoraTrainerMixin:
     """Saves, resumes and restores adapters; put it in front: ``class Mine(LoraTrainerMixin, SFTTrainer)``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = self._adapted()
+        forward = vars(model).get("forward")
+        # TRL binds a forward of its own, which calls the model's base_model: transformers' meaning of it, not PEFT's.
+        if isinstance(forward, MethodType) and forward.__self__ is model and hasattr(model, "get_base_model"):
+            vars(model)["forward"] = MethodType(forward.__func__, model.get_base_model())
 
     def _adapted(self) -> nn.Module:
         """The model under whatever accelerate wrapped around it."""

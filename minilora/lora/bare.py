@@ -107,7 +107,12 @@ class Bare:
     def _base_of(self, question: str) -> nn.Module | None:
         """What is under the module that the model names."""
         with LOCK, Change():  # nobody puts another layer into the slots between the two questions
-            shown: nn.Module | None = getattr(self.model, question, lambda: None)()
+            try:
+                shown: nn.Module | None = getattr(self.model, question, lambda: None)()
+            except (
+                NotImplementedError
+            ):  # transformers' models without such a layer (sound, pictures) say so in this way
+                return None
             for slot in self._slots.values():
                 if shown is not None and shown is slot.parent._modules.get(slot.attr):
                     return slot.base if isinstance(slot.base, nn.Module) else shown

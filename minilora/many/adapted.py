@@ -95,13 +95,13 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
     change.put(adapters, "chosen", merged)
     change.put(adapters, "merged", merged)
     change.put(adapters, "faces", None)
+    change.put(adapters, "odd", ())
     for slot in adapters.slots.values():
-        change.put(slot, "face", None)
+        for name, plain in (("face", None), ("only", None), ("off", False)):
+            change.put(slot, name, plain)
     adapters.settle(change)
     if has_parted(Bare(model), adapters, merged):
         say_untied(change, model)
-    if merged and any(isinstance(slot.base, nn.Module) and is_foreign(slot.base) for slot in adapters.slots.values()):
-        say_dense(change, model)
     for slot in adapters.slots.values():  # what trained whole stays, in the dtype that the model has
         for value in (slot.kept[name] for name in merged if name in slot.kept):
             if isinstance(value, Adapter):
@@ -114,6 +114,8 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
                 change.classes(value.modules())
                 in_given_dtype(value)
     detach(change, model)
+    if merged and any(isinstance(slot.base, nn.Module) and is_foreign(slot.base) for slot in adapters.slots.values()):
+        say_dense(change, model)  # its layers have their own names again
 
 
 def say_dense(change: Change, model: nn.Module) -> None:

@@ -43,7 +43,7 @@ def made_real(model: nn.Module, adapter_name: str) -> None:
         for base, module, name in empty:
             device = next(iter([*base.parameters(), *base.buffers()])).device
             old = module._parameters[name]
-            change.item(module._parameters, name, nn.Parameter(torch.empty_like(old, device=device), old.requires_grad))
+            change.item(module._parameters, name, nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad))
         adapters.refresh(change, adapter_name)  # the parts of faces hold the old ones
 
 

@@ -16,6 +16,7 @@ from minilora.data.encoding import Encoded
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, StateError
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import Adapters, adapters_of, has_adapters
 from minilora.quant.finite import is_finite
@@ -131,11 +132,7 @@ def _check_tokens(example: Encoded, rows: int, where: str) -> None:
 
 def _rows(model: nn.Module) -> int | None:
     """Tokens that the input embedding knows, where the model says which one that is."""
-    try:
-        table: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        return None
-    table = table.innermost if isinstance(table, Adapter) else table
+    table: Any = Bare(model).get_input_embeddings()
     return getattr(table, "num_embeddings", None)
 
 

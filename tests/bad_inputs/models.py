@@ -66,6 +66,7 @@ INJECT = [
     ("a tied table", into("gpt2", "wte"), TargetError, "shares its weight with lm_head", "ensure_weight_tying=True"),
     ("LoftQ on a table", into("llama", "embed_tokens", init_lora_weights="loftq"), TargetError, "is an Embedding", "leave it out"),
     ("twice in the model", lambda w: inject(w.shared(), lora("0")), TargetError, "0 and 1 are one shared layer", "its own copy"),
+    ("an odd rank in halves", into("plain", "first", r=7, init_lora_weights="orthogonal"), ConfigError, "got 7 instead", "Set r=8"),
     ("LoftQ on packed", into("packed", "first", init_lora_weights="loftq"), TargetError, "first: is packed already", "give it the dense model"),
     *((f"name {n!r}"[:20], lambda w, n=n: inject(w.plain, lora("first"), n), StateError, "adapter name", "1 to 64 letters") for n in ("../x", "", "a" * 65, 5, "/etc/x", "a b", "é")),
     ("a taken name", lambda w: inject(w.adapted, lora("first"), "other"), StateError, "'other' already", "another name"),

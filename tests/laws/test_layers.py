@@ -31,7 +31,13 @@ LAYERS = {
     "attention_plain": lambda: nn.MultiheadAttention(12, 2, bias=False, add_zero_attn=True),
 }
 FIELDS = {
-    "convolution": {"lora": {}, "rslora": {"use_rslora": True}, "bias": {"lora_bias": True}, "dora": {"use_dora": True}},
+    "convolution": {
+        "lora": {},
+        "rslora": {"use_rslora": True},
+        "bias": {"lora_bias": True},
+        "dora": {"use_dora": True},
+        "lora_ga": {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
+    },
     "embedding": {
         "lora": {},
         "rslora": {"use_rslora": True},

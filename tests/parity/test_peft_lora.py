@@ -590,6 +590,7 @@ TIED = {"target_modules": ["c_fc"], "modules_to_save": ["lm_head"]}
 
 
 @tied_head
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
 def test_copy_of_a_tied_head_trains_alone_with_the_logits_of_peft(pair, build_model, token_ids):
     ours, theirs = pair("gpt2", TIED)
     torch.testing.assert_close(logits(ours, token_ids), logits(theirs, token_ids), **TOLERANCE)
@@ -598,12 +599,14 @@ def test_copy_of_a_tied_head_trains_alone_with_the_logits_of_peft(pair, build_mo
 
 
 @tied_head
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
 def test_files_with_a_copy_of_a_tied_head_are_equal(files):
     assert_same_tensors(*(load_file(folder / "adapter_model.safetensors") for folder in files("gpt2", TIED)))
 
 
 @tied_head
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied after merging:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
 def test_merged_weights_with_a_copy_of_a_tied_head_are_equal(pair):
     ours, theirs = pair("gpt2", TIED)
     assert_same_tensors(ours.merge_and_unload().state_dict(), theirs.merge_and_unload().state_dict())

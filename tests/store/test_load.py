@@ -639,6 +639,25 @@ def test_only_a_base_weight_may_come_along(make_llama, randomize, tmp_path):
         load_adapter(make_llama(), tmp_path)
 
 
+def test_a_model_that_has_no_tokens_is_saved_and_loaded(make_mlp, randomize, tmp_path):
+    """Of sound or images, say: transformers raises where such a one is asked for its embeddings."""
+
+    def build():
+        model = make_mlp()
+        model.get_input_embeddings = model.get_output_embeddings = none
+        return model
+
+    def none():
+        raise NotImplementedError("`get_input_embeddings` not auto-handled")
+
+    model = randomize(inject(build(), lora(["first"])))
+    save_adapter(model, tmp_path)
+    again = build()
+    load_adapter(again, tmp_path)
+    x = torch.randn(6, 12)
+    assert torch.equal(again(x), model(x))
+
+
 def test_two_names_of_one_tied_factor_must_agree(make_gpt2, randomize, tmp_path, ids):
     """A head that is tied to the embedding sees its factors turned round; both are in the file."""
     model = randomize(inject(make_gpt2(), lora(["wte"], ensure_weight_tying=True)))

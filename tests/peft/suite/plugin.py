@@ -177,6 +177,11 @@ def features_of(item):
     return [name for name, pattern in FEATURES.items() if re.search(pattern, text, re.I)]
 
 
+def name_of(item):
+    """The test's file and name, whatever folder pytest was started in."""
+    return f"{item.path.name}::{item.nodeid.partition('::')[2]}"
+
+
 # ---- what pytest calls
 
 
@@ -197,7 +202,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     only = set(Path(ONLY).read_text().splitlines()) if ONLY else None
-    kept = [item for item in items if is_loras(item) and (only is None or item.nodeid in only)]
+    kept = [item for item in items if is_loras(item) and (only is None or name_of(item) in only)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
 
@@ -212,7 +217,7 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.when != "call" and report.passed:
         return
-    said = {"id": item.nodeid, "file": item.path.name, "outcome": report.outcome, "features": features_of(item)}
+    said = {"id": name_of(item), "file": item.path.name, "outcome": report.outcome, "features": features_of(item)}
     if call.excinfo is not None:
         said["error"] = f"{call.excinfo.type.__name__}: {str(call.excinfo.value)[:500]}"
         lines = [entry for entry in call.excinfo.traceback if str(ROOT) in str(entry.path)]

@@ -28,12 +28,15 @@ NOT_CORE = (*OUT_OF_SCOPE, "convolutions", "nn.MultiheadAttention", "aLoRA", "Co
 KINDS = (STRICTER, WORKS, WORDS, INTERNAL, SCOPE, OPEN)
 
 
-def run(checkout: Path, file: Path, which: str, out: Path, only: Path | None = None) -> list[dict[str, Any]]:
-    """The results of one file of tests, a dictionary a test."""
+def run(checkout: Path, files: list[Path], which: str, out: Path, only: Path | None = None) -> list[dict[str, Any]]:
+    """The results of these files of tests in one process, a dictionary a test; pytest shows how far it is."""
     environment = os.environ | {
-        "SUITE_WITH": which, "SUITE_OUT": str(out), "SUITE_ROOT": str(checkout), "SUITE_ONLY": str(only or ""),
+        "SUITE_WITH": which,
+        "SUITE_OUT": str(out),
+        "SUITE_ROOT": str(checkout),
+        "SUITE_ONLY": str(only or ""),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[2]), str(HERE.parents[2] / "kernels")]),
-    }  # fmt: skip
+    }
     command = [
         sys.executable,
         "-m",
@@ -46,22 +49,22 @@ def run(checkout: Path, file: Path, which: str, out: Path, only: Path | None = N
         "-c",
         os.devnull,
         "--tb=no",
+        "-r",
+        "N",
     ]
-    command += [f"--rootdir={checkout}", "-W", "ignore::DeprecationWarning", str(file)]
-    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True)
-    found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    command += [f"--rootdir={checkout}", "-W", "ignore", "--continue-on-collection-errors", *map(str, files)]
+    done = subprocess.run(command, env=environment, cwd=checkout)
     if done.returncode not in (0, 1, 5):
-        print(f"{file.name}: pytest ended with {done.returncode}: {done.stdout.splitlines()[-1:]}", file=sys.stderr)
-    return list({each["id"]: each for each in found}.values())
+        print(f"pytest ended with {done.returncode} under {which}", file=sys.stderr)
+    return list({each["id"]: each for each in map(json.loads, out.read_text().splitlines())}.values())
 
 
-def judged(checkout: Path, file: Path, folder: Path) -> list[dict[str, Any]]:
+def judged(checkout: Path, files: list[Path], folder: Path) -> list[dict[str, Any]]:
     """Each test with its ``kind``: passed, skipped, excluded, or why it fails."""
-    tests = run(checkout, file, "minilora", folder / f"{file.stem}.jsonl")
+    tests = run(checkout, files, "minilora", folder / "minilora.jsonl")
     failed = [each for each in tests if each["outcome"] == "failed"]
-    only = folder / f"{file.stem}.txt"
-    only.write_text("\n".join(each["id"] for each in failed))
-    theirs = run(checkout, file, "peft", folder / f"{file.stem}-peft.jsonl", only) if failed else []
+    (folder / "failed.txt").write_text("\n".join(each["id"] for each in failed))
+    theirs = run(checkout, files, "peft", folder / "peft.jsonl", folder / "failed.txt") if failed else []
     passing = {each["id"] for each in theirs if each["outcome"] == "passed"}
     for each in tests:
         each["kind"], each["why"] = each["outcome"], ""
@@ -94,7 +97,7 @@ def page(tests: list[dict[str, Any]], seconds: float) -> str:
     for file in dict.fromkeys(each["file"] for each in tests):
         own = [each for each in tests if each["file"] == file]
         counts = collections.Counter(each["kind"] for each in own)
-        own_core = [each for each in own if each in core]
+        own_core = [each for each in core if each["file"] == file]
         lines.append(
             f"| {file} | {share(own_core)} | {share(own)} | "
             + " | ".join(str(counts[kind] or "") for kind in KINDS)
@@ -123,11 +126,8 @@ def main() -> None:
         for each in tests_folder.glob("test_*.py")
         if "lora" in each.read_text().lower() and "gpu" not in each.name
     )
-    began, tests = time.time(), []
-    for name in names:
-        own = judged(options.checkout.resolve(), tests_folder / name, options.out.resolve())
-        tests += own
-        print(f"{time.time() - began:5.0f} s  {name}: {share(own)}", flush=True)
+    began = time.time()
+    tests = judged(options.checkout.resolve(), [tests_folder / name for name in names], options.out.resolve())
     (options.out / "tests.json").write_text(json.dumps(tests))
     print(f"all: {share(tests)}")
     if not options.files:
