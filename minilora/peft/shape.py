@@ -29,6 +29,15 @@ class Shape(Face):
             return super().base_model  # type: ignore[misc]
         return LoraModel.of(self)
 
+    def __getattr__(self, name: str) -> Any:
+        """``model`` is PEFT's name for the model with LoRA layers in it, where the model itself has no part of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "model" or not has_adapters(self):
+                raise
+            return self.base_model.model
+
     def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
         """Path and module of PEFT's tree: ``base_model.model...``."""
         if not has_adapters(self):

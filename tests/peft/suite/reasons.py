@@ -68,7 +68,42 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (INTERNAL, "`LoraConfig._register_custom_module`, experimental in PEFT", r"_register_custom_module"),
     (INTERNAL, "one layer is merged or loses its adapter alone", r"changes a whole model here, not one layer"),
     (INTERNAL, "parts that a test puts into a layer by hand", r"quantization_backend|irregular"),
-    (WORDS, "", r"Regex pattern did not match"),
+    (
+        STRICTER,
+        "the base is never changed: PiSSA, OLoRA and CorDA leave it as it is, and these tests want it changed",
+        r"conversion_same_output_after_loading",
+    ),
+    (
+        STRICTER,
+        "what is tied is what shares its weight, whatever `config.tie_word_embeddings` says",
+        r"when_model_config_tie_false",
+    ),
+    (STRICTER, "hot swap to a larger rank than the first", r"start from the largest rank"),
+    (STRICTER, "a value that cannot be meant is refused when the config is built", r"test_lora_with_bias_argument"),
+    (STRICTER, "lists of a config are tuples", r"target_modules, set\)|layers_to_transform == \[0, 1, 2\]"),
+    (STRICTER, "a config has another `peft_type` than LORA", r"peft_type='test'"),
+    (WORKS, "Mamba's `out_proj` and `conv1d`, whose weights are read", r"mamba_modules"),
+    (WORKS, "aLoRA in beam search", r"test_num_beams_error"),
+    (INTERNAL, "`model.model` is the model's own part of that name", r"has no attribute 'model'"),
+    (
+        INTERNAL,
+        "a layer that lost its last adapter is the plain layer again",
+        r"no attribute 'frozen_peft_weight_names'",
+    ),
+    (INTERNAL, "PEFT shows the bare `out_proj` of an attention, without its update", r"mha_exposes_attributes"),
+    (
+        INTERNAL,
+        "a test puts another `state_dict` in the place of the model's; the adapter is saved from the model",
+        r"missing_keys_warning|hotswap_missing_key",
+    ),
+    (INTERNAL, "scalings that are tensors after a hot swap was prepared", r"scalings_are_tensors"),
+    (INTERNAL, "PEFT's own version in a file", r"test_peft_version"),
+    (INTERNAL, "a layer's dictionary that was taken before shows what is now", r"assert \{'default'.*\} != \{"),
+    (INTERNAL, "where DoRA's cache lies", r"test_dora_caching"),
+    (INTERNAL, "one dictionary object for all tables that are tied", r"trainable_tokens_delta is "),
+    (INTERNAL, "private methods of PEFT's model", r"_get_module_names_tied_with_embedding"),
+    (INTERNAL, "PEFT's layers and variants built by hand", r"__init__\(\) got an unexpected keyword argument"),
+    (WORDS, "", r"Regex pattern did not match|not found in the base model|and in trainable_token_indices"),
 )
 
 
