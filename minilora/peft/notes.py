@@ -59,7 +59,7 @@ def _say_tying(model: nn.Module, config: LoraConfig, values: Mapping[str, Value]
     elif not config.ensure_weight_tying and (parted := [path for path in touched if not is_rows(values[path])]):
         warn(
             f"{parted[0]} shares its weight with another layer, and is in the adapter, but `ensure_weight_tying` is not set to True: the "
-            "two part, and a merged model has both weights; set it to change them alike"
+            "two part; set it to change them alike, or minilora.untie(model) before merging"
         )
 
 

@@ -99,3 +99,17 @@ def test_peft_loses_the_embedding_in_the_conversion(build_model, tmp_path):
     got, want = (load_file(tmp_path / who / "plain" / "adapter_model.safetensors") for who in ("ours", "theirs"))
     name = "base_model.model.model.embed_tokens.lora_embedding_A"
     assert got[name].shape == (8, 64) and name not in want
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+def test_a_second_load_in_peft_changes_the_base_once_more(build_model, tmp_path):
+    """PEFT 0.21.2 takes the start out of the weights again; here the folder goes into the adapter that is there."""
+    model = randomize(ours(build_model, FIELDS["pissa"]), 3).eval()
+    wanted = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    close(minilora.PeftModel.from_pretrained(model, tmp_path)(IDS).logits, wanted, 1e-6)
+    theirs = peft.PeftModel.from_pretrained(build_model("llama").eval(), tmp_path)
+    close(theirs(IDS).logits, wanted, 1e-4)
+    again = peft.PeftModel.from_pretrained(theirs.get_base_model(), tmp_path).eval()
+    assert (again(IDS).logits - wanted).abs().max() > 0.05 * wanted.abs().max()

@@ -228,16 +228,6 @@ def test_names_that_differ_are_what_torch_would_raise(tmp_path):
         set_base_model_state_dict(model, state | {"more": torch.ones(2)})
 
 
-def test_model_is_the_model_where_it_has_no_part_of_that_name():
-    model = get_peft_model(mlp(), lora(["first"]))
-    assert model.model.first is model.base_model.model.first
-    with pytest.raises(AttributeError, match="other_name"):
-        model.other_name  # noqa: B018
-    assert not hasattr(model.unload(), "model")
-    inner = get_peft_model(llama(), lora(["v_proj"]))
-    assert type(inner.model).__name__ == "LlamaModel"  # its own part
-
-
 def test_an_adapter_without_values_gets_its_memory_when_it_is_filled():
     filled = randomize(get_peft_model(mlp(), lora(["first", "mid"]))).eval()
     model = get_peft_model(mlp(), lora(["first", "mid"]), low_cpu_mem_usage=True).eval()
@@ -246,3 +236,13 @@ def test_an_adapter_without_values_gets_its_memory_when_it_is_filled():
     assert not model.base_model.model.first.lora_A["default"].weight.is_meta
     x = torch.randn(2, 12)
     torch.testing.assert_close(model(x), filled(x))
+
+
+def test_model_is_the_model_where_it_has_no_part_of_that_name():
+    model = get_peft_model(mlp(), lora(["first"]))
+    assert model.model.first is model.base_model.model.first
+    with pytest.raises(AttributeError, match="other_name"):
+        model.other_name  # noqa: B018
+    assert not hasattr(model.unload(), "model")
+    inner = get_peft_model(llama(), lora(["v_proj"]))
+    assert type(inner.model).__name__ == "LlamaModel"  # its own part
