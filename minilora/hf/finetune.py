@@ -149,7 +149,7 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     covered, others = coverage(model)
     left = sorted({path.rsplit(".", 1)[-1] for path in others})
     rest = f"; not {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
-    say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear weights{rest}")
+    say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear layers and convolutions{rest}")
     return model
 
 

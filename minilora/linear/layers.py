@@ -116,7 +116,10 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
 
 
 def _no_weight(layer: nn.Module) -> TargetError:
-    return TargetError(f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear")
+    return TargetError(
+        f"{type(layer).__name__} is not a linear layer; wanted Linear, Conv1D or QuantLinear; of an adapted "
+        "layer, its get_base_layer()"
+    )
 
 
 def weight_name(layer: nn.Module) -> str:

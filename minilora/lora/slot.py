@@ -61,7 +61,7 @@ class Slot:
 
         ``parent`` is where a bias goes when the layer that it belonged to has been replaced.
         """
-        value: Value = self.merged if folded and self.merged is not None else self.base
+        value = self.under if folded else self.base
         place = parent or self.parent
         for name in (*folded, *(name for name in names if name not in folded)) if folded else names:
             above = self.kept.get(name)
@@ -91,6 +91,11 @@ class Slot:
         if self.face is not None:
             change.item(vars(self.face), "stands", stands)
         return found
+
+    @property
+    def under(self) -> Value:
+        """What adapters stand on: ``base``, or the layer that some are merged into."""
+        return self.base if self.merged is None else self.merged
 
     @property
     def standing(self) -> nn.Module:

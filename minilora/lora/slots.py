@@ -71,7 +71,7 @@ class Adapters:
         self.odd: tuple[str, ...] = ()  # paths of slots that show others than the rest (``only``, ``off``)
         self.merged: tuple[str, ...] = ()
         self.blocks: tuple[Block, ...] = ()
-        self.faces: Callable[[Change, Adapters, str], None] | None = None
+        self.faces: Callable[[Change, Adapters, str | None], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model is in none of the ``with`` blocks that the model is in."""
@@ -141,8 +141,8 @@ class Adapters:
         change.drop(self.configs, name)
         change.drop(self.variants, name)
 
-    def refresh(self, change: Change, name: str) -> None:
-        """After what slots keep of an adapter has changed: bring their faces in line."""
+    def refresh(self, change: Change, name: str | None = None) -> None:
+        """After what slots keep of an adapter (None: of all), or what that stands on, has changed: bring their faces in line."""
         if self.faces is not None:
             self.faces(change, self, name)
 

@@ -133,6 +133,7 @@ def put_in(change: Change, model: nn.Module, merged: Merged) -> None:
     for path, layer in merged.layers.items():
         change.put(adapters.slots[path], "merged", layer)
     change.put(adapters, "merged", merged.names)
+    adapters.refresh(change)
     adapters.settle(change)
 
 
@@ -256,4 +257,5 @@ def unmerge(model: nn.Module) -> None:
         for slot in adapters.slots.values():
             change.put(slot, "merged", None)
         change.put(adapters, "merged", ())
+        adapters.refresh(change)
         adapters.settle(change)

@@ -74,8 +74,8 @@ class BaseTunerLayer(nn.Module, ABC):
         return self
 
     def get_base_layer(self) -> nn.Module:
-        """The frozen layer under all adapters."""
-        return self.slot.base
+        """The frozen layer under all adapters; while some are merged, the layer that they are merged into."""
+        return self.slot.under
 
     @property
     def weight(self) -> Tensor:

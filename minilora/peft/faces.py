@@ -40,7 +40,7 @@ def _refresh(change: Change, adapters: Adapters, name: str | None = None) -> Non
 def _follow(change: Change, slot: Slot, name: str) -> bool:
     """Change one entry of a face. False where the face itself must become another."""
     face, value = slot.face, slot.kept.get(name)
-    if face is None or vars(face)["shown"] is not slot.base:
+    if face is None or vars(face)["shown"] is not slot.under:
         return False
     shells = vars(face)["shells"]
     wanted = None if value is None else _kind_of(value)
@@ -70,14 +70,14 @@ def _rebuild(change: Change, slot: Slot, adapters: Adapters) -> None:
 
 def _around(change: Change, slot: Slot, adapters: Adapters) -> nn.Module:
     """What PEFT has in the place of a slot: wrappers for copies and rows inside, the LoRA layer outside."""
-    shown: Any = slot.base
+    shown: Any = slot.under
     shells: dict[str, Any] = {}
     for kind, shell in _SHELLS:
         if kept := {name: value for name, value in slot.kept.items() if _kind_of(value) == kind}:
             shells[kind] = shown = shell(slot, shown, adapters)
             for name, value in kept.items():
                 shown.enter(change, name, value)
-    vars(shown).update(shells=shells, shown=slot.base)
+    vars(shown).update(shells=shells, shown=slot.under)
     return shown
 
 

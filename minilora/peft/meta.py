@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minilora.lora.adapter import Adapter
-from minilora.lora.change import LOCK, Change
+from minilora.lora.change import Change
 from minilora.lora.slot import Value
 from minilora.lora.slots import adapters_of
 
@@ -26,25 +26,26 @@ def emptied(values: dict[str, Value]) -> None:
                 module._parameters[name] = nn.Parameter(old.data.to("meta"), old.requires_grad)
 
 
-def made_real(model: nn.Module, adapter_name: str) -> None:
+def made_real(change: Change, model: nn.Module, adapter_name: str) -> None:
     """Give an adapter that has none memory for its values, on the devices of their layers."""
     adapters = adapters_of(model)
-    kept = [(slot.base, slot.kept.get(adapter_name)) for slot in adapters.slots.values()]
-    empty: list[Any] = [
-        (base, module, name)
-        for base, value in kept
-        if isinstance(value, nn.Module)
-        for module, name in _trained(value)
-        if getattr(module._parameters[name], "is_meta", False)
-    ]
-    if not empty:
-        return
-    with LOCK, Change() as change:
-        for base, module, name in empty:
-            device = next(iter([*base.parameters(), *base.buffers()])).device
-            old = module._parameters[name]
-            change.item(module._parameters, name, nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad))
+    empty: list[
+        tuple[Any, Any, str]
+    ] = []  # what is frozen there, and a dictionary with a key whose parameter has no values
+    for slot in adapters.slots.values():
+        value: Any = slot.kept.get(adapter_name)
+        if isinstance(value, nn.Parameter):
+            held: Any = [(slot.kept, adapter_name)]
+        else:
+            held = [(module._parameters, name) for module, name in _trained(value)] if value is not None else []
+        empty += [(slot.base, place, name) for place, name in held if place[name].is_meta]
+    for base, place, name in empty:
+        frozen = [base] if isinstance(base, nn.Parameter) else [*base.parameters(), *base.buffers()]
+        real = torch.zeros_like(place[name], device=frozen[0].device)
+        change.item(place, name, nn.Parameter(real, place[name].requires_grad))
+    if empty:
         adapters.refresh(change, adapter_name)  # the parts of faces hold the old ones
+        adapters.settle(change)
 
 
 def _trained(value: nn.Module) -> list[tuple[nn.Module, str]]:

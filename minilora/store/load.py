@@ -164,7 +164,7 @@ def restore_adapter(
             if found != wanted or stored.variant != kind:
                 said = f"(r, lora_alpha, rslora) = {found} as {stored.variant}, the adapter {wanted} as {kind}"
                 raise CheckpointError(
-                    f"{stored.path}: {path} has {said}; resume with the config that it was saved with"
+                    f"{stored.path}: {path} has {said}; resume with the config that it was saved with, or load it under another name"
                 )
     return fill(model, adapters.named(adapter_name), stored, strict, False, ignore_mismatched_sizes)
 

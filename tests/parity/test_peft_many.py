@@ -427,6 +427,12 @@ def test_merging_in_place_and_back_gives_the_logits_of_peft(three, token_ids, fa
             model.merge_adapter(names)
         assert_same_logits(logits(ours, token_ids), logits(theirs, token_ids))
         assert_same_logits(logits(ours, token_ids), before, 5e-6)
+        # What a server is given meanwhile (TRL writes these into vLLM) has the update in it.
+        found, wanted = (dict(model.named_parameters()) for model in (ours, theirs))
+        assert found.keys() == wanted.keys() and found.keys() <= ours.state_dict().keys()
+        for name, parameter in wanted.items():
+            torch.testing.assert_close(found[name], parameter, atol=1e-5, rtol=0, msg=name)
+            assert torch.equal(ours.state_dict()[name], found[name]), name
         for model in (ours, theirs):
             model.unmerge_adapter()
     assert torch.equal(logits(ours, token_ids), before)

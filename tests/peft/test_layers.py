@@ -102,3 +102,13 @@ def test_without_intruders_an_adapter_keeps_its_dtype():
     layer = model.base_model.model.first
     assert {layer.lora_A[name].weight.dtype for name in ("default", "intruder_reduced")} == {torch.bfloat16}
     assert not torch.equal(layer.lora_B["default"].weight, layer.lora_B["intruder_reduced"].weight)
+
+
+def test_types_can_be_compared_with_those_of_other_methods():
+    from minilora.peft import PeftType
+
+    model = get_peft_model(mlp(), lora(["first"]))
+    for kind in (model.peft_type, model.peft_config["default"].peft_type):
+        assert kind == PeftType.LORA and kind.value == "LORA" and kind not in (PeftType.ADALORA, PeftType.PREFIX_TUNING)
+    theirs = pytest.importorskip("peft").PeftType
+    assert {each.name: each.value for each in PeftType} == {each.name: each.value for each in theirs}

@@ -229,13 +229,26 @@ def test_names_that_differ_are_what_torch_would_raise(tmp_path):
 
 
 def test_an_adapter_without_values_gets_its_memory_when_it_is_filled():
-    filled = randomize(get_peft_model(mlp(), lora(["first", "mid"]))).eval()
-    model = get_peft_model(mlp(), lora(["first", "mid"]), low_cpu_mem_usage=True).eval()
-    assert all(p.is_meta for name, p in model.named_parameters() if "lora_" in name)
-    set_peft_model_state_dict(model, get_peft_model_state_dict(filled), low_cpu_mem_usage=True)
+    config = lora(["first", "mid"], bias="all", modules_to_save=["last"])
+    filled = randomize(get_peft_model(mlp(), config)).eval()
+    model = get_peft_model(mlp(), config, low_cpu_mem_usage=True).eval()
+    values = get_peft_model_state_dict(filled)
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert len(empty) == len(values)
+
+    set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
     assert not model.base_model.model.first.lora_A["default"].weight.is_meta
     x = torch.randn(2, 12)
     torch.testing.assert_close(model(x), filled(x))
+
+
+def test_a_state_dict_that_does_not_fit_leaves_an_adapter_without_values_as_it_was():
+    model = get_peft_model(mlp(), lora(["first", "mid"], bias="all"), low_cpu_mem_usage=True)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    values = get_peft_model_state_dict(get_peft_model(mlp(), lora(["first"], bias="all")))
+    with pytest.raises(CheckpointError, match="mid"):
+        set_peft_model_state_dict(model, values)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
 
 
 def test_model_is_the_model_where_it_has_no_part_of_that_name():

@@ -96,9 +96,9 @@ def set_peft_model_state_dict(
         strict: what does not fit raises ``CheckpointError``; False loads the rest, and the result says what was left out.
         low_cpu_mem_usage: PEFT's; an adapter that was made without values (on the meta device) gets its memory here.
     """
-    made_real(innermost(model), adapter_name)
     tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
-    with gathered(model, write=True):
+    with LOCK, Change() as change, gathered(model, write=True):
+        made_real(change, innermost(model), adapter_name)
         report = fill_adapter(innermost(model), tensors, adapter_name, strict, ignore_mismatched_sizes)
     say_left_out(innermost(model), report if ignore_mismatched_sizes else None)
     return report
