@@ -95,8 +95,8 @@ class QuantizationError(MiniLoraError, ValueError):
     """A tensor cannot be quantized, or stored codes and scales do not fit together."""
 
 
-class CheckpointError(MiniLoraError, ValueError):
-    """A file on disk is missing, damaged, or does not fit the model."""
+class CheckpointError(MiniLoraError, RuntimeError, ValueError):
+    """A file on disk is missing, damaged, or does not fit the model (where torch raises ``RuntimeError``)."""
 
 
 class WriteError(CheckpointError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -240,16 +240,22 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
         "_hf_hook",
     ):  # bound to the old object; accelerate's move tensors between devices
         new.__dict__.pop(name, None)
-    own = nn.Parameter(as_stored(like, weight).contiguous(), requires_grad=False)
-    new._parameters = {**like._parameters, weight_name(like): own}
+    put_parameters(new, {weight_name(like): nn.Parameter(as_stored(like, weight).contiguous(), requires_grad=False)})
     if is_convolution(new):
         new.groups = 1
     shared: Any = new._parameters.get("bias")
     if bias is None and is_foreign(layer) and shared is not None and shared.dtype != weight.dtype:
         bias = shared.detach().to(weight.dtype)  # which these layers cast to whatever they are given
     if bias is not None:
-        new._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+        put_parameters(new, {"bias": nn.Parameter(bias, requires_grad=False)})
     return new
+
+
+def put_parameters(layer: Any, changed: Mapping[str, Any]) -> None:
+    """Give a shallow copy of a layer other parameters, or tensors in their place; the layer that it was copied from keeps its own."""
+    for name in changed:
+        layer.__dict__.pop(name, None)  # FSDP1 has its views there, before all parameters
+    layer._parameters = {**layer._parameters, **changed}
 
 
 def _dense_like(layer: Any) -> nn.Module:

@@ -52,7 +52,7 @@ class BaseTunerLayer(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in self.adapter_layer_names:
+            if name in self.adapter_layer_names or (name == "lora_dropout" and name in self.other_param_names):
                 return nn.ParameterDict() if "embedding" in name else nn.ModuleDict()
             if name.startswith("__") or "stands" not in self.__dict__:
                 raise
@@ -66,11 +66,10 @@ class BaseTunerLayer(nn.Module, ABC):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """``.to``, ``.half`` and the like reach the adapters' buffers too."""
+        """``.to``, ``.half`` and the like reach the adapters' buffers too, and the layer that comes back after a merge."""
         super()._apply(fn, recurse)
-        for value in (self.slot.merged, *self.kept.values()):
-            if value is not None:
-                value._apply(fn, recurse)
+        for value in self.kept.values() if self.slot.merged is None else (self.slot.base, *self.kept.values()):
+            value._apply(fn, recurse)
         return self
 
     def get_base_layer(self) -> nn.Module:
@@ -101,6 +100,10 @@ class BaseTunerLayer(nn.Module, ABC):
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer."""
         return [name for name in self.adapters.merged if name in self.kept]
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Names of the adapters that this layer has, in order."""
+        return sorted(self.kept)
 
     @property
     def merged(self) -> bool:

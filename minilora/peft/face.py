@@ -73,8 +73,8 @@ def in_base_dtype(model: nn.Module, values: Mapping[str, Value]) -> None:
     bare = Bare(model)
     for path, value in values.items():
         if isinstance(value, Adapter):
-            for parameter in own_parameters(value):
-                parameter.data = parameter.data.to(compute_dtype(value.innermost))
+            for parameter in (*own_parameters(value), *(value._parameters[name] for name in value.fixed)):
+                parameter.data = parameter.data.to(compute_dtype(value.innermost))  # type: ignore[union-attr]
         elif isinstance(value, nn.Module):
             in_given_dtype(value)
         else:

@@ -48,6 +48,10 @@ class LoraLayer(BaseTunerLayer):
         "lora_bias",
     )
 
+    def __repr__(self) -> str:
+        """As torch's, with PEFT's name of the kind in front."""
+        return f"lora.{super().__repr__()}"
+
     @property
     def r(self) -> Mapping[str, int]:
         """Adapter name to rank."""

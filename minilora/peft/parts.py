@@ -37,22 +37,20 @@ class Parameters(dict):
 
 
 class Entry(nn.Module):
-    """``lora_A["default"]``: a module with a ``weight``, and a ``bias`` where the adapter trains one."""
+    """``lora_A["default"]``: a module with a ``weight``, and a ``bias`` where the adapter trains one, else None."""
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, adapter: Adapter, attributes: Mapping[str, str]) -> None:
         nn.Module.__init__(self)
         own = {name: attribute for name, attribute in attributes.items() if attribute in adapter._parameters}
         self.__dict__["_parameters"] = Parameters(adapter, own)
+        if "bias" not in own:
+            self.__dict__["bias"] = None
         for name, attribute in attributes.items():
             if name not in own:  # made from another layer's: a tied head's
                 self.__dict__[name] = getattr(adapter, attribute)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Of ``lora_B`` where ``lora_bias`` is set, else None."""
-        return self._parameters.get("bias")
 
     @property
     def in_features(self) -> int:

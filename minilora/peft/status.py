@@ -11,6 +11,7 @@ from torch import nn
 from minilora.errors import StateError
 from minilora.linear.layers import is_foreign, is_quantized
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Bare
 from minilora.lora.slot import Slot, own_parameters
 from minilora.lora.slots import Adapters, adapters_of, has_adapters, unwrapped
 from minilora.many.adapted import count_parameters
@@ -63,7 +64,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if not has_adapters(model):
         raise StateError("No adapter layers found in the model: it has no adapters; get_peft_model or inject first")
     adapters = adapters_of(model)
+    order = {path: at for at, (path, _) in enumerate(Bare(model).named_modules())}
     slots = [slot for slot in adapters.slots.values() if isinstance(slot.base, nn.Module)]
+    slots.sort(key=lambda slot: order.get(slot.path, len(order)))
     prefix = "model." if isinstance(unwrapped(model), Face) else ""
     return [_of_layer(slot, adapters, prefix) for slot in slots]
 

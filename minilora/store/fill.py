@@ -64,7 +64,8 @@ def fill(
     if strict and wrong and not ignore_mismatched_sizes:
         found, wanted = list(tensors[wrong[0]].shape), list(own[wrong[0]].shape)
         raise CheckpointError(
-            f"{stored.path}: {wrong[0]} is {found}, config and model want {wanted}; wrong base model or r"
+            f"{stored.path}: size mismatch: {wrong[0]} is {found}, config and model want {wanted}; wrong base "
+            "model or r"
         )
     for key in sorted(own.keys() & tensors.keys()):
         kind = tensors[key].dtype

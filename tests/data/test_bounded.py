@@ -70,7 +70,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("case", LARGE)
-def test_a_template_that_takes_all_memory_is_stopped(tokenizer, tmp_path, one_second, case):
+def test_a_template_that_takes_all_memory_is_stopped(tokenizer, tmp_path, case):
     assert "needs more than 2 GB of memory" in refusal(tokenizer, LARGE[case], tmp_path)
 
 

@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from minilora.many.intruders import reduce_intruder_dimension
-from minilora.peft import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
+from minilora.peft import (
+    LoraConfig,
+    LoraGAConfig,
+    get_layer_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    preprocess_loraga,
+)
 from minilora.peft.layers import LoraLayer
 from minilora.peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from tests.models import finished, llama, lora, mlp, randomize
@@ -112,3 +120,65 @@ def test_types_can_be_compared_with_those_of_other_methods():
         assert kind == PeftType.LORA and kind.value == "LORA" and kind not in (PeftType.ADALORA, PeftType.PREFIX_TUNING)
     theirs = pytest.importorskip("peft").PeftType
     assert {each.name: each.value for each in PeftType} == {each.name: each.value for each in theirs}
+
+
+class Attends(nn.Module):
+    """An attention and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mha, self.last = nn.MultiheadAttention(12, 3), nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.last(self.mha(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # of FSDP1, which torch will drop
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["mha", "last"]}, {"target_modules": ["last"], "lora_bias": True}]
+)
+def test_under_fsdp1_a_model_computes_what_it_did(fields):
+    """It puts tensors in the place of parameters, as plain attributes."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = randomize(get_peft_model(Attends(), LoraConfig(r=3, lora_alpha=7, **fields))).eval()
+    x = torch.randn(4, 2, 12)
+    wanted, values = model(x).detach(), get_peft_model_state_dict(model)
+    values = {name: value.clone() for name, value in values.items()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with torch.no_grad():
+            torch.testing.assert_close(sharded(x), wanted, atol=1e-6, rtol=1e-5)
+        found = get_peft_model_state_dict(sharded)
+        assert found.keys() == values.keys()
+        assert all(torch.equal(found[name], value) for name, value in values.items())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_merged_layer_moves_with_the_one_that_comes_back():
+    model = randomize(get_peft_model(mlp(), lora(["first"]))).eval()
+    x = torch.randn(3, 12)
+    before = model(x)
+    model.merge_adapter()
+    assert model.base_model.model.first.get_base_layer().weight is model.base_model.model.first.base_layer.weight
+    model.double().unmerge_adapter()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    torch.testing.assert_close(model(x.double()).float(), before, atol=1e-6, rtol=1e-5)
+
+
+def test_layers_are_listed_and_shown_as_in_peft():
+    model = get_peft_model(mlp(), lora(["last"]))
+    model.add_adapter("other", lora(["first", "last"], use_dora=True))
+    assert [layer.name for layer in get_layer_status(model)] == ["model.first", "model.last"]
+    layer = model.base_model.model.last
+    assert repr(layer).startswith("lora.Linear(") and layer._all_available_adapter_names() == ["default", "other"]
+
+
+def test_an_adapter_in_the_dtype_of_its_layer_is_all_in_it():
+    fields = {"r": 3, "lora_alpha": 7, "target_modules": ["first"], "init_lora_weights": "mica"}
+    model = get_peft_model(mlp().bfloat16(), LoraConfig(**fields), autocast_adapter_dtype=False)
+    layer = model.base_model.model.first
+    assert {layer.lora_A["default"].weight.dtype, layer.lora_B["default"].weight.dtype} == {torch.bfloat16}

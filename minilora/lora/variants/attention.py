@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
+from minilora.linear.layers import put_parameters
 from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
@@ -46,7 +47,7 @@ class LoRAAttention(LoRALinear):
         if torch.compiler.is_compiling():  # which knows this function, and not copies of modules
             return torch.func.functional_call(inner, changed, args, kwargs)
         alone = copy.copy(inner)  # its modules and other parameters are the layer's
-        alone._parameters = {**inner._parameters, **changed}  # type: ignore[dict-item]
+        put_parameters(alone, changed)
         return alone.forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

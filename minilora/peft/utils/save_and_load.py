@@ -36,10 +36,6 @@ IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_k
 _PREFIX = "base_model.model."
 
 
-class OtherKeys(CheckpointError, RuntimeError):
-    """A state dict has other names than the model; torch raises ``RuntimeError`` there."""
-
-
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -133,13 +129,13 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         ``(missing_keys, unexpected_keys)``.
 
     Raises:
-        CheckpointError: ``strict`` and names differ (a ``RuntimeError`` too), or a shape is another; nothing has changed then.
+        CheckpointError: ``strict`` and names differ, or a shape is another; nothing has changed then.
     """
     own = get_base_model_state_dict(model)
     missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if strict and (missing or extra):
         what = f"Missing key {missing[0]}" if missing else f"Unexpected key {extra[0]}"
-        raise OtherKeys(
+        raise CheckpointError(
             f"state_dict: {what} ({len(missing)} missing, {len(extra)} unexpected); set strict=False to load the rest"
         )
     for key in own.keys() & state_dict.keys():
