@@ -74,6 +74,10 @@ class Entry(nn.Module):
 class LinearEntry(Entry, nn.Linear):  # type: ignore[override, misc]
     """One whose weight is a matrix: to PEFT's users an ``nn.Linear``."""
 
+    def extra_repr(self) -> str:
+        """As of ``nn.Linear``."""
+        return nn.Linear.extra_repr(self)
+
 
 class Values(nn.ParameterDict):
     """``lora_embedding_A``: adapter name to a parameter."""

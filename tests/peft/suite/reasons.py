@@ -135,7 +135,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (INTERNAL, "PEFT's layers and variants built by hand", r"__init__\(\) got an unexpected keyword argument"),
     (INTERNAL, "PEFT shortens a long list of targets in its copy of the config", r"applies_find_target_modules"),
     (INTERNAL, "`base_model.model` is the model itself, with its adapters", r"test_model_with_injected_layers"),
-    (INTERNAL, "a layer class built on PEFT's `LoraLayer`", r"method resolution order"),
+    (INTERNAL, "a layer class built on PEFT's `LoraLayer`", r"consistent method resolution"),
     (INTERNAL, "an older spelling of LoRA-FA's groups", r"scaling_factor_deprecation"),
     (WORDS, "", r"Regex pattern did not match|not found in the base model|and in trainable_token_indices"),
 )
