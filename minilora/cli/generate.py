@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, place.dtype, trust, **options)
     if arguments.adapter:
         model = PeftModel.from_pretrained(model, arguments.adapter, **trust_of(arguments))
-    say(f"{arguments.model} on {place.said}", error=True)  # not on standard output, where the answer is
+    if sys.stderr.isatty():  # for a person who waits; what is piped on is the answer alone
+        say(f"{arguments.model} on {place.said}", error=True)
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
         said = answers(model, tokenizer, [prompt], arguments.max_new_tokens, arguments.temperature)[0]

@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora merge`` takes."""
-    add_flags(parser, "model", fields_of(Job, ("model", "device", "trust_remote_code")).values())
+    add_flags(parser, "model", fields_of(Job, ("model", "device", "trust_remote_code"), device="cpu").values())
     add_adapter_flags(parser, required=True)
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
     add_flags(parser, "output", [new_folder("merged model"), merged])

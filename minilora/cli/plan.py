@@ -66,7 +66,9 @@ def _notes(guess: Any, found: Any, place: Any) -> list[str]:
         )
     if guess.loading:
         notes.append("Loading holds the packed model and one weight that is still dense, and never the dense model.")
-    other = "" if place.device.type == "cpu" else "; the prediction counts what a CPU does, whose temporaries are others"
+    other = (
+        "" if place.device.type == "cpu" else "; the prediction counts what a CPU does, whose temporaries are others"
+    )
     notes.append(f"On {place.said}{other}.")
     libraries = f", {anonymous_bytes() / 1e6:,.0f} MB in this process" if can_measure() else ""
     return [*notes, f"Not counted: Python and its libraries{libraries}."]

@@ -48,4 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
     place = choose(arguments.device, arguments.dtype)
     options = {"dtype": place.dtype, "device": place.device, "trust_remote_code": arguments.trust_remote_code}
     kept = quantize_to_folder(arguments.model, arguments.out, config, arguments.calibration, **options)
-    say(f"packed model in {arguments.out}: {kept / 1e6:.0f} MB, packed on {place.said}; use it as --model {arguments.out}")
+    say(
+        f"packed model in {arguments.out}: {kept / 1e6:.0f} MB, packed on {place.said}; use it as --model {arguments.out}"
+    )
