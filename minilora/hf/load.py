@@ -114,8 +114,14 @@ def _packing(name: str, trust_remote_code: bool, quant: QuantConfig, options: di
     try:
         model = _load(_MODEL, name, trust_remote_code, quantization_config=config, **options)
     except Exception:
-        if config.failed is not None:  # transformers tells a log what it was, and the caller that there was something
-            raise config.failed from None
+        if (
+            config.why.error is not None
+        ):  # transformers tells a log what it was, and the caller that there was something
+            raise config.why.error from None
+        if "but you are passing a NF4Config" in str(error):
+            raise CheckpointError(
+                f"model {name!r}: another method has packed it already; quant=none loads it as it is"
+            ) from None
         raise
     model.hf_quantizer.remove_quantization_config(model)
     return model

@@ -42,6 +42,15 @@ _METHOD = "minilora"
 logger = logging.get_logger(__name__)
 
 
+class Failure:
+    """Why a weight could not be packed, known once loading has failed; one object in every copy that transformers makes of a config."""
+
+    error: MiniLoraError | None = None
+
+    def __deepcopy__(self, memo: Any) -> Failure:
+        return self
+
+
 @register_quantization_config(_METHOD)
 class NF4Config(QuantizationConfigMixin):
     """How ``from_pretrained`` packs linear layers; the fields of ``QuantConfig`` (NF4, blocksize 64, single, absmax by default).
@@ -80,7 +89,7 @@ class NF4Config(QuantizationConfigMixin):
         if target_modules is not None:
             check_form(target_modules, "target_modules")
         self.target_modules = target_modules
-        self.failed: MiniLoraError | None = None  # why a weight could not be packed; known once loading has failed
+        self.why = Failure()
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +122,7 @@ class _Pack(ConversionOps):
                 stored |= self._packed(name, model.get_submodule(path), value, missing_keys)
                 self.waiting.discard(path)
         except MiniLoraError as error:  # transformers logs it and goes on
-            self.config.failed = self.config.failed or error
+            self.config.why.error = self.config.why.error or error
             raise
         return stored
 
@@ -133,6 +142,7 @@ class _Pack(ConversionOps):
             layer.double_quant and not packed.double_quant
         ):  # its scales do not fit into 8 bits; the model waits for no second ones
             layer.double_quant, layer.nested_absmax, layer.nested_offset = False, None, None
+            layer.absmax = nn.Parameter(torch.empty_like(packed.absmax, device="meta"), requires_grad=False)
             for part in ("nested_absmax", "nested_offset"):
                 (missing_keys or set()).discard(f"{path}.{part}")
         layer._is_hf_initialized = True
