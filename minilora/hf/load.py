@@ -113,10 +113,8 @@ def _packing(name: str, trust_remote_code: bool, quant: QuantConfig, options: di
     config = packing_config(quant)
     try:
         model = _load(_MODEL, name, trust_remote_code, quantization_config=config, **options)
-    except Exception:
-        if (
-            config.why.error is not None
-        ):  # transformers tells a log what it was, and the caller that there was something
+    except Exception as error:
+        if config.why.error is not None:  # transformers has told it to a log
             raise config.why.error from None
         if "but you are passing a NF4Config" in str(error):
             raise CheckpointError(
