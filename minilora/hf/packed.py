@@ -152,8 +152,7 @@ def _fill(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device
     _refuse_unfit(model, {name: tensors.shapes[name] for name in left}, folder)
     model.load_state_dict({name: dense(name) for name in left}, strict=False, assign=True)
     model.tie_weights()
-    _fill_buffers(model)
-    model.to(device)  # what was computed and not read
+    _fill_buffers(model, device)
 
 
 def _packed_groups(tensors: Tensors) -> tuple[dict[str, list[str]], dict[str, None]]:
@@ -210,17 +209,18 @@ def _refuse_unfit(model: Any, shapes: dict[str, tuple[int, ...]], folder: str) -
         raise CheckpointError(f"{folder}: {what}; the weights do not fit config.json")
 
 
-def _fill_buffers(model: Any) -> None:
+def _fill_buffers(model: Any, device: torch.device) -> None:
     """Rotary tables and the like are computed, not stored: make again what is still on the meta device."""
     for module in model.modules():
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
             config = getattr(module, "config", None) or model.config
             fresh = type(module)(config)
             for name, buffer in fresh._buffers.items():
-                module._buffers[name] = buffer
+                module._buffers[name] = None if buffer is None else buffer.to(device)
             for name, value in vars(fresh).items():
                 if isinstance(value, Tensor):
-                    setattr(module, name, value)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+                    setattr(module, name, value.to(device))
+    every = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in every if tensor.device.type != device.type]
     if left:
         raise CheckpointError(f"{left[0]}: is neither in the file nor made by the model")
