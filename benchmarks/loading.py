@@ -1,6 +1,9 @@
 """How much memory it takes to load a model of 400 million weights straight into NF4, beside bitsandbytes.
 
-    python benchmarks/loading.py            # about two minutes; prints a table, writes benchmarks/results/loading.csv
+    python benchmarks/loading.py            # about three minutes; prints a table, writes benchmarks/results/loading.csv
+
+The first rows load as transformers does, in bf16. "minilora train" is what the commands do, in the dtype that they take on a CPU (fp32,
+double quantization), and "loaded, then packed" what they did before: the whole dense model, and the packed one beside it.
 
 Each load is a process of its own. Peak and end are anonymous memory above what the process held just before, in MiB, read every few
 milliseconds; a small model is loaded first, so that imports do not count. MALLOC_MMAP_THRESHOLD_=65536 makes the C library give freed
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import gc
 import json
 import os
@@ -19,11 +23,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "loading.csv"
-WAYS = ("minilora", "minilora, double_quant", "bitsandbytes")
+TRAIN, BEFORE = "minilora train", "loaded, then packed"
+WAYS = ("minilora", "minilora, double_quant", "bitsandbytes", TRAIN, BEFORE)
 SIZES = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 12}
 
 
@@ -52,13 +59,30 @@ def options(way: str) -> dict:
     return {"quantization_config": NF4Config(double_quant="double" in way)}
 
 
+def loader(way: str) -> Callable[[str], Any]:
+    """What loads a folder in this way."""
+    import torch
+
+    if way not in (TRAIN, BEFORE):
+        from transformers import AutoModelForCausalLM
+
+        return functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16, **options(way))
+    from minilora import QuantConfig, quantize_model
+    from minilora.hf import load_model
+
+    quant = QuantConfig("nf4", double_quant=True)
+    if way == TRAIN:
+        return lambda folder: load_model(folder, torch.float32, quant=quant)
+    return lambda folder: quantize_model(load_model(folder, torch.float32), quant)
+
+
 def load(way: str, small: str, big: str) -> dict[str, float]:
     """One load in this process: footprint, peak and end in MiB, seconds."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16, **options(way))
+    read = loader(way)
+    read(small)
     gc.collect()
     start, seen, stop = anonymous(), [0.0], threading.Event()
 
@@ -70,7 +94,7 @@ def load(way: str, small: str, big: str) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(big, dtype=torch.bfloat16, **options(way))
+    model = read(big)
     seconds = time.perf_counter() - began
     stop.set()
     watcher.join()

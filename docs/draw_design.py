@@ -13,7 +13,11 @@ from pathlib import Path
 ROOMS: list[tuple[str, str, list[str]]] = [
     ("errors", "the exceptions that minilora raises", []),
     ("lazy", "names that are imported when asked for", []),
-    ("files", "reading and writing files safely", ["validate", "parse", "disk", "read", "write", "staging", "hub"]),
+    (
+        "files",
+        "reading and writing files safely",
+        ["validate", "parse", "disk", "read", "tensors", "write", "staging", "hub"],
+    ),
     (
         "quant",
         "weights stored in a few bits",
@@ -106,7 +110,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "progress",
         ],
     ),
-    ("measure", "memory and time of a training step", ["plan", "ledger", "bench", "worker"]),
+    ("measure", "memory and time of a training step", ["plan", "ledger", "bench", "meter", "worker"]),
     ("demo", "data and settings of make demo", []),
     ("hf", "everything that uses transformers", []),
     (

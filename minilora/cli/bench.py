@@ -34,15 +34,17 @@ def run(arguments: argparse.Namespace) -> None:
     own = {name: getattr(arguments, name) for name in _OWN}
     job = BenchJob(**settings_of(arguments), **own)
     from minilora.hf.bench import run as run_job
+    from minilora.hf.plan import on_this_machine
     from minilora.measure.bench import agreement, as_rows
     from minilora.report.tables import as_markdown, as_text
 
+    job, place = on_this_machine(job)
     sides, missing = run_job(job, lambda line: say(line, error=True))
     _, words = agreement(sides, job.dtype)
     columns, rows = as_rows(sides, job.batch * job.seq)
     table = as_markdown(columns, rows) if arguments.markdown else as_text(columns, rows)
     counted = f"{len(sides[0].timed)} steps timed for each library, in turns; the first of each run is not counted."
-    notes = [*filter(None, [words, counted, *missing, _versions(sides)])]
+    notes = [*filter(None, [words, counted, *missing, f"On {place.said}.", _versions(sides)])]
     say(f"{title_of(job)}\n\n{table}\n\n" + "\n".join(notes))
     if arguments.html:
         _write(arguments.html, job, sides, columns, rows, notes)

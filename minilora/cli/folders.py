@@ -1,16 +1,16 @@
-"""Flags of the commands that write a folder of weights: where it goes, and in which dtype."""
+"""Flags of the commands that write a folder of weights: where it goes, and in which dtype, which is no machine's to choose."""
 
 from __future__ import annotations
 
 import argparse
 
-from minilora.cli.flags import Flag, fields_of
+from minilora.cli.flags import Flag
 from minilora.errors import ConfigError
-from minilora.hf.job import DTYPE_NAMES, Job
+from minilora.hf.job import DTYPE_NAMES
 
 __all__ = ["DTYPE", "check_dtype", "new_folder"]
 
-DTYPE = Flag("dtype", str, "float32", fields_of(Job)["dtype"].about, DTYPE_NAMES)
+DTYPE = Flag("dtype", str, "float32", "number format of the weights that are not packed", DTYPE_NAMES)
 
 
 def new_folder(what: str) -> Flag:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.files import validate
-from minilora.hf.job import QUANT_CHOICES, Job
+from minilora.hf.job import DTYPE_CHOICES, QUANT_CHOICES, Job, check_place, check_quant, packing
 
 USAGE = "--model NAME [--adapter FOLDER] [options] PROMPT [PROMPT ...]"
 EXAMPLES = """\
@@ -20,8 +21,9 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora generate`` takes."""
-    model = fields_of(Job, ("model", "quant", "trust_remote_code"), quant="none")
-    model["quant"] = dataclasses.replace(model["quant"], choices=QUANT_CHOICES)
+    model = fields_of(Job, ("model", "quant", "device", "dtype", "attention", "trust_remote_code"), quant="none")
+    for name, words in (("quant", QUANT_CHOICES), ("dtype", DTYPE_CHOICES)):
+        model[name] = dataclasses.replace(model[name], choices=words)
     add_flags(parser, "model", model.values())
     add_adapter_flags(parser, required=False)
     heat = "of drawn tokens, a number >= 0: 0 takes the likeliest token, 1 draws by the model's own odds"
@@ -39,17 +41,19 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     import torch
 
-    from minilora import PeftModel, QuantConfig, quantize_model
+    from minilora import PeftModel
     from minilora.hf import answers, load_model, load_tokenizer
-    from minilora.linear.layers import is_quantized
+    from minilora.hf.devices import choose
 
-    trust = arguments.trust_remote_code
+    place = choose(arguments.device, arguments.dtype, arguments.attention)
+    trust, quant = arguments.trust_remote_code, packing(arguments.quant, True)
     tokenizer = load_tokenizer(arguments.model, trust)
-    model = load_model(arguments.model, trust_remote_code=trust)
-    if arguments.quant != "none" and not any(is_quantized(module) for module in model.modules()):
-        quantize_model(model, QuantConfig(arguments.quant, double_quant=True))
+    options = {"device": place.device, "quant": quant, "attention": arguments.attention}
+    model = load_model(arguments.model, place.dtype, trust, **options)
     if arguments.adapter:
         model = PeftModel.from_pretrained(model, arguments.adapter, **trust_of(arguments))
+    if sys.stderr.isatty():  # for a person who waits; what is piped on is the answer alone
+        say(f"{arguments.model} on {place.said}", error=True)
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
         said = answers(model, tokenizer, [prompt], arguments.max_new_tokens, arguments.temperature)[0]
@@ -57,8 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.quant not in QUANT_CHOICES:
-        raise ConfigError(f"--quant={arguments.quant!r}: wanted one of {', '.join(QUANT_CHOICES)}")
+    check_quant(arguments.quant)
+    check_place(arguments.device, arguments.dtype, arguments.attention)
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: wanted a whole number >= 1")
     validate.whole("--seed", arguments.seed, 0, 2**63 - 1)

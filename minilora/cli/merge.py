@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora merge`` takes."""
-    add_flags(parser, "model", fields_of(Job, ("model", "trust_remote_code")).values())
+    add_flags(parser, "model", fields_of(Job, ("model", "device", "trust_remote_code"), device="cpu").values())
     add_adapter_flags(parser, required=True)
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
     add_flags(parser, "output", [new_folder("merged model"), merged])
@@ -28,13 +28,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Merge in fp32, save, and say how much of the update survived."""
     check_dtype(arguments)
-    from minilora.hf.finetune import DTYPES
+    from minilora.hf.devices import choose
     from minilora.hf.merge import merge_to_folder
 
+    place = choose(arguments.device, arguments.dtype)
     options = {
-        "dtype": DTYPES[arguments.dtype],
+        "dtype": place.dtype,
+        "device": place.device,
         "trust_remote_code": arguments.trust_remote_code,
         **trust_of(arguments),
     }
-    place = merge_to_folder(arguments.model, arguments.adapter, arguments.out, **options)
-    say(f"merged model in {place}")
+    folder = merge_to_folder(arguments.model, arguments.adapter, arguments.out, **options)
+    say(f"merged model in {folder}, merged on {place.said}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from minilora.cli.flags import Flag, add_flags, fields_of
@@ -29,11 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Predict, measure, print; write the page if asked."""
     check_page(arguments.html)
     job = PlanJob(**settings_of(arguments), lora_dropout=arguments.lora_dropout)
-    from minilora.hf.plan import has_weights, measured_in_worker, predicted
+    from minilora.hf.plan import has_weights, measured_in_worker, on_this_machine, predicted
     from minilora.measure.plan import as_rows
     from minilora.report.tables import as_text
 
-    guess, dense = predicted(job)
+    job, place = on_this_machine(job)
+    guess = predicted(job)
     found = None
     if arguments.measure:
         weights = "" if has_weights(job.model) else " (random weights: the folder has none)"
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         found = measured_in_worker(job)
     columns, rows = as_rows(guess, found)
     say(f"{title_of(job)}\n\n{as_text(columns, rows)}\n")
-    notes = _notes(job, guess, found, dense)
+    notes = _notes(guess, found, place)
     say("\n".join(notes))
     if arguments.html:
         tiles = [{"label": "predicted peak", "value": f"{guess.peak / 1e6:,.0f} MB"}]
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_page(arguments.html, "Memory of a step", title_of(job), tiles, columns, rows, notes)
 
 
-def _notes(job: Any, guess: Any, found: Any, dense: int) -> list[str]:
+def _notes(guess: Any, found: Any, place: Any) -> list[str]:
     from minilora.measure.worker import anonymous_bytes, can_measure
 
     at = {"forward": "forward pass", "loss": "loss", "backward": "backward pass", "update": "optimizer's update"}
@@ -64,14 +64,11 @@ def _notes(job: Any, guess: Any, found: Any, dense: int) -> list[str]:
         notes.append(
             f"Predicted is {abs(guess.peak / found.peak - 1):.1%} {'above' if guess.peak >= found.peak else 'below'} measured."
         )
-    if job.quant != "none" and not _packed(job):
-        notes.append(f"Before packing, loading holds the dense weights: {dense / 1e6:,.0f} MB.")
+    if guess.loading:
+        notes.append("Loading holds the packed model and one weight that is still dense, and never the dense model.")
+    other = (
+        "" if place.device.type == "cpu" else "; the prediction counts what a CPU does, whose temporaries are others"
+    )
+    notes.append(f"On {place.said}{other}.")
     libraries = f", {anonymous_bytes() / 1e6:,.0f} MB in this process" if can_measure() else ""
     return [*notes, f"Not counted: Python and its libraries{libraries}."]
-
-
-def _packed(job: Any) -> bool:
-    from minilora.hf.load import resolve
-    from minilora.hf.packed import is_packed_folder
-
-    return Path(resolve(job.model)).is_dir() and is_packed_folder(resolve(job.model))

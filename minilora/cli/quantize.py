@@ -27,7 +27,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     packing = fields_of(QuantConfig, _PACKING, double_quant=True)
     size = "weights that share one scale; a power of two from 64 to 4096"  # files hold no smaller one
     packing["blocksize"] = dataclasses.replace(packing["blocksize"], about=size)
-    own = fields_of(Job, ("model", "trust_remote_code"))
+    own = fields_of(Job, ("model", "device", "trust_remote_code"))
     add_flags(parser, "model", [own.pop("model"), format, *packing.values(), DTYPE, *own.values()])
     text = "JSONL file, as for minilora train, of text like what the model will read; needed by --scale weighted"
     add_flags(parser, "data", [Flag("calibration", str, None, text)])
@@ -42,9 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
             f"--format={arguments.format!r}: wanted {' or '.join(ON_DISK)}, which bitsandbytes' files hold; others live in memory only"
         )
     config = QuantConfig(arguments.format, **{name: getattr(arguments, name) for name in _PACKING})
-    from minilora.hf.finetune import DTYPES
+    from minilora.hf.devices import choose
     from minilora.hf.quantize import quantize_to_folder
 
-    options = {"dtype": DTYPES[arguments.dtype], "trust_remote_code": arguments.trust_remote_code}
+    place = choose(arguments.device, arguments.dtype)
+    options = {"dtype": place.dtype, "device": place.device, "trust_remote_code": arguments.trust_remote_code}
     kept = quantize_to_folder(arguments.model, arguments.out, config, arguments.calibration, **options)
-    say(f"packed model in {arguments.out}: {kept / 1e6:.0f} MB; use it as --model {arguments.out}")
+    say(
+        f"packed model in {arguments.out}: {kept / 1e6:.0f} MB, packed on {place.said}; use it as --model {arguments.out}"
+    )

@@ -10,7 +10,7 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
-from minilora.hf.job import DTYPE_NAMES, QUANT_CHOICES, Job
+from minilora.hf.job import DTYPE_CHOICES, QUANT_CHOICES, Job
 from minilora.lora.config import LoraConfig
 from minilora.training.schedule import TrainConfig
 
@@ -32,12 +32,12 @@ _LORA_FLAGS = (
 )
 # What is in no other group is "training".
 _GROUPS = {
-    "model": ("model", "quant", "double_quant", "dtype", "trust_remote_code"),
+    "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "trust_remote_code"),
     "data": ("data", "max_length", "eval_share", "date"),
     "adapter": _LORA_FLAGS,
     "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "prompts", "max_new_tokens"),
 }
-_CHOICES = {"quant": QUANT_CHOICES, "dtype": DTYPE_NAMES}
+_CHOICES = {"quant": QUANT_CHOICES, "dtype": DTYPE_CHOICES}
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

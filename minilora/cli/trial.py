@@ -11,16 +11,16 @@ from typing import Any
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.say import say
 from minilora.errors import ConfigError
-from minilora.hf.job import DTYPE_NAMES, QUANT_CHOICES
+from minilora.hf.job import DTYPE_CHOICES, QUANT_CHOICES
 from minilora.hf.trials import PlanJob
 
 _GROUPS = {
-    "model": ("model", "quant", "double_quant", "dtype", "trust_remote_code"),
+    "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "trust_remote_code"),
     "data": ("batch", "seq"),
     "adapter": ("r", "target_modules"),
     "training": ("gradient_checkpointing", "threads"),
 }
-_CHOICES = {"quant": QUANT_CHOICES, "dtype": DTYPE_NAMES}
+_CHOICES = {"quant": QUANT_CHOICES, "dtype": DTYPE_CHOICES}
 
 
 def add_job_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def title_of(job: Any) -> str:
     targets = job.target_modules if isinstance(job.target_modules, str) else ", ".join(job.target_modules)
     extra = ", activations recomputed" * job.gradient_checkpointing
     extra += f", {job.threads} thread{'s' * (job.threads > 1)}" if job.threads else ""
-    return f"{job.model}: r={job.r} on {targets}, {quant}, {job.dtype}, batch {job.batch} x {job.seq} tokens{extra}"
+    return f"{job.model}: r={job.r} on {targets}, {quant}, {job.dtype} on {job.device}, batch {job.batch} x {job.seq} tokens{extra}"
 
 
 def write_page(

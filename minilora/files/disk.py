@@ -38,11 +38,12 @@ class Opened:
     size: int
     identity: tuple[int, int]
 
-    def read(self) -> bytearray:
-        """All of it, in one piece of memory."""
-        content = bytearray(self.size)
+    def read(self, begin: int = 0, size: int | None = None) -> bytearray:
+        """``size`` bytes from ``begin`` on, or all of it, in one piece of memory; fewer where it ends before."""
+        content = bytearray(self.size if size is None else size)
+        self.file.seek(begin)
         view, count = memoryview(content), 0
-        while count < self.size and (got := self.file.readinto(view[count:])):
+        while count < len(view) and (got := self.file.readinto(view[count:])):
             count += got
         view.release()
         del content[count:]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, StateError
 
-__all__ = ["Header", "once", "parse_header", "parse_json", "parse_tensors", "tensor_bytes"]
+__all__ = ["Entry", "Header", "once", "parse_header", "parse_json", "parse_tensors", "tensor_at", "tensor_bytes"]
 
 LONGEST_JSON = 10_000_000  # bytes; a header of 100,000 tensors' names and no more
 MOST_TENSORS = 65_536
@@ -45,6 +45,11 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -88,31 +93,33 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def parse_header(raw: bytes | bytearray, where: object) -> Header:
-    """The checked header of a whole safetensors file.
+def parse_header(raw: bytes | bytearray, where: object, size: int | None = None) -> Header:
+    """The checked header of a safetensors file.
 
     Args:
-        raw: all bytes of it. where: its path, for messages.
+        raw: all bytes of it, or its first ones: ``8 + LONGEST_JSON`` are enough. where: its path, for messages.
+        size: bytes of the whole file, where ``raw`` is not all of it.
 
     Raises:
         CheckpointError: it is not one, lies about its sizes, or is larger than any adapter: what is wrong, and the file's length.
     """
+    size = len(raw) if size is None else size
     try:
-        return _header(raw)
+        return _header(raw, size)
     except ValueError as error:
         raise CheckpointError(
-            f"{where}: damaged safetensors file of {len(raw)} bytes ({error}); copy or save it again"
+            f"{where}: damaged safetensors file of {size} bytes ({error}); copy or save it again"
         ) from None
 
 
-def _header(raw: bytes | bytearray) -> Header:
+def _header(raw: bytes | bytearray, size: int) -> Header:
     if len(raw) < 8:
         raise ValueError("too short for its 8 bytes of header length")
     length = int.from_bytes(raw[:8], "little")
     if length > LONGEST_JSON:
         raise ValueError(f"header of {length:,} bytes; at most {LONGEST_JSON:,} are read")
     start = 8 + length
-    if start > len(raw):
+    if start > size:
         raise ValueError(f"header of {length} bytes goes past the end")
     if raw[8:9] != b"{":
         raise ValueError("header does not begin with {")
@@ -123,7 +130,7 @@ def _header(raw: bytes | bytearray) -> Header:
     if len(content) > MOST_TENSORS:
         raise ValueError(f"{len(content):,} tensors; at most {MOST_TENSORS:,} are read")
     entries = {name: _entry(name, value, start) for name, value in content.items()}
-    _refuse_gaps(entries, start, len(raw))
+    _refuse_gaps(entries, start, size)
     return Header(entries, metadata)
 
 
@@ -165,7 +172,7 @@ def _refuse_gaps(entries: dict[str, Entry], start: int, end: int) -> None:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, math.prod(item[1].shape))):
         if entry.begin != at:
             raise ValueError(f"tensor {name[:200]!r} begins at byte {entry.begin}, the one before ends at {at}")
-        at += math.prod(entry.shape) * entry.dtype.itemsize
+        at += entry.nbytes
     if at != end:
         raise ValueError(f"its tensors end at byte {at}")
 
@@ -173,10 +180,11 @@ def _refuse_gaps(entries: dict[str, Entry], start: int, end: int) -> None:
 def parse_tensors(raw: bytearray, where: object) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; the tensors lie in ``raw``, nothing is copied. Raises as ``parse_header``."""
     header = parse_header(raw, where)
-    return {name: _tensor(raw, entry) for name, entry in header.entries.items()}, header.metadata
+    return {name: tensor_at(raw, entry) for name, entry in header.entries.items()}, header.metadata
 
 
-def _tensor(raw: bytearray, entry: Entry) -> Tensor:
+def tensor_at(raw: bytearray, entry: Entry) -> Tensor:
+    """The tensor of an entry, in ``raw`` where it lies aligned there."""
     count = math.prod(entry.shape)
     if not count:
         return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")

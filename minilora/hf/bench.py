@@ -22,18 +22,15 @@ from minilora import __version__
 from minilora.data.encoding import encode_all
 from minilora.data.records import read_jsonl
 from minilora.demo import DATA
-from minilora.hf.finetune import DTYPES
 from minilora.hf.load import load_model, load_tokenizer
-from minilora.hf.plan import load_config, model_on_meta
+from minilora.hf.plan import load_config, load_trial, model_on_meta, on_this_machine
 from minilora.hf.trials import BenchJob
-from minilora.linear.layers import is_quantized
 from minilora.lora.inject import inject
 from minilora.measure.bench import Side
+from minilora.measure.meter import Meter
 from minilora.measure.plan import own_memory, training_step
-from minilora.measure.worker import Worker, anonymous_bytes, can_measure, peak_anonymous_bytes, reset_peak
+from minilora.measure.worker import Worker, anonymous_bytes, can_measure
 from minilora.qlora.kbit import checkpoint_activations
-from minilora.qlora.quantize_model import quantize_model
-from minilora.quant.config import QuantConfig
 from minilora.store.load import load_adapter, save_adapter
 
 __all__ = ["BenchJob", "contestant", "run"]
@@ -135,8 +132,8 @@ def make_start(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
     """A worker that writes the adapter from which every library starts."""
 
     def answer(request: str) -> dict[str, Any]:
-        job = job_of(settings)
-        model = load_model(job.model, DTYPES[job.dtype], job.trust_remote_code)
+        job, place = on_this_machine(job_of(settings))
+        model = load_model(job.model, place.dtype, job.trust_remote_code, device=place.device)
         torch.manual_seed(job.seed)
         inject(model, job.lora())
         save_adapter(model, settings["start"])
@@ -149,9 +146,7 @@ def serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
     """minilora's side."""
 
     def load(job: BenchJob) -> Any:
-        model = load_model(job.model, DTYPES[job.dtype], job.trust_remote_code)
-        if job.quant != "none" and not any(is_quantized(module) for module in model.modules()):
-            quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
+        model = load_trial(*on_this_machine(job))
         load_adapter(model, settings["start"], is_trainable=True)
         return model
 
@@ -165,8 +160,8 @@ def contestant(
     save: Callable[[Any, Path], object],
 ) -> Callable[[str], dict[str, Any]]:
     """Answers "load", "step" and "finish" for one library, given its versions. Step, optimizer and loss are the same for all."""
-    job, steps = job_of(settings), iter(settings["batches"])
-    measurable = can_measure()
+    job, place = on_this_machine(job_of(settings))
+    steps, meter = iter(settings["batches"]), Meter(place.device)
     held: dict[str, Any] = {}
 
     def start() -> dict[str, Any]:
@@ -174,28 +169,29 @@ def contestant(
         training_step(
             tiny := nn.Linear(2, 2), torch.optim.AdamW(tiny.parameters()), lambda m: m(torch.ones(1, 2)).sum()
         )
-        held["libraries"] = anonymous_bytes() if measurable else None
+        held["libraries"] = anonymous_bytes() if can_measure() else None
+        held["start"] = meter.held() if meter.works else 0
         model = held["model"] = load(job).train()
         own_memory(model)
         if job.gradient_checkpointing:
             checkpoint_activations(model)
         held["optimizer"] = torch.optim.AdamW(_trained(model), lr=job.lr, weight_decay=0.0)
-        if measurable:
-            reset_peak()
+        if meter.works:
+            meter.reset()
         return {"versions": versions, "libraries": held["libraries"]}
 
     def step() -> dict[str, Any]:
-        ids = torch.tensor(next(steps))
+        ids = torch.tensor(next(steps), device=place.device)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
         began, ran = time.perf_counter(), time.process_time()
         loss = training_step(held["model"], held["optimizer"], lambda model: model(**batch).loss).item()
         return {"loss": loss, "seconds": time.perf_counter() - began, "cpu": time.process_time() - ran}
 
     def finish() -> dict[str, Any]:
-        peak = peak_anonymous_bytes() - held["libraries"] if measurable else None
-        place = Path(settings["folder"]) / f"{next(iter(versions))}-trained"
-        save(held["model"], place)
-        files = sum(file.stat().st_size for file in place.rglob("*") if file.is_file() and file.name != "README.md")
+        peak = meter.peak() - held["start"] if meter.works else None
+        folder = Path(settings["folder"]) / f"{next(iter(versions))}-trained"
+        save(held["model"], folder)
+        files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != "README.md")
         return {"peak": peak, "trainable": sum(p.numel() for p in _trained(held["model"])), "adapter": files}
 
     return lambda request: {"load": start, "step": step, "finish": finish}[request]()

@@ -1,6 +1,6 @@
 """One fine-tuning job from model name to run folder: what ``minilora train`` and ``minilora demo`` do.
 
-Load, quantize, inject, ask, train, ask again, report. Everything a job leaves lies in its folder.
+Load, packing on the way, inject, ask, train, ask again, report. Everything a job leaves lies in its folder.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from minilora.data.records import read_jsonl, unused
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
+from minilora.hf.devices import choose, settled
 from minilora.hf.generate import answers
-from minilora.hf.job import DTYPE_NAMES, Job
-from minilora.hf.load import load_model, load_tokenizer, skeleton
+from minilora.hf.job import DTYPE_NAMES, Job, packing
+from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
+from minilora.hf.packed import is_packed_folder
 from minilora.linear.layers import is_quantized
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
 from minilora.lora.match import match
 from minilora.many.adapted import count_parameters
-from minilora.qlora.quantize_model import quantize_model
-from minilora.quant.config import QuantConfig
 from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
 from minilora.report.page import render
 from minilora.training.guards import context_length
@@ -64,24 +64,26 @@ def fine_tune(
     """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop.
 
     Raises:
-        MiniLoraError: bad data (before the model is loaded), a run that lies in ``out`` already, config, model or target, in one
-            line; and as ``train``.
+        MiniLoraError: a device that is not there (before anything is read), bad data (before the model is loaded), a run that lies in
+            ``out`` already, config, model or target, in one line; and as ``train``.
     """
     clock, folder = _Clock(), Path(job.out)
+    place = choose(job.device, job.dtype, job.attention)
+    job = settled(job, place)
     claim(folder, job.resume, job.overwrite)
     records = read_jsonl(job.data)
-    trust = job.trust_remote_code
-    match(
-        skeleton(job.model, trust_remote_code=trust), job.lora
-    )  # a mistyped target shows now, before any weight is read
-    say(f"{len(records)} examples in {job.data}; loading {job.model}")
+    trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
+    paper = skeleton(job.model, place.dtype, trust)
+    match(paper, job.lora)  # a mistyped target shows now, before any weight is read
+    size = sum(p.numel() * p.element_size() for p in paper.parameters())
+    say(f"{len(records)} examples in {job.data}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
-    model = load_model(job.model, DTYPES[job.dtype], trust)
+    options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention}
+    model = load_model(job.model, place.dtype, trust, **options)
     examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
     model = _adapted(job, model, say)
-    clock.lap("quantize and inject")
+    clock.lap("inject")
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
         say(f"asking {len(job.prompts)} prompts before training")
     before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
@@ -91,7 +93,7 @@ def fine_tune(
         return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]
 
     asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
-    options: dict[str, Any] = {"resume": job.resume, "overwrite": job.overwrite, "say": say}
+    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say}
     options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
     steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
     clock.lap("train")
@@ -130,16 +132,15 @@ def _encoded(
 
 
 def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
-    """The model packed as the job says, with a fresh adapter."""
-    if found := _formats(model):
+    """The model with a fresh adapter; what it is packed to is said."""
+    found, nested = _formats(model), ", double quantization" if job.double_quant else ""
+    if is_packed_folder(resolve(job.model)):
         if job.quant not in ("none", Job.quant, found):
             raise ConfigError(
                 f"quant={job.quant!r}: {job.model} is packed as {found} already; leave it out, or name the dense model"
             )
         say(f"{job.model} is packed already ({found}), and stays as it is")
-    elif job.quant != "none":
-        quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
-        nested = ", double quantization" if job.double_quant else ""
+    elif found:
         say(f"linear layers packed to {job.quant}{nested}; quant=none keeps them as they are")
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
@@ -176,7 +177,7 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
     trainable, total = count_parameters(model)
     losses = outcome.losses
     change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
-    memory = [{"name": "weights as loaded", "bytes": dense_bytes, "note": job.dtype}, *memory_table(model)]
+    memory = [{"name": "weights, if none were packed", "bytes": dense_bytes, "note": job.dtype}, *memory_table(model)]
     evals = [
         {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
     ]
@@ -207,6 +208,7 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    own = {name: getattr(job, name) for name in ("quant", "double_quant", "dtype", "max_length", "eval_share")}
+    kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "eval_share")
+    own = {name: getattr(job, name) for name in kept}
     lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
     return own | lora | vars(job.training)

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minilora.errors import CheckpointError, MiniLoraError, WriteError
+from minilora.errors import CheckpointError, MiniLoraError, MissingPackageError, WriteError
 from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes, refuse_path
 from minilora.files.write import new_folder
@@ -17,9 +17,28 @@ from minilora.training.memory import is_out_of_memory
 
 _MOST_LAYERS = 4096  # ten times the deepest that is known
 
-__all__ = ["in_new_folder", "read_config", "refuse_occupied", "refuse_odd_files", "refuse_pickles", "unreadable"]
+__all__ = [
+    "import_transformers",
+    "in_new_folder",
+    "read_config",
+    "refuse_occupied",
+    "refuse_odd_files",
+    "refuse_pickles",
+    "unreadable",
+]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def import_transformers() -> Any:
+    """The library. Raises ``MissingPackageError`` with the install command."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingPackageError(
+            "loading a language model needs transformers; run 'pip install minilora[hf]'"
+        ) from None
+    return transformers
 
 
 def refuse_occupied(folder: str | os.PathLike[str]) -> Path:

@@ -5,6 +5,7 @@ The texts under ``Args``, one line a field, are also what ``minilora train --hel
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +15,27 @@ from minilora.hf.dates import check_date
 from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
 from minilora.quant.codebooks import CODEBOOKS
+from minilora.quant.config import QuantConfig
 from minilora.training.schedule import TrainConfig
 
-__all__ = ["DTYPE_NAMES", "QUANT_CHOICES", "Job"]
+__all__ = [
+    "ATTENTION",
+    "AUTO",
+    "DTYPE_CHOICES",
+    "DTYPE_NAMES",
+    "QUANT_CHOICES",
+    "Job",
+    "check_place",
+    "check_quant",
+    "packing",
+]
 
+AUTO = "auto"
 QUANT_CHOICES = ("none", *CODEBOOKS)
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+DTYPE_CHOICES = (AUTO, *DTYPE_NAMES)
+ATTENTION = (AUTO, "eager", "sdpa")  # and what else transformers has, when it is there to be asked
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class Job:
         out: run folder, made if it is not there.
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
         double_quant: keep the scales of packed weights in 8 bits (4.127 instead of 4.5 bits per weight with nf4).
-        dtype: number format of the weights that are not packed.
+        dtype: number format of the weights that are not packed; "auto" is bfloat16 on a GPU that has it, else float32.
         max_length: tokens that an example may have; the rest is cut off and counted.
         eval_share: share of the examples that is held out for evaluation, in [0, 1).
         prompts: texts that are asked before and after training, for the report.
@@ -41,6 +57,8 @@ class Job:
         date: day that the chat template takes for today, as 2025-01-31; "" is the real today.
         resume: go on with the run that lies in ``out``, to the same bits.
         overwrite: remove the run that lies in ``out``, and begin anew.
+        device: where the model goes: auto, cpu, cuda, cuda:N or mps; "auto" takes a CUDA GPU where one works, else the CPU.
+        attention: implementation of attention in transformers: eager, sdpa, flash_attention_2 ...; "auto" leaves it to the model.
         lora: what to adapt.
         training: how to train.
 
@@ -53,7 +71,7 @@ class Job:
     out: str
     quant: str = "nf4"
     double_quant: bool = True
-    dtype: str = "float32"
+    dtype: str = AUTO
     max_length: int = 512
     eval_share: float = 0.1
     prompts: Sequence[str] = ()
@@ -62,13 +80,14 @@ class Job:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    device: str = AUTO
+    attention: str = AUTO
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
+        check_quant(self.quant)
+        check_place(self.device, self.dtype, self.attention)
         for name in ("model", "data", "out"):
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
@@ -83,3 +102,26 @@ class Job:
                 raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted a {kind.__name__}")
         for name in ("target_modules", "exclude_modules"):
             check_form(getattr(self.lora, name), name)
+
+
+def check_quant(quant: str) -> None:
+    """Raise ``ConfigError`` for a word that is no format."""
+    _one_of("quant", quant, QUANT_CHOICES)
+
+
+def check_place(device: str, dtype: str, attention: str) -> None:
+    """Raise ``ConfigError`` for words that mean no place anywhere; ``hf/devices.py`` asks this machine."""
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise ConfigError(f"device={validate.shown(device)}: wanted auto, cpu, cuda, cuda:N (as cuda:0) or mps")
+    _one_of("dtype", dtype, DTYPE_CHOICES)
+    validate.text("attention", attention)
+
+
+def packing(quant: str, double_quant: bool) -> QuantConfig | None:
+    """How linear layers are packed; None leaves them dense."""
+    return None if quant == "none" else QuantConfig(quant, double_quant=double_quant)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={validate.shown(value)}: wanted one of {', '.join(choices)}")

@@ -26,17 +26,18 @@ def merge_to_folder(
     expect_sha256: str | None = None,
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Load ``model`` dense, merge the adapter folder into it in fp32, and save weights and tokenizer to ``out``.
 
-    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``, ``trust_remote_code`` as for ``load_model``.
+    ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``, ``trust_remote_code`` and ``device`` as for ``load_model``.
 
     Raises:
         CheckpointError: ``out`` exists and is not empty, or adapter and model do not fit. StateError: a weight holds NaN or infinity.
             Nothing is written then.
     """
     target = refuse_occupied(out)
-    merged = load_model(model, dtype, trust_remote_code)
+    merged = load_model(model, dtype, trust_remote_code, device=device)
     load_adapter(merged, adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base)
     print(merge(merged))
     unload(merged, keep_merged=True)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, StateError
-from minilora.files.parse import parse_tensors
-from minilora.files.read import read_bytes
+from minilora.files.tensors import Tensors, open_tensors
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
 from minilora.linear.layers import QuantLinear, is_conv1d, is_linear, is_quantized
 from minilora.lora.bases import refuse_nested
@@ -108,56 +107,70 @@ def is_packed_folder(folder: str) -> bool:
     return isinstance(said, dict) and said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
 
 
-def load_packed(folder: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """A model from such a folder: packed layers as ``QuantLinear``, everything else dense in ``dtype``.
+def load_packed(
+    folder: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Any:
+    """A model from such a folder: packed layers as ``QuantLinear``, everything else dense in ``dtype``; each weight goes from the file to
+    its device before the next one is read.
+
+    Args:
+        options: more for ``from_config``, such as ``attn_implementation``.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds tensors that do not fit the model; each by name.
     """
+    import transformers
+
     try:
-        return _loaded(folder, dtype, trust_remote_code)
+        config, make = read_config(folder, folder, trust_remote_code), transformers.AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            model = make(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+        with open_tensors(Path(folder)) as tensors:
+            _fill(model, tensors, dtype, torch.device(device), folder)
+        return model.eval()
     except Exception as error:  # of a damaged config anything can come, out of the middle of transformers
         raise unreadable(folder, error) from None
 
 
-def _loaded(folder: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    import transformers
+def _fill(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, folder: str) -> None:
+    """Put the tensors of a folder into a model without memory."""
+    groups, left = _packed_groups(tensors)
+    for weight, suffixes in groups.items():
+        own = {suffix: tensors.read(weight + suffix) for suffix in suffixes}
+        path = weight.removesuffix(".weight")
+        layer = _packed_layer(model, path, from_bitsandbytes(own, weight), tensors, left, dtype)
+        model.set_submodule(path, layer.to(device))
 
-    config, make = read_config(folder, folder, trust_remote_code), transformers.AutoModelForCausalLM.from_config
-    with torch.device("meta"):
-        model = make(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    tensors = _all_tensors(Path(folder))
-    for weight, own in _packed_groups(tensors).items():
-        _put_packed(model, weight.removesuffix(".weight"), from_bitsandbytes(own, weight), tensors, dtype)
-    _put_dense(model, tensors, dtype, folder)
+    def dense(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    _refuse_unfit(model, {name: tensors.shapes[name] for name in left}, folder)
+    model.load_state_dict({name: dense(name) for name in left}, strict=False, assign=True)
     model.tie_weights()
-    _fill_buffers(model)
-    return model.eval()
+    _fill_buffers(model, device)
 
 
-def _packed_groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Each packed weight with what belongs to it, by what is appended to its name; taken out of ``tensors``."""
-    groups: dict[str, dict[str, Tensor]] = {weight_of(name): {} for name in sorted(tensors) if is_state(name)}
-    for name in list(tensors):
+def _packed_groups(tensors: Tensors) -> tuple[dict[str, list[str]], dict[str, None]]:
+    """Each packed weight with what is appended to its name for its parts, and the names of all other tensors, in order."""
+    groups: dict[str, list[str]] = {weight_of(name): [] for name in sorted(tensors.shapes) if is_state(name)}
+    left: dict[str, None] = {}
+    for name in tensors.shapes:
         if (weight := weight_of(name)) in groups:
-            groups[weight][name.removeprefix(weight)] = tensors.pop(name)
-    return groups
+            groups[weight].append(name.removeprefix(weight))
+        else:
+            left[name] = None
+    return groups, left
 
 
-def _all_tensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no .safetensors file; pickles are not read, save the model again")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        found = parse_tensors(read_bytes(file, "the model's weights"), file)[0]
-        if twice := found.keys() & tensors.keys():
-            raise CheckpointError(f"{file}: {min(twice)[:200]} is in another file of the folder, too; keep one of them")
-        tensors |= found
-    return tensors
-
-
-def _put_packed(model: nn.Module, path: str, weight: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _packed_layer(
+    model: nn.Module, path: str, weight: Any, tensors: Tensors, left: dict[str, None], dtype: torch.dtype
+) -> QuantLinear:
+    """The layer at ``path`` with this weight and its bias, which leaves ``left``. Raises ``CheckpointError`` where they do not fit."""
     try:
         old: Any = model.get_submodule(path)
     except AttributeError:
@@ -169,41 +182,45 @@ def _put_packed(model: nn.Module, path: str, weight: Any, tensors: dict[str, Ten
     wanted = tuple(old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape)
     if tuple(weight.shape) != wanted:
         raise CheckpointError(f"{path}.weight: is {list(weight.shape)}, the model wants {list(wanted)}")
-    bias = tensors.pop(f"{path}.bias", None)
-    held, own = (None if value is None else list(value.shape) for value in (bias, old.bias))
+    name, bias = f"{path}.bias", None
+    held = list(tensors.shapes[name]) if name in left else None
+    own = None if old.bias is None else list(old.bias.shape)
     if held != own:
-        raise CheckpointError(f"{path}.bias: is {held}, the model wants {own}; the weights do not fit config.json")
-    kind = type(old) if is_conv1d(old) else None
-    layer = QuantLinear(weight, None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False), kind)
-    model.set_submodule(path, layer)
+        raise CheckpointError(f"{name}: is {held}, the model wants {own}; the weights do not fit config.json")
+    if held is not None:
+        del left[name]
+        bias = nn.Parameter(tensors.read(name).to(dtype), requires_grad=False)
+    return QuantLinear(weight, bias, type(old) if is_conv1d(old) else None)
 
 
-def _put_dense(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, folder: str) -> None:
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+def _refuse_unfit(model: Any, shapes: dict[str, tuple[int, ...]], folder: str) -> None:
+    """Raise ``CheckpointError`` for dense tensors that are too many, too few or of another shape, before one of them is read."""
+    state = model.state_dict()
+    for name, own in state.items():
+        if name in shapes and shapes[name] != tuple(own.shape):
+            wrong = f"is {list(shapes[name])}, the model wants {list(own.shape)}"
+            raise CheckpointError(f"{folder}: {name} {wrong}; the weights do not fit config.json")
     packed = {path for path, module in model.named_modules() if is_quantized(module)}
-    for name, own in model.state_dict().items():
-        if name in cast and cast[name].shape != own.shape:
-            shapes = f"is {list(cast[name].shape)}, the model wants {list(own.shape)}"
-            raise CheckpointError(f"{folder}: {name} {shapes}; the weights do not fit config.json")
-    result = model.load_state_dict(cast, strict=False, assign=True)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in result.missing_keys if name.rpartition(".")[0] not in packed and name not in tied]
-    if missing or result.unexpected_keys:
-        what = f"{missing[0]} is missing" if missing else f"{result.unexpected_keys[0]} is unexpected"
+    missing = [n for n in state if n not in shapes and n.rpartition(".")[0] not in packed and n not in tied]
+    unexpected = [name for name in shapes if name not in state]
+    if missing or unexpected:
+        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
         raise CheckpointError(f"{folder}: {what}; the weights do not fit config.json")
 
 
-def _fill_buffers(model: Any) -> None:
+def _fill_buffers(model: Any, device: torch.device) -> None:
     """Rotary tables and the like are computed, not stored: make again what is still on the meta device."""
     for module in model.modules():
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
             config = getattr(module, "config", None) or model.config
             fresh = type(module)(config)
             for name, buffer in fresh._buffers.items():
-                module._buffers[name] = buffer
+                module._buffers[name] = None if buffer is None else buffer.to(device)
             for name, value in vars(fresh).items():
                 if isinstance(value, Tensor):
-                    setattr(module, name, value)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+                    setattr(module, name, value.to(device))
+    every = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in every if tensor.device.type != device.type]
     if left:
         raise CheckpointError(f"{left[0]}: is neither in the file nor made by the model")

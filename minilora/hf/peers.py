@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from minilora.hf.bench import BenchJob, contestant
-from minilora.hf.finetune import DTYPES
-from minilora.hf.load import load_model, resolve
+from minilora.hf.job import AUTO
+from minilora.hf.load import resolve
+from minilora.hf.plan import load_trial, on_this_machine
 
 __all__ = ["serve"]
 
@@ -30,24 +31,26 @@ def serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
 
 
 def _dense(job: BenchJob) -> Any:
-    return load_model(job.model, DTYPES[job.dtype], job.trust_remote_code)
+    return load_trial(*on_this_machine(job))
 
 
 def _in_four_bits(job: BenchJob) -> Any:
     import transformers
 
-    dtype = DTYPES[job.dtype]
+    place = on_this_machine(job)[1]
+    chosen = {} if job.attention == AUTO else {"attn_implementation": job.attention}
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=job.quant,
         bnb_4bit_use_double_quant=job.double_quant,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=place.dtype,
     )
     return transformers.AutoModelForCausalLM.from_pretrained(
         resolve(job.model),
         quantization_config=config,
-        dtype=dtype,
-        device_map="cpu",
+        dtype=place.dtype,
+        device_map={"": place.device},
         use_safetensors=True,
         trust_remote_code=job.trust_remote_code,
+        **chosen,
     )

@@ -3,63 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError
-from minilora.hf.finetune import DTYPES
+from minilora.hf.devices import Place, choose, settled
 from minilora.hf.folders import read_config
+from minilora.hf.job import AUTO, packing
 from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.hf.trials import PlanJob
-from minilora.linear.layers import is_quantized
 from minilora.lora.inject import inject
-from minilora.measure.plan import Memory, measure, pack_on_paper, predict
+from minilora.lora.match import ALL_LINEAR
+from minilora.measure.plan import Memory, measure, pack_on_paper, predict, while_packed
 from minilora.measure.worker import Worker
 from minilora.qlora.kbit import checkpoint_activations
-from minilora.qlora.quantize_model import quantize_model
+from minilora.qlora.quantize_model import quantizable_paths, quantize_model
 from minilora.quant.codebooks import ON_DISK
 from minilora.quant.config import QuantConfig
 from minilora.training.losses import token_losses
 
-__all__ = ["PlanJob", "has_weights", "load_config", "measured_in_worker", "model_on_meta", "predicted"]
+__all__ = [
+    "PlanJob", "has_weights", "load_config", "load_trial", "measured_in_worker", "model_on_meta", "on_this_machine", "predicted",
+]  # fmt: skip
 
 
-def predicted(job: PlanJob) -> tuple[Memory, int]:
-    """``(the peak of a step, bytes of the dense weights)``; nothing of the model's size is allocated."""
-    model = model_on_meta(job)
-    dense = sum(p.numel() * p.element_size() for p in model.parameters())
-    quant = _quantization(job)
-    return predict(_adapted(job, pack_on_paper(model, quant) if quant else model), _loss_of(job, model)), dense
+Asked = TypeVar("Asked", bound=PlanJob)
+
+
+def predicted(job: PlanJob) -> Memory:
+    """The peak of a step, and of loading; nothing of the model's size is allocated. A step is counted as a CPU does it, on any device."""
+    job, _ = on_this_machine(job)
+    model, quant, dense = model_on_meta(job), _quantization(job), []
+    if quant and not is_packed_folder(resolve(job.model)):
+        dense = [model.get_submodule(path).weight for path in quantizable_paths(model, ALL_LINEAR)]
+    frozen = pack_on_paper(model, quant) if quant else model
+    loading = while_packed(frozen, dense) if quant else 0
+    return dataclasses.replace(predict(_adapted(job, frozen), _loss_of(job, model)), loading=loading)
+
+
+def on_this_machine(job: Asked) -> tuple[Asked, Place]:
+    """The job with its device and dtype chosen, and the choice. Raises as ``devices.choose``."""
+    place = choose(job.device, job.dtype, job.attention)
+    return settled(job, place), place
 
 
 def measured_in_worker(job: PlanJob) -> Memory:
     """The same, of a real step in a process of its own. Raises ``StateError`` where that cannot be measured."""
     with Worker("minilora.hf.plan:_serve", dataclasses.asdict(job), job.threads) as worker:
-        return Memory(worker.ask("measure")["parts"])
+        return Memory(**worker.ask("measure"))
 
 
 def _serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
     targets = settings["target_modules"]
     job = PlanJob(**settings | {"target_modules": targets if isinstance(targets, str) else tuple(targets)})
+    job, place = on_this_machine(job)
 
     def load() -> nn.Module:
-        full = has_weights(job.model)
-        model = load_model(job.model, DTYPES[job.dtype], job.trust_remote_code) if full else _random_model(job)
-        if job.quant != "none" and not any(is_quantized(module) for module in model.modules()):
-            quantize_model(model, QuantConfig(job.quant, double_quant=job.double_quant))
-        return model
+        quant = packing(job.quant, job.double_quant)
+        if has_weights(job.model):
+            return load_trial(job, place)
+        model = _random_model(job).to(place.device)
+        return quantize_model(model, quant) if quant else model
 
     def answer(request: str) -> dict[str, Any]:
         paper = model_on_meta(job)  # imports what loading will import
-        return {"parts": measure(load, lambda model: _adapted(job, model), _loss_of(job, paper)).parts}
+        found = measure(load, functools.partial(_adapted, job), _loss_of(job, paper), place.device)
+        read = has_weights(job.model) and _quantization(job) is not None
+        return {"parts": found.parts, "loading": found.loading if read else 0}
 
     return answer
+
+
+def load_trial(job: PlanJob, place: Place) -> Any:
+    """The frozen model that a job tries."""
+    options: dict[str, Any] = {"device": place.device, "attention": job.attention}
+    quant = packing(job.quant, job.double_quant)
+    return load_model(job.model, place.dtype, job.trust_remote_code, quant=quant, **options)
 
 
 def has_weights(model: str) -> bool:
@@ -80,7 +106,8 @@ def load_config(job: PlanJob) -> Any:
 def _random_model(job: PlanJob) -> Any:
     import transformers
 
-    options: dict[str, Any] = {"dtype": DTYPES[job.dtype], "trust_remote_code": job.trust_remote_code}
+    options: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "trust_remote_code": job.trust_remote_code}
+    options |= {} if job.attention == AUTO else {"attn_implementation": job.attention}
     return transformers.AutoModelForCausalLM.from_config(load_config(job), **options).eval()
 
 
@@ -102,7 +129,7 @@ def _quantization(job: PlanJob) -> QuantConfig | None:
                 f"{str(nested)[:100]}; wanted {' or '.join(ON_DISK)}, and true or false"
             )
         return QuantConfig(kind, double_quant=nested)
-    return None if job.quant == "none" else QuantConfig(job.quant, double_quant=job.double_quant)
+    return packing(job.quant, job.double_quant)
 
 
 def _adapted(job: PlanJob, model: Any) -> Any:

@@ -8,10 +8,10 @@ import torch
 
 from minilora.data.encoding import encode_all
 from minilora.data.records import read_jsonl
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, TargetError
 from minilora.hf.folders import in_new_folder, refuse_occupied
-from minilora.hf.load import load_model, load_tokenizer
-from minilora.hf.packed import write_packed
+from minilora.hf.load import load_model, load_tokenizer, resolve
+from minilora.hf.packed import is_packed_folder, write_packed
 from minilora.qlora.calibrate import calibrate
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.bnb import storable
@@ -30,12 +30,14 @@ def quantize_to_folder(
     calibration: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
 ) -> int:
-    """Load a model, pack its linear layers, and save it with its tokenizer; returns the bytes of its weights.
+    """Load a model, its linear layers packed on the way, and save it with its tokenizer; returns the bytes of its weights.
 
     Args:
-        calibration: JSONL file of text like what the model will read, for ``scale="weighted"``.
-        trust_remote_code: as for ``load_model``.
+        calibration: JSONL file of text like what the model will read, for ``scale="weighted"``: the dense model reads it, so that this
+            scale alone wants memory for the dense model.
+        trust_remote_code, device: as for ``load_model``.
 
     Raises:
         ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
@@ -49,13 +51,19 @@ def quantize_to_folder(
         )
     if config.scale == "weighted" and calibration is None:
         raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
+    if is_packed_folder(resolve(model)):
+        raise TargetError(
+            f"model {model!r}: is packed already, no dense linear layer is left to quantize; name the dense model"
+        )
     records = read_jsonl(calibration) if calibration else []
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code), load_tokenizer(model, trust_remote_code)
-    importance = None
+    tokenizer = load_tokenizer(model, trust_remote_code)
     if config.scale == "weighted":
+        loaded = load_model(model, dtype, trust_remote_code, device=device)
         examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH)
-        importance = calibrate(loaded, [torch.tensor([example.input_ids]) for example in examples])
-    quantize_model(loaded, config, importance=importance)
+        texts = [torch.tensor([example.input_ids], device=loaded.device) for example in examples]
+        quantize_model(loaded, config, importance=calibrate(loaded, texts))
+    else:
+        loaded = load_model(model, dtype, trust_remote_code, device=device, quant=config)
 
     def write(folder: Path) -> None:
         write_packed(loaded, folder)

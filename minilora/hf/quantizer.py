@@ -22,11 +22,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from minilora.errors import CheckpointError, ConfigError, QuantizationError, TargetError, nearest
+from minilora.errors import CheckpointError, ConfigError, MiniLoraError, QuantizationError, TargetError, nearest
 from minilora.files import validate
 from minilora.hf.packed import bitsandbytes_entry, dense_linears, packed_state_dict
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
+from minilora.lora.match import ALL_LINEAR
 from minilora.lora.slots import has_adapters
+from minilora.lora.targets import Selection, check_form
+from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.bnb import storable
 from minilora.quant.codebooks import Codebook, codebook
@@ -39,6 +42,15 @@ _METHOD = "minilora"
 logger = logging.get_logger(__name__)
 
 
+class Failure:
+    """Why a weight could not be packed, known once loading has failed; one object in every copy that transformers makes of a config."""
+
+    error: MiniLoraError | None = None
+
+    def __deepcopy__(self, memo: Any) -> Failure:
+        return self
+
+
 @register_quantization_config(_METHOD)
 class NF4Config(QuantizationConfigMixin):
     """How ``from_pretrained`` packs linear layers; the fields of ``QuantConfig`` (NF4, blocksize 64, single, absmax by default).
@@ -47,6 +59,8 @@ class NF4Config(QuantizationConfigMixin):
         format, blocksize, double_quant, scale, signed_scale: as in ``QuantConfig``.
         skip_modules: names of layers that stay dense, beside the output head.
         importance: what ``calibrate`` returned, for ``scale="weighted"``; never saved.
+        target_modules: as in ``quantize_model``: the layers to pack; None for every linear layer but the output head and what
+            transformers keeps in fp32.
 
     Raises:
         ConfigError: as ``QuantConfig``.
@@ -61,6 +75,7 @@ class NF4Config(QuantizationConfigMixin):
         signed_scale: bool = False,
         skip_modules: list[str] | None = None,
         importance: Mapping[str, Tensor] | None = None,
+        target_modules: Selection | None = None,
     ) -> None:
         self.quant = QuantConfig(format, blocksize, double_quant, scale, signed_scale)
         if isinstance(skip_modules, str):
@@ -71,11 +86,21 @@ class NF4Config(QuantizationConfigMixin):
         self.quant_method = _METHOD
         self.skip_modules = None if chosen is None else list(chosen)
         self.importance = importance
+        if target_modules is not None:
+            check_form(target_modules, "target_modules")
+        self.target_modules = target_modules
+        self.why = Failure()
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``config.json``: bitsandbytes', so that any program that reads its checkpoints reads this one."""
         return bitsandbytes_entry(self.quant, self.dense or self.skip_modules or [])
+
+
+def packing_config(quant: QuantConfig) -> NF4Config:
+    """The config by which ``from_pretrained`` packs what ``quantize_model(model, quant)`` would."""
+    fields = (quant.format, quant.blocksize, quant.double_quant, quant.scale, quant.signed_scale)
+    return NF4Config(*fields, target_modules=ALL_LINEAR)
 
 
 class _Pack(ConversionOps):
@@ -84,18 +109,44 @@ class _Pack(ConversionOps):
     def __init__(self, config: NF4Config, waiting: set[str]) -> None:
         self.config, self.waiting = config, waiting
 
-    def convert(self, input_dict: Mapping[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        stored: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            path = name.removesuffix(".weight")
-            layer = model.get_submodule(path)
-            importance = (self.config.importance or {}).get(path)
-            packed = quantize(weight if layer.conv1d is None else weight.t(), self.config.quant, name, importance)
-            stored |= {f"{path}.{part}": values for part, values in QuantLinear(packed).state_dict().items()}
-            layer._is_hf_initialized = True
-            self.waiting.discard(path)
+    def convert(
+        self, input_dict: Mapping[str, Any], model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        stored: dict[str, Any] = {}
+        try:
+            for name, value in input_dict.items():
+                path, _, own = name.rpartition(".")
+                if own != "weight" or not is_quantized(model.get_submodule(path)):
+                    stored[name] = value  # made of the same tensor of the file, and not packed
+                    continue
+                stored |= self._packed(name, model.get_submodule(path), value, missing_keys)
+                self.waiting.discard(path)
+        except MiniLoraError as error:  # transformers logs it and goes on
+            self.config.why.error = self.config.why.error or error
+            raise
         return stored
+
+    def _packed(self, name: str, layer: Any, value: Any, missing_keys: set[str] | None) -> dict[str, Tensor]:
+        """The parameters of ``layer`` by their names in the model, from the dense weight that the file calls ``name``."""
+        weight, path = value[0] if isinstance(value, list) else value, name.removesuffix(".weight")
+        rows = weight if layer.conv1d is None else weight.t()
+        wanted = (layer.out_features, layer.in_features)
+        if tuple(rows.shape) != wanted:  # of packed weights transformers does not ask
+            shape = list(wanted if layer.conv1d is None else wanted[::-1])
+            raise CheckpointError(
+                f"{name}: is {list(weight.shape)}, the model wants {shape}; the weights do not fit config.json"
+            )
+        packed = QuantLinear(quantize(rows, self.config.quant, name, (self.config.importance or {}).get(path)))
+        layer.dtype = packed.dtype
+        if (
+            layer.double_quant and not packed.double_quant
+        ):  # its scales do not fit into 8 bits; the model waits for no second ones
+            layer.double_quant, layer.nested_absmax, layer.nested_offset = False, None, None
+            layer.absmax = nn.Parameter(torch.empty_like(packed.absmax, device="meta"), requires_grad=False)
+            for part in ("nested_absmax", "nested_offset"):
+                (missing_keys or set()).discard(f"{path}.{part}")
+        layer._is_hf_initialized = True
+        return {f"{path}.{part}": values for part, values in packed.state_dict().items()}
 
 
 @register_quantizer(_METHOD)
@@ -124,14 +175,9 @@ class NF4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        skip = self.get_modules_to_not_convert(
-            model, config.skip_modules, model._keep_in_fp32_modules, add_default_skips=True
-        )
         chosen = {path: layer for path, layer in model.named_modules() if type(layer) is nn.Linear or is_conv1d(layer)}
-        for path, layer in chosen.items():
-            if not should_convert_module(path, skip):
-                config.dense.append(path)
-                continue
+        for path in self._to_pack(model, chosen):
+            layer: Any = model.get_submodule(path)
             if config.importance is not None and path not in config.importance:
                 raise QuantizationError(f"{path}: importance has no entry for it; calibrate the same model")
             columns, rows = in_out_features(layer)
@@ -139,15 +185,29 @@ class NF4Quantizer(HfQuantizer):
             kind = type(layer) if is_conv1d(layer) else None
             model.set_submodule(path, QuantLinear(packed, layer.bias, kind))
             self._waiting.add(path)
+        config.dense.extend(path for path in chosen if path not in self._waiting)
+
+    def _to_pack(self, model: Any, linear: Mapping[str, nn.Module]) -> list[str]:
+        """Paths of the layers that are packed; ``linear`` are all that there are."""
+        config = self.quantization_config
         for name in config.skip_modules or ():
-            if all(should_convert_module(path, [name]) for path in chosen):
-                raise TargetError(f"skip_modules: {name!r} is no linear layer; the closest are {nearest(name, chosen)}")
+            if all(should_convert_module(path, [name]) for path in linear):
+                raise TargetError(f"skip_modules: {name!r} is no linear layer; the closest are {nearest(name, linear)}")
+        if config.target_modules is not None:
+            skip = config.skip_modules or []
+            return [
+                path for path in quantizable_paths(model, config.target_modules) if should_convert_module(path, skip)
+            ]
+        kept = model._keep_in_fp32_modules
+        skip = self.get_modules_to_not_convert(model, config.skip_modules, kept, add_default_skips=True)
+        return [path for path in linear if should_convert_module(path, skip)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._waiting:
             path = min(self._waiting)
             raise CheckpointError(
-                f"{path}.weight: is not in the file, so there is nothing to pack; skip_modules=[{path!r}] leaves it dense and new"
+                f"{path}.weight: is not in the file, so there is nothing to pack; copy the model again, or leave this layer dense and new "
+                f"with NF4Config(skip_modules=[{path!r}])"
             )
         for layer in model.modules():
             if is_quantized(layer):

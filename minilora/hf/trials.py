@@ -10,7 +10,7 @@ from typing import Any
 
 from minilora.errors import ConfigError
 from minilora.files import validate
-from minilora.hf.job import DTYPE_NAMES, QUANT_CHOICES
+from minilora.hf.job import AUTO, check_place, check_quant
 from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
 
@@ -29,11 +29,13 @@ class PlanJob:
         target_modules: names of layers, one regular expression for the full path, or "all-linear".
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
         double_quant: keep the scales of packed weights in 8 bits (4.127 instead of 4.5 bits per weight with nf4).
-        dtype: number format of the weights that are not packed.
+        dtype: number format of the weights that are not packed; "auto" is bfloat16 on a GPU that has it, else float32.
         batch: examples of a micro-batch.
         seq: tokens of an example, all of them supervised.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         threads: threads of torch; 0 leaves their number to it.
+        device: where the model goes: auto, cpu, cuda, cuda:N or mps; "auto" takes a CUDA GPU where one works, else the CPU.
+        attention: implementation of attention in transformers: eager, sdpa, flash_attention_2 ...; "auto" leaves it to the model.
 
     Raises:
         ConfigError: a value that cannot be meant, by name.
@@ -45,17 +47,18 @@ class PlanJob:
     target_modules: str | tuple[str, ...] = "all-linear"
     quant: str = "none"
     double_quant: bool = True
-    dtype: str = "float32"
+    dtype: str = AUTO
     batch: int = 4
     seq: int = 128
     gradient_checkpointing: bool = False
     threads: int = 0
     trust_remote_code: bool = False
+    device: str = AUTO
+    attention: str = AUTO
 
     def __post_init__(self) -> None:
-        for name, choices in (("quant", QUANT_CHOICES), ("dtype", DTYPE_NAMES)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
+        check_quant(self.quant)
+        check_place(self.device, self.dtype, self.attention)
         for name, least in (("r", 1), ("batch", 1), ("seq", 2), ("threads", 0)):
             validate.whole(name, getattr(self, name), least)
         for name in ("double_quant", "gradient_checkpointing", "trust_remote_code"):

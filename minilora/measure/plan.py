@@ -4,8 +4,8 @@ One function, ``training_step``, is run twice: on paper, where a ledger counts e
 (``measure``). Nothing is fitted to any model: the bytes are those that the step's own operations make and free. The parts are those
 held at the moment when most is held, so they add up to the peak.
 
-Not in it: the Python process and its libraries, and loading, which for a moment holds the dense weights of a model that is packed then.
-Attention and matrix libraries keep some MB for themselves, which no operator tells.
+What loading holds at most stands beside it: a model that is packed comes weight by weight, so it is the packed model and one dense weight.
+Not in it: the Python process and its libraries. Attention and matrix libraries keep some MB for themselves, which no operator tells.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from minilora.linear import ops
 from minilora.linear.layers import QuantLinear, in_out_features
 from minilora.lora.match import ALL_LINEAR
 from minilora.measure.ledger import Ledger, on_paper
-from minilora.measure.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
+from minilora.measure.meter import Meter
 from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch
 from minilora.report.tables import Row
 
-__all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step"]
+__all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step", "while_packed"]
 
 HELD = ("weights", "adapters", "optimizer")  # before the step
 KEPT = "kept by libraries"  # buffers that outlive a step, holes between small blocks: measured only
@@ -48,10 +48,12 @@ class Memory:
     Attributes:
         parts: predicted: by ``HELD`` and ``STEP``; measured: by ``HELD``, ``KEPT`` and "the step", as can be told apart from outside.
         phase: of the peak ("forward", "loss", "backward" or "update"); empty when measured.
+        loading: the most that is held while the model is read and packed; 0 where nothing is packed, or nothing was read.
     """
 
     parts: Mapping[str, int]
     phase: str = ""
+    loading: int = 0
 
     @property
     def peak(self) -> int:
@@ -186,34 +188,48 @@ def pack_on_paper(model: nn.Module, config: QuantConfig) -> nn.Module:
     return model
 
 
-def measure(load: Callable[[], nn.Module], adapt: Callable[[nn.Module], nn.Module], loss_of: LossOf) -> Memory:
+def while_packed(frozen: nn.Module, dense: Sequence[Tensor]) -> int:
+    """Bytes that loading holds at most: the packed model, and the largest of the ``dense`` weights that are packed one by one."""
+    held = sum(tensor.numel() * tensor.element_size() for tensor in frozen.parameters())
+    return held + max((tensor.numel() * tensor.element_size() for tensor in dense), default=0)
+
+
+def measure(
+    load: Callable[[], nn.Module],
+    adapt: Callable[[nn.Module], nn.Module],
+    loss_of: LossOf,
+    device: torch.device | str = "cpu",
+) -> Memory:
     """Do two real steps and read the peak of the second; for a process of its own (``worker``).
 
     Args:
         load: makes the frozen model; all that it imports should have been imported. adapt: puts the adapters in.
-        loss_of: as in ``predict``.
+        loss_of: as in ``predict``. device: where ``load`` puts the model.
 
     Raises:
         StateError: this system does not tell a process its peak memory.
     """
-    reset_peak()
+    meter = Meter(device)
+    meter.reset()
     training_step(tiny := nn.Linear(2, 2), torch.optim.AdamW(tiny.parameters()), lambda m: m(torch.ones(1, 2)).sum())
-    start = anonymous_bytes()
+    start = meter.held()
+    meter.reset()
     model = load()
+    loading = meter.peak() - start
     own_memory(model)
-    marks = [anonymous_bytes()]
+    marks = [meter.held()]
     model = adapt(model).train()
-    marks.append(anonymous_bytes())
+    marks.append(meter.held())
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     training_step(model, optimizer, loss_of)
-    marks.append(anonymous_bytes())
-    reset_peak()
+    marks.append(meter.held())
+    meter.reset()
     training_step(model, optimizer, loss_of)
-    marks.append(peak_anonymous_bytes())
+    marks.append(meter.peak())
     weights, adapters, held, step = (after - before for before, after in zip([start, *marks], marks, strict=False))
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
     sizes = (weights, adapters, moments, held - moments, step)
-    return Memory(dict(zip((*HELD, KEPT, "the step"), sizes, strict=True)))
+    return Memory(dict(zip((*HELD, KEPT, "the step"), sizes, strict=True)), loading=loading)
 
 
 @torch.no_grad()
@@ -235,7 +251,9 @@ def as_rows(predicted: Memory, measured: Memory | None = None) -> tuple[list[str
     held += [row(KEPT, None, measured.parts[KEPT])] if measured else []
     step = row("the step", predicted.step, measured.step if measured else None)
     parts = [row(f"  {name}", predicted.parts[name]) for name in STEP]
-    return columns, [*held, step, *parts, row("peak", predicted.peak, measured.peak if measured else None)]
+    peak = row("peak", predicted.peak, measured.peak if measured else None)
+    loading = [row("while loading", predicted.loading, (measured.loading or None) if measured else None)]
+    return columns, [*held, step, *parts, peak, *(loading if predicted.loading else [])]
 
 
 def _size(count: int | None) -> str:

@@ -37,7 +37,8 @@ def release_scratch() -> None:
 def nearest_code_reference(scaled: Tensor, book: Codebook) -> Tensor:
     """Code of the nearest level of each value in [-1, 1]; a tie goes to the lower level. uint8, shape of ``scaled``."""
     midpoints, codes = book.thresholds()
-    return codes[torch.bucketize(scaled, midpoints.to(scaled.device)).cpu()].to(scaled.device, torch.uint8)
+    place = scaled.device
+    return codes.to(place, torch.uint8)[torch.bucketize(scaled, midpoints.to(place))]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

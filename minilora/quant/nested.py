@@ -44,7 +44,7 @@ def has_outlier(absmax: Tensor, name: str) -> bool:
 
 def nested_scales(absmax: Tensor, name: str) -> dict[str, Tensor]:
     """Double quantization: scales less their mean, in 8 bits, 256 of them to an fp32 scale (QLoRA section 3)."""
-    offset = absmax.mean()
+    offset = absmax.cpu().mean().to(absmax.device)  # one order of summing, so that every device packs to the same bytes
     if not bool(torch.isfinite(offset)):
         raise QuantizationError(f"{name}: the mean of its scales overflows float32; use double_quant=False")
     residual = absmax - offset

@@ -84,9 +84,9 @@ class QuantizedTensor:
                 decode_range(self, scales, start, flat[start:stop])
             else:
                 part = (
-                    torch.empty(stop - start, dtype=torch.float32, device=flat.device)
-                    if flat.is_cuda
-                    else scratch("part", stop - start, torch.float32)
+                    scratch("part", stop - start, torch.float32)
+                    if flat.device.type == "cpu"
+                    else torch.empty(stop - start, dtype=torch.float32, device=flat.device)
                 )
                 decode_range(self, scales, start, part)
                 flat[start:stop] = part

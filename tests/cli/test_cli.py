@@ -252,7 +252,7 @@ BAD_VALUES = [
     ("--eval-every", "-1", "eval_every=-1: wanted"),
     ("--save-every", "-1", "save_every=-1: wanted"),
     ("--quant", "int5", "quant='int5': wanted one of none, nf4"),
-    ("--dtype", "float8", "dtype='float8': wanted one of float32, bfloat16, float16"),
+    ("--dtype", "float8", "dtype='float8': wanted one of auto, float32, bfloat16, float16"),
     ("--max-length", "1", "max_length=1: wanted a whole number >= 2"),
     ("--max-new-tokens", "0", "max_new_tokens=0: wanted"),
     ("--eval-share", "1", "eval_share=1.0: wanted a number in [0, 1)"),
@@ -350,7 +350,9 @@ def test_defaults_are_those_of_the_dataclasses(job):
 SETTINGS = {
     "quant": "none",
     "double_quant": False,
+    "device": "cuda:3",
     "dtype": "bfloat16",
+    "attention": "eager",
     "max_length": 99,
     "eval_share": 0.25,
     "prompts": ["a b", "c"],
@@ -603,14 +605,12 @@ def test_one_seed_is_one_adapter(model_folder, data_file, tmp_path, quant):
     [
         ([], [QuantConfig("nf4", double_quant=True)]),
         (["--no-double-quant"], [QuantConfig("nf4", double_quant=False)]),
-        (["--quant", "none"], []),
+        (["--quant", "none"], [None]),
     ],
 )
 def test_train_quantizes_as_it_is_told(monkeypatch, model_folder, data_file, tmp_path, flags, asked):
-    from minilora.hf import finetune
-
-    seen = []
-    monkeypatch.setattr(finetune, "quantize_model", lambda model, config: seen.append(config))
+    seen, load = [], finetune.load_model
+    monkeypatch.setattr(finetune, "load_model", lambda *_, **o: seen.append(o["quant"]) or load(*_, **o))
     assert run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", *flags)[0] == 0
     assert seen == asked
 
@@ -750,12 +750,34 @@ def test_generate_with_the_adapter_gives_what_was_learnt(capsys, trained, model_
     assert text == "".join(f"> {prompt}\n{answer}\n\n" for prompt, answer in LEARNT.items())
 
 
-@pytest.mark.parametrize(("quant", "asked"), [("none", []), ("nf4", [QuantConfig("nf4", double_quant=True)])])
+@pytest.mark.parametrize(("quant", "asked"), [("none", None), ("nf4", QuantConfig("nf4", double_quant=True))])
 def test_generate_quantizes_as_train_does(monkeypatch, model_folder, quant, asked):
-    seen = []
-    monkeypatch.setattr(minilora, "quantize_model", lambda model, config: seen.append(config))
+    seen, load = [], minilora.hf.load_model
+    monkeypatch.setattr(minilora.hf, "load_model", lambda *_, **o: seen.append(o["quant"]) or load(*_, **o))
     assert main(["generate", "--model", model_folder, "--quant", quant, "--max-new-tokens", "2", "hi"]) == 0
-    assert seen == asked
+    assert seen == [asked]
+
+
+def test_generate_says_to_a_person_where_it_runs(capsys, monkeypatch, model_folder):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                model_folder,
+                "--device",
+                "cpu",
+                "--dtype",
+                "bfloat16",
+                "--max-new-tokens",
+                "2",
+                "hi",
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().err == f"{model_folder} on the CPU in bfloat16\n"
 
 
 def test_generate_stops_where_it_is_told(capsys, trained, model_folder):
@@ -786,7 +808,7 @@ def test_merge_saves_a_model_that_transformers_loads(capsys, trained, model_fold
     assert merge(model_folder, trained[0], out) == 0
     survived, where = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"merged into 14 layers as float32: 100\.0% of the update survives rounding; .*", survived)
-    assert where == f"merged model in {out}"
+    assert where.startswith(f"merged model in {out}, merged on the CPU in float32")
     assert [path.name for path in out.parent.iterdir()] == ["merged"]  # no temporary folder is left
     assert out.stat().st_mode & 0o777 == 0o755
 

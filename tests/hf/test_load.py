@@ -12,7 +12,8 @@ import torch
 
 from minilora import LoraConfig, QuantConfig, get_peft_model, quantize_model
 from minilora.errors import CheckpointError, MissingPackageError
-from minilora.hf import answers, load, load_model, load_tokenizer, resolve
+from minilora.hf import answers, load_model, load_tokenizer, resolve
+from minilora.hf import smollm2 as conversion
 from tests.models import CHATML
 
 transformers = pytest.importorskip("transformers")
@@ -76,7 +77,7 @@ def test_cache_folder(monkeypatch, environment, wanted):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"HOME": "/home/me"} | environment).items():
         monkeypatch.setenv(name, value)
-    assert load.cache_folder() == Path(wanted)
+    assert conversion.cache_folder() == Path(wanted)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/model", "./folder", "/abs/folder", "SMOLLM2", "smollm"])
@@ -127,7 +128,7 @@ def test_half_a_conversion_leaves_nothing(cache, package, monkeypatch, error):
         (target / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(load, "_convert", break_down)
+    monkeypatch.setattr(conversion, "_convert", break_down)
     with pytest.raises(type(error)):
         resolve("smollm2")
     assert list(cache.iterdir()) == []
@@ -141,7 +142,7 @@ def test_a_conversion_is_made_once_and_in_one_move(cache, package, monkeypatch):
         made.append(source)
         (target / "config.json").write_text("{}")
 
-    monkeypatch.setattr(load, "_convert", convert)
+    monkeypatch.setattr(conversion, "_convert", convert)
     assert resolve("smollm2") == resolve("smollm2") == str(cache / FOLDER)
     assert made == [package / "SmolLM2-135M-Instruct.Q4_1.gguf"]
     assert [path.name for path in cache.iterdir()] == [FOLDER]
@@ -154,7 +155,7 @@ def test_another_process_may_have_been_first(cache, package, monkeypatch):
         (cache / FOLDER).mkdir()
         (cache / FOLDER / "config.json").write_text("theirs")
 
-    monkeypatch.setattr(load, "_convert", convert)
+    monkeypatch.setattr(conversion, "_convert", convert)
     assert (Path(resolve("smollm2")) / "config.json").read_text() == "theirs"
     assert [path.name for path in cache.iterdir()] == [FOLDER]
 

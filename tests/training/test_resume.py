@@ -675,3 +675,22 @@ def test_a_run_that_is_killed_goes_on_by_itself_to_the_same_bits(tmp_path):
 def test_a_run_that_is_killed_anywhere_goes_on_by_itself_to_the_same_bits(tmp_path):
     (points, tried, failed), said = killed(tmp_path, 1, 1)
     assert tried == points >= 100 and not failed, said
+
+
+def test_the_state_lands_where_the_parameters_are(tmp_path):
+    """On "meta", for want of a GPU: weights are copied into their place, moments follow their parameter."""
+    from minilora.training.checkpoint import read_checkpoint
+    from minilora.training.guards import check_parameters
+    from minilora.training.resume import restore
+
+    run(fresh(), tmp_path, save_every=4)
+    found = read_checkpoint(tmp_path / "checkpoint-8", 8)
+    model = fresh().to("meta")
+    named = check_parameters(model)
+    optimizer = torch.optim.AdamW(list(named.values()))
+    restore(model, "default", named, optimizer, found, found.meaning, print)
+    moments = {key: value for state in optimizer.state.values() for key, value in state.items() if key != "step"}
+    assert moments.keys() == {"exp_avg", "exp_avg_sq"}
+    for parameter, state in optimizer.state.items():
+        assert {state[key].device for key in moments} == {parameter.device} == {torch.device("meta")}
+        assert (state["exp_avg"].shape, float(state["step"])) == (parameter.shape, 8.0)
