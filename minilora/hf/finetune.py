@@ -35,6 +35,8 @@ from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb
+from minilora.training.optim import make_optimizer
+from minilora.training.optim_state import state_bytes
 from minilora.training.resume import claim
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -176,7 +178,9 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
     trainable, total = count_parameters(model)
     losses = outcome.losses
     change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
-    memory = [{"name": "weights as loaded", "bytes": dense_bytes, "note": job.dtype}, *memory_table(model)]
+    optimizer = make_optimizer(job.training, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    held = memory_table(model, (f"state of {job.training.optimizer}", state_bytes(optimizer)))
+    memory = [{"name": "weights as loaded", "bytes": dense_bytes, "note": job.dtype}, *held]
     evals = [
         {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
     ]
