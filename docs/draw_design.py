@@ -82,7 +82,21 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "data",
         "from a file of records to batches of tokens",
-        ["records", "fields", "template", "bounded", "used", "layout", "tokens", "encoding", "batches"],
+        [
+            "records",
+            "fields",
+            "template",
+            "bounded",
+            "used",
+            "layout",
+            "tokens",
+            "encoding",
+            "examples",
+            "pages",
+            "store",
+            "store_key",
+            "batches",
+        ],
     ),
     (
         "training",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from minilora.data.encoding import Encoded
+from minilora.data.examples import digests
 from minilora.errors import CheckpointError, ConfigError, printable
 from minilora.files.parse import parse_json
 from minilora.files.read import refuse_path
@@ -35,7 +36,6 @@ _LEFT = (LOG_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)  # what 
 _LONGEST_LINE = 16_000_000  # bytes of the log; an answer is far shorter
 _LARGEST = 1e300
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
-_UNSAID = {"optimizer": "adamw"}  # of a checkpoint of the time when there was no other
 
 
 # ---- the run folder
@@ -141,14 +141,13 @@ def meaning(
 
 def _hash(examples: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.input_ids, example.labels]).encode())
+    for each in digests(examples):
+        digest.update(each)
     return digest.hexdigest()
 
 
 def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    unsaid = {key: value for key, value in _UNSAID.items() if key in now["training"]}
-    then, where = {**checkpoint.meaning, "training": unsaid | checkpoint.meaning["training"]}, checkpoint.path
+    then, where = checkpoint.meaning, checkpoint.path
     for part, words in (("training", "schedule"), ("adapter", "adapter"), ("data", "data set")):
         keys = sorted(now[part].keys() | then[part].keys())
         if changed := [key for key in keys if _text(now[part].get(key)) != _text(then[part].get(key))]:

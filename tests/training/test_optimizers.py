@@ -1,7 +1,6 @@
 """Optimizers by name: AdamW in 8 bits as bitsandbytes' reference has it, and each of them in a run that is gone on with."""
 
 import importlib
-import json
 import math
 import sys
 
@@ -245,19 +244,6 @@ def test_a_run_goes_on_to_the_same_bits(optimizer, tmp_path, monkeypatch):
 def test_another_optimizer_is_another_run(tmp_path):
     run(tmp_path, "adamw", save_every=2)
     with pytest.raises(CheckpointError, match="schedule: optimizer is adamw8, in the checkpoint adamw; set it back"):
-        run(tmp_path, "adamw8", resume=True)
-
-
-def test_a_checkpoint_that_names_no_optimizer_is_adamw_s(tmp_path):
-    from minilora.training import checkpoint as module
-
-    run(tmp_path, "adamw", save_every=2)
-    file = tmp_path / "checkpoint-6" / "training.json"
-    state = json.loads(file.read_text())
-    del state["meaning"]["training"]["optimizer"]
-    file.write_bytes(module._state_bytes(state))
-    run(tmp_path, "adamw", resume=True)
-    with pytest.raises(CheckpointError, match="optimizer is adamw8, in the checkpoint adamw"):
         run(tmp_path, "adamw8", resume=True)
 
 
