@@ -25,7 +25,9 @@ from typing import Any
 import record
 
 OUT = record.RESULTS / "store.csv"
-WORDS = ["the", "fog", "lamp", "keeper", "sea", "tonight", "ship", "light", "turns", "slowly", "wind", "over", "rocks", "and", "nobody", "answers", "from", "below"]
+WORDS = (
+    ["the", "fog", "lamp", "keeper", "sea", "tonight", "ship", "light", "turns", "slowly", "wind", "over", "rocks", "and", "nobody", "answers", "from", "below"]
+)
 BATCHES = 1000
 
 
@@ -135,7 +137,7 @@ def main() -> None:
         row |= {name: round(found[name], 2) for name in ("seconds", "cpu seconds")}
         row |= {"tokens": round(tokens)}
         row |= {f"{name} bytes a token": round(found[name] / tokens, 2) for name in ("held", "peak")}
-        rows.append(row | {"disk bytes a token": round(disk / tokens / 0.9**-1, 2) if found is second else ""})
+        rows.append(row | {"disk bytes a token": round(0.9 * disk / tokens, 2) if found is second else ""})
         print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()))
     record.write_csv(args.out, rows, record.stamp("transformers", "tokenizers"))
 

@@ -9,7 +9,7 @@ Next file: ``data/store.py``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -43,11 +43,9 @@ def digest_of(example: Encoded) -> bytes:
     return _digest(np.array([example.input_ids, example.labels], dtype="<i8"))
 
 
-def digests(examples: Sequence[Encoded]) -> Iterator[bytes]:
-    """``digest_of`` of each; from the table, where there is one."""
-    if isinstance(examples, Examples):
-        return (row.tobytes() for row in examples.rows["digest"])
-    return map(digest_of, examples)
+def digests(examples: Sequence[Encoded]) -> Iterable[bytes]:
+    """``digest_of`` of all one after the other, in pieces; from the table, where there is one."""
+    return [examples.rows["digest"].tobytes()] if isinstance(examples, Examples) else map(digest_of, examples)
 
 
 def _digest(ids_and_labels: NDArray[np.int64]) -> bytes:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Pages"]
 
-_MOST = 32_000_000  # bytes that are read until their pages are let go; the system keeps what it has room for
+_MOST = 8_000_000  # bytes that are mapped until all are let go; the system keeps what it has room for
+_AROUND = 65_536  # bytes that Linux maps around one that is asked for
 
 
 class Pages:
@@ -32,7 +33,7 @@ class Pages:
     def read(self, start: int, count: int) -> NDArray[np.int32]:
         """A copy of ``count`` numbers from ``start`` on."""
         found = self._numbers[start : start + count].copy()
-        self._read += found.nbytes + mmap.PAGESIZE
+        self._read += found.nbytes + _AROUND
         if self._mapped is not None and self._read > _MOST and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(
                 mmap.MADV_DONTNEED
