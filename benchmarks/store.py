@@ -25,9 +25,22 @@ from typing import Any
 import record
 
 OUT = record.RESULTS / "store.csv"
-WORDS = (
-    ["the", "fog", "lamp", "keeper", "sea", "tonight", "ship", "light", "turns", "slowly", "wind", "over", "rocks", "and", "nobody", "answers", "from", "below"]
-)
+WORDS = [
+    "the",
+    "fog",
+    "lamp",
+    "keeper",
+    "sea",
+    "ship",
+    "light",
+    "turns",
+    "slowly",
+    "wind",
+    "over",
+    "rocks",
+    "answers",
+    "below",
+]
 BATCHES = 1000
 
 
