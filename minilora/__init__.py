@@ -46,5 +46,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "minilora.store.load": ("load_adapter", "save_adapter"),
         "minilora.training.check": ("check_adapter",),
         "minilora.training.optim": ("lora_plus_groups",),
+        "minilora.training.optim_adamw8": ("AdamW8bit",),
     },
 )

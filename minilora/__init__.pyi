@@ -38,6 +38,7 @@ from minilora.store.load import load_adapter as load_adapter
 from minilora.store.load import save_adapter as save_adapter
 from minilora.training.check import check_adapter as check_adapter
 from minilora.training.optim import lora_plus_groups as lora_plus_groups
+from minilora.training.optim_adamw8 import AdamW8bit as AdamW8bit
 
 __version__: str
 __all__: list[str]

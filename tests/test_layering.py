@@ -26,7 +26,7 @@ RESTRICTED = {
     "minilora_kernels": {"linear"},
     "triton": set(),
     "peft": {"hf"},  # to run beside it in a bench, in a process of its own
-    "bitsandbytes": {"hf"},
+    "bitsandbytes": {"hf", "training"},  # its optimizers, where a run asks for them
     "accelerate": set(),
     "matplotlib": {"report"},
 }

@@ -6,17 +6,18 @@ Everything is read, checked and encoded before training, and no worker process d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from minilora.data.encoding import IGNORED, Encoded
-from minilora.data.records import Record
 
+T = TypeVar("T")
 __all__ = ["collate", "micro_batches", "split"]
 
 
-def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+def split(records: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
     """``(training, evaluation)``: a random ``share`` in [0, 1) of the records, at least one if ``share`` > 0, is held out."""
     held = min(len(records) - 1, max(1, round(share * len(records)))) if share > 0 else 0
     order = torch.randperm(len(records), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()

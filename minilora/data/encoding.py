@@ -1,14 +1,14 @@
 """Records as examples: token ids, and labels that say which of them are learnt.
 
 Conversations go through the tokenizer's chat template (``layout.py``), everything through the tokenizer (``tokens.py``).
-Next file: ``data/batches.py``.
+Next file: ``data/examples.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from minilora.data.bounded import bounded
 from minilora.data.fields import conversation
@@ -18,7 +18,7 @@ from minilora.data.template import Template
 from minilora.data.tokens import IGNORED, Desk, Text
 from minilora.errors import DataError
 
-__all__ = ["IGNORED", "Encoded", "encode", "encode_all"]
+__all__ = ["IGNORED", "Encoded", "Lesson", "Tally", "encode", "encode_all", "lessons", "none_useful"]
 
 _BATCH = 256  # records that are tokenized together
 
@@ -58,7 +58,7 @@ def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
     Raises:
         DataError: as ``encode_all``; or the conversation makes more than one example.
     """
-    lesson = next(_lessons([record], tokenizer, max_length))
+    lesson = next(lessons([record], tokenizer, max_length))
     if len(lesson.examples) != 1:
         raise DataError(
             f"{_at(record)}the chat template rewrites earlier turns as a conversation grows, so this one makes an example of each answer; "
@@ -79,40 +79,66 @@ def encode_all(
         DataError: nothing is left to learn from; a conversation, and the tokenizer has no chat template; the template fails, refuses the
             conversation, does not end, or does not use a part of it; by path and line.
     """
-    lessons = list(_lessons(records, tokenizer, max_length))
-    useful = [example for lesson in lessons for example in lesson.examples if example.supervised]
+    made = list(lessons(records, tokenizer, max_length))
+    useful = [example for lesson in made for example in lesson.examples if example.supervised]
     if not useful:
-        raise DataError(
-            f"none of {len(lessons)} examples has a token to learn within max_length={max_length}; raise it or shorten the prompts"
-        )
+        raise none_useful(len(made), max_length)
     if say:
-        for line in _remarks(lessons, max_length):
+        for line in Tally(*map(sum, zip(*(lesson.tally for lesson in made), strict=True))).remarks(max_length):
             say(line)
     return useful
 
 
-def _remarks(lessons: Sequence[_Lesson], max_length: int) -> Iterator[str]:
-    """What is to be said of how conversations were encoded."""
-    if parted := [lesson for lesson in lessons if lesson.layout.rewrites]:
-        kept = sum(example.supervised > 0 for lesson in parted for example in lesson.examples)
-        lost = sum(lesson.layout.beyond + len(lesson.examples) for lesson in parted) - kept
-        yield (
-            f"the chat template renders an answer otherwise once more turns follow: {len(parted)} conversations are trained turn by turn, "
-            f"as {kept} examples" + (f"; {lost} answers more begin after max_length={max_length}" if lost else "")
-        )
-    if unended := sum(lesson.layout.unended for lesson in lessons):
-        yield f"the chat template ends the last answer of {unended} conversations with no end token, so its end is not learnt"
+def none_useful(count: int, max_length: int) -> DataError:
+    """The error of so many records of which none has something to learn."""
+    return DataError(
+        f"none of {count} examples has a token to learn within max_length={max_length}; raise it or shorten the prompts"
+    )
+
+
+class Tally(NamedTuple):
+    """How conversations were encoded.
+
+    Attributes:
+        parted: conversations that make an example of each answer. kept: those examples. lost: answers that max_length leaves out.
+        unended: conversations whose last answer has no end token.
+    """
+
+    parted: int
+    kept: int
+    lost: int
+    unended: int
+
+    def remarks(self, max_length: int) -> Iterator[str]:
+        """What is to be said of it."""
+        if self.parted:
+            yield (
+                f"the chat template renders an answer otherwise once more turns follow: {self.parted} conversations are trained turn by "
+                f"turn, as {self.kept} examples"
+                + (f"; {self.lost} answers more begin after max_length={max_length}" if self.lost else "")
+            )
+        if self.unended:
+            yield f"the chat template ends the last answer of {self.unended} conversations with no end token, so its end is not learnt"
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class Lesson:
     """The examples of one record, and the layout that they come from."""
 
     examples: list[Encoded]
     layout: Layout
 
+    @property
+    def tally(self) -> Tally:
+        """Of this record alone."""
+        if not self.layout.rewrites:
+            return Tally(0, 0, 0, int(self.layout.unended))
+        kept = sum(example.supervised > 0 for example in self.examples)
+        return Tally(1, kept, self.layout.beyond + len(self.examples) - kept, int(self.layout.unended))
 
-def _lessons(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iterator[_Lesson]:
+
+def lessons(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iterator[Lesson]:
+    """What each record becomes, in order. Raises as ``encode_all``."""
     for record in records:
         if not hasattr(record, "where"):
             check_record(record)
@@ -124,7 +150,7 @@ def _lessons(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iter
         encoded = iter(desk.encode([text for each in texts for text in each]))
         for record, layout, each in zip(some, layouts, texts, strict=True):
             examples = [_example(*next(encoded), max_length, getattr(record, "where", "")) for _ in each]
-            yield _Lesson(examples, layout or Layout([]))
+            yield Lesson(examples, layout or Layout([]))
 
 
 def _texts(layout: Layout) -> list[Text]:

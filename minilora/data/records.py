@@ -8,10 +8,12 @@ would change a run is used (``fields.py``) or refused by name; notes that change
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from minilora.errors import DataError, nearest
 from minilora.files.parse import once
 from minilora.files.read import refuse_path
 
-__all__ = ["Record", "check_record", "read_jsonl", "unused"]
+__all__ = ["Record", "Source", "check_record", "look_at", "read_jsonl", "records_of", "unused"]
 
 LONGEST_LINE = 16_000_000  # bytes; some four million tokens, more than any context
 Record = Mapping[str, Any]
@@ -36,9 +38,43 @@ _MEANT = {
 
 
 class _Line(dict[str, Any]):
-    """A record that knows where it was read."""
+    """A record that knows where it was read: the file and line for messages, and the line's number."""
 
     where = ""
+    line = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of records as it was when it was looked at: its size in bytes, its hash, and its records."""
+
+    path: Path
+    size: int
+    sha256: str
+    records: int
+
+
+def look_at(path: str | os.PathLike[str]) -> Source:
+    """Read a file once, without looking into its lines. Raises ``DataError`` if there is none, or no line in it."""
+    source, digest, size, count = _file(path), hashlib.sha256(), 0, 0
+    for number, raw in _lines(source):
+        digest.update(raw)
+        size += len(raw)
+        count += bool(_text(raw, number).strip())
+    if not count:
+        raise DataError(f"{source}: holds no example; wanted one JSON object a line")
+    return Source(source, size, digest.hexdigest(), count)
+
+
+def records_of(source: Source) -> Iterator[Record]:
+    """The records one after the other, each checked. Raises as ``read_jsonl``; and ``DataError`` if the file is another one by now."""
+    digest = hashlib.sha256()
+    for number, raw in _lines(source.path):
+        digest.update(raw)
+        if (text := _text(raw, number)).strip():
+            yield _record(text, source.path, number)
+    if digest.hexdigest() != source.sha256:
+        raise DataError(f"{source.path}: changed while it was read; start again when nothing writes to it")
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
@@ -48,6 +84,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
         DataError: no file, no record, a line that is longer than 16 MB, not UTF-8, not JSON, has a key twice, has none of the three
             forms, or a field that nothing would use; with path and line, and the byte of the line where there is one.
     """
+    source = _file(path)
+    records = [_record(text, source, number) for number, raw in _lines(source) if (text := _text(raw, number)).strip()]
+    if not records:
+        raise DataError(f"{source}: holds no example; wanted one JSON object a line")
+    return records
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
     source = Path(path)
     refuse_path(source, DataError)
     if not source.is_file():
@@ -55,19 +99,20 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
         raise DataError(
             f"{source}: {missing}; wanted JSONL with 'messages', 'prompt' and 'completion', or 'text' in every line"
         )
-    records: list[Record] = []
+    return source
+
+
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    """``(number from 1, bytes)`` of each line; one that is too long comes in pieces, the first of which is too long as well."""
     try:
         with source.open("rb") as lines:
-            for number, raw in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), 1):
-                if number == 1:
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                if raw.strip():
-                    records.append(_record(raw, f"{source}:{number}"))
+            yield from enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), 1)
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror}); check the path and its rights") from None
-    if not records:
-        raise DataError(f"{source}: holds no example; wanted one JSON object a line")
-    return records
+
+
+def _text(raw: bytes, number: int) -> bytes:
+    return raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
 
 
 def unused(records: Iterable[Record]) -> Counter[str]:
@@ -77,7 +122,8 @@ def unused(records: Iterable[Record]) -> Counter[str]:
     )
 
 
-def _record(raw: bytes, where: str) -> Record:
+def _record(raw: bytes, source: Path, number: int) -> Record:
+    where = f"{source}:{number}"
     record = _parsed(raw, where)
     if not isinstance(record, dict):
         raise DataError(
@@ -88,7 +134,7 @@ def _record(raw: bytes, where: str) -> Record:
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     line = _Line(record)
-    line.where = where
+    line.where, line.line = where, number
     return line
 
 

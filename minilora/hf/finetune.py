@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from minilora.data.batches import split
-from minilora.data.encoding import Encoded, encode_all
-from minilora.data.records import read_jsonl, unused
+from minilora.data.encoding import Encoded
+from minilora.data.records import Source, look_at
+from minilora.data.store import load_data
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
 from minilora.hf.devices import choose, settled
 from minilora.hf.generate import answers
 from minilora.hf.job import DTYPE_NAMES, Job, packing
-from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
+from minilora.hf.load import cache_folder, load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
 from minilora.linear.layers import is_quantized
 from minilora.lora.coverage import coverage
@@ -35,6 +36,8 @@ from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb
+from minilora.training.optim import make_optimizer
+from minilora.training.optim_state import state_bytes
 from minilora.training.resume import claim
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -71,16 +74,16 @@ def fine_tune(
     place = choose(job.device, job.dtype, job.attention)
     job = settled(job, place)
     claim(folder, job.resume, job.overwrite)
-    records = read_jsonl(job.data)
+    source = look_at(job.data)
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
     paper = skeleton(job.model, place.dtype, trust)
-    match(paper, job.lora)  # a mistyped target shows now, before any weight is read
+    match(paper, job.lora)  # a mistyped target shows now, before any weight is read, and so does every line of the data
     size = sum(p.numel() * p.element_size() for p in paper.parameters())
-    say(f"{len(records)} examples in {job.data}; loading {job.model} on {place.said}")
+    say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
+    examples, evaluation = _encoded(job, source, tokenizer, context_length(paper), say)
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention}
     model = load_model(job.model, place.dtype, trust, **options)
-    examples, evaluation = _encoded(job, records, tokenizer, model, say)
     clock.lap("load")
     model = _adapted(job, model, say)
     clock.lap("inject")
@@ -106,23 +109,24 @@ def fine_tune(
 
 
 def _encoded(
-    job: Job, records: Sequence[Any], tokenizer: Any, model: Any, say: Callable[[str], None]
-) -> tuple[list[Encoded], list[Encoded]]:
+    job: Job, source: Source, tokenizer: Any, context: int | None, say: Callable[[str], None]
+) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
     """Examples to learn from and to evaluate on, none longer than the model's context; what is cut or left out is counted and said."""
-    context = context_length(model)
     length = min(job.max_length, context or job.max_length)
     if length < job.max_length:
         say(f"max_length={job.max_length} is more than the context of {job.model}: {length} tokens are the most")
-    if passed := unused(records):
-        say(f"not used: {', '.join(f'{key[:60]!r} of {count} lines' for key, count in passed.most_common(5))}")
-    learn, held = split(records, job.eval_share, job.training.seed)
-    examples = encode_all(learn, tokenizer, length, say)
-    evaluation = encode_all(held, tokenizer, length) if held else []
-    cut = sum(example.truncated for example in (*examples, *evaluation))
-    dropped = len(records) - len({example.where for example in (*examples, *evaluation)})
-    if cut or dropped:
+    data = load_data(source, tokenizer, length, cache_folder(), date_of(tokenizer, job.date), say)
+    if data.unused:
+        say(f"not used: {', '.join(f'{key[:60]!r} of {count} lines' for key, count in data.unused.most_common(5))}")
+    learn, held = split(range(len(data)), job.eval_share, job.training.seed)
+    examples = data.of(learn)
+    for line in data.tally(learn).remarks(length):
+        say(line)
+    evaluation: Sequence[Encoded] = data.of(held) if held else []
+    cut = int(data.examples.table["truncated"].sum())
+    if cut or data.left_out:
         say(
-            f"max_length={length}: {cut} examples lose their end, {dropped} are left out because nothing to learn is left of them"
+            f"max_length={length}: {cut} examples lose their end, {data.left_out} are left out because nothing to learn is left of them"
         )
     each, steps = job.training.batch_size * job.training.accumulate, job.training.steps
     say(
@@ -177,7 +181,9 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
     trainable, total = count_parameters(model)
     losses = outcome.losses
     change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
-    memory = [{"name": "weights, if none were packed", "bytes": dense_bytes, "note": job.dtype}, *memory_table(model)]
+    optimizer = make_optimizer(job.training, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    held = memory_table(model, (f"state of {job.training.optimizer}", state_bytes(optimizer)))
+    memory = [{"name": "weights, if none were packed", "bytes": dense_bytes, "note": job.dtype}, *held]
     evals = [
         {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
     ]

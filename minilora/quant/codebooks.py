@@ -243,17 +243,18 @@ def codebook(name: str | Codebook) -> Codebook:
 
 
 @constant
-def dynamic_map() -> Tensor:
+def dynamic_map(signed: bool = True) -> Tensor:
     """The 256 sorted fp32 levels that hold scales in 8 bits (double quantization; Dettmers 2015, arXiv 1511.04561, section 1.3).
 
     Seven decades of both signs; decade ``j`` has ``2**j`` midpoints of an even grid over [0.1, 1], times ``10**(j - 6)``;
-    0 and 1 complete it.
+    0 and 1 complete it. For what is never negative (``signed=False``, the second moment of an 8-bit optimizer; Dettmers et al. 2022,
+    arXiv 2110.02861, section 2.2) the sign's bit makes each grid twice as fine.
     """
     import torch
 
     levels = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
         middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
-        levels += middles + [-middle for middle in middles]
+        levels += middles + [-middle for middle in middles if signed]
     return torch.tensor(sorted(levels), dtype=torch.float32)

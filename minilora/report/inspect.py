@@ -101,13 +101,18 @@ def _add(rows: dict[str, list[float]], name: str, *amounts: float) -> None:
         row[place] += amount
 
 
-def memory_table(model: nn.Module) -> list[dict]:
-    """Rows ``name, bytes, note`` of what a step with AdamW holds besides activations."""
+def memory_table(model: nn.Module, optimizer: tuple[str, int] | None = None) -> list[dict]:
+    """Rows ``name, bytes, note`` of what a step holds besides activations.
+
+    Args:
+        optimizer: its name and the bytes of its state, if it is not torch's AdamW.
+    """
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    note, state = optimizer or ("two moments of AdamW", 2 * trained)
     return [
         {"name": "frozen weights", "bytes": frozen, "note": "packed where quantized"},
         {"name": "adapter", "bytes": trained, "note": "fp32"},
         {"name": "gradients", "bytes": trained, "note": "of the adapter only"},
-        {"name": "optimizer", "bytes": 2 * trained, "note": "two moments of AdamW"},
+        {"name": "optimizer", "bytes": state, "note": note},
     ]

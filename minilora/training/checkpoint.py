@@ -27,6 +27,7 @@ from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.fingerprint import is_fingerprint
 from minilora.store.save import adapter_files
 from minilora.training.guards import refuse_nonfinite
+from minilora.training.optim_state import NEVER_NEGATIVE, state_tensors
 
 __all__ = ["Checkpoint", "own_checkpoints", "prune", "read_checkpoint", "save_checkpoint", "steps"]
 
@@ -69,11 +70,7 @@ def save_checkpoint(
     Raises:
         StateError: a tensor is not finite; nothing is written. WriteError: the system does not let us.
     """
-    tensors = {
-        f"{key}/{path}": optimizer.state[parameter][key].cpu().contiguous()
-        for path, parameter in named.items()
-        for key in sorted(optimizer.state.get(parameter, {}))
-    }
+    tensors = state_tensors(optimizer, named)
     refuse_nonfinite(tensors.items(), "a checkpoint")
     files = {**adapter_files(model, name), OPTIMIZER_FILE: tensor_bytes(tensors, {})}
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in sorted(files.items())}
@@ -146,7 +143,7 @@ def _is_likely(key: str, tensor: Tensor, step: int) -> bool:
     if not is_finite(tensor):
         return False
     kind = key.partition("/")[0]
-    if kind == "exp_avg_sq":  # AdamW takes its root
+    if kind in NEVER_NEGATIVE:
         return not tensor.numel() or bool(tensor.min() >= 0)
     if kind == "step":
         return tensor.numel() == 1 and 1 <= tensor.item() <= step and float(tensor.item()).is_integer()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data.encoding import Encoded
+from minilora.data.examples import Examples
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, StateError
 from minilora.lora.adapter import Adapter
@@ -108,7 +109,8 @@ def check_examples(model: nn.Module, examples: Sequence[Encoded], pad_id: int, w
     rows, context = _rows(model), context_length(model)
     if rows is not None and not (isinstance(pad_id, int) and 0 <= pad_id < rows):
         raise DataError(f"pad_id={pad_id}: the embedding has {rows} rows; wanted one of them")
-    for number, example in enumerate(examples, 1):
+    looked = examples.suspects(context, rows) if isinstance(examples, Examples) else enumerate(examples, 1)
+    for number, example in looked:
         where = example.where or f"{what} example {number}"
         if not example.supervised:
             raise DataError(f"{where}: every label is {IGNORED}, so there is nothing to learn; leave it out")

@@ -31,6 +31,7 @@ from minilora.training.guards import check_examples, check_parameters
 from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
+from minilora.training.optim import make_optimizer
 from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.signals import Wish, caught
@@ -127,7 +128,7 @@ class _Run:
         config = self.config
         self.adapter = adapters_of(self.model).active[0]
         self.parameters = list(self.named.values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(config, self.parameters)
         schedule = {name: getattr(config, name) for name in SCHEDULE}
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}

@@ -1,18 +1,42 @@
-"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B trains with a higher rate than A."""
+"""Optimizers: the one that a run asks for by name, and LoRA+.
+
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B trains with a higher rate than A. Next file: ``training/optim_adamw8.py``.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from minilora.errors import ConfigError, StateError
 from minilora.lora.slots import adapters_in
+from minilora.training.optim_adamw8 import AdamW8bit
+from minilora.training.optim_bnb import BNB, bnb_optimizer
+from minilora.training.schedule import TrainConfig
 
-__all__ = ["create_loraplus_optimizer", "lora_plus_groups"]
+__all__ = ["create_loraplus_optimizer", "lora_plus_groups", "make_optimizer"]
+
+
+def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """The optimizer that ``config.optimizer`` names, for these parameters.
+
+    "adamw" is torch's, one kernel for all parameters where they are on a GPU; "adamw8" is ``AdamW8bit``; the others are bitsandbytes'.
+
+    Raises:
+        MissingPackageError: bitsandbytes is asked for and not installed. ConfigError: it has no code for this device.
+    """
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer in BNB:
+        return bnb_optimizer(config.optimizer, parameters, lr=lr, weight_decay=decay)
+    if config.optimizer == "adamw8":
+        return AdamW8bit(parameters, lr=lr, weight_decay=decay)
+    fused = True if all(parameter.is_cuda for parameter in parameters) else None  # None: as torch chooses
+    return AdamW(parameters, lr=lr, weight_decay=decay, fused=fused)
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.data.encoding import Encoded
+from minilora.data.examples import digests
 from minilora.errors import CheckpointError, ConfigError, printable
 from minilora.files.parse import parse_json
 from minilora.files.read import refuse_path
@@ -26,6 +27,7 @@ from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
 from minilora.training.checkpoint import Checkpoint, own_checkpoints, read_checkpoint, steps
 from minilora.training.lock import refuse_held
+from minilora.training.optim_state import form_of, put_state, state_form
 
 __all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
 
@@ -34,7 +36,6 @@ _LEFT = (LOG_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)  # what 
 _LONGEST_LINE = 16_000_000  # bytes of the log; an answer is far shorter
 _LARGEST = 1e300
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
-_KEYS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
 
 
 # ---- the run folder
@@ -140,8 +141,8 @@ def meaning(
 
 def _hash(examples: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.input_ids, example.labels]).encode())
+    for each in digests(examples):
+        digest.update(each)
     return digest.hexdigest()
 
 
@@ -239,18 +240,19 @@ def restore(
     """
     _refuse_other(checkpoint, now, say)
     own = adapter_state_dict(model, name)
-    states = {f"{key}/{path}": (key, parameter) for path, parameter in named.items() for key in _KEYS}
-    strange = sorted(own.keys() ^ checkpoint.weights.keys()) + sorted(checkpoint.optimizer.keys() - states.keys())
+    wanted = {
+        f"{what}/{path}": form
+        for path, parameter in named.items()
+        for what, form in state_form(optimizer, parameter).items()
+    }
+    strange = sorted(own.keys() ^ checkpoint.weights.keys()) + sorted(checkpoint.optimizer.keys() - wanted.keys())
     begun = {path for key in checkpoint.optimizer for _, _, path in [key.partition("/")]}
-    strange += sorted({f"{key}/{path}" for path in begun for key in _KEYS} - checkpoint.optimizer.keys())
+    strange += sorted({key for key in wanted if key.partition("/")[2] in begun} - checkpoint.optimizer.keys())
     if not begun:  # some may lack theirs: no gradient has reached them yet
         strange.append("the optimizer's state")
     if not strange:
-        strange = [key for key, tensor in checkpoint.weights.items() if _form(tensor) != _form(own[key])]
-        for key, tensor in checkpoint.optimizer.items():
-            kind, parameter = states[key]
-            if _form(tensor) != (_form(parameter) if kind != "step" else _form(torch.tensor(0.0))):
-                strange.append(key)
+        strange = [key for key, tensor in checkpoint.weights.items() if form_of(tensor) != form_of(own[key])]
+        strange += [key for key, tensor in checkpoint.optimizer.items() if form_of(tensor) != wanted[key]]
     if strange:
         raise CheckpointError(
             f"{checkpoint.path}: {strange[0][:200]} is missing here or there, or of another shape or dtype; load the "
@@ -259,13 +261,4 @@ def restore(
     with torch.no_grad():
         for key, tensor in checkpoint.weights.items():
             own[key].copy_(tensor)
-    index = {path: number for number, path in enumerate(named)}
-    held: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in checkpoint.optimizer.items():
-        kind, _, path = key.partition("/")
-        held.setdefault(index[path], {})[kind] = tensor.clone()
-    optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
+    put_state(optimizer, named, checkpoint.optimizer)

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from minilora.errors import ConfigError
 from minilora.files import validate
 
-__all__ = ["SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
+__all__ = ["OPTIMIZERS", "SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
+
+# The first is the default. What each is stands in ``training/optim.py``.
+OPTIMIZERS = ("adamw", "adamw8", "adamw8bit_bnb", "paged_adamw8bit", "paged_adamw32bit")
 
 SCHEDULE = (
     "steps",
+    "optimizer",
     "lr",
     "warmup",
     "weight_decay",
@@ -37,6 +41,7 @@ class TrainConfig:
         lr: peak learning rate, a number in (0, 1); LoRA wants about ten times that of full fine-tuning.
         warmup: share of the steps over which the rate rises, in [0, 1).
         weight_decay: AdamW's, a number in [0, 1).
+        optimizer: "adamw8" keeps AdamW's state in 8 bits, 2 bytes a trained number instead of 8; the last three are bitsandbytes'.
         clip: largest norm of the gradient; 0 turns clipping off.
         seed: whole number that the order of the data, dropout and (in a whole job) the adapter's start follow from.
         eval_every: optimizer steps between evaluations; 0 is before the first and after the last step only.
@@ -55,6 +60,7 @@ class TrainConfig:
     lr: float = 1e-3
     warmup: float = 0.1
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
     clip: float = 1.0
     seed: int = 0
     eval_every: int = 0
@@ -71,6 +77,8 @@ class TrainConfig:
         for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
             validate.number(name, getattr(self, name), low, high)
         validate.flag("gradient_checkpointing", self.gradient_checkpointing)
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer={validate.shown(self.optimizer)}: wanted one of {', '.join(OPTIMIZERS)}")
         if self.lr == 0:
             raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
 
