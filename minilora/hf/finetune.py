@@ -24,8 +24,9 @@ from minilora.hf.dates import date_of, dated
 from minilora.hf.devices import choose, settled
 from minilora.hf.generate import answers
 from minilora.hf.job import DTYPE_NAMES, Job, packing
-from minilora.hf.load import cache_folder, load_model, load_tokenizer, resolve, skeleton
+from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
+from minilora.hf.smollm2 import cache_folder
 from minilora.linear.layers import is_quantized
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
