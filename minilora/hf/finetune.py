@@ -22,7 +22,7 @@ from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
 from minilora.hf.devices import choose, settled
 from minilora.hf.generate import answers
-from minilora.hf.job import DTYPE_NAMES, Job, packing
+from minilora.hf.job import Job, packing
 from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
 from minilora.linear.layers import is_quantized
@@ -38,8 +38,6 @@ from minilora.training.memory import memory_mb
 from minilora.training.resume import claim
 
 __all__ = ["Job", "Outcome", "fine_tune"]
-
-DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
