@@ -23,7 +23,7 @@ from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
 from minilora.hf.devices import choose, settled
 from minilora.hf.generate import answers
-from minilora.hf.job import DTYPE_NAMES, Job, packing
+from minilora.hf.job import Job, packing
 from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
 from minilora.hf.smollm2 import cache_folder
@@ -42,8 +42,6 @@ from minilora.training.optim_state import state_bytes
 from minilora.training.resume import claim
 
 __all__ = ["Job", "Outcome", "fine_tune"]
-
-DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)

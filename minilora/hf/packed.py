@@ -153,6 +153,7 @@ def _fill(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device
     model.load_state_dict({name: dense(name) for name in left}, strict=False, assign=True)
     model.tie_weights()
     _fill_buffers(model, device)
+    model.to(device)  # what the model computes on a CPU whatever is said
 
 
 def _packed_groups(tensors: Tensors) -> tuple[dict[str, list[str]], dict[str, None]]:
@@ -221,6 +222,6 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
                 if isinstance(value, Tensor):
                     setattr(module, name, value.to(device))
     every = [*model.named_parameters(), *model.named_buffers()]
-    left = [name for name, tensor in every if tensor.device.type != device.type]
+    left = [name for name, tensor in every if tensor.is_meta and device.type != "meta"]
     if left:
         raise CheckpointError(f"{left[0]}: is neither in the file nor made by the model")

@@ -38,6 +38,12 @@ def compiled(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+def test_torchrun_starts_it():
+    done = child("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "minilora", "--version")
+    assert (done.returncode, done.stdout) == (0, f"minilora {minilora.__version__}\n"), done.stderr
+
+
 @pytest.mark.parametrize("words", QUICK, ids=" ".join)
 def test_an_answer_takes_little_processor_time(compiled, words):
     resource = pytest.importorskip("resource")

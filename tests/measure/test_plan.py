@@ -270,6 +270,19 @@ def llama_400m(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_measure(), reason="peak memory is read from Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_holds_what_was_predicted(tmp_path, make_llama, dtype):
+    """A model of 54 million weights: packed 36 MB in fp32 with its embedding, dense 217 MB."""
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 1000}
+    make_llama(**sizes).save_pretrained(tmp_path)
+    job = PlanJob(str(tmp_path), r=3, batch=1, seq=8, quant="nf4", dtype=dtype, threads=1)
+    guess, found = predicted(job), measured_in_worker(job)
+    dense = predicted(PlanJob(str(tmp_path), r=3, batch=1, seq=8, dtype=dtype)).parts["weights"]
+    assert guess.loading == pytest.approx(found.loading, rel=0.2) and found.loading < 0.4 * dense
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_measure(), reason="peak memory is read from Linux")
 @pytest.mark.parametrize(
     "settings",
     [
