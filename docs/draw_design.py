@@ -96,7 +96,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "tokens",
             "encoding",
             "examples",
-            "pages",
+            "numbers",
             "store",
             "store_key",
             "batches",

@@ -31,21 +31,21 @@ def micro_batches(examples: Sequence[Encoded], batch_size: int, seed: int, start
     one larger than the set holds some examples more than once. ``start`` skips as many batches without drawing them.
     """
     count, at = len(examples), start * batch_size
-    epoch, order = -1, []
+    epoch, order = -1, torch.empty(0)
     while True:
         batch = []
         for place in range(at, at + batch_size):
             if place // count != epoch:
                 epoch = place // count
                 order = _epoch_order(count, seed, epoch)
-            batch.append(examples[order[place % count]])
+            batch.append(examples[int(order[place % count])])
         yield batch
         at += batch_size
 
 
-def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator, device="cpu").tolist()
+    return torch.randperm(count, generator=generator, device="cpu")
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """A set of examples as tables of numbers: a Sequence of ``Encoded`` that makes each example when it is asked for.
 
-A token takes four bytes, wherever the tables lie: in memory, or in files that are mapped (``data/store.py``). A token that is learnt stands
+A token takes four bytes, in memory or in a file of which the process holds nothing (``data/store.py``). A token that is learnt stands
 as its id, one that is not as the complement ``~id``, which is below zero; so one number is id and label. What is asked of all examples
 before the first step (their lengths, their largest id, their digests) stands in a table of its own, so no token is read for it.
 Next file: ``data/store.py``.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilora.data.encoding import Encoded
-from minilora.data.pages import Pages
+from minilora.data.numbers import Numbers
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
 
@@ -45,7 +45,11 @@ def digest_of(example: Encoded) -> bytes:
 
 def digests(examples: Sequence[Encoded]) -> Iterable[bytes]:
     """``digest_of`` of all one after the other, in pieces; from the table, where there is one."""
-    return [examples.rows["digest"].tobytes()] if isinstance(examples, Examples) else map(digest_of, examples)
+    return (
+        [examples.table["digest"][examples.chosen].tobytes()]
+        if isinstance(examples, Examples)
+        else map(digest_of, examples)
+    )
 
 
 def _digest(ids_and_labels: NDArray[np.int64]) -> bytes:
@@ -77,7 +81,7 @@ class Examples(Sequence[Encoded]):
         source: the file of records, for messages. place: the store, if the tables lie in one.
     """
 
-    tokens: Pages
+    tokens: Numbers
     table: NDArray[np.void]
     starts: NDArray[np.int64]
     lines: NDArray[np.int64]

@@ -1,7 +1,7 @@
-"""Tokens of a file of any size: written once into the cache, mapped from then on, read by place.
+"""Tokens of a file of any size: written once into the cache, and read by place from then on.
 
 The rule: a file of records of less than 4 MB is encoded in memory, anew in every run, which takes seconds. A larger one is encoded piece
-by piece into ``<cache>/tokens/<key>``, and the next run maps what is there. The key is the SHA-256 of all that the tokens depend on: the
+by piece into ``<cache>/tokens/<key>``, and the next run takes what is there. The key is the SHA-256 of all that the tokens depend on: the
 file's bytes, the tokenizer's files with its chat template and its code, the day if the template prints it, ``max_length``, the versions of
 the packages that tokenize, and the code of this folder. So a store is never of other data; it can be removed at any time.
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from minilora.data.encoding import Lesson, Tally, lessons, none_useful
 from minilora.data.examples import EXAMPLE, Examples, in_tokens, row_of
-from minilora.data.pages import Pages
+from minilora.data.numbers import Numbers
 from minilora.data.records import Record, Source, records_of, unused
 from minilora.data.store_key import key_of
 from minilora.errors import CheckpointError, WriteError
@@ -103,7 +103,7 @@ def load_data(
         noted = _encode(source, tokenizer, max_length, lambda name, content: files[name].extend(content))
         if not files[_TOKENS]:
             raise none_useful(source.records, max_length)
-        return _data(Pages(files[_TOKENS]), files, noted, source, max_length)
+        return _data(Numbers(files[_TOKENS]), files, noted, source, max_length)
     key = key_of(source.sha256, tokenizer, max_length, date)
     place = cache / "tokens" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     for _ in range(_TRIES):
@@ -200,7 +200,7 @@ def _opened(place: Path, key: Mapping[str, Any], source: Source, max_length: int
         index = parse_json(files[_INDEX])
         whole = _index_bytes(index) == files[_INDEX] and index["key"] == key
         noted = Counter(dict(sorted(index["unused"].items(), key=lambda pair: -pair[1])))
-        tokens = Pages(place / _TOKENS)
+        tokens = Numbers(place / _TOKENS)
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Damaged(" ".join(str(error).split())[:200]) from None
     if not whole:
@@ -214,7 +214,7 @@ def _opened(place: Path, key: Mapping[str, Any], source: Source, max_length: int
 
 
 def _data(
-    tokens: Pages,
+    tokens: Numbers,
     files: Mapping[str, bytearray],
     noted: Counter[str],
     source: Source,

@@ -41,7 +41,7 @@ class TrainConfig:
         lr: peak learning rate, a number in (0, 1); LoRA wants about ten times that of full fine-tuning.
         warmup: share of the steps over which the rate rises, in [0, 1).
         weight_decay: AdamW's, a number in [0, 1).
-        optimizer: "adamw8" keeps AdamW's state in 8 bits, 2 bytes a trained number instead of 8; the last three are bitsandbytes'.
+        optimizer: AdamW, or with its state in 8 bits (adamw8): 2 bytes a trained number, not 8; the last three are bitsandbytes'.
         clip: largest norm of the gradient; 0 turns clipping off.
         seed: whole number that the order of the data, dropout and (in a whole job) the adapter's start follow from.
         eval_every: optimizer steps between evaluations; 0 is before the first and after the last step only.

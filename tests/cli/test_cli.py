@@ -374,6 +374,7 @@ SETTINGS = {
     "lr": 0.003,
     "warmup": 0.2,
     "weight_decay": 0.01,
+    "optimizer": "adamw8",
     "clip": 0.5,
     "seed": 9,
     "eval_every": 3,

@@ -16,10 +16,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from minilora.data import pages, store
+from minilora.data import store
 from minilora.data.batches import micro_batches, split
 from minilora.data.encoding import Encoded, encode_all
 from minilora.data.examples import Examples, digest_of
+from minilora.data.numbers import Numbers
 from minilora.data.records import look_at, read_jsonl, records_of
 from minilora.data.store_key import key_of
 from minilora.data.tokens import IGNORED
@@ -332,26 +333,27 @@ def test_a_model_that_cannot_take_them_is_told_as_of_a_list(why, path, tokenizer
     check_examples(model, examples, 1)
 
 
-def test_memory_follows_what_is_read_lately(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "_MOST", 1_000_000)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
+def test_nothing_of_the_file_is_held(tmp_path):
     file = tmp_path / "tokens"
     np.arange(8_000_000, dtype="<i4").tofile(file)  # 32 MB
 
-    def mapped_bytes():
-        return (
-            next(
-                int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "RssFile" in line
-            )
-            * 1024
-        )
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    if not Path("/proc/self/status").exists() or sys.platform != "linux":
-        pytest.skip("the system does not say")
-    numbers = pages.Pages(file)
-    before = mapped_bytes()
+    numbers, before = Numbers(file), held()
     for start in range(0, 8_000_000, 4_000):
         assert numbers.read(start, 3).tolist() == [start, start + 1, start + 2]
-    assert mapped_bytes() - before < 8_000_000 < os.path.getsize(file)
+    assert held() - before < 4_000_000 < os.path.getsize(file)
+
+
+def test_a_file_that_is_cut_short_in_a_run_is_refused(path, tokenizer, tmp_path, mapped):
+    examples = load(path, tokenizer, tmp_path / "cache").examples
+    first = examples[0]
+    os.truncate(place_of(tmp_path / "cache") / "tokens.bin", 4 * len(first.input_ids) + 2)
+    assert examples[0] == first
+    with pytest.raises(DataError, match="damaged in the tokens of"):
+        examples[1]
 
 
 def test_a_digest_tells_ids_from_labels():
