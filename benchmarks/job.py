@@ -121,7 +121,7 @@ def serve_trl(base: str, data: str, out: str, steps: str, seed: str, device: str
     rows = rows.map(
         lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]}, remove_columns=["messages"]
     )
-    lengths = [len(tokenizer.apply_chat_template(row["prompt"] + row["completion"])) for row in rows]
+    lengths = [len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)) for row in rows]
     packed_rows = max(1, round(BATCH * sum(lengths) / len(lengths) / LONGEST))
     arguments = SFTConfig(
         output_dir=out,
