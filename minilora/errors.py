@@ -47,6 +47,7 @@ class MiniLoraError(Exception):
     """
 
     exit_code = 2  # the input was wrong
+    told = False  # whether another process of the run says it
 
     def __init__(self, message: str = "") -> None:
         text = printable(str(message))

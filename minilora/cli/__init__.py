@@ -76,6 +76,8 @@ def _fail(error: Exception, debug: bool) -> int:
 
         say("".join(traceback.format_exception(error)).rstrip(), error=True)
     known = isinstance(error, MiniLoraError)
+    if isinstance(error, MiniLoraError) and error.told:  # another process of the run says it
+        return error.exit_code
     kind, hint = ("", "") if known else (type(error).__name__, "" if debug else "run again with --debug")
     said = printable(" ".join(str(error).split())[:1200])
     say("minilora: " + "; ".join(filter(None, [": ".join(filter(None, [kind, said])), hint])), error=True)

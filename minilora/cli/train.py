@@ -32,7 +32,7 @@ _LORA_FLAGS = (
 )
 # What is in no other group is "training".
 _GROUPS = {
-    "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "trust_remote_code"),
+    "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "shard", "trust_remote_code"),
     "data": ("data", "max_length", "eval_share", "date"),
     "adapter": _LORA_FLAGS,
     "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "prompts", "max_new_tokens"),

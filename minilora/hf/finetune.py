@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ from minilora.training.loop import train
 from minilora.training.memory import memory_mb
 from minilora.training.optim import make_optimizer
 from minilora.training.optim_state import state_bytes
+from minilora.training.processes import Processes, joined
 from minilora.training.resume import claim
+from minilora.training.sharding import gathered
 
 __all__ = ["Job", "Outcome", "fine_tune"]
 
@@ -63,17 +66,26 @@ class Outcome:
 def fine_tune(
     job: Job, say: Callable[[str], None] = print, watch: Callable[[dict[str, Any]], None] | None = None
 ) -> Outcome:
-    """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop.
+    """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop. Under torchrun all processes call it alike.
 
     Raises:
         MiniLoraError: a device that is not there (before anything is read), bad data (before the model is loaded), a run that lies in
             ``out`` already, config, model or target, in one line; and as ``train``.
     """
+    with joined() as processes:
+        return _fine_tune(job, say, watch, processes)
+
+
+def _fine_tune(
+    job: Job, say: Callable[[str], None], watch: Callable[[dict[str, Any]], None] | None, processes: Processes
+) -> Outcome:
     clock, folder = _Clock(), Path(job.out)
     place = choose(job.device, job.dtype, job.attention)
     job = settled(job, place)
-    claim(folder, job.resume, job.overwrite)
+    if processes.first:
+        claim(folder, job.resume, job.overwrite)
     source = look_at(job.data)
+    processes.agree({"data file": source.sha256})  # before a model is loaded
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
     paper = skeleton(job.model, place.dtype, trust)
     match(paper, job.lora)  # a mistyped target shows now, before any weight is read, and so does every line of the data
@@ -88,22 +100,28 @@ def fine_tune(
     clock.lap("inject")
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
         say(f"asking {len(job.prompts)} prompts before training")
-    before = answers(model, tokenizer, job.prompts, job.max_new_tokens)
+    tables = {"parameters": parameter_table(model), "memory": _memory(job, model), "formats": _formats(model)}
+    asks = processes.first or job.shard  # of a model in shards all must ask
+    before = answers(model, tokenizer, job.prompts, job.max_new_tokens) if processes.first else []
     clock.lap("answers before")
 
     def sample() -> tuple[str, str]:
         return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]
 
     asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
-    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say}
+    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard}
     options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
     steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
     clock.lap("train")
-    after = answers(model, tokenizer, job.prompts, job.max_new_tokens)
+    after = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks else []
     clock.lap("answers after")
-    pairs = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(job.prompts, before, after, strict=True)]
+    pairs = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(job.prompts, before, after, strict=False)]
     outcome = Outcome(steps, pairs, clock.laps, memory_mb(peak=True), folder)
-    write_file(folder / "report.html", render(_report(job, model, outcome, size)))
+    around = partial(gathered, model)
+    ratios = update_ratios(model, around=around) if asks else {}
+    values = spectra(model, ratios=ratios, around=around) if asks else {}
+    if processes.first:
+        write_file(folder / "report.html", render(_report(job, outcome, size, tables, ratios, values)))
     return outcome
 
 
@@ -157,6 +175,12 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     return model
 
 
+def _memory(job: Job, model: Any) -> list[dict[str, Any]]:
+    """What a model holds, and what the state of its optimizer will."""
+    optimizer = make_optimizer(job.training, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    return memory_table(model, (f"state of {job.training.optimizer}", state_bytes(optimizer)))
+
+
 def _formats(model: Any) -> str:
     """The formats of a model's packed layers, "" if none is packed."""
     return ", ".join(sorted({module.format for module in model.modules() if is_quantized(module)}))
@@ -174,15 +198,19 @@ class _Clock:
         self.laps[name], self._last = now - self._last, now
 
 
-def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[str, Any]:
-    """What ``report.render`` draws of a run."""
-    ratios = update_ratios(model)
-    trainable, total = count_parameters(model)
+def _report(
+    job: Job,
+    outcome: Outcome,
+    dense_bytes: int,
+    tables: Mapping[str, Any],
+    ratios: Mapping[str, float],
+    values: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """What ``report.render`` draws of a run; ``tables`` are of the model while all of it was here."""
+    trainable, total = (sum(row[kind] for row in tables["parameters"]) for kind in ("trainable", "total"))
     losses = outcome.losses
     change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
-    optimizer = make_optimizer(job.training, [parameter for parameter in model.parameters() if parameter.requires_grad])
-    held = memory_table(model, (f"state of {job.training.optimizer}", state_bytes(optimizer)))
-    memory = [{"name": "weights, if none were packed", "bytes": dense_bytes, "note": job.dtype}, *held]
+    memory = [{"name": "weights, if none were packed", "bytes": dense_bytes, "note": job.dtype}, *tables["memory"]]
     evals = [
         {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
     ]
@@ -202,11 +230,11 @@ def _report(job: Job, model: Any, outcome: Outcome, dense_bytes: int) -> dict[st
             *memory,
             {"name": "peak of the process", "bytes": int(outcome.peak_mb * 1e6), "note": "all of it, loading included"},
         ],
-        "parameters": parameter_table(model),
+        "parameters": tables["parameters"],
         "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
-        "spectrum": [{"path": path, "values": values} for path, values in spectra(model, ratios=ratios).items()],
+        "spectrum": [{"path": path, "values": list(found)} for path, found in values.items()],
         "settings": _settings(job)
-        | {"quant": _formats(model) or "none"}
+        | {"quant": tables["formats"] or "none"}
         | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
     }

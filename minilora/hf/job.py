@@ -50,6 +50,7 @@ class Job:
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
         double_quant: keep the scales of packed weights in 8 bits (4.127 instead of 4.5 bits per weight with nf4).
         dtype: number format of the weights that are not packed; "auto" is bfloat16 on a GPU that has it, else float32.
+        shard: under torchrun, each process keeps only its part of the frozen weights of the model's blocks.
         max_length: tokens that an example may have; the rest is cut off and counted.
         eval_share: share of the examples that is held out for evaluation, in [0, 1).
         prompts: texts that are asked before and after training, for the report.
@@ -82,6 +83,7 @@ class Job:
     trust_remote_code: bool = False
     device: str = AUTO
     attention: str = AUTO
+    shard: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -92,7 +94,7 @@ class Job:
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite", "trust_remote_code"):
+        for name in ("double_quant", "resume", "overwrite", "trust_remote_code", "shard"):
             validate.flag(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)

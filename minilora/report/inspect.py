@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from minilora.lora.slots import adapters_of, has_adapters
 
 __all__ = ["adapters_in", "memory_table", "parameter_table", "spectra", "spectrum", "update_ratios"]
 
+Around = Callable[[str], AbstractContextManager[Any]]
+
 
 def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Adapter]:
     """Path to adapter of every adapted layer. Raises ``StateError`` if there is no such adapter."""
@@ -22,13 +26,18 @@ def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Ad
 
 
 @torch.no_grad()
-def update_ratios(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
-    """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path; of those that are the same for every input."""
-    return {
-        path: float(adapter.delta_weight().norm() / dense_weight(adapter.innermost).float().norm().clamp(min=1e-30))
-        for path, adapter in adapters_in(model, adapter_name).items()
-        if not adapter.depends_on_input
-    }
+def update_ratios(model: nn.Module, adapter_name: str = "default", *, around: Around = nullcontext) -> dict[str, float]:
+    """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path; of those that are the same for every input.
+
+    ``around(path)``: a context in which the weights of this layer are at hand, where they are in shards.
+    """
+    found = {}
+    for path, adapter in adapters_in(model, adapter_name).items():
+        if not adapter.depends_on_input:
+            with around(path):
+                whole = dense_weight(adapter.innermost).float().norm()
+                found[path] = float(adapter.delta_weight().norm() / whole.clamp(min=1e-30))
+    return found
 
 
 @torch.no_grad()
@@ -45,18 +54,25 @@ def spectrum(adapter: Adapter) -> Tensor:
 
 
 def spectra(
-    model: nn.Module, adapter_name: str = "default", *, ratios: Mapping[str, float] | None = None, most: int = 4
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    ratios: Mapping[str, float] | None = None,
+    most: int = 4,
+    around: Around = nullcontext,
 ) -> dict[str, list[float]]:
     """Path to singular values of the ``most`` layers that moved most, the first of them first.
 
     Args:
-        ratios: what ``update_ratios`` said of this adapter; None computes it.
+        ratios: what ``update_ratios`` said of this adapter; None computes it. around: as for ``update_ratios``.
     """
     adapters = adapters_in(model, adapter_name)
-    moved = update_ratios(model, adapter_name) if ratios is None else ratios
-    return {
-        path: spectrum(adapters[path]).tolist() for path in sorted(moved, key=moved.__getitem__, reverse=True)[:most]
-    }
+    moved = update_ratios(model, adapter_name, around=around) if ratios is None else ratios
+    found = {}
+    for path in sorted(moved, key=moved.__getitem__, reverse=True)[:most]:
+        with around(path):
+            found[path] = spectrum(adapters[path]).tolist()
+    return found
 
 
 def parameter_table(model: nn.Module) -> list[dict]:

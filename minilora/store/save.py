@@ -40,7 +40,7 @@ from minilora.store.adapter_files import (
 from minilora.store.fingerprint import brought_by, fingerprint
 from minilora.store.tables import saved_tables, table_of
 
-__all__ = ["adapter_files", "adapter_state_dict", "file_key", "save_adapter", "saved_config", "tensors_of"]
+__all__ = ["adapter_files", "adapter_state_dict", "file_base", "file_key", "save_adapter", "saved_config", "tensors_of"]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -103,8 +103,11 @@ def adapter_files(
     adapter_name: str = "default",
     save_embedding_layers: bool | str = "auto",
     base_config: Path | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``; ``base_config`` as ``saved_tables``."""
+    """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``; ``base_config`` as ``saved_tables``;
+    ``base`` is what ``file_base`` said while the model was whole, where it lies in shards now.
+    """
     tables = saved_tables(model, adapter_name, save_embedding_layers, base_config)
     held = adapter_state_dict(model, adapter_name) | tables
     tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
@@ -112,12 +115,17 @@ def adapter_files(
         raise StateError(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
         )
-    content, base = saved_config(model, adapter_name), base_of(model, adapter_name, tables)
+    content, base = saved_config(model, adapter_name), base or base_of(model, adapter_name, tables)
     files = {
         WEIGHTS_FILE: tensor_bytes(tensors, _metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
     }
     return seal(files, base)
+
+
+def file_base(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """What the file of an adapter would remember of the model under it, as the model is now."""
+    return base_of(model, adapter_name, saved_tables(model, adapter_name))
 
 
 def base_of(model: nn.Module, adapter_name: str = "default", tables: Collection[str] = ()) -> dict[str, Any]:

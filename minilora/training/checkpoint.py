@@ -29,7 +29,16 @@ from minilora.store.save import adapter_files
 from minilora.training.guards import refuse_nonfinite
 from minilora.training.optim_state import NEVER_NEGATIVE, state_tensors
 
-__all__ = ["Checkpoint", "own_checkpoints", "prune", "read_checkpoint", "save_checkpoint", "steps"]
+__all__ = [
+    "Checkpoint",
+    "own_checkpoints",
+    "parse_checkpoint",
+    "prune",
+    "read_checkpoint",
+    "read_checkpoint_files",
+    "save_checkpoint",
+    "steps",
+]
 
 STATE_FILE = "training.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -46,13 +55,14 @@ _PURPOSES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was read and verified: ``step`` steps are done; ``meaning`` as ``resume.meaning``."""
+    """One that was read and verified: ``step`` steps are done; ``meaning`` as ``resume.meaning``; ``owner``: the process that has it."""
 
     path: Path
     step: int
     meaning: dict[str, Any]
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    owner: int = 0
 
 
 def save_checkpoint(
@@ -64,15 +74,16 @@ def save_checkpoint(
     step: int,
     meaning: Mapping[str, Any],
     keep: int,
+    base: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``checkpoint-<step>`` in one step, and then remove all but the ``keep`` newest.
+    """Write ``checkpoint-<step>`` in one step, and then remove all but the ``keep`` newest. ``base`` is as for ``adapter_files``.
 
     Raises:
         StateError: a tensor is not finite; nothing is written. WriteError: the system does not let us.
     """
     tensors = state_tensors(optimizer, named)
     refuse_nonfinite(tensors.items(), "a checkpoint")
-    files = {**adapter_files(model, name), OPTIMIZER_FILE: tensor_bytes(tensors, {})}
+    files = {**adapter_files(model, name, base=base), OPTIMIZER_FILE: tensor_bytes(tensors, {})}
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in sorted(files.items())}
     state = _state_bytes({"version": 1, "step": step, "meaning": meaning, "files": hashes})
     place = folder / f"checkpoint-{step}"
@@ -95,7 +106,16 @@ def _state_bytes(content: Mapping[str, Any]) -> bytes:
 
 def read_checkpoint(place: Path, step: int) -> Checkpoint:
     """The checkpoint in a folder, every file of it verified. Raises ``CheckpointError`` for one that is damaged or missing, by name."""
-    files = read_files(place, _PURPOSES)
+    return parse_checkpoint(read_checkpoint_files(place), place, step)
+
+
+def read_checkpoint_files(place: Path) -> dict[str, bytearray]:
+    """The files of a checkpoint as they are."""
+    return read_files(place, _PURPOSES)
+
+
+def parse_checkpoint(files: Mapping[str, bytearray], place: Path, step: int) -> Checkpoint:
+    """The same from bytes that were read, here or by another process; ``place`` is where."""
     try:
         state = parse_json(files[STATE_FILE])
         good = (

@@ -6,10 +6,12 @@ steps without a finite gradient, no memory for a step. Next file: ``report/page.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,11 +22,11 @@ from torch import nn
 
 from minilora.data.batches import collate, micro_batches
 from minilora.data.encoding import Encoded
-from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
-from minilora.files.write import append_line, remove, write_file
+from minilora.errors import ConfigError, Interrupted, OutOfMemory, StateError, TrainingError
+from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
-from minilora.store.load import save_adapter
+from minilora.store.save import adapter_files, adapter_state_dict, file_base
 from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.guards import check_examples, check_parameters
@@ -32,8 +34,10 @@ from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.optim import make_optimizer
+from minilora.training.processes import Processes, joined
 from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
+from minilora.training.sharding import shard_blocks
 from minilora.training.signals import Wish, caught
 from minilora.training.step import gradients, why_not_begun
 
@@ -54,10 +58,12 @@ def train(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
     notes: Mapping[str, str] | None = None,
+    shard: bool = False,
 ) -> list[dict[str, Any]]:
     """Train the active adapter in place; the finished one lies in ``folder``.
 
-    Ctrl-C and SIGTERM end the run after its step, which is saved; a second one ends it at once.
+    Ctrl-C and SIGTERM end the run after its step, which is saved; a second one ends it at once. Under torchrun the micro-batches of a step
+    are shared out among the processes; the first one alone writes and speaks, and the adapter is the same whatever their number.
 
     Args:
         model: with adapters. examples, evaluation: encoded data. pad_id: padding token.
@@ -66,6 +72,7 @@ def train(
         resume: go on from the newest checkpoint that verifies, to the same bits (from the start if there is none yet).
         overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
         notes: as ``resume.meaning``: what may be why the examples are others when the run is gone on with.
+        shard: each process keeps its part of the frozen weights of the model's blocks alone (``sharding.py``).
 
     Returns:
         The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds``, or ``step,
@@ -73,28 +80,32 @@ def train(
 
     Raises:
         StateError: something would not train, or not be saved, by name; or the first gradient is zero or not finite.
+        ConfigError: the processes differ in what they train, or are more than the micro-batches of a step.
         DataError: an example that cannot be used, by its place. CheckpointError: a run lies in the folder or goes on in it, or the
         checkpoint is another run's. Nothing is left then.
         TrainingError: ``max_skipped`` steps in a row were skipped. OutOfMemory: a step does not fit. Interrupted: by a signal. The last
         good state is saved then.
     """
-    claim(Path(folder), resume, overwrite)
-    named = check_parameters(model)
-    check_examples(model, examples, pad_id)
-    if evaluation:
-        check_examples(model, evaluation, pad_id, "evaluation")
-    run = _Run(model, named, examples, config, Path(folder), pad_id, evaluation, sample, watch, say, notes or {})
-    with held(run.folder, say):
-        if overwrite:
-            clear(run.folder)
-        elif not resume:
-            refuse_left(run.folder)  # another run may have come and gone since
-        run.start(resume)
-        with caught() as wish:
-            run.go(wish)
-        model.eval()
-        save_adapter(model, run.folder, run.adapter)
-    return run.records
+    with joined() as processes:
+        if processes.first:
+            claim(Path(folder), resume, overwrite)
+        named = check_parameters(model)
+        check_examples(model, examples, pad_id)
+        if evaluation:
+            check_examples(model, evaluation, pad_id, "evaluation")
+        rest = (pad_id, evaluation, sample, watch, say if processes.first else _silent, notes or {}, processes, shard)
+        run = _Run(model, named, examples, config, Path(folder), *rest)
+        with held(run.folder, say) if processes.first else nullcontext():
+            run.clear(resume, overwrite)
+            run.start(resume)
+            with caught(patient=processes.launched) as wish:
+                run.go(wish)
+            run.finish()
+        return run.records
+
+
+def _silent(line: str) -> None:
+    """What all but the first process say."""
 
 
 @dataclass
@@ -118,6 +129,8 @@ class _Run:
     watch: Callable[[dict[str, Any]], None] | None
     say: Callable[[str], None]
     notes: Mapping[str, str]
+    processes: Processes
+    shard: bool
     step: int = 0
     good: int = 0
     saved: int = 0
@@ -125,33 +138,87 @@ class _Run:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config = self.config
+        config, processes = self.config, self.processes
+        if config.accumulate < processes.size:
+            raise ConfigError(
+                f"accumulate={config.accumulate}: the {processes.size} processes share the micro-batches of a step, so some would have "
+                f"none; wanted accumulate={processes.size} at least (with a smaller batch_size the step stays as large)"
+            )
+        self.shard = self.shard and processes.size > 1  # one process has all of it
         self.adapter = adapters_of(self.model).active[0]
         self.parameters = list(self.named.values())
         self.optimizer = make_optimizer(config, self.parameters)
         schedule = {name: getattr(config, name) for name in SCHEDULE}
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}
-        bits = {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
+        bits: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        }
+        exact = processes.is_exact(config.accumulate)
+        bits["order of sums"] = "pairwise" if exact else f"all-reduce over {processes.size} processes"
+        if not exact:
+            self.say(
+                f"{config.accumulate} micro-batches over {processes.size} processes have no fixed order: the last bits depend on the "
+                "number of processes (a power of two that divides accumulate has one)"
+            )
         self.meaning = meaning(self.model, self.adapter, schedule, data, bits, self.notes)
+        self.base = file_base(self.model, self.adapter) if self.shard else None
+        self.agree()
         self.begin = time.monotonic()
+
+    def agree(self) -> None:
+        """Refuse processes that would not train the same: nothing is written yet."""
+        parts = {"schedule": "training", "adapter": "adapter", "data file": "data", "base model": "base"}
+        known = {name: _hash(self.meaning[part]) for name, part in parts.items()}
+        known["torch version or number of threads"] = _hash(self.meaning["bits"])
+        known["command"] = _hash([repr(self.config), self.pad_id, self.shard, self.sample is None])
+        self.processes.agree(known | {"start of the adapter (its seed)": self.digest()})
+
+    def digest(self) -> str:
+        """A hash of all that trains, or "" where there is nobody to compare it with."""
+        digest = hashlib.sha256()
+        if self.processes.size == 1:
+            return ""
+        for tensor in adapter_state_dict(self.model, self.adapter).values():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def clear(self, resume: bool, overwrite: bool) -> None:
+        """Make room in the run folder, and in the folders of other machines."""
+        turn, processes = ("first", "others"), self.processes
+        for who in turn:
+            if who == ("first" if processes.first else "others" if processes.local == 0 else ""):
+                if overwrite:
+                    clear(self.folder)
+                elif not resume and processes.first:
+                    refuse_left(self.folder)  # another run may have come and gone since
+            processes.share(who)
 
     def start(self, resume: bool) -> None:
         """From the newest checkpoint, or from nothing; the log says no more than what is done."""
-        found = newest(self.folder, self.say) if resume else None
+        processes = self.processes
+        found = newest(self.folder, self.say, processes) if resume else None
         if found:
             restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
             self.step = self.good = self.saved = found.step
-            self.records = kept_records(self.folder, found.step)
-            prune(self.folder, self.config.keep_checkpoints)
+            self.records = kept_records(self.folder, found.step, processes, found.owner)
+            if processes.first:
+                prune(self.folder, self.config.keep_checkpoints)
             self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
         if self.config.gradient_checkpointing:  # not before the checkpoint is accepted: until then nothing changes
             checkpoint_activations(self.model)
+        if self.shard:
+            shard_blocks(self.model, processes)
         if resume:
+            where = f", which {processes.name(found.owner)} has" if found and found.owner else ""
             self.say(
-                f"going on after step {found.step}: {found.path}" if found else "no checkpoint yet: from the start"
+                f"going on after step {found.step}: {found.path}{where}"
+                if found
+                else "no checkpoint yet: from the start"
             )
-        write_file(self.folder / LOG_FILE, "".join(f"{json.dumps(record)}\n" for record in self.records))
+        if processes.first:
+            write_file(self.folder / LOG_FILE, "".join(f"{json.dumps(record)}\n" for record in self.records))
         self.batches = micro_batches(
             self.examples, self.config.batch_size, self.config.seed, self.step * self.config.accumulate
         )
@@ -162,7 +229,9 @@ class _Run:
         self.model.train()
         if self.evaluation and not self.step:
             self.in_memory(self.assess)
+        self.processes.hurry(lambda: wish.signal is not None)
         while self.step < config.steps:
+            wish.signal = next(filter(None, self.processes.share(wish.signal)), None)  # all leave after the same step
             if wish.signal is not None:
                 self.leave(wish)
             self.in_memory(self.advance)
@@ -170,18 +239,22 @@ class _Run:
             if self.evaluation and (last or (config.eval_every and self.step % config.eval_every == 0)):
                 self.in_memory(self.assess)
             if config.save_every and self.step % config.save_every == 0 and self.good == self.step:
+                self.same()
                 self.save()
 
     def log(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        append_line(self.folder / LOG_FILE, json.dumps(record))
-        if self.watch:
-            self.watch(record)
+        if self.processes.first:
+            append_line(self.folder / LOG_FILE, json.dumps(record))
+            if self.watch:
+                self.watch(record)
 
     def assess(self) -> None:
-        loss = evaluate(self.model, self.evaluation, self.config.batch_size, self.pad_id)
+        loss = evaluate(self.model, self.evaluation, self.config.batch_size, self.pad_id, self.processes, self.shard)
         record: dict[str, Any] = {"step": self.step, "eval_loss": loss if math.isfinite(loss) else None}
-        self.log(record | (dict(zip(("prompt", "answer"), self.sample(), strict=True)) if self.sample else {}))
+        if self.sample and (self.shard or self.processes.first):  # in shards all must ask
+            record |= dict(zip(("prompt", "answer"), self.sample(), strict=True))
+        self.log(record)
 
     def save(self) -> str:
         """Make sure that there is a checkpoint of the last good state; returns where, in words."""
@@ -190,16 +263,18 @@ class _Run:
         if not self.whole:
             return f"it broke while the weights changed, so {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved"
         if self.saved != self.good:
-            save_checkpoint(
-                self.model,
-                self.adapter,
-                self.named,
-                self.optimizer,
-                self.folder,
-                self.good,
-                self.meaning,
-                self.config.keep_checkpoints,
-            )
+            if self.processes.first:
+                save_checkpoint(
+                    self.model,
+                    self.adapter,
+                    self.named,
+                    self.optimizer,
+                    self.folder,
+                    self.good,
+                    self.meaning,
+                    self.config.keep_checkpoints,
+                    self.base,
+                )
             self.saved = self.good
         return f"saved in {self.folder / f'checkpoint-{self.good}'}"
 
@@ -207,10 +282,10 @@ class _Run:
         """One step: gradients, a look at them, an update. A step that is not finite changes nothing but its place in the schedule."""
         config, started = self.config, time.monotonic()
         rate, batches = learning_rate(config, self.step), list(islice(self.batches, config.accumulate))
-        torch.manual_seed(step_seed(config.seed, self.step))
-        loss, norm, problem = gradients(self.model, self.named, batches, self.pad_id)
+        seeds = [step_seed(config.seed, self.step * config.accumulate + number) for number in range(config.accumulate)]
+        loss, norm, problem = gradients(self.model, self.named, batches, self.pad_id, seeds, self.processes, self.shard)
         if not self.good and (problem or norm == 0):
-            remove(self.folder, [LOG_FILE])  # a run that has not begun leaves nothing
+            self.leave_nothing()
             raise StateError(why_not_begun(problem))
         if not self.good:
             self.look_for_dead(batches[0])
@@ -250,10 +325,31 @@ class _Run:
         try:
             found = refuse_dead(self.model, lambda: token_losses(self.model, collate(examples, self.pad_id)))
         except StateError:
-            remove(self.folder, [LOG_FILE])
+            self.leave_nothing()
             raise
         if found.zero or found.unreached:
             self.say(str(found))
+
+    def leave_nothing(self) -> None:
+        """A run that has not begun leaves no log."""
+        if self.processes.first:
+            remove(self.folder, [LOG_FILE])
+
+    def finish(self) -> None:
+        """Write the adapter."""
+        self.same()
+        self.model.eval()
+        if self.processes.first:
+            write_files(self.folder, adapter_files(self.model, self.adapter, base=self.base))
+
+    def same(self) -> None:
+        """Refuse to go on where the processes have come apart, which another kind of processor in one of them can do."""
+        every = self.processes.share(self.digest())
+        if other := next((rank for rank, digest in enumerate(every) if digest != every[0]), None):
+            raise TrainingError(
+                f"after step {self.step} {self.processes.name(other)} has another adapter than process 0: their processors do not round "
+                f"alike; {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved; use machines of one kind"
+            )
 
     def skip(self, problem: str) -> None:
         """Leave a step out, say so, and stop when there were too many in a row."""
@@ -294,3 +390,8 @@ class _Run:
             f"step {self.step + 1}: no memory for batch_size={size} and up to {longest} tokens ({reason}); {self.save()}; go on with "
             f"--resume and {smaller}gradient_checkpointing, or begin anew with a smaller max_length"
         )
+
+
+def _hash(value: Any) -> str:
+    """Of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minilora.data.batches import collate
 from minilora.data.encoding import Encoded
 from minilora.data.tokens import IGNORED
+from minilora.training.processes import ALONE, Processes
 
 __all__ = ["evaluate", "token_losses"]
 
@@ -43,13 +44,34 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Sequence[Encoded], batch_size: int, pad_id: int) -> float:
-    """Mean loss per supervised token in eval mode; the training mode is left as it was."""
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    batch_size: int,
+    pad_id: int,
+    processes: Processes = ALONE,
+    sharded: bool = False,
+) -> float:
+    """Mean loss per supervised token in eval mode; the training mode is left as it was.
+
+    Each process takes a part of the batches, and all return the same bits, whatever their number. ``sharded``: they hold parts of the
+    model, so all call it equally often.
+    """
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    part = processes.part(len(batches))
+    most = -(-len(batches) // processes.size) if sharded else len(part)
+
+    def own() -> list[tuple[float, int]]:
+        found = []
+        for turn in range(most):
+            losses = token_losses(model, collate(batches[min(part.start + turn, len(batches) - 1)], pad_id))
+            found.append((losses.double().sum().item(), len(losses)))
+        return found[: len(part)]
+
     training = model.training
     model.eval()
     try:
-        batches = [collate(examples[i : i + batch_size], pad_id) for i in range(0, len(examples), batch_size)]
-        losses = torch.cat([token_losses(model, batch) for batch in batches])
+        every = [batch for found in processes.attempt(own, sharded) for batch in found]
     finally:
         model.train(training)
-    return losses.mean().item()
+    return sum(total for total, _ in every) / sum(count for _, count in every)

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from minilora.files.read import refuse_path
 from minilora.files.write import remove
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
-from minilora.training.checkpoint import Checkpoint, own_checkpoints, read_checkpoint, steps
+from minilora.training.checkpoint import Checkpoint, own_checkpoints, parse_checkpoint, read_checkpoint_files, steps
 from minilora.training.lock import refuse_held
 from minilora.training.optim_state import form_of, put_state, state_form
+from minilora.training.processes import ALONE, Processes
 
 __all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
 
@@ -75,8 +77,15 @@ def _files_left(folder: Path) -> list[str]:
     return [name for name in _LEFT if os.path.lexists(folder / name)]
 
 
-def kept_records(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of the log up to a step; what came after it will come again, and a line that a power cut tore is left out."""
+def kept_records(folder: Path, step: int, processes: Processes = ALONE, owner: int = 0) -> list[dict[str, Any]]:
+    """The lines of the log up to a step; what came after it will come again, and a line that a power cut tore is left out.
+
+    Of several processes the one that has the checkpoint, ``owner``, tells its lines to all.
+    """
+    return processes.share(_records(folder, step) if processes.rank == owner else None)[owner]
+
+
+def _records(folder: Path, step: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if not (folder / LOG_FILE).is_file():
         return records
@@ -201,27 +210,45 @@ def _short(value: Any) -> str:
 # ---- choosing and restoring
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def newest(folder: Path, say: Callable[[str], None], processes: Processes = ALONE) -> Checkpoint | None:
     """The newest checkpoint that verifies; ``say`` gets a line for each that does not. None if the folder has none at all.
+
+    Each of several processes looks into its own folder, and the one that has the newest gives it to all.
 
     Raises:
         CheckpointError: there are some, and all are damaged; or there is none, and a finished adapter.
     """
-    found = steps(folder)
+    step, files, passed, problem = _newest_here(folder)
+    every = processes.share([step, passed, problem])
+    for line in dict.fromkeys(line for _, lines, _ in every for line in lines):
+        say(line)
+    best = max(step for step, _, _ in every)
+    owner = next(rank for rank, (step, _, _) in enumerate(every) if step == best)
+    if best:
+        place = folder / f"checkpoint-{best}"
+        return replace(parse_checkpoint(processes.send(files, owner), place, best), owner=owner)
+    if problem := next((problem for _, _, problem in every if problem), None):
+        raise CheckpointError(problem)
+    return None
+
+
+def _newest_here(folder: Path) -> tuple[int, dict[str, bytearray], list[str], str | None]:
+    """``(step, files)`` of the newest whole checkpoint in this folder, 0 for none; in words those passed over, and what is wrong."""
+    found, anew = steps(folder), "begin anew with --overwrite (overwrite=True)"
+    passed: list[str] = []
     for step in found:
         try:
-            return read_checkpoint(folder / f"checkpoint-{step}", step)
+            files = read_checkpoint_files(folder / f"checkpoint-{step}")
+            parse_checkpoint(files, folder / f"checkpoint-{step}", step)
+            return step, files, passed, None
         except CheckpointError as error:
-            say(f"skipped {error}")
+            passed.append(f"skipped {error}")
     if found:
-        raise CheckpointError(
-            f"{folder}: none of its {len(found)} checkpoints is whole; restore one, or begin anew with --overwrite (overwrite=True)"
-        )
+        return 0, {}, passed, f"{folder}: none of its {len(found)} checkpoints is whole; restore one, or {anew}"
     if (folder / WEIGHTS_FILE).exists():
-        raise CheckpointError(
-            f"{folder}: holds an adapter and no checkpoint, so there is nothing to go on with; begin anew with --overwrite (overwrite=True)"
-        )
-    return None
+        problem = f"{folder}: holds an adapter and no checkpoint, so there is nothing to go on with; {anew}"
+        return 0, {}, passed, problem
+    return 0, {}, passed, None
 
 
 def restore(

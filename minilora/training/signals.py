@@ -28,14 +28,18 @@ class Wish:
 
 
 @contextmanager
-def caught() -> Iterator[Wish]:
-    """Catch Ctrl-C and SIGTERM inside the block. A program's own handlers stay, and so does everything outside the main thread."""
+def caught(patient: bool = False) -> Iterator[Wish]:
+    """Catch Ctrl-C and SIGTERM inside the block. A program's own handlers stay, and so does everything outside the main thread.
+
+    ``patient``: of a process that torchrun started, which gets Ctrl-C from the terminal and again from torchrun; who does not want to wait
+    for the step has torchrun's own time limit, 30 s.
+    """
     wish = Wish()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if wish.signal is not None:
+        if wish.signal is not None and not patient:
             _end(number)
-        wish.signal = number
+        wish.signal = wish.signal or number
 
     main = threading.current_thread() is threading.main_thread()
     taken = [number for number, default in _DEFAULTS.items() if main and signal.getsignal(number) == default]

@@ -1,44 +1,85 @@
 """The gradients of one step, and what is wrong with them.
 
 The loss is the mean over the supervised tokens of a whole step: with accumulation the micro-batches are weighted by their tokens, so that
-cutting a batch in two changes nothing. Logits are computed only at supervised positions, which for short answers is most of the head's
-work saved. Next file: ``training/memory.py``.
+cutting a batch in two changes nothing. The gradients are added in one order whatever the number of processes. Logits are computed only
+at supervised positions, which for short answers is most of the head's work saved. Next file: ``training/memory.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minilora.data.batches import collate
 from minilora.data.encoding import Encoded
 from minilora.training.guards import first_nonfinite_gradient, first_nonfinite_output
 from minilora.training.losses import token_losses
+from minilora.training.processes import ALONE, Processes
 
 __all__ = ["gradients", "why_not_begun"]
 
 
 def gradients(
-    model: nn.Module, named: Mapping[str, nn.Parameter], batches: Sequence[Sequence[Encoded]], pad_id: int
+    model: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    batches: Sequence[Sequence[Encoded]],
+    pad_id: int,
+    seeds: Sequence[int],
+    processes: Processes = ALONE,
+    sharded: bool = False,
 ) -> tuple[float, Tensor, str | None]:
-    """Add the gradients of a step to ``named``, over its micro-batches.
+    """Put the gradients of a step into ``named``, over all its micro-batches, each of which one process takes.
+
+    Args:
+        batches: all micro-batches of the step, in every process. seeds: of torch's generator, one for each: dropout is the
+            micro-batch's, whoever takes it. sharded: the processes hold parts of the model, and call it equally often.
 
     Returns:
-        The step's loss, the norm of all gradients (0-dimensional), and what is not finite, in words, or None. Where it is the loss, no
-        more micro-batches are tried.
+        The step's loss, the norm of all gradients (0-dimensional), and what is not finite, in words, or None: the same in all processes.
+
+    Raises:
+        MemoryError: there is no memory for it in one of them.
     """
-    supervised = sum(example.supervised for batch in batches for example in batch)
-    total = 0.0
-    for number, examples in enumerate(batches, 1):
-        batch = collate(examples, pad_id)
-        loss = token_losses(model, batch).sum() / supervised
+    parameters, part, losses = list(named.values()), processes.part(len(batches)), []
+    supervised = sum(example.supervised for batch in batches for example in batch)  # of all processes
+
+    def backward(number: int) -> None:
+        torch.manual_seed(seeds[number])
+        loss = token_losses(model, collate(batches[number], pad_id)).sum() / supervised
         loss.backward()
-        total += loss.item()
-        if not math.isfinite(total):
-            return total, loss.detach(), _why_loss(model, total, number, batch)
-    norm = nn.utils.get_total_norm([p.grad for p in named.values() if p.grad is not None])
+        losses.append(loss.detach())
+
+    def own() -> dict[str, Any]:
+        sums = _pairwise(parameters, part, backward)
+        for parameter, gradient in zip(parameters, sums, strict=True):
+            parameter.grad = gradient
+        values = torch.stack(losses).tolist()  # one wait for the device in a step
+        bad = next((place for place, value in enumerate(values) if not math.isfinite(value)), None)
+        problem = None
+        if bad is not None:
+            where = f" ({processes.name(processes.rank)})" if processes.size > 1 else ""
+            problem = f"the loss is {values[bad]} in micro-batch {part[bad] + 1}{where}"
+            if not sharded:  # one process alone cannot call a model in shards
+                torch.manual_seed(seeds[part[bad]])
+                problem += f"; {_why_loss(model, collate(batches[part[bad]], pad_id))}"
+        without = [place for place, gradient in enumerate(sums) if gradient is None]
+        return {"losses": values, "problem": problem, "without": without}
+
+    every = processes.attempt(own, sharded)
+    total = sum(loss for one in every for loss in one["losses"])
+    if problem := next((one["problem"] for one in every if one["problem"]), None):
+        return total, torch.tensor(math.nan), problem
+    nowhere = set.intersection(*(set(one["without"]) for one in every))
+    for place, parameter in enumerate(parameters):
+        if parameter.grad is None and place not in nowhere:
+            parameter.grad = torch.full_like(parameter, -0.0)  # which changes no bit of what it is added to
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    processes.add(found, processes.is_exact(len(batches)))
+    norm = nn.utils.get_total_norm(found)
     if math.isfinite(float(norm)):
         return total, norm, None
     first = first_nonfinite_gradient(named.items())
@@ -46,10 +87,27 @@ def gradients(
     return total, norm, f"{said} (loss {total:.4g})"
 
 
-def _why_loss(model: nn.Module, total: float, number: int, batch: dict[str, Tensor]) -> str:
+def _pairwise(parameters: Sequence[nn.Parameter], part: range, backward: Callable[[int], None]) -> list[Tensor | None]:
+    """The sums of the gradients of some micro-batches, as a tree: one half's and the other half's, each summed in the same way.
+
+    So the micro-batches of 2, 4, ... processes are branches of the tree of one. An odd number is added one after the other; so are two,
+    which comes to the same and needs no second place.
+    """
+    if len(part) % 2 or len(part) == 2:
+        for number in part:
+            backward(number)
+        sums = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return sums
+    half = len(part) // 2
+    left, right = _pairwise(parameters, part[:half], backward), _pairwise(parameters, part[half:], backward)
+    return [a if b is None else b if a is None else a.add_(b) for a, b in zip(left, right, strict=True)]
+
+
+def _why_loss(model: nn.Module, batch: dict[str, Tensor]) -> str:
     first = first_nonfinite_output(model, lambda: token_losses(model, batch))
-    where = f"{first} is the first to return NaN or infinity" if first else "every module returns finite values"
-    return f"the loss is {total} in micro-batch {number}; {where}"
+    return f"{first} is the first to return NaN or infinity" if first else "every module returns finite values"
 
 
 def why_not_begun(problem: str | None) -> str:

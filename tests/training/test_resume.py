@@ -521,16 +521,16 @@ def poisoned(monkeypatch):
     """``poisoned(steps, value)``: the loss of these steps (from 1) is multiplied by ``value``."""
 
     def poison(steps, value=float("nan")):
-        now, losses, seed_of = [0], step_module.token_losses, loop.step_seed
+        now, losses, rate_of = [0], step_module.token_losses, loop.learning_rate
 
-        def note(seed, step):
+        def note(config, step):
             now[0] = step + 1
-            return seed_of(seed, step)
+            return rate_of(config, step)
 
         def spoilt(model, batch):
             return losses(model, batch) * (value if now[0] in steps and torch.is_grad_enabled() else 1.0)
 
-        monkeypatch.setattr(loop, "step_seed", note)
+        monkeypatch.setattr(loop, "learning_rate", note)
         monkeypatch.setattr(step_module, "token_losses", spoilt)
 
     return poison
@@ -601,7 +601,7 @@ def test_a_module_that_returns_nan_is_named(tmp_path):
 
     def break_once(module, inputs, output):
         calls.append(1)
-        return output * float("nan") if len(calls) in (7, 8) else output  # step 4, and the look at it
+        return output * float("nan") if len(calls) in (7, 9) else output  # step 4, and the look at it
 
     model.mid.register_forward_hook(break_once)
     records = run(model, tmp_path)
