@@ -103,7 +103,8 @@ class LoraModel(BaseTuner):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""
-        for name in adapter_names if isinstance(adapter_names, (list, tuple, set)) else [adapter_names]:
+        names: list[Any] = list(adapter_names) if isinstance(adapter_names, (list, tuple, set)) else [adapter_names]
+        for name in names:
             for value in adapters_of(self._whole).named(name).values():
                 for parameter in own_parameters(value):
                     parameter.requires_grad = requires_grad
