@@ -106,8 +106,8 @@ class Adapters:
     def check(self, names: Iterable[str]) -> None:
         """Raise ``StateError`` for a name that no adapter has."""
         for name in names:
-            if name not in self.configs:
-                raise StateError(f"no adapter is called {name!r}; there are {nearest(name, self.configs)}")
+            if not isinstance(name, str) or name not in self.configs:
+                raise StateError(f"no adapter is called {name!r}; there are {nearest(str(name), self.configs)}")
 
     def check_set(self, names: Sequence[str]) -> None:
         """``check``, and raise ``StateError`` for a name that comes twice: it would count double."""
@@ -126,6 +126,11 @@ class Adapters:
         """Raise ``StateError`` while a batch with an adapter for each row runs, on whatever thread: its layers are in the slots."""
         if self.mixing:
             raise StateError("a batch that mixes adapters is running; change the adapters after it")
+
+    def refuse_merged(self, name: str) -> None:
+        """Raise ``StateError`` while adapter ``name`` is merged: new values of it would not reach the weights that it is in."""
+        if name in self.merged:
+            raise StateError(f"adapter {name!r} is merged, so the model would go on with its old values; unmerge first")
 
     def forget(self, change: Change, name: str) -> None:
         """Take adapter ``name`` out of the record; slots that are left empty go, with their base put back."""

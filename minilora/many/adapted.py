@@ -53,8 +53,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     adapters = adapters_of(model)
     with LOCK, Change() as change:
-        if name not in adapters.configs:
-            raise StateError(f"Adapter {name} does not exist; there are {nearest(name, adapters.configs)}")
+        if not isinstance(name, str) or name not in adapters.configs:
+            raise StateError(f"Adapter {name} does not exist; there are {nearest(str(name), adapters.configs)}")
         adapters.refuse_while_mixing()
         if name in adapters.merged:
             raise StateError(f"Cannot delete adapter(s) [{name!r}] while they are merged. Please unmerge them first.")

@@ -159,6 +159,8 @@ def add_weighted_adapter(
 def _check(record: Adapters, adapters: Sequence[str], weights: Sequence[float], how: _How) -> None:
     combination, density, majority = how.combination, how.density, how.majority
     record.check(adapters)
+    if not isinstance(weights, Sequence):
+        raise ConfigError(f"weights={weights!r}: wanted a list with one number for each adapter")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: wanted one weight for each adapter")
     if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import CheckpointError, StateError
+from minilora.errors import CheckpointError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.factors import widened
@@ -62,8 +62,7 @@ def _refuse_what_stays(model: nn.Module, adapter_name: str, where: str) -> None:
     """Raise for an adapter that cannot be overwritten, before a file is read."""
     adapters = adapters_of(model)
     present = adapters.named(adapter_name)
-    if adapter_name in adapters.merged:
-        raise StateError(f"adapter {adapter_name!r} is merged, so nothing would change; unmerge first")
+    adapters.refuse_merged(adapter_name)
     for path, old in present.items():
         if not isinstance(old, LoRALinear):
             kind = type(old).__name__

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, StateError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
@@ -92,14 +92,19 @@ class LoraModel(BaseTuner):
         """Nothing is left to do: ``add_adapter`` of the model injects."""
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these the active adapters; with ``inference_mode`` frozen."""
+        """Make these the active adapters; with ``inference_mode`` frozen. Raises ``StateError`` while some are merged."""
+        if merged := adapters_of(self._whole).merged:
+            raise StateError(
+                f"adapters {list(merged)} are merged and would stay in the weights; unmerge_adapter() first"
+            )
         adapted.set_adapter(self._whole, adapter_name)
         if inference_mode:
             self.set_requires_grad(adapter_name, False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        names: list[Any] = list(adapter_names) if isinstance(adapter_names, (list, tuple, set)) else [adapter_names]
+        for name in names:
             for value in adapters_of(self._whole).named(name).values():
                 for parameter in own_parameters(value):
                     parameter.requires_grad = requires_grad

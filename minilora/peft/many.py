@@ -90,13 +90,8 @@ class Many(Facts):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or the sum of several, the active one, and trainable unless ``inference_mode``; unmerge merged ones first."""
-        if merged := adapters_of(self).merged:
-            raise StateError(
-                f"adapters {list(merged)} are merged and would stay in the weights; unmerge_adapter() first"
-            )
-        adapted.set_adapter(self, adapter_name)
-        if inference_mode:
-            self.set_requires_grad(adapter_name, False)
+        adapters_of(self)  # raises where there are none
+        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """The bare base model inside the block, for every thread; ``adapter_names=["__base__"] * rows`` in a call is for that call."""

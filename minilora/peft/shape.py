@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from minilora.lora.slots import has_adapters
+from minilora.errors import StateError
+from minilora.lora.slots import adapters_of, has_adapters
 from minilora.peft.face import Face
 
 __all__ = ["Shape"]
@@ -76,10 +78,30 @@ class Shape(Face):
         return nn.Module.state_dict(_Root(self), *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Tensors under PEFT's names, of any adapters that the model has, inactive ones too."""
+        """Tensors under PEFT's names, of any adapters that the model has, inactive ones too.
+
+        Raises:
+            StateError: an adapter is merged, and the values of a layer that it is in would become others. Nothing has changed then.
+        """
         if not has_adapters(self):
             return super().load_state_dict(state_dict, strict, assign)
+        _refuse_into_merged(self, state_dict)
         return nn.Module.load_state_dict(_Root(self), state_dict, strict, assign)
+
+
+def _refuse_into_merged(model: Any, state_dict: Mapping[str, Any]) -> None:
+    """What is written into a merged layer is lost when it is unmerged, and what is written into its adapter counts only then."""
+    adapters = adapters_of(model)
+    places = tuple(f"base_model.model.{path}." for path, slot in adapters.slots.items() if slot.merged is not None)
+    for key, own in model.state_dict().items() if places else ():
+        if not key.startswith(places) or key not in state_dict:
+            continue
+        new = state_dict[key]
+        if isinstance(new, Tensor) and new.shape == own.shape and not torch.equal(new.to(own.device, own.dtype), own):
+            raise StateError(
+                f"adapters {list(adapters.merged)} are merged, and the state dict has another {key}; unmerge_adapter() first, and load "
+                "a state dict that was taken unmerged"
+            )
 
 
 class _Root(nn.Module):
@@ -88,3 +110,6 @@ class _Root(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self._modules["base_model"] = model.base_model
+
+
+_Root.__name__ = "PeftModel"  # so torch's message of a state dict that does not fit names it

@@ -153,7 +153,7 @@ def restore_adapter(
     Arguments and what is returned are those of ``load_adapter`` and ``prepare_adapter``.
 
     Raises:
-        CheckpointError: as ``load_adapter``; the adapter is then as it was.
+        CheckpointError: as ``load_adapter``. StateError: no such adapter, or it is merged. The adapter is then as it was.
     """
     stored, adapters = _read(folder, None, expect_sha256, key_mapping), adapters_of(model)
     refuse_other_base(model, stored, allow_other_base)
@@ -166,6 +166,7 @@ def restore_adapter(
                 raise CheckpointError(
                     f"{stored.path}: {path} has {said}; resume with the config that it was saved with, or load it under another name"
                 )
+    adapters.refuse_merged(adapter_name)
     return fill(model, adapters.named(adapter_name), stored, strict, False, ignore_mismatched_sizes)
 
 
@@ -176,9 +177,10 @@ def fill_adapter(
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
 ) -> LoadReport:
-    """Copy tensors, named as in a file, into an adapter that the model has already. Raises as ``load_adapter``; all or nothing."""
+    """Copy tensors, named as in a file, into an adapter that the model has already. Raises as ``restore_adapter``; all or nothing."""
     adapters = adapters_of(model)
     values = adapters.named(adapter_name)
+    adapters.refuse_merged(adapter_name)
     stored = Stored(adapters.configs[adapter_name], dict(tensors), adapters.variants[adapter_name], Path("state dict"))
     if (bad := not_finite(stored.tensors)) is not None:
         raise CheckpointError(f"{stored.path}: {bad} holds NaN or infinity; the run that saved it had diverged")

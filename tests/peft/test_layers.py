@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from minilora.errors import ConfigError, StateError
 from minilora.many.intruders import reduce_intruder_dimension
 from minilora.peft import (
     LoraConfig,
@@ -13,9 +14,11 @@ from minilora.peft import (
     get_peft_model,
     get_peft_model_state_dict,
     preprocess_loraga,
+    set_peft_model_state_dict,
 )
 from minilora.peft.layers import LoraLayer
 from minilora.peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from minilora.peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 from tests.models import finished, llama, lora, mlp, randomize
 
 
@@ -182,3 +185,44 @@ def test_an_adapter_in_the_dtype_of_its_layer_is_all_in_it():
     model = get_peft_model(mlp().bfloat16(), LoraConfig(**fields), autocast_adapter_dtype=False)
     layer = model.base_model.model.first
     assert {layer.lora_A["default"].weight.dtype, layer.lora_B["default"].weight.dtype} == {torch.bfloat16}
+
+
+def test_a_merged_adapter_takes_no_new_values():
+    model, x = randomize(get_peft_model(mlp(), lora())), torch.randn(3, 12)
+    unmerged, new = model.state_dict(), {k: v + 1 for k, v in get_peft_model_state_dict(model).items()}
+    unmerged = {key: value.clone() for key, value in unmerged.items()}
+    model.merge_adapter()
+    wanted, base = model(x), {key: value + 1 for key, value in get_base_model_state_dict(model).items()}
+    for change in (
+        lambda: set_peft_model_state_dict(model, new),
+        lambda: set_base_model_state_dict(model, base),
+        lambda: model.load_state_dict(unmerged),
+        lambda: model.base_model.set_adapter("default"),
+    ):
+        with pytest.raises(StateError, match=r"merged.*unmerge(_adapter\(\))? first"):
+            change()
+        assert torch.equal(model(x), wanted)
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})  # the same values
+    assert torch.equal(model(x), wanted)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, unmerged[key]) for key, value in model.state_dict().items())
+    set_peft_model_state_dict(model, new)
+    assert not torch.allclose(model(x), wanted)
+
+
+def test_what_is_no_name_is_refused_as_an_unknown_one():
+    model = get_peft_model(mlp(), lora())
+    for name in (None, 3, [], "nope"):
+        for call in (
+            model.delete_adapter,
+            model.set_requires_grad,
+            lambda name: get_peft_model_state_dict(model, None, name),
+        ):
+            if name == [] and call == model.set_requires_grad:
+                continue  # no adapter at all: nothing to do
+            with pytest.raises(StateError, match="default"):
+                call(name)
+    with pytest.raises(ConfigError, match="weights=None"):
+        model.add_weighted_adapter(["default"], None, "sum")
+    with pytest.raises(RuntimeError, match="state_dict for PeftModel"):
+        model.load_state_dict({})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, StateError
 from minilora.files.hub import cached
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
@@ -52,6 +52,7 @@ def get_peft_model_state_dict(
     Where the model has PEFT's methods (``get_peft_model``) names begin with "base_model.model.", after ``inject`` they do not, as in PEFT.
     """
     inner = innermost(model)
+    adapters_of(inner).check([adapter_name])
     base = adapters_of(inner).configs[adapter_name].base_model_name_or_path or name_of(inner)
     with gathered(model) as copied:
         own = adapter_state_dict(inner, adapter_name)
@@ -129,8 +130,12 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         ``(missing_keys, unexpected_keys)``.
 
     Raises:
-        CheckpointError: ``strict`` and names differ, or a shape is another; nothing has changed then.
+        CheckpointError: ``strict`` and names differ, or a shape is another. StateError: an adapter is merged. Nothing has changed then.
     """
+    if merged := adapters_of(innermost(model)).merged:
+        raise StateError(
+            f"adapters {list(merged)} are merged, and their weights would stay as they are; unmerge_adapter() first"
+        )
     own = get_base_model_state_dict(model)
     missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if strict and (missing or extra):
