@@ -158,6 +158,15 @@ def cost() -> str:
     return markdown(["", "n", "time at n", "at 4n", "ratio"], rows)
 
 
+def store() -> str:
+    """Starts with the token store, and without it."""
+    rows = []
+    for row in read("store"):
+        kept = [three_digits(float(row[f"{which} bytes a token"])) for which in ("held", "peak")]
+        rows.append([row["what"], f"{int(row['lines']):,}", three_digits(float(row["cpu seconds"])), *kept])
+    return markdown(["", "lines", "seconds of the processor", "bytes a token, after", "at the peak"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed("cpu"),
     "cpu, two threads": lambda: speed("cpu_2_threads"),
@@ -165,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "formats": formats,
     "loading": loading,
+    "store": store,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
 }
 

