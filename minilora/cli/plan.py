@@ -65,10 +65,7 @@ def _notes(guess: Any, found: Any, place: Any) -> list[str]:
             f"Predicted is {abs(guess.peak / found.peak - 1):.1%} {'above' if guess.peak >= found.peak else 'below'} measured."
         )
     if guess.loading:
-        mapped = "; weights that lie in the file as they are wanted are mapped, and not measured" if found else ""
-        notes.append(
-            f"Loading holds the packed model and one weight that is still dense, and never the dense model{mapped}."
-        )
+        notes.append("Loading holds the packed model and one weight that is still dense, and never the dense model.")
     other = (
         "" if place.device.type == "cpu" else "; the prediction counts what a CPU does, whose temporaries are others"
     )

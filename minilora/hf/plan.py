@@ -57,7 +57,7 @@ def on_this_machine(job: Asked) -> tuple[Asked, Place]:
 def measured_in_worker(job: PlanJob) -> Memory:
     """The same, of a real step in a process of its own. Raises ``StateError`` where that cannot be measured."""
     with Worker("minilora.hf.plan:_serve", dataclasses.asdict(job), job.threads) as worker:
-        return Memory(**worker.ask("measure"))
+        return Memory(worker.ask("measure")["parts"])
 
 
 def _serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
@@ -74,9 +74,8 @@ def _serve(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
 
     def answer(request: str) -> dict[str, Any]:
         paper = model_on_meta(job)  # imports what loading will import
-        found = measure(load, functools.partial(_adapted, job), _loss_of(job, paper), place.device)
-        read = has_weights(job.model) and _quantization(job) is not None
-        return {"parts": found.parts, "loading": found.loading if read else 0}
+        adapt = functools.partial(_adapted, job)
+        return {"parts": measure(load, adapt, _loss_of(job, paper), place.device).parts}
 
     return answer
 

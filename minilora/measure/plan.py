@@ -48,7 +48,8 @@ class Memory:
     Attributes:
         parts: predicted: by ``HELD`` and ``STEP``; measured: by ``HELD``, ``KEPT`` and "the step", as can be told apart from outside.
         phase: of the peak ("forward", "loss", "backward" or "update"); empty when measured.
-        loading: the most that is held while the model is read and packed; 0 where nothing is packed, or nothing was read.
+        loading: predicted: the most that is held while the model is read and packed, 0 where nothing is packed. Never measured here, where
+            the pages of the file that is read would count; ``benchmarks/loading.py`` watches a load without them.
     """
 
     parts: Mapping[str, int]
@@ -213,9 +214,7 @@ def measure(
     meter.reset()
     training_step(tiny := nn.Linear(2, 2), torch.optim.AdamW(tiny.parameters()), lambda m: m(torch.ones(1, 2)).sum())
     start = meter.held()
-    meter.reset()
     model = load()
-    loading = meter.peak() - start
     own_memory(model)
     marks = [meter.held()]
     model = adapt(model).train()
@@ -229,7 +228,7 @@ def measure(
     weights, adapters, held, step = (after - before for before, after in zip([start, *marks], marks, strict=False))
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
     sizes = (weights, adapters, moments, held - moments, step)
-    return Memory(dict(zip((*HELD, KEPT, "the step"), sizes, strict=True)), loading=loading)
+    return Memory(dict(zip((*HELD, KEPT, "the step"), sizes, strict=True)))
 
 
 @torch.no_grad()
@@ -252,7 +251,7 @@ def as_rows(predicted: Memory, measured: Memory | None = None) -> tuple[list[str
     step = row("the step", predicted.step, measured.step if measured else None)
     parts = [row(f"  {name}", predicted.parts[name]) for name in STEP]
     peak = row("peak", predicted.peak, measured.peak if measured else None)
-    loading = [row("while loading", predicted.loading, (measured.loading or None) if measured else None)]
+    loading = [row("while loading", predicted.loading)]
     return columns, [*held, step, *parts, peak, *(loading if predicted.loading else [])]
 
 
