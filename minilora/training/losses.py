@@ -48,7 +48,7 @@ def evaluate(model: nn.Module, examples: Sequence[Encoded], batch_size: int, pad
     training = model.training
     model.eval()
     try:
-        batches = [collate(examples[i : i + batch_size], pad_id) for i in range(0, len(examples), batch_size)]
+        batches = (collate(examples[i : i + batch_size], pad_id) for i in range(0, len(examples), batch_size))
         losses = torch.cat([token_losses(model, batch) for batch in batches])
     finally:
         model.train(training)
