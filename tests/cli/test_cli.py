@@ -653,6 +653,20 @@ def undisturbed(model_folder, data_file, tmp_path_factory):
     return folder
 
 
+def test_a_run_begun_in_memory_goes_on_from_the_store(undisturbed, model_folder, data_file, tmp_path, monkeypatch):
+    """Where the tokens lie changes nothing: not the adapter, nor whether it is the same run."""
+    out = tmp_path / "o"
+    shutil.copytree(undisturbed / "checkpoint-4", out / "checkpoint-4")
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("minilora.data.store.SMALL", 0)
+    code, text = run_train(model_folder, data_file, out, *SHORT, "--resume")
+    (place,) = (tmp_path / "cache" / "tokens").iterdir()
+    assert code == 0 and f"encoding 4 examples into {place}, once\n" in text and "going on after step 4" in text
+    assert saved_bytes(out) == saved_bytes(undisturbed)
+    code, text = run_train(model_folder, data_file, tmp_path / "again", *SHORT)
+    assert code == 0 and "encoding" not in text and saved_bytes(tmp_path / "again") == saved_bytes(undisturbed)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_train_with_one_line_and_resume_goes_on(
     capsys, monkeypatch, undisturbed, model_folder, data_file, tmp_path, number, code
