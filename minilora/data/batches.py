@@ -1,11 +1,11 @@
 """Training data: records in batches. Which examples a step sees is a function of (seed, step), so it can be found again at any step.
 
-Everything is read, checked and encoded before training, and no worker process draws anything. Next file: ``training/losses.py``.
+Everything is read, checked and encoded before training, and no worker process draws anything. Next file: ``data/packing.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from minilora.data.encoding import IGNORED, Encoded
 from minilora.data.records import Record
 
-__all__ = ["collate", "micro_batches", "split"]
+__all__ = ["Collate", "collate", "micro_batches", "split"]
+
+Collate = Callable[[Sequence[Encoded], int], dict[str, Tensor]]  # a batch and the padding token to tensors
 
 
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
