@@ -82,7 +82,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "data",
         "from a file of records to batches of tokens",
-        ["records", "fields", "template", "bounded", "used", "layout", "tokens", "encoding", "batches"],
+        ["records", "fields", "template", "bounded", "used", "layout", "tokens", "encoding", "batches", "packing"],
     ),
     (
         "training",
@@ -90,6 +90,9 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "loop",
             "losses",
+            "chunked",
+            "head",
+            "packed",
             "schedule",
             "optim",
             "optim_lora_fa",

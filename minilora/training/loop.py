@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from minilora.data.batches import collate, micro_batches
+from minilora.data.batches import Collate, collate, micro_batches
 from minilora.data.encoding import Encoded
 from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.write import append_line, remove, write_file
@@ -28,9 +28,11 @@ from minilora.store.load import save_adapter
 from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.guards import check_examples, check_parameters
+from minilora.training.head import NO_HEAD, why_all_logits
 from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
+from minilora.training.packed import choose_collate
 from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.signals import Wish, caught
@@ -82,7 +84,12 @@ def train(
     check_examples(model, examples, pad_id)
     if evaluation:
         check_examples(model, evaluation, pad_id, "evaluation")
-    run = _Run(model, named, examples, config, Path(folder), pad_id, evaluation, sample, watch, say, notes or {})
+    tensors = choose_collate(model, examples, config, pad_id, say)
+    if (why := why_all_logits(model)) not in (None, NO_HEAD):
+        say(f"the loss computes all logits of a micro-batch: {why}")
+    run = _Run(
+        model, named, examples, config, Path(folder), pad_id, tensors, evaluation, sample, watch, say, notes or {}
+    )
     with held(run.folder, say):
         if overwrite:
             clear(run.folder)
@@ -101,7 +108,8 @@ class _Run:
     """One run from its first step to its last: what ``train`` was given, and where it is.
 
     Attributes:
-        named: the parameters that train. adapter: the name of the one that they belong to. meaning: as ``resume.meaning``.
+        named: the parameters that train. tensors: makes batches, packed or padded. adapter: the name of the one that they belong to.
+        meaning: as ``resume.meaning``.
         step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
         whole: whether no change of the weights is half done. records: what was logged.
     """
@@ -112,6 +120,7 @@ class _Run:
     config: TrainConfig
     folder: Path
     pad_id: int
+    tensors: Collate
     evaluation: Sequence[Encoded]
     sample: Callable[[], tuple[str, str]] | None
     watch: Callable[[dict[str, Any]], None] | None
@@ -132,6 +141,7 @@ class _Run:
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}
         bits = {"batch_size": config.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
+        bits["packed"] = self.tensors is not collate
         self.meaning = meaning(self.model, self.adapter, schedule, data, bits, self.notes)
         self.begin = time.monotonic()
 
@@ -178,7 +188,7 @@ class _Run:
             self.watch(record)
 
     def assess(self) -> None:
-        loss = evaluate(self.model, self.evaluation, self.config.batch_size, self.pad_id)
+        loss = evaluate(self.model, self.evaluation, self.config.batch_size, self.pad_id, self.tensors)
         record: dict[str, Any] = {"step": self.step, "eval_loss": loss if math.isfinite(loss) else None}
         self.log(record | (dict(zip(("prompt", "answer"), self.sample(), strict=True)) if self.sample else {}))
 
@@ -207,7 +217,7 @@ class _Run:
         config, started = self.config, time.monotonic()
         rate, batches = learning_rate(config, self.step), list(islice(self.batches, config.accumulate))
         torch.manual_seed(step_seed(config.seed, self.step))
-        loss, norm, problem = gradients(self.model, self.named, batches, self.pad_id)
+        loss, norm, problem = gradients(self.model, self.named, batches, self.pad_id, self.tensors)
         if not self.good and (problem or norm == 0):
             remove(self.folder, [LOG_FILE])  # a run that has not begun leaves nothing
             raise StateError(why_not_begun(problem))
@@ -247,7 +257,7 @@ class _Run:
     def look_for_dead(self, examples: Sequence[Encoded]) -> None:
         """After the first backward pass: refuse a layer that the loss does not depend on, and say what this step left open."""
         try:
-            found = refuse_dead(self.model, lambda: token_losses(self.model, collate(examples, self.pad_id)))
+            found = refuse_dead(self.model, lambda: token_losses(self.model, self.tensors(examples, self.pad_id)))
         except StateError:
             remove(self.folder, [LOG_FILE])
             raise

@@ -1,8 +1,7 @@
 """The gradients of one step, and what is wrong with them.
 
 The loss is the mean over the supervised tokens of a whole step: with accumulation the micro-batches are weighted by their tokens, so that
-cutting a batch in two changes nothing. Logits are computed only at supervised positions, which for short answers is most of the head's
-work saved. Next file: ``training/memory.py``.
+cutting a batch in two changes nothing, and packing examples into rows neither. Next file: ``training/memory.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from minilora.data.batches import collate
+from minilora.data.batches import Collate, collate
 from minilora.data.encoding import Encoded
 from minilora.training.guards import first_nonfinite_gradient, first_nonfinite_output
 from minilora.training.losses import token_losses
@@ -21,9 +20,13 @@ __all__ = ["gradients", "why_not_begun"]
 
 
 def gradients(
-    model: nn.Module, named: Mapping[str, nn.Parameter], batches: Sequence[Sequence[Encoded]], pad_id: int
+    model: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    batches: Sequence[Sequence[Encoded]],
+    pad_id: int,
+    tensors: Collate = collate,
 ) -> tuple[float, Tensor, str | None]:
-    """Add the gradients of a step to ``named``, over its micro-batches.
+    """Add the gradients of a step to ``named``, over its micro-batches, of which ``tensors`` makes what the model is called with.
 
     Returns:
         The step's loss, the norm of all gradients (0-dimensional), and what is not finite, in words, or None. Where it is the loss, no
@@ -32,7 +35,7 @@ def gradients(
     supervised = sum(example.supervised for batch in batches for example in batch)
     total = 0.0
     for number, examples in enumerate(batches, 1):
-        batch = collate(examples, pad_id)
+        batch = tensors(examples, pad_id)
         loss = token_losses(model, batch).sum() / supervised
         loss.backward()
         total += loss.item()
