@@ -100,6 +100,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "store",
             "store_key",
             "batches",
+            "packing",
         ],
     ),
     (
@@ -108,6 +109,9 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "loop",
             "losses",
+            "chunked",
+            "head",
+            "packed",
             "schedule",
             "optim",
             "optim_adamw8",

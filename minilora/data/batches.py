@@ -1,11 +1,11 @@
 """Training data: records in batches. Which examples a step sees is a function of (seed, step), so it can be found again at any step.
 
-Everything is read, checked and encoded before training, and no worker process draws anything. Next file: ``training/losses.py``.
+Everything is read, checked and encoded before training, and no worker process draws anything. Next file: ``data/packing.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 from minilora.data.encoding import IGNORED, Encoded
 
 T = TypeVar("T")
-__all__ = ["collate", "micro_batches", "split"]
+__all__ = ["Collate", "collate", "micro_batches", "split"]
+
+Collate = Callable[[Sequence[Encoded], int], dict[str, Tensor]]  # a batch and the padding token to tensors
 
 
 def split(records: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:

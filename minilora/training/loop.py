@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from minilora.data.batches import collate, micro_batches
+from minilora.data.batches import Collate, collate, micro_batches
 from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.write import append_line, remove, write_file, write_files
@@ -30,10 +30,12 @@ from minilora.store.save import adapter_files, adapter_state_dict, file_base
 from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.guards import check_examples, check_parameters
+from minilora.training.head import NO_HEAD, why_all_logits
 from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.optim import make_optimizer
+from minilora.training.packed import choose_collate
 from minilora.training.processes import Processes, joined
 from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
@@ -93,7 +95,11 @@ def train(
         check_examples(model, examples, pad_id)
         if evaluation:
             check_examples(model, evaluation, pad_id, "evaluation")
-        rest = (pad_id, evaluation, sample, watch, say if processes.first else _silent, notes or {}, processes, shard)
+        told = say if processes.first else _silent
+        tensors = choose_collate(model, examples, config, pad_id, told)
+        if (why := why_all_logits(model)) not in (None, NO_HEAD):
+            told(f"the loss computes all logits of a micro-batch: {why}")
+        rest = (pad_id, tensors, evaluation, sample, watch, told, notes or {}, processes, shard)
         run = _Run(model, named, examples, config, Path(folder), *rest)
         with held(run.folder, say) if processes.first else nullcontext():
             run.clear(resume, overwrite)
@@ -113,7 +119,8 @@ class _Run:
     """One run from its first step to its last: what ``train`` was given, and where it is.
 
     Attributes:
-        named: the parameters that train. adapter: the name of the one that they belong to. meaning: as ``resume.meaning``.
+        named: the parameters that train. tensors: makes batches, packed or padded. adapter: the name of the one that they belong to.
+        meaning: as ``resume.meaning``.
         step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
         whole: whether no change of the weights is half done. records: what was logged.
     """
@@ -124,6 +131,7 @@ class _Run:
     config: TrainConfig
     folder: Path
     pad_id: int
+    tensors: Collate
     evaluation: Sequence[Encoded]
     sample: Callable[[], tuple[str, str]] | None
     watch: Callable[[dict[str, Any]], None] | None
@@ -154,6 +162,7 @@ class _Run:
         bits: dict[str, Any] = {
             "batch_size": config.batch_size,
             "gradient_checkpointing": config.gradient_checkpointing,
+            "packed": self.tensors is not collate,
         }
         exact = processes.is_exact(config.accumulate)
         bits["order of sums"] = "pairwise" if exact else f"all-reduce over {processes.size} processes"
@@ -250,7 +259,8 @@ class _Run:
                 self.watch(record)
 
     def assess(self) -> None:
-        loss = evaluate(self.model, self.evaluation, self.config.batch_size, self.pad_id, self.processes, self.shard)
+        rest = (self.config.batch_size, self.pad_id, self.processes, self.shard, self.tensors)
+        loss = evaluate(self.model, self.evaluation, *rest)
         record: dict[str, Any] = {"step": self.step, "eval_loss": loss if math.isfinite(loss) else None}
         if self.sample and (self.shard or self.processes.first):  # in shards all must ask
             record |= dict(zip(("prompt", "answer"), self.sample(), strict=True))
@@ -283,7 +293,8 @@ class _Run:
         config, started = self.config, time.monotonic()
         rate, batches = learning_rate(config, self.step), list(islice(self.batches, config.accumulate))
         seeds = [step_seed(config.seed, self.step * config.accumulate + number) for number in range(config.accumulate)]
-        loss, norm, problem = gradients(self.model, self.named, batches, self.pad_id, seeds, self.processes, self.shard)
+        given = (self.model, self.named, batches, self.pad_id, seeds, self.processes, self.shard, self.tensors)
+        loss, norm, problem = gradients(*given)
         if not self.good and (problem or norm == 0):
             self.leave_nothing()
             raise StateError(why_not_begun(problem))
@@ -323,7 +334,7 @@ class _Run:
     def look_for_dead(self, examples: Sequence[Encoded]) -> None:
         """After the first backward pass: refuse a layer that the loss does not depend on, and say what this step left open."""
         try:
-            found = refuse_dead(self.model, lambda: token_losses(self.model, collate(examples, self.pad_id)))
+            found = refuse_dead(self.model, lambda: token_losses(self.model, self.tensors(examples, self.pad_id)))
         except StateError:
             self.leave_nothing()
             raise

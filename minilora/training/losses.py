@@ -1,46 +1,42 @@
-"""The loss: cross-entropy of the supervised tokens, with logits computed at their positions only. Next file: ``training/schedule.py``."""
+"""The loss: cross-entropy of the supervised tokens, with no logits of other positions, and of theirs a few at a time.
+
+Next file: ``training/schedule.py``.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.data.batches import collate
+from minilora.data.batches import Collate, collate
 from minilora.data.encoding import Encoded
 from minilora.data.tokens import IGNORED
+from minilora.training.chunked import cross_entropy
+from minilora.training.head import ask, ask_for_losses, why_all_logits
 from minilora.training.processes import ALONE, Processes
 
 __all__ = ["evaluate", "token_losses"]
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in nats of every supervised token of a batch, fp32 ``[tokens]``.
+    """Cross-entropy in nats of every supervised token of a batch, fp32 ``[tokens]``, in the order of its rows.
 
     Args:
         model: returns an object with ``logits [batch, length, vocabulary]``; is asked for the needed positions only if it can be
-            (``logits_to_keep``, as transformers' models).
-        batch: as ``collate`` makes it.
+            (``logits_to_keep``, as transformers' models), and for no logits at all where its head can become the loss (``head.py``).
+        batch: as ``collate`` or ``collate_packed`` makes it.
     """
     device = next(model.parameters()).device
-    targets = batch["labels"][:, 1:].to(device)
+    batch = {name: value.to(device) for name, value in batch.items()}
+    targets = batch["labels"][:, 1:]
     wanted = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    options: dict[str, Any] = {
-        "input_ids": batch["input_ids"].to(device),
-        "attention_mask": batch["attention_mask"].to(device),
-    }
-    accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:
-        options["use_cache"] = False
-    can_skip = "logits_to_keep" in accepted
-    logits = model(**options, logits_to_keep=wanted).logits if can_skip else model(**options).logits[:, wanted]
     targets = targets[:, wanted]
     counts = targets != IGNORED
-    return F.cross_entropy(logits[counts].float(), targets[counts], reduction="none")
+    if why_all_logits(model) is None:
+        return ask_for_losses(model, batch, wanted, counts)
+    return cross_entropy(ask(model, batch, wanted)[counts], targets[counts])
 
 
 @torch.no_grad()
@@ -51,11 +47,12 @@ def evaluate(
     pad_id: int,
     processes: Processes = ALONE,
     sharded: bool = False,
+    tensors: Collate = collate,
 ) -> float:
     """Mean loss per supervised token in eval mode; the training mode is left as it was.
 
     Each process takes a part of the batches, and all return the same bits, whatever their number. ``sharded``: they hold parts of the
-    model, so all call it equally often.
+    model, so all call it equally often. ``tensors`` makes each batch.
     """
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     part = processes.part(len(batches))
@@ -64,7 +61,7 @@ def evaluate(
     def own() -> list[tuple[float, int]]:
         found = []
         for turn in range(most):
-            losses = token_losses(model, collate(batches[min(part.start + turn, len(batches) - 1)], pad_id))
+            losses = token_losses(model, tensors(batches[min(part.start + turn, len(batches) - 1)], pad_id))
             found.append((losses.double().sum().item(), len(losses)))
         return found[: len(part)]
 

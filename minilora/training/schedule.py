@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from minilora.errors import ConfigError
 from minilora.files import validate
 
-__all__ = ["OPTIMIZERS", "SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
+__all__ = ["OPTIMIZERS", "PACK_CHOICES", "SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
 
 # The first is the default. What each is stands in ``training/optim.py``.
 OPTIMIZERS = ("adamw", "adamw8", "adamw8bit_bnb", "paged_adamw8bit", "paged_adamw32bit")
@@ -27,6 +27,7 @@ SCHEDULE = (
     "seed",
 )  # fields that, with the examples a step, make a run
 
+PACK_CHOICES = ("auto", "on", "off")
 _MOST = 2**63 - 1  # what torch takes as a seed
 
 
@@ -36,7 +37,7 @@ class TrainConfig:
 
     Args:
         steps: length of the run, in optimizer steps.
-        batch_size: examples of a micro-batch.
+        batch_size: examples of a micro-batch, packed or not.
         accumulate: micro-batches of an optimizer step, of all processes together.
         lr: peak learning rate, a number in (0, 1); LoRA wants about ten times that of full fine-tuning.
         warmup: share of the steps over which the rate rises, in [0, 1).
@@ -48,6 +49,8 @@ class TrainConfig:
         save_every: optimizer steps between checkpoints; 0 is none.
         keep_checkpoints: newest checkpoints that stay, a whole number >= 1.
         max_skipped: optimizer steps in a row without a finite loss and gradient that end the run.
+        pack: whether examples share rows, one behind the other, so that little is padding; a step's examples and its loss stay the same.
+            "auto" packs where at least a fifth of the tokens are saved and the model can.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
@@ -67,6 +70,7 @@ class TrainConfig:
     save_every: int = 0
     keep_checkpoints: int = 2
     max_skipped: int = 5
+    pack: str = "auto"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +80,8 @@ class TrainConfig:
             validate.whole(name, getattr(self, name), smallest, _MOST)
         for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
             validate.number(name, getattr(self, name), low, high)
+        if self.pack not in PACK_CHOICES:
+            raise ConfigError(f"pack={validate.shown(self.pack)}: wanted one of {', '.join(PACK_CHOICES)}")
         validate.flag("gradient_checkpointing", self.gradient_checkpointing)
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer={validate.shown(self.optimizer)}: wanted one of {', '.join(OPTIMIZERS)}")

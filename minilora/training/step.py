@@ -1,8 +1,8 @@
 """The gradients of one step, and what is wrong with them.
 
 The loss is the mean over the supervised tokens of a whole step: with accumulation the micro-batches are weighted by their tokens, so that
-cutting a batch in two changes nothing. The gradients are added in one order whatever the number of processes. Logits are computed only
-at supervised positions, which for short answers is most of the head's work saved. Next file: ``training/memory.py``.
+cutting a batch in two changes nothing, and packing examples into rows neither. The gradients are added in one order whatever the number
+of processes. Next file: ``training/memory.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data.batches import collate
+from minilora.data.batches import Collate, collate
 from minilora.data.encoding import Encoded
 from minilora.training.guards import first_nonfinite_gradient, first_nonfinite_output
 from minilora.training.losses import token_losses
@@ -31,12 +31,14 @@ def gradients(
     seeds: Sequence[int],
     processes: Processes = ALONE,
     sharded: bool = False,
+    tensors: Collate = collate,
 ) -> tuple[float, Tensor, str | None]:
     """Put the gradients of a step into ``named``, over all its micro-batches, each of which one process takes.
 
     Args:
         batches: all micro-batches of the step, in every process. seeds: of torch's generator, one for each: dropout is the
             micro-batch's, whoever takes it. sharded: the processes hold parts of the model, and call it equally often.
+        tensors: makes what the model is called with of a micro-batch.
 
     Returns:
         The step's loss, the norm of all gradients (0-dimensional), and what is not finite, in words, or None: the same in all processes.
@@ -49,7 +51,7 @@ def gradients(
 
     def backward(number: int) -> None:
         torch.manual_seed(seeds[number])
-        loss = token_losses(model, collate(batches[number], pad_id)).sum() / supervised
+        loss = token_losses(model, tensors(batches[number], pad_id)).sum() / supervised
         loss.backward()
         losses.append(loss.detach())
 
@@ -65,7 +67,7 @@ def gradients(
             problem = f"the loss is {values[bad]} in micro-batch {part[bad] + 1}{where}"
             if not sharded:  # one process alone cannot call a model in shards
                 torch.manual_seed(seeds[part[bad]])
-                problem += f"; {_why_loss(model, collate(batches[part[bad]], pad_id))}"
+                problem += f"; {_why_loss(model, tensors(batches[part[bad]], pad_id))}"
         without = [place for place, gradient in enumerate(sums) if gradient is None]
         return {"losses": values, "problem": problem, "without": without}
 
