@@ -43,6 +43,10 @@ class BaseTunerLayer(nn.Module, ABC):
         change.drop(self.kept, name)
         parts.leave(change, self, name)
 
+    def stand_on(self, change: Change, base: nn.Module) -> None:
+        """Show another layer under the adapters."""
+        change.item(self._modules, "base_layer", base)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the adapters and the base layer compute."""
         return self.__dict__["stands"].forward(*args, **kwargs)

@@ -31,10 +31,23 @@ def give_faces(change: Change, model: nn.Module) -> None:
 
 
 def _refresh(change: Change, adapters: Adapters, name: str | None = None) -> None:
-    """Bring the faces in line with what their slots keep of adapter ``name`` (None: of all), which came, went or was replaced."""
+    """Bring the faces in line with what their slots keep of adapter ``name``, which came, went or was replaced (None: with what they
+    stand on, after a merge)."""
     for slot in adapters.slots.values():
-        if isinstance(slot.base, nn.Module) and not (name is not None and _follow(change, slot, name)):
+        if isinstance(slot.base, nn.Module) and not (
+            _stand(change, slot) if name is None else _follow(change, slot, name)
+        ):
             _rebuild(change, slot, adapters)
+
+
+def _stand(change: Change, slot: Slot) -> bool:
+    """Put the slot's layer under what a face shows. False where there is no face."""
+    face: Any = slot.face
+    if face is not None and vars(face)["shown"] is not slot.under:
+        shells = vars(face)["shells"]
+        shells[next(iter(shells))].stand_on(change, slot.under)
+        change.item(vars(face), "shown", slot.under)
+    return face is not None
 
 
 def _follow(change: Change, slot: Slot, name: str) -> bool:

@@ -28,6 +28,10 @@ __all__ = [
 class AuxiliaryTrainingWrapper(BaseTunerLayer):
     """What trains beside LoRA layers. ``original_module`` is the frozen module."""
 
+    def stand_on(self, change: Change, base: nn.Module) -> None:
+        """As of the base class."""
+        change.item(self._modules, "original_module", base)
+
     @property
     def _adapters(self) -> set[str]:
         """Names of the adapters that train something here."""
@@ -93,6 +97,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """As of the base class."""
         change.drop(self.kept, name)
         self.token_adapter.leave(change, name)
+
+    def stand_on(self, change: Change, base: nn.Module) -> None:
+        """As of the base class."""
+        super().stand_on(change, base)
+        self.token_adapter.stand_on(change, base)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """As of the base class; a table that is tied to another has no tensor of its own."""
