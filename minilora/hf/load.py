@@ -114,8 +114,8 @@ def _packing(name: str, trust_remote_code: bool, quant: QuantConfig, options: di
     try:
         model = _load(_MODEL, name, trust_remote_code, quantization_config=config, **options)
     except Exception as error:
-        if config.why.error is not None:  # transformers has told it to a log
-            raise config.why.error from None
+        if (known := config.why.error) is not None:  # transformers has told it to a log
+            raise (unreadable(name, ValueError(known)) if isinstance(known, CheckpointError) else known) from None
         if "but you are passing a NF4Config" in str(error):
             raise CheckpointError(
                 f"model {name!r}: another method has packed it already; quant=none loads it as it is"

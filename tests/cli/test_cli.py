@@ -353,6 +353,8 @@ SETTINGS = {
     "device": "cuda:3",
     "dtype": "bfloat16",
     "attention": "eager",
+    "shard": True,
+    "pack": "off",
     "max_length": 99,
     "eval_share": 0.25,
     "prompts": ["a b", "c"],
