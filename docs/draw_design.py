@@ -106,6 +106,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "lifeline",
             "processes",
             "sharding",
+            "together",
             "progress",
         ],
     ),
