@@ -131,6 +131,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "lifeline",
             "processes",
             "sharding",
+            "together",
             "progress",
         ],
     ),

@@ -6,7 +6,6 @@ steps without a finite gradient, no memory for a step. Next file: ``report/page.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -17,16 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from minilora.data.batches import Collate, collate, micro_batches
 from minilora.data.encoding import Encoded
-from minilora.errors import ConfigError, Interrupted, OutOfMemory, StateError, TrainingError
+from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
 from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
-from minilora.store.save import adapter_files, adapter_state_dict, file_base
+from minilora.store.save import adapter_files, file_base
 from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.guards import check_examples, check_parameters
@@ -37,11 +35,12 @@ from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.optim import make_optimizer
 from minilora.training.packed import choose_collate
 from minilora.training.processes import Processes, joined
-from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
+from minilora.training.resume import LOG_FILE, claim, kept_records, meaning, newest, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.sharding import shard_blocks
 from minilora.training.signals import Wish, caught
 from minilora.training.step import gradients, why_not_begun
+from minilora.training.together import make_room, order_of_sums, refuse_apart, refuse_different
 
 __all__ = ["TrainConfig", "train"]
 
@@ -102,7 +101,7 @@ def train(
         rest = (pad_id, tensors, evaluation, sample, watch, told, notes or {}, processes, shard)
         run = _Run(model, named, examples, config, Path(folder), *rest)
         with held(run.folder, say) if processes.first else nullcontext():
-            run.clear(resume, overwrite)
+            make_room(processes, run.folder, resume, overwrite)
             run.start(resume)
             with caught(patient=processes.launched) as wish:
                 run.go(wish)
@@ -147,11 +146,6 @@ class _Run:
 
     def __post_init__(self) -> None:
         config, processes = self.config, self.processes
-        if config.accumulate < processes.size:
-            raise ConfigError(
-                f"accumulate={config.accumulate}: the {processes.size} processes share the micro-batches of a step, so some would have "
-                f"none; wanted accumulate={processes.size} at least (with a smaller batch_size the step stays as large)"
-            )
         self.shard = self.shard and processes.size > 1  # one process has all of it
         self.adapter = adapters_of(self.model).active[0]
         self.parameters = list(self.named.values())
@@ -159,50 +153,19 @@ class _Run:
         schedule = {name: getattr(config, name) for name in SCHEDULE}
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}
-        bits: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "packed": self.tensors is not collate,
-        }
-        exact = processes.is_exact(config.accumulate)
-        bits["order of sums"] = "pairwise" if exact else f"all-reduce over {processes.size} processes"
-        if not exact:
+        bits: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "gradient_checkpointing")}
+        bits["packed"] = self.tensors is not collate
+        order = order_of_sums(processes, config.accumulate)
+        self.meaning = meaning(self.model, self.adapter, schedule, data, bits | {"order of sums": order}, self.notes)
+        self.base = file_base(self.model, self.adapter) if self.shard else None
+        command = repr((config, self.pad_id, self.shard, self.sample is None))
+        refuse_different(processes, self.meaning, command, self.model, self.adapter)
+        if not processes.is_exact(config.accumulate):
             self.say(
                 f"{config.accumulate} micro-batches over {processes.size} processes have no fixed order: the last bits depend on the "
                 "number of processes (a power of two that divides accumulate has one)"
             )
-        self.meaning = meaning(self.model, self.adapter, schedule, data, bits, self.notes)
-        self.base = file_base(self.model, self.adapter) if self.shard else None
-        self.agree()
         self.begin = time.monotonic()
-
-    def agree(self) -> None:
-        """Refuse processes that would not train the same: nothing is written yet."""
-        parts = {"schedule": "training", "adapter": "adapter", "data file": "data", "base model": "base"}
-        known = {name: _hash(self.meaning[part]) for name, part in parts.items()}
-        known["torch version or number of threads"] = _hash(self.meaning["bits"])
-        known["command"] = _hash([repr(self.config), self.pad_id, self.shard, self.sample is None])
-        self.processes.agree(known | {"start of the adapter (its seed)": self.digest()})
-
-    def digest(self) -> str:
-        """A hash of all that trains, or "" where there is nobody to compare it with."""
-        digest = hashlib.sha256()
-        if self.processes.size == 1:
-            return ""
-        for tensor in adapter_state_dict(self.model, self.adapter).values():
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def clear(self, resume: bool, overwrite: bool) -> None:
-        """Make room in the run folder, and in the folders of other machines."""
-        turn, processes = ("first", "others"), self.processes
-        for who in turn:
-            if who == ("first" if processes.first else "others" if processes.local == 0 else ""):
-                if overwrite:
-                    clear(self.folder)
-                elif not resume and processes.first:
-                    refuse_left(self.folder)  # another run may have come and gone since
-            processes.share(who)
 
     def start(self, resume: bool) -> None:
         """From the newest checkpoint, or from nothing; the log says no more than what is done."""
@@ -248,7 +211,7 @@ class _Run:
             if self.evaluation and (last or (config.eval_every and self.step % config.eval_every == 0)):
                 self.in_memory(self.assess)
             if config.save_every and self.step % config.save_every == 0 and self.good == self.step:
-                self.same()
+                refuse_apart(self.processes, self.model, self.adapter, self.step, self.saved)
                 self.save()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -348,19 +311,10 @@ class _Run:
 
     def finish(self) -> None:
         """Write the adapter."""
-        self.same()
+        refuse_apart(self.processes, self.model, self.adapter, self.step, self.saved)
         self.model.eval()
         if self.processes.first:
             write_files(self.folder, adapter_files(self.model, self.adapter, base=self.base))
-
-    def same(self) -> None:
-        """Refuse to go on where the processes have come apart, which another kind of processor in one of them can do."""
-        every = self.processes.share(self.digest())
-        if other := next((rank for rank, digest in enumerate(every) if digest != every[0]), None):
-            raise TrainingError(
-                f"after step {self.step} {self.processes.name(other)} has another adapter than process 0: their processors do not round "
-                f"alike; {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved; use machines of one kind"
-            )
 
     def skip(self, problem: str) -> None:
         """Leave a step out, say so, and stop when there were too many in a row."""
@@ -401,8 +355,3 @@ class _Run:
             f"step {self.step + 1}: no memory for batch_size={size} and up to {longest} tokens ({reason}); {self.save()}; go on with "
             f"--resume and {smaller}gradient_checkpointing, or begin anew with a smaller max_length"
         )
-
-
-def _hash(value: Any) -> str:
-    """Of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,326 @@
+"""One result, whatever the number of processes; and one end, whatever happens to one of them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minilora.errors import ConfigError
+from minilora.training import processes as module
+from minilora.training.processes import ALONE, Processes, joined
+from minilora.training.sharding import blocks_of
+from minilora.training.step import _pairwise
+from tests.training import processes_worker as worker
+
+SCRIPT = str(Path(worker.__file__))
+ADAPTER = "adapter_model.safetensors"
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
+
+
+def environment():
+    paths = os.pathsep.join([str(Path(SCRIPT).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def begin(size, runs, *flags):
+    """A torchrun of ``size`` processes that goes through the runs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *flags]
+    command += [SCRIPT, json.dumps(runs)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+
+
+def torchrun(size, runs, *flags):
+    """What it printed, and its exit code."""
+    started = begin(size, runs, *flags)
+    printed, _ = started.communicate(timeout=900)
+    return printed, started.returncode
+
+
+def ends(out):
+    """What the processes of a run said at their end: ``{rank, said, code, seconds}``."""
+    return [json.loads(line) for line in Path(f"{out}.said").read_text().splitlines()]
+
+
+def losses(out):
+    """The records of a finished run, which all its processes have alike."""
+    found = [end["said"] for end in ends(out)]
+    assert all(end["code"] == 0 for end in ends(out)) and all(one == found[0] for one in found)
+    return found[0]
+
+
+def adapter(folder):
+    return (Path(folder) / ADAPTER).read_bytes()
+
+
+KINDS = {
+    "plain": {},
+    "recomputed": {"checkpointing": True},
+    "layers that some batches miss": {"experts": True},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """``{kind: folder}`` of runs of one process."""
+    place = tmp_path_factory.mktemp("alone")
+    for name, fields in KINDS.items():
+        assert worker.work(worker.SETTINGS | fields | {"out": str(place / name)}) == 0
+    return {name: place / name for name in KINDS}
+
+
+def check_all_kinds(place, size, alone):
+    runs = {
+        f"{name}{' in shards' * shard}": fields | {"shard": shard} for name, fields in KINDS.items() for shard in (0, 1)
+    }
+    printed, code = torchrun(size, [{**fields, "out": str(place / name)} for name, fields in runs.items()])
+    assert code == 0, printed[-3000:]
+    for name in runs:
+        whole = alone[name.removesuffix(" in shards")]
+        assert losses(place / name) == losses(whole), name
+        assert adapter(place / name) == adapter(whole), name
+        assert len(ends(place / name)) == size
+
+
+@needs_gloo
+def test_two_processes_train_the_bits_of_one(tmp_path, alone):
+    check_all_kinds(tmp_path, 2, alone)
+    assert len({adapter(folder) for folder in alone.values()}) == 2  # recomputing changes nothing, other layers do
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_four_processes_train_the_bits_of_one(tmp_path, alone):
+    check_all_kinds(tmp_path, 4, alone)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_three_processes_have_no_fixed_order_and_stay_close(tmp_path, alone):
+    torchrun(3, [{"out": str(tmp_path / "three")}])
+    for here, there in zip(losses(tmp_path / "three"), losses(alone["plain"]), strict=True):
+        assert here == pytest.approx(there, abs=1e-6)
+    state = json.loads((tmp_path / "three" / "checkpoint-4" / "training.json").read_text())
+    assert state["meaning"]["bits"]["order of sums"] == "all-reduce over 3 processes"
+
+
+# ---- going on
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_four_in_shards_then_one_then_two_end_in_the_bits_of_one(tmp_path, alone):
+    run = {"out": str(tmp_path / "run")}
+    torchrun(4, [run | {"shard": True, "harm": [2, "SIGTERM", 2]}])  # in its second step
+    assert {end["code"] for end in ends(run["out"])} == {128 + signal.SIGTERM}
+    worker_environment = environment()
+    one = run | {"resume": True, "harm": [0, "SIGTERM", 6]}
+    subprocess.run([sys.executable, SCRIPT, json.dumps([one])], env=worker_environment, timeout=900)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    torchrun(2, [run | {"resume": True}])
+    assert adapter(run["out"]) == adapter(alone["plain"])
+
+
+POINTS = range(1, 21)
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_process_that_is_killed_is_started_again_to_the_same_bits(tmp_path, alone, rank, point):
+    run = {"out": str(tmp_path / "run"), "harm": [rank, "kill", point]}
+    printed, code = torchrun(2, [run], "--max-restarts", "1")
+    assert code == 0, printed[-3000:]
+    assert adapter(run["out"]) == adapter(alone["plain"])
+    assert "SIGKILL" in printed  # or the point is after the end
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_sigterm_of_torchrun_ends_all_after_a_step_and_resume_goes_on(tmp_path, alone):
+    run = {"out": str(tmp_path / "run"), "steps": 500}
+    started = begin(2, [run])
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("grad_norm") > 2):
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.terminate()
+    started.communicate(timeout=120)
+    assert {end["code"] for end in ends(run["out"])} == {128 + signal.SIGTERM}
+    (said,) = (end["said"] for end in ends(run["out"]) if end["said"])
+    assert re.match(r"Interrupted: SIGTERM after step \d+ of 500: saved in ", said), said
+    step = int(re.search(r"after step (\d+)", said)[1])
+    state = json.loads((tmp_path / "run" / f"checkpoint-{step}" / "training.json").read_text())
+    assert state["step"] == step
+    whole = {"steps": step + 2, "out": str(tmp_path / "whole")}
+    for fields in (
+        whole,
+        whole | {"out": run["out"]},
+    ):  # the rate depends on the length of a run: another one is refused
+        code = torchrun(2, [fields | {"resume": True}])[1]
+    assert code and "another schedule" in next(end["said"] for end in ends(run["out"])[-2:] if end["said"])
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("owner", [0, 1])
+def test_two_folders_whichever_of_them_holds_the_checkpoint(tmp_path, alone, owner):
+    """As on two machines, one process each, where another one is the first after a restart."""
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    first = {"out": str(tmp_path / "run"), "folders": folders, "harm": [1, "SIGTERM", 6]}  # in its third step
+    agents(first)
+    assert (tmp_path / "a" / "checkpoint-3").is_dir() and not (tmp_path / "b").exists()
+    again = first | {"harm": None, "resume": True, "folders": folders if owner == 0 else folders[::-1]}
+    agents(again)
+    assert adapter(again["folders"][0]) == adapter(alone["plain"])
+    lines = (Path(again["folders"][0]) / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "grad_norm" in line] == [1, 2, 3, 4, 5]
+
+
+def agents(run):
+    """Two torchruns of one process each, which meet."""
+    flags = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    started = [begin(1, [run], *flags) for _ in range(2)]
+    for process in started:
+        process.communicate(timeout=900)
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+# ---- one end
+
+
+NO_MEMORY = r"OutOfMemory: step 3: no memory for batch_size=2 .* in process 1 of 2.*saved in .*checkpoint-2"
+FAULT = "Elsewhere: process 1 of 2: ZeroDivisionError: a fault of the model"
+FIRST = "StateError: the first step has no finite gradient: the loss is nan in micro-batch 3 .process 1 of 2."
+ILL = {
+    "a loss of one": ([1, "nan", 5], {}, None),
+    "a first loss of one": ([1, "nan", 1], {}, FIRST),
+    "memory of one": ([1, "memory", 5], {}, NO_MEMORY),
+    "memory of one in shards": ([1, "memory", 5], {"shard": True}, NO_MEMORY),
+    "a fault of one": ([1, "error", 5], {}, FAULT),
+    "a fault of one in shards": ([1, "error", 5], {"shard": True}, FAULT),
+    "a full disk": ([0, "disk", 0], {}, "WriteError: process 0 of 2: .*No space left"),
+    "a model that one lacks": ([1, "load", 0], {}, "Elsewhere: process 1 of 2: model 'm': no such folder"),
+    "other data": ([1, "data", 0], {}, "ConfigError: process 1 of 2 has another data file than process 0"),
+    "another start": ([1, "seed", 0], {}, "ConfigError: process 1 of 2 has another start of the adapter"),
+    "a signal to one": ([1, "SIGTERM", 5], {}, "Interrupted: SIGTERM after step 3 of 5: saved in .*checkpoint-3"),
+    "one that is stopped": ([1, "stop", 12], {}, "Elsewhere: process 1 of 2 is gone: no sign of life for 30 s"),
+    "too many processes": (None, {"accumulate": 1}, "ConfigError: accumulate=1: the 2 processes share"),
+}
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ILL)
+def test_all_end_together_with_one_line_that_names_the_process(tmp_path, alone, what):
+    harm, fields, line = ILL[what]
+    run = {"out": str(tmp_path / "run"), "harm": harm, **fields}
+    printed, code = torchrun(2, [run])
+    if line is None:  # the step is left out by all
+        assert code == 0 and len([loss for loss in losses(run["out"]) if loss is None]) == 1
+        return
+    found = ends(run["out"])
+    told = [end["said"] for end in found if end["said"]]
+    assert code and len(told) == 1 and re.match(line, told[0]), (found, printed[-2000:])
+    assert len(found) == (1 if "stopped" in what else 2) and max(end["seconds"] for end in found) < 60
+
+
+# ---- without processes
+
+
+def many(size):
+    """``size`` processes that say nothing to each other."""
+    found = [Processes() for _ in range(size)]
+    for rank, one in enumerate(found):
+        one.rank, one.size = rank, size
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 12])
+def test_every_micro_batch_is_one_process_s(size, count):
+    assert [number for one in many(size) for number in one.part(count)] == list(range(count))
+
+
+@pytest.mark.parametrize("count", [4, 8, 12, 20])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_processes_are_branches_of_one_tree(count, size):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(3)) * 10 ** torch.arange(count).remainder(7)
+
+    def tree(part):
+        parameter = torch.nn.Parameter(torch.zeros(()))
+        return _pairwise([parameter], part, lambda number: (parameter * values[number]).backward())[0]
+
+    sums = [tree(one.part(count)) for one in many(size)]
+    while len(sums) > 1:  # as recursive doubling adds them
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    assert all(one.is_exact(count) for one in many(size))
+    assert torch.equal(sums[0], tree(range(count)))
+    assert not torch.equal(sums[0], values.flip(0).cumsum(0)[-1])  # the order does show in these numbers
+
+
+@pytest.mark.parametrize(("size", "count", "exact"), [(1, 7, True), (2, 6, True), (2, 3, False), (3, 6, False), (8, 4, False)])  # fmt: skip
+def test_when_the_order_is_fixed(size, count, exact):
+    assert many(size)[0].is_exact(count) is exact
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "2"}, "RANK=not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK=2"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+    ],
+)
+def test_an_environment_that_torchrun_does_not_make(monkeypatch, given, words):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="wanted what torchrun sets") as caught, joined():
+        pytest.fail("joined")
+    assert words in str(caught.value)
+
+
+def test_nccl_that_is_missing_is_said_in_one_line(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(ImportError, match="this torch has no NCCL") as caught, joined():
+        pytest.fail("joined")
+    assert "\n" not in str(caught.value)
+
+
+def test_one_process_needs_no_torch_distributed():
+    code = "import sys, minilora.training.loop as loop\nwith loop.joined() as p: assert p.size == 1 and p.share(3) == [3]\n"
+    code += "assert not any(name.startswith('torch.distributed.fsdp') for name in sys.modules)\n"
+    code += "import torch; assert not torch.distributed.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+def test_inside_a_block_the_processes_are_the_same():
+    with joined() as outer, joined() as inner:
+        assert outer is inner is ALONE
+
+
+def test_the_blocks_are_the_longest_list():
+    model = SimpleNamespace(modules=worker.Blocks().modules)
+    assert [type(block) for block in blocks_of(model)] == [worker.Block] * 3
+    with pytest.raises(Exception, match="no list of blocks to shard; leave --shard out"):
+        blocks_of(torch.nn.Linear(2, 3))
