@@ -99,8 +99,8 @@ def row(model: Any, name: str, data: list[Encoded], batch_size: int, rounds: int
     auto = choose_collate(model, data, TrainConfig(batch_size=batch_size), 0, lambda line: None)
     lengths = [len(example.input_ids) for example in data]
     made: dict[str, Any] = {
-        "what": f"{name}, batch of {batch_size}", "examples": len(data), "mean length": f"{statistics.mean(lengths):.0f}", "longest": max(lengths),
-        "padding": f"{found_saving.padding:.4f}", "padding packed": f"{found_saving.packed:.4f}",
+        "what": f"{name}, batch of {batch_size}", "examples": len(data), "mean length": f"{statistics.mean(lengths):.0f}",
+        "longest": max(lengths), "padding": f"{found_saving.padding:.4f}", "padding packed": f"{found_saving.packed:.4f}",
         "tokens times": f"{found_saving.times:.2f}",
     }  # fmt: skip
     for way, each in seconds.items():

@@ -51,7 +51,7 @@ def all_logits(model, batch, monkeypatch):
     for why in (None, "asked for"):
         with monkeypatch.context() as patch:
             if why:
-                patch.setattr("minilora.training.losses.why_all_logits", lambda model: why)
+                patch.setattr("minilora.training.losses.why_all_logits", lambda model, why=why: why)
             model.zero_grad()
             losses = token_losses(model, batch)
             (losses * torch.linspace(0.2, 1, len(losses))).sum().backward()
