@@ -102,6 +102,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "check",
             "step",
             "memory",
+            "profile",
             "signals",
             "checkpoint",
             "lock",

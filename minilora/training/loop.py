@@ -33,6 +33,7 @@ from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.packed import choose_collate
+from minilora.training.profile import Profile
 from minilora.training.resume import LOG_FILE, claim, clear, kept_records, meaning, newest, refuse_left, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.signals import Wish, caught
@@ -96,7 +97,7 @@ def train(
         elif not resume:
             refuse_left(run.folder)  # another run may have come and gone since
         run.start(resume)
-        with caught() as wish:
+        with caught() as wish, run.profile:
             run.go(wish)
         model.eval()
         save_adapter(model, run.folder, run.adapter)
@@ -161,6 +162,7 @@ class _Run:
                 f"going on after step {found.step}: {found.path}" if found else "no checkpoint yet: from the start"
             )
         write_file(self.folder / LOG_FILE, "".join(f"{json.dumps(record)}\n" for record in self.records))
+        self.profile = Profile(self.folder, self.config.profile, self.config.steps - self.step)
         self.batches = micro_batches(
             self.examples, self.config.batch_size, self.config.seed, self.step * self.config.accumulate
         )
@@ -174,7 +176,8 @@ class _Run:
         while self.step < config.steps:
             if wish.signal is not None:
                 self.leave(wish)
-            self.in_memory(self.advance)
+            with self.profile.step(self.step + 1):
+                self.in_memory(self.advance)
             last = self.step == config.steps
             if self.evaluation and (last or (config.eval_every and self.step % config.eval_every == 0)):
                 self.in_memory(self.assess)
@@ -199,16 +202,8 @@ class _Run:
         if not self.whole:
             return f"it broke while the weights changed, so {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved"
         if self.saved != self.good:
-            save_checkpoint(
-                self.model,
-                self.adapter,
-                self.named,
-                self.optimizer,
-                self.folder,
-                self.good,
-                self.meaning,
-                self.config.keep_checkpoints,
-            )
+            state = (self.model, self.adapter, self.named, self.optimizer)
+            save_checkpoint(*state, self.folder, self.good, self.meaning, self.config.keep_checkpoints)
             self.saved = self.good
         return f"saved in {self.folder / f'checkpoint-{self.good}'}"
 
