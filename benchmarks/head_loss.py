@@ -64,7 +64,7 @@ def row(name: str, dtype: torch.dtype, tokens: int, rounds: int) -> dict[str, An
                 samples[way].append(found)
     whole, chunks = (samples[way][-1] for way in WAYS)
     size = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    made: dict[str, Any] = {"head": name, "dtype": size, "vocabulary": vocabulary, "width": width, "tokens": tokens}
+    made: dict[str, Any] = {"what": f"{name}, {size}", "vocabulary": vocabulary, "width": width, "tokens": tokens}
     for way, found in samples.items():
         seconds, sizes = [each[2] for each in found], [each[3] / 1e6 for each in found]
         made |= {f"{way} s": f"{statistics.median(seconds):.3f}", f"{way} s least": f"{min(seconds):.3f}"}

@@ -124,6 +124,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "check",
             "step",
             "memory",
+            "profile",
             "signals",
             "checkpoint",
             "lock",

@@ -134,6 +134,35 @@ def loading() -> str:
     return markdown(["", "in memory after (MiB)", "peak (MiB)", "peak / after", "seconds"], rows)
 
 
+def head_loss() -> str:
+    """Time and memory of an output head's loss, with all logits and in chunks."""
+    rows = []
+    for row in read("head_loss"):
+        cells = [
+            f"{float(row[f'{way} {unit}']):.{digits}f}" for unit, digits in (("s", 2), ("MB", 0)) for way in HEAD_WAYS
+        ]
+        rows.append([row["what"], row["vocabulary"], *cells, row["time in chunks / all"], row["loss differs by"]])
+    heads = [f"{way} ({unit})" for unit in ("s", "MB") for way in HEAD_WAYS]
+    return markdown(["head", "vocabulary", *heads, "time, chunks / all", "loss differs by"], rows)
+
+
+HEAD_WAYS = ("all logits", "in chunks")
+
+
+def packing() -> str:
+    """A training step padded and packed."""
+    rows = []
+    for row in read("packing"):
+        padding = [f"{100 * float(row[name]):.1f} %" for name in ("padding", "padding packed")]
+        steps = [
+            f"{float(row[f'{way} s']):.2f} ({row[f'{way} s least']}-{row[f'{way} s most']})"
+            for way in ("padded", "packed")
+        ]
+        rows.append([row["what"], *padding, *steps, f"{row['times']}x", row["gradient differs by"], row["auto"]])
+    heads = ["examples", "padding", "padding, packed", "a step, padded (s)", "a step, packed (s)", "padded / packed"]
+    return markdown([*heads, "gradient differs by", "`--pack auto`"], rows)
+
+
 def kernels(triton: str) -> str:
     """What one version of Triton compiled: registers / KB of shared memory / instructions, a line for each launch."""
     lines = [row for row in read("kernels") if row["triton"] == triton]
@@ -175,6 +204,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "loading": loading,
     "store": store,
+    "head loss": head_loss,
+    "packing": packing,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
 }
 

@@ -35,6 +35,7 @@ from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.optim import make_optimizer
 from minilora.training.packed import choose_collate
 from minilora.training.processes import Processes, joined
+from minilora.training.profile import Profile
 from minilora.training.resume import LOG_FILE, claim, kept_records, meaning, newest, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
 from minilora.training.sharding import shard_blocks
@@ -103,7 +104,7 @@ def train(
         with held(run.folder, say) if processes.first else nullcontext():
             make_room(processes, run.folder, resume, overwrite)
             run.start(resume)
-            with caught(patient=processes.launched) as wish:
+            with caught(patient=processes.launched) as wish, run.profile:
                 run.go(wish)
             run.finish()
         return run.records
@@ -191,6 +192,8 @@ class _Run:
             )
         if processes.first:
             write_file(self.folder / LOG_FILE, "".join(f"{json.dumps(record)}\n" for record in self.records))
+        recorded = self.config.profile if processes.first else 0
+        self.profile = Profile(self.folder, recorded, self.config.steps - self.step)
         self.batches = micro_batches(
             self.examples, self.config.batch_size, self.config.seed, self.step * self.config.accumulate
         )
@@ -206,7 +209,8 @@ class _Run:
             wish.signal = next(filter(None, self.processes.share(wish.signal)), None)  # all leave after the same step
             if wish.signal is not None:
                 self.leave(wish)
-            self.in_memory(self.advance)
+            with self.profile.step(self.step + 1):
+                self.in_memory(self.advance)
             last = self.step == config.steps
             if self.evaluation and (last or (config.eval_every and self.step % config.eval_every == 0)):
                 self.in_memory(self.assess)
@@ -237,17 +241,9 @@ class _Run:
             return f"it broke while the weights changed, so {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved"
         if self.saved != self.good:
             if self.processes.first:
-                save_checkpoint(
-                    self.model,
-                    self.adapter,
-                    self.named,
-                    self.optimizer,
-                    self.folder,
-                    self.good,
-                    self.meaning,
-                    self.config.keep_checkpoints,
-                    self.base,
-                )
+                state = (self.model, self.adapter, self.named, self.optimizer)
+                rest = (self.good, self.meaning, self.config.keep_checkpoints, self.base)
+                save_checkpoint(*state, self.folder, *rest)
             self.saved = self.good
         return f"saved in {self.folder / f'checkpoint-{self.good}'}"
 

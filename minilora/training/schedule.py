@@ -51,6 +51,7 @@ class TrainConfig:
         max_skipped: optimizer steps in a row without a finite loss and gradient that end the run.
         pack: whether examples share rows, one behind the other, so that little is padding; a step's examples and its loss stay the same.
             "auto" packs where at least a fifth of the tokens are saved and the model can.
+        profile: optimizer steps after the first that torch's profiler records, in trace.json of the run folder; 0 is none.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
@@ -71,10 +72,19 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_skipped: int = 5
     pack: str = "auto"
+    profile: int = 0
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0, "eval_every": 0, "save_every": 0}
+        least = {
+            "steps": 1,
+            "batch_size": 1,
+            "accumulate": 1,
+            "seed": 0,
+            "eval_every": 0,
+            "save_every": 0,
+            "profile": 0,
+        }
         least |= {"keep_checkpoints": 1, "max_skipped": 1}
         for name, smallest in least.items():
             validate.whole(name, getattr(self, name), smallest, _MOST)

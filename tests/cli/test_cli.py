@@ -362,7 +362,6 @@ SETTINGS = {
     "date": "2025-01-31",
     "resume": True,
     "overwrite": True,
-    "shard": True,
     "r": 3,
     "lora_alpha": 6.5,
     "target_modules": ("q_proj", "v_proj"),
