@@ -90,9 +90,9 @@ class Lifeline:
                 os.write(2, f"minilora: {self.news}\n".encode())
             os._exit(1)
 
-    def wait_for_news(self) -> None:
+    def wait_for_news(self, beats: int = SILENT + 4) -> None:
         """After an exchange broke: until it is known why, or that nobody is missing. Raises ``Elsewhere`` with what is known."""
-        until = time.monotonic() + BEAT * (SILENT + 4)
+        until = time.monotonic() + BEAT * beats
         while self.news is None and time.monotonic() < until:
             time.sleep(BEAT / 5)
         if self.news is not None:
@@ -110,6 +110,13 @@ class Lifeline:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         known = isinstance(error, MiniLoraError)
+        if not known and isinstance(
+            error, RuntimeError
+        ):  # as torch calls it where another process is not there any more
+            try:
+                self.wait_for_news(HURRIED + 4)
+            except Elsewhere as found_out:
+                error, known = found_out, True
         text = str(error) if known else f"{type(error).__name__}: {error}"
         with suppress(RuntimeError):  # the store is gone: each says what it knows
             text = self._verdict(text, isinstance(error, Elsewhere))
