@@ -35,12 +35,14 @@ class Lifeline:
     Attributes:
         news: why the run cannot go on, once that is known.
         hurried: says whether a signal has come: torchrun sends one to all when one has died, so a silent one is given up sooner.
+        last_words: called, in a thread, before this process is ended where it waits for one that will not come: saves what is good.
     """
 
     def __init__(self, store: Any, rank: int, size: int, local: int) -> None:
         self.store, self.rank, self.size, self.local = store, rank, size, local
         self.news: str | None = None
         self.hurried: Callable[[], bool] = lambda: False
+        self.last_words: Callable[[], object] = lambda: None
         self._ending, self._over = threading.Event(), threading.Event()
         store.set(f"alive/{rank}", "0")
         threading.Thread(target=self._listen, args=(store.clone(),), daemon=True).start()
@@ -86,13 +88,19 @@ class Lifeline:
     def _give_up(self) -> None:
         """End this process where its main thread is held up, in a load or in an exchange, and does not come to its end."""
         if not self._ending.wait(GRACE) and not self._over.is_set():
+            words = threading.Thread(target=self.last_words, daemon=True)
+            words.start()
+            words.join(GRACE)  # a GPU that waits may hold it up, too
             if self._is_chosen():
                 os.write(2, f"minilora: {self.news}\n".encode())
             os._exit(1)
 
-    def wait_for_news(self, beats: int = SILENT + 4) -> None:
-        """After an exchange broke: until it is known why, or that nobody is missing. Raises ``Elsewhere`` with what is known."""
-        until = time.monotonic() + BEAT * beats
+    def refuse_broken(self, error: RuntimeError) -> None:
+        """Raise ``Elsewhere`` for the error of an exchange with a process that is not there any more, once that is known."""
+        said = str(error).lower()
+        if not any(word in said for word in ("gloo", "nccl", "connection")):
+            return
+        until = time.monotonic() + BEAT * (SILENT + 4)
         while self.news is None and time.monotonic() < until:
             time.sleep(BEAT / 5)
         if self.news is not None:
@@ -110,11 +118,9 @@ class Lifeline:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         known = isinstance(error, MiniLoraError)
-        if not known and isinstance(
-            error, RuntimeError
-        ):  # as torch calls it where another process is not there any more
+        if not known and isinstance(error, RuntimeError):
             try:
-                self.wait_for_news(HURRIED + 4)
+                self.refuse_broken(error)
             except Elsewhere as found_out:
                 error, known = found_out, True
         text = str(error) if known else f"{type(error).__name__}: {error}"

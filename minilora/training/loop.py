@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import nn
 
 from minilora.data.batches import Collate, collate, micro_batches
 from minilora.data.encoding import Encoded
-from minilora.errors import Interrupted, OutOfMemory, StateError, TrainingError
+from minilora.errors import Interrupted, MiniLoraError, OutOfMemory, StateError, TrainingError
 from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
@@ -29,6 +29,7 @@ from minilora.training.check import refuse_dead
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.guards import check_examples, check_parameters
 from minilora.training.head import NO_HEAD, why_all_logits
+from minilora.training.lifeline import Elsewhere
 from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
@@ -105,7 +106,12 @@ def train(
             make_room(processes, run.folder, resume, overwrite)
             run.start(resume)
             with caught(patient=processes.launched) as wish, run.profile:
-                run.go(wish)
+                try:
+                    run.go(wish)
+                except Elsewhere:  # the last good state is here too, and nobody else may be able to save it
+                    with suppress(MiniLoraError):
+                        run.save()
+                    raise
             run.finish()
         return run.records
 
@@ -204,7 +210,7 @@ class _Run:
         self.model.train()
         if self.evaluation and not self.step:
             self.in_memory(self.assess)
-        self.processes.hurry(lambda: wish.signal is not None)
+        self.processes.prepare(lambda: wish.signal is not None, self.save)
         while self.step < config.steps:
             wish.signal = next(filter(None, self.processes.share(wish.signal)), None)  # all leave after the same step
             if wish.signal is not None:

@@ -61,10 +61,10 @@ class Processes:
         """As messages call a process; "" where there is only one."""
         return f"process {rank} of {self.size}" if self.size > 1 else ""
 
-    def hurry(self, signalled: Callable[[], bool]) -> None:
-        """Say how to see that a signal has come: then a process without a sign of life is given up sooner."""
+    def prepare(self, signalled: Callable[[], bool], last_words: Callable[[], object]) -> None:
+        """Say how to see that a signal has come, and what to do before this process is given up (``Lifeline``)."""
         if self.line is not None:
-            self.line.hurried = signalled
+            self.line.hurried, self.line.last_words = signalled, last_words
 
     # ---- words
 
@@ -107,34 +107,26 @@ class Processes:
     def attempt(self, work: Callable[[], Any], bound: bool = False) -> list[Any]:
         """What ``work()`` returns in each process, by rank: JSON values. No memory in one is ``MemoryError`` in all, with its name.
 
-        ``bound``: the work waits for the other processes inside (for their shards), so what fails in one must set the others free.
+        ``bound``: the work waits for the other processes inside (for their shards). Then those that wait for one that has failed cannot
+        hear of it here, and end by their lifeline.
         """
         if self.size == 1:
             return [work()]
-        found, failed, error = None, None, None
+        if bound:
+            with self.exchange():
+                return self.share(work())
+        found, failed = None, None
         try:
             found = work()
-        except Exception as raised:
-            if not (bound or is_out_of_memory(raised)):
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise  # the others hear of it when they speak next
-            words = " ".join(f"{type(raised).__name__}: {raised}".split())[:300]
-            failed = [
-                self._store.add("broken", 1),
-                is_out_of_memory(raised),
-                words,
-            ]  # the first one is the cause of the others
-            error = None if failed[1] else raised  # its traceback would hold the step's tensors
-        if bound and failed:
-            self.break_off()
+            failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         every = self.share([failed, found])
-        if not any(said for said, _ in every):
-            return [value for _, value in every]
-        (_, is_memory, words), rank = min((said, rank) for rank, (said, _) in enumerate(every) if said)
-        if is_memory:
-            raise MemoryError(f"{words}, in {self.name(rank)}")
-        if error is not None and rank == self.rank:
-            raise error
-        raise Elsewhere(f"{self.name(rank)}: {words}")
+        for rank, (said, _) in enumerate(every):
+            if said:
+                raise MemoryError(f"{said}, in {self.name(rank)}")
+        return [value for _, value in every]
 
     # ---- tensors
 
@@ -181,19 +173,13 @@ class Processes:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around what all do together: where it breaks, the reason is mostly that another one failed or died. Raises ``Elsewhere`` then."""
+        """Around what all do together: where it breaks, the reason is that another one failed or died. Raises ``Elsewhere`` then."""
         try:
             yield
-        except RuntimeError:
+        except RuntimeError as error:
             if self.line is not None:
-                self.line.wait_for_news()
+                self.line.refuse_broken(error)
             raise
-
-    def break_off(self) -> None:
-        """Leave the exchange of tensors in the middle, so that nobody waits there for this process; words still go round."""
-        if self.size > 1:
-            with suppress(RuntimeError, AssertionError, ValueError):
-                torch.distributed.destroy_process_group()
 
 
 ALONE = Processes()
@@ -229,7 +215,8 @@ def joined() -> Iterator[Processes]:
         if processes.line is not None:
             processes.line.close()
             if processes.owns_group:
-                processes.break_off()
+                with suppress(RuntimeError, AssertionError, ValueError):
+                    torch.distributed.destroy_process_group()
 
 
 def _join() -> Processes:

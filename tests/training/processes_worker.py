@@ -86,7 +86,10 @@ class Full(minilora.files.disk.Disk):
 
 
 def counted(owner, name, at, act):
-    """Before call number ``at`` of ``owner.name`` comes ``act()``; what it returns is called in its stead, if anything."""
+    """Before call number ``at`` of ``owner.name`` comes ``act()``; what it returns is called in its stead, if anything.
+
+    Returns what takes it away again.
+    """
     plain, calls = getattr(owner, name), []
 
     def call(*arguments, **named):
@@ -95,6 +98,7 @@ def counted(owner, name, at, act):
         return (other or plain)(*arguments, **named)
 
     setattr(owner, name, call)
+    return lambda: setattr(owner, name, plain)
 
 
 def fail(error):
@@ -102,21 +106,24 @@ def fail(error):
 
 
 def prepare(what, when):
-    """Make it go wrong in this process."""
+    """Make it go wrong in this process; returns what makes it right again."""
     own, plain = os.getpid(), step_module.token_losses
     if what in ("kill", "stop"):
         number = signal.SIGKILL if what == "kill" else signal.SIGSTOP
-        counted(Processes, "share", when, lambda: os.kill(own, number))
-    elif what in ("SIGTERM", "SIGINT"):
-        counted(step_module, "token_losses", when, lambda: os.kill(own, getattr(signal, what)))
-    elif what == "nan":
-        counted(step_module, "token_losses", when, lambda: lambda *a: plain(*a) * float("nan"))
-    elif what == "memory":
-        counted(step_module, "token_losses", when, lambda: fail(RuntimeError("can't allocate memory: 9 bytes")))
-    elif what == "error":
-        counted(step_module, "token_losses", when, lambda: fail(ZeroDivisionError("a fault of the model")))
-    elif what == "disk":
-        minilora.files.disk.used = Full()
+        return counted(Processes, "share", when, lambda: os.kill(own, number))
+    if what in ("SIGTERM", "SIGINT"):
+        return counted(step_module, "token_losses", when, lambda: os.kill(own, getattr(signal, what)))
+    if what == "nan":
+        return counted(step_module, "token_losses", when, lambda: lambda *a: plain(*a) * float("nan"))
+    if what == "memory":
+        error = RuntimeError("can't allocate memory: 9 bytes")
+        return counted(step_module, "token_losses", when, lambda: fail(error))
+    if what == "error":
+        return counted(step_module, "token_losses", when, lambda: fail(ZeroDivisionError("a fault of the model")))
+    if what == "disk":
+        usual, minilora.files.disk.used = minilora.files.disk.used, Full()
+        return lambda: setattr(minilora.files.disk, "used", usual)
+    return lambda: None
 
 
 def work(run):
@@ -131,12 +138,12 @@ def work(run):
         gradient_checkpointing=run["checkpointing"],
     )  # fmt: skip
     said = code = None
+    repair = prepare(what, when) if ill else lambda: None
     try:
         with joined():
             if ill and what == "load":
                 raise CheckpointError("model 'm': no such folder")
             if ill:
-                prepare(what, when)
                 data, seed = (data[1:] if what == "data" else data), (6 if what == "seed" else 5)
             records = train(
                 model_of(run, seed), data[5:], config, folder, 40, data[:5], say=lambda line: None,
@@ -145,6 +152,7 @@ def work(run):
         said, code = [record.get("loss", record.get("eval_loss")) for record in records], 0
     except MiniLoraError as error:
         said, code = None if error.told else f"{type(error).__name__}: {error}", error.exit_code
+    repair()
     line = {"rank": rank, "said": said, "code": code, "seconds": time.monotonic() - began}
     with open(f"{out}.said", "a") as file:
         file.write(json.dumps(line) + "\n")
