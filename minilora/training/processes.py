@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from minilora.training.memory import is_out_of_memory
 __all__ = ["ALONE", "Processes", "joined", "own_gpu"]
 
 _LONGEST = timedelta(minutes=10)  # of one exchange between processes that are all alive
+_LEAVING = 5.0  # seconds
 _current: Processes | None = None
 _times = 0  # runs that this process took part in: each has its own words
 
@@ -215,8 +217,15 @@ def joined() -> Iterator[Processes]:
         if processes.line is not None:
             processes.line.close()
             if processes.owns_group:
-                with suppress(RuntimeError, AssertionError, ValueError):
-                    torch.distributed.destroy_process_group()
+                leaving = threading.Thread(target=_leave_group, daemon=True)
+                leaving.start()
+                leaving.join(_LEAVING)
+
+
+def _leave_group() -> None:
+    """In a thread: where a partner is gone, its exchange may never be closed, and the reason must still be said."""
+    with suppress(RuntimeError, AssertionError, ValueError):
+        torch.distributed.destroy_process_group()
 
 
 def _join() -> Processes:
