@@ -33,7 +33,7 @@ class TrainConfig:
 
     Args:
         steps: length of the run, in optimizer steps.
-        batch_size: examples of a micro-batch, packed or not.
+        batch_size: examples of a micro-batch.
         accumulate: micro-batches of an optimizer step.
         lr: peak learning rate, a number in (0, 1); LoRA wants about ten times that of full fine-tuning.
         warmup: share of the steps over which the rate rises, in [0, 1).
