@@ -3,9 +3,9 @@
     python benchmarks/packing.py [--rounds N] [--layers N] [--steps N]
 
 The first layers of SmolLM2-135M in NF4 with double quantization and an adapter of rank 8 on every linear layer; a step is forward and
-backward of one micro-batch, one thread, processor time. Three ways take turns: padded with all logits, padded, packed. The demo's examples are nearly of one length; the long-tailed set has lengths
-drawn from a lognormal distribution (median 90, sigma 0.9, 16 to 512), a third of each prompt, filled with the demo's tokens.
-The set is that of 64 examples; "auto" says what ``--pack auto`` chooses. Writes ``results/packing.csv``.
+backward of one micro-batch, one thread, processor time. Three ways take turns: padded with all logits, padded, packed. The demo's
+examples are nearly of one length; the long-tailed set has 64 lengths drawn from a lognormal distribution (median 90, sigma 0.9, 16 to
+512), a third of each prompt, filled with the demo's tokens. "auto" says what ``--pack auto`` chooses. Writes ``results/packing.csv``.
 """
 
 from __future__ import annotations
