@@ -56,3 +56,20 @@ def test_the_benchmark_of_the_store_runs(tmp_path):
     assert (
         float(following["cpu seconds"]) < float(first["cpu seconds"]) / 4 and float(following["disk bytes a token"]) > 4
     )
+
+
+def test_both_ways_of_a_heads_loss_are_measured_and_agree(benchmark):
+    found = benchmark("head_loss")
+    found["HEADS"]["tiny"] = (3001, 6)
+    row = found["row"]("tiny", found["torch"].float32, 40, 2)
+    assert (
+        row["what"] == "tiny, fp32"
+        and float(row["loss differs by"]) < 1e-5
+        and float(row["gradient differs by"]) < 1e-5
+    )
+    assert float(row["all logits s"]) > 0 and float(row["in chunks s"]) > 0
+
+
+def test_the_long_tailed_set_is_the_one_that_is_described(benchmark):
+    lengths = [len(example.input_ids) for example in benchmark("packing")["long_tailed"](list(range(50)))]
+    assert len(lengths) == 64 and round(sum(lengths) / 64) == 119 and max(lengths) == 512 and min(lengths) >= 16

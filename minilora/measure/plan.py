@@ -150,8 +150,9 @@ def _warm_optimizer(trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _mark_logits(ledger: Ledger, module: nn.Module, inputs: Any, output: Any) -> None:
-    ledger.hold([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], "logits and loss")
-    ledger.phase = "loss"
+    if torch.is_grad_enabled():  # not where the model is only asked about (``training/head.py``)
+        ledger.hold([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], "logits and loss")
+        ledger.phase = "loss"
 
 
 def _name(ledger: Ledger, names: Mapping[str, str]) -> None:

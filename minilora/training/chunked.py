@@ -54,8 +54,8 @@ class _HeadLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         count, vocabulary = len(hidden), len(weight)
         size = min(count, _tokens_at_a_time(vocabulary, hidden.dtype))
-        room = torch.empty(size, vocabulary, dtype=torch.float32, device=hidden.device)  # the same memory for every few
-        losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        room = hidden.new_empty(size, vocabulary, dtype=torch.float32)  # the same memory for every few
+        losses = hidden.new_empty(count, dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in range(0, count, size):
             some, wanted = hidden[at : at + size], targets[at : at + size, None]

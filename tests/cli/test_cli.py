@@ -383,6 +383,8 @@ SETTINGS = {
     "save_every": 4,
     "keep_checkpoints": 5,
     "max_skipped": 6,
+    "pack": "off",
+    "profile": 2,
     "gradient_checkpointing": True,
 }
 

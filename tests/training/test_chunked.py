@@ -1,7 +1,6 @@
 """The loss without logits: what the chunks give is what all logits give, and a head that cannot become the loss is told by name."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from minilora.data.batches import collate
 from minilora.data.encoding import Encoded
 from minilora.data.tokens import IGNORED
 from minilora.linear.layers import in_front
+from minilora.measure.ledger import Ledger
 from minilora.training.chunked import head_losses, reference
 from minilora.training.head import NO_HEAD, why_all_logits
 from minilora.training.losses import evaluate, token_losses
@@ -96,11 +96,14 @@ def test_large_logits_do_not_overflow():
 
 def test_all_logits_are_never_there(monkeypatch):
     monkeypatch.setattr(chunked, "_ROOM", 4 * 301 * 32)
-    made, real = [], torch.empty
     head, hidden = head_of(301, 6), torch.randn(999, 6, requires_grad=True)
-    monkeypatch.setattr(torch, "empty", lambda *size, **more: made.append(math.prod(size)) or real(*size, **more))
-    head_losses(hidden, torch.zeros(999, dtype=torch.long), head)
-    assert max(made) == 32 * 301
+    made = {}
+    for loss in (head_losses, reference):
+        with Ledger() as ledger:
+            loss(hidden, torch.zeros(999, dtype=torch.long), head).sum().backward()
+        made[loss] = sum(ledger.peak()[1].values())
+    given, small = 999 * (8 + 6 * 4) + 301 * 7 * 4, 999 * (6 + 6 + 4) * 4  # gradients of hidden, losses
+    assert 4 * 301 * 32 < made[head_losses] < 4 * 301 * 32 + given + small < 2 * 4 * 301 * 999 < made[reference]
 
 
 # ---- which heads
