@@ -194,8 +194,16 @@ def store() -> str:
     rows = []
     for row in read("store"):
         kept = [three_digits(float(row[f"{which} bytes a token"])) for which in ("held", "peak")]
-        rows.append([row["what"], f"{int(row['lines']):,}", three_digits(float(row["cpu seconds"])), *kept])
-    return markdown(["", "lines", "seconds of the processor", "bytes a token, after", "at the peak"], rows)
+        rows.append(
+            [
+                row["what"],
+                f"{int(row['lines']):,}",
+                f"{int(row['tokens']):,}",
+                three_digits(float(row["cpu seconds"])),
+                *kept,
+            ]
+        )
+    return markdown(["", "lines", "tokens", "seconds of the processor", "bytes a token, after", "at the peak"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
