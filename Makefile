@@ -53,6 +53,7 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again ever
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python benchmarks/cpu.py --threads 1 --rows "lora step bf16" "qlora step bf16" --out benchmarks/results/cpu_no_bf16.csv
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/views.py
 	$(BIN)/python docs/tables.py
 
 fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=10000000 of them, ARGS="--seed 1"); figures at the end

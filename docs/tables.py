@@ -158,6 +158,12 @@ def cost() -> str:
     return markdown(["", "n", "time at n", "at 4n", "ratio"], rows)
 
 
+def views() -> str:
+    """What PEFT's names cost, beside PEFT."""
+    rows = [[f"{row['what']}, {row['side']}", amount(row["ms"], "ms"), row["ratio"], row["ratios"]] for row in read("views")]
+    return markdown(["", "time", "against without the names", "least and most"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed("cpu"),
     "cpu, two threads": lambda: speed("cpu_2_threads"),
@@ -165,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "formats": formats,
     "loading": loading,
+    "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
 }
 
