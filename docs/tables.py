@@ -160,7 +160,9 @@ def cost() -> str:
 
 def views() -> str:
     """What PEFT's names cost, beside PEFT."""
-    rows = [[f"{row['what']}, {row['side']}", amount(row["ms"], "ms"), row["ratio"], row["ratios"]] for row in read("views")]
+    rows = [
+        [f"{row['what']}, {row['side']}", amount(row["ms"], "ms"), row["ratio"], row["ratios"]] for row in read("views")
+    ]
     return markdown(["", "time", "against without the names", "least and most"], rows)
 
 
