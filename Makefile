@@ -54,6 +54,7 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again ever
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/views.py
 	$(BIN)/python docs/tables.py
 
 fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=10000000 of them, ARGS="--seed 1"); figures at the end

@@ -206,6 +206,14 @@ def store() -> str:
     return markdown(["", "lines", "tokens", "seconds of the processor", "bytes a token, after", "at the peak"], rows)
 
 
+def views() -> str:
+    """What PEFT's names cost, beside PEFT."""
+    rows = [
+        [f"{row['what']}, {row['side']}", amount(row["ms"], "ms"), row["ratio"], row["ratios"]] for row in read("views")
+    ]
+    return markdown(["", "time", "against without the names", "least and most"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed("cpu"),
     "cpu, two threads": lambda: speed("cpu_2_threads"),
@@ -216,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "store": store,
     "head loss": head_loss,
     "packing": packing,
+    "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
 }
 

@@ -147,7 +147,7 @@ class Adapters:
         change.drop(self.variants, name)
 
     def refresh(self, change: Change, name: str | None = None) -> None:
-        """After what slots keep of an adapter (None: of all), or what that stands on, has changed: bring their faces in line."""
+        """After what slots keep of an adapter, or (None) what all of it stands on, has changed: bring their faces in line."""
         if self.faces is not None:
             self.faces(change, self, name)
 

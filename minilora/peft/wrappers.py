@@ -28,10 +28,6 @@ __all__ = [
 class AuxiliaryTrainingWrapper(BaseTunerLayer):
     """What trains beside LoRA layers. ``original_module`` is the frozen module."""
 
-    def stand_on(self, change: Change, base: nn.Module) -> None:
-        """As of the base class."""
-        change.item(self._modules, "original_module", base)
-
     @property
     def _adapters(self) -> set[str]:
         """Names of the adapters that train something here."""
@@ -49,6 +45,10 @@ class AuxiliaryTrainingWrapper(BaseTunerLayer):
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with a trained copy for each adapter: ``modules_to_save["default"]``."""
+
+    def stand_on(self, change: Change, base: nn.Module) -> None:
+        """As of the base class."""
+        change.item(self._modules, "original_module", base)
 
     def enter(self, change: Change, name: str, value: Any) -> None:
         """As of the base class."""
@@ -86,7 +86,15 @@ class TrainableTokensLayer(BaseTunerLayer):
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """A table with a ``token_adapter`` beside it."""
+    """A table with a ``token_adapter``, in which alone it has its parameters, as in PEFT.
+
+    TRL sends all parameters to vLLM but those of an ``original_module``: under that name a table would not be sent.
+    """
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The frozen table."""
+        return self.token_adapter.base_layer
 
     def enter(self, change: Change, name: str, value: Any) -> None:
         """As of the base class."""
@@ -100,7 +108,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def stand_on(self, change: Change, base: nn.Module) -> None:
         """As of the base class."""
-        super().stand_on(change, base)
         self.token_adapter.stand_on(change, base)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
@@ -127,5 +134,5 @@ def rows_wrapper(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
     layer = face_of(TrainableTokensLayer, slot, adapters)
     layer._modules["base_layer"] = base
     wrapper = face_of(TrainableTokensWrapper, slot, adapters)
-    wrapper._modules.update(original_module=base, token_adapter=layer)
+    wrapper._modules["token_adapter"] = layer
     return wrapper

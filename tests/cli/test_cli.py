@@ -383,7 +383,6 @@ SETTINGS = {
     "save_every": 4,
     "keep_checkpoints": 5,
     "max_skipped": 6,
-    "pack": "off",
     "profile": 2,
     "gradient_checkpointing": True,
 }

@@ -15,7 +15,7 @@ from peft.utils.hotswap import hotswap_adapter
 
 import minilora
 from minilora.report.inspect import adapters_in
-from tests.models import adapted_paths
+from tests.models import adapted_paths, llama
 
 # PEFT reads the orientation of a layer from its config and says so when it has to correct the config.
 CONV1D = "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
@@ -446,6 +446,42 @@ def test_merging_an_inactive_adapter_alone_gives_the_logits_of_peft(three, token
         model.set_adapter("two")
         model.merge_adapter(["two"])
     assert_same_logits(logits(ours, token_ids), logits(theirs, token_ids))
+
+
+WHILE_MERGED = {
+    "token rows": ({}, {"trainable_token_indices": [3, 5]}),
+    "token rows and a copy": ({}, {"trainable_token_indices": [3, 5], "modules_to_save": ["lm_head"]}),
+    "an embedding": ({}, {"target_modules": ["v_proj", "embed_tokens"]}),
+    "biases": ({"attention_bias": True}, {"bias": "all"}),
+    "DoRA": ({}, {"use_dora": True}),
+}
+
+
+@pytest.mark.parametrize("case", WHILE_MERGED)
+def test_while_merged_every_name_has_the_value_of_peft(case):
+    """TRL sends what these names show to vLLM, but for what is called original_module."""
+    sizes, fields = WHILE_MERGED[case]
+    shown = []
+    for library in (minilora, peft):
+        config = {"r": 2, "lora_alpha": 6, "target_modules": ["v_proj"], **copy.deepcopy(fields)}
+        model = library.get_peft_model(llama(**sizes), library.LoraConfig(**config))
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name in sorted(trained):
+                trained[name].copy_(torch.randn(trained[name].shape, generator=generator) * 0.3)
+        for merge in (False, True):
+            if merge:
+                model.merge_adapter()
+            both = (model.named_parameters(), model.state_dict().items())
+            shown.append([{name: value.detach().clone() for name, value in each} for each in both])
+    ours, theirs = shown[:2], shown[2:]
+    for found, wanted in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    moved = [name for name, value in ours[0][0].items() if not torch.equal(value, ours[1][0][name])]
+    assert moved and all("base_layer" in name for name in moved)
 
 
 def test_deleting_a_merged_adapter_is_refused_as_in_peft(three):

@@ -73,7 +73,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (
         EXCLUDED,
         "another method",
-        r"the config is a \w+Config|Config: minilora has LoRA|Error: VBLORA|test_unilora|(LoHa|LoKr|AdaLora)(\b|_)",
+        r"the config is a \w+Config|Config: minilora has LoRA|Error: VBLORA|test_unilora|test_mixed.*_(LoHa|LoKr|AdaLora)",
     ),
     (SCOPE, "mixed models", r"mixed=True"),
     (SCOPE, "expert parameters", r"ParamWrapper|target_parameters="),

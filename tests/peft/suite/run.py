@@ -56,23 +56,15 @@ def run(checkout: Path, files: list[Path], which: str, out: Path, only: Path | N
     done = subprocess.run(command, env=environment, cwd=checkout)
     if done.returncode not in (0, 1, 5):
         print(f"pytest ended with {done.returncode} under {which}", file=sys.stderr)
-    return read(out)
+    return list({each["id"]: each for each in map(json.loads, out.read_text().splitlines())}.values())
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """The results that a run has written, the last one of each test."""
-    return list({each["id"]: each for each in map(json.loads, results.read_text().splitlines())}.values())
-
-
-def judged(checkout: Path, files: list[Path], folder: Path, again: bool) -> list[dict[str, Any]]:
-    """Each test (``again``: of the last run) with its ``kind``: passed, skipped, excluded, or why it fails."""
-    tests = read(folder / "minilora.jsonl") if again else run(checkout, files, "minilora", folder / "minilora.jsonl")
+def judged(checkout: Path, files: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """Each test with its ``kind``: passed, skipped, excluded, or why it fails."""
+    tests = run(checkout, files, "minilora", folder / "minilora.jsonl")
     failed = [each for each in tests if each["outcome"] == "failed"]
     (folder / "failed.txt").write_text("\n".join(each["id"] for each in failed))
-    if again:
-        theirs = read(folder / "peft.jsonl")
-    else:
-        theirs = run(checkout, files, "peft", folder / "peft.jsonl", folder / "failed.txt") if failed else []
+    theirs = run(checkout, files, "peft", folder / "peft.jsonl", folder / "failed.txt") if failed else []
     passing = {each["id"] for each in theirs if each["outcome"] == "passed"}
     for each in tests:
         each["kind"], each["why"] = each["outcome"], ""
@@ -100,7 +92,7 @@ def page(tests: list[dict[str, Any]], seconds: float) -> str:
         "# PEFT's own tests",
         "",
         f"PEFT {version('peft')}'s tests of LoRA, run with minilora in PEFT's place (`python tests/peft/suite/run.py CHECKOUT`, "
-        f"{seconds / 60:.0f} minutes on two busy cores). A test counts if it passes on PEFT here and is about LoRA alone. "
+        f"{seconds / 60:.0f} minutes). A test counts if it passes on PEFT here and is about LoRA alone. "
         "*Core* is plain LoRA on linear layers and embeddings.",
         "",
         f"**Core: {share(core)} pass. All: {share(tests)}.** What does not pass, of the core: {_rest(core)}. Of all: {_rest(tests)}.",
@@ -130,9 +122,6 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("files", nargs="*", help="names of files in its tests folder; default: all that are about LoRA")
     parser.add_argument("--out", type=Path, default=Path("build/peft-suite"), help="where the results of each test go")
-    parser.add_argument(
-        "--again", type=float, metavar="SECONDS", help="no run: judge the results in --out, of a run that took so long"
-    )
     options = parser.parse_args()
     tests_folder = options.checkout.resolve() / "tests"
     if not tests_folder.is_dir():
@@ -144,16 +133,11 @@ def main() -> None:
         if "lora" in each.read_text().lower() and "gpu" not in each.name
     )
     began = time.time()
-    tests = judged(
-        options.checkout.resolve(),
-        [tests_folder / name for name in names],
-        options.out.resolve(),
-        options.again is not None,
-    )
+    tests = judged(options.checkout.resolve(), [tests_folder / name for name in names], options.out.resolve())
     (options.out / "tests.json").write_text(json.dumps(tests))
     print(f"all: {share(tests)}")
     if not options.files:
-        PAGE.write_text(page(tests, options.again or time.time() - began))
+        PAGE.write_text(page(tests, time.time() - began))
         print(f"wrote {PAGE}")
 
 
