@@ -133,6 +133,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "processes",
             "sharding",
             "together",
+            "run_folder",
             "progress",
         ],
     ),

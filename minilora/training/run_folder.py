@@ -1,0 +1,119 @@
+"""The folder of a run while it goes: its log, its checkpoints and, at the end, the adapter; and where the run is.
+
+The first process alone writes. A checkpoint is of the last good state: after a step that was skipped, or one that broke, that is an
+earlier one. Next file: ``training/loop.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.files.write import append_line, remove, write_file, write_files
+from minilora.store.save import adapter_files
+from minilora.training.checkpoint import prune, save_checkpoint
+from minilora.training.processes import Processes
+from minilora.training.resume import LOG_FILE, kept_records, newest, restore
+from minilora.training.together import refuse_apart
+
+__all__ = ["RunFolder"]
+
+
+@dataclass
+class RunFolder:
+    """What of a run lies on disk, and how far it is.
+
+    Attributes:
+        named: the parameters that train. adapter: the name of the one that they belong to. meaning: as ``resume.meaning``.
+        keep: newest checkpoints that stay. watch: called with every record. base: what the adapter's file says of the base model, where
+            that cannot be read later.
+        step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
+        whole: whether no change of the weights is half done. records: what was logged. begin: when the run began (``time.monotonic``).
+    """
+
+    path: Path
+    model: nn.Module
+    adapter: str
+    named: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    meaning: Mapping[str, Any]
+    keep: int
+    processes: Processes
+    say: Callable[[str], None]
+    watch: Callable[[dict[str, Any]], None] | None
+    base: Any = None
+    step: int = 0
+    good: int = 0
+    saved: int = 0
+    whole: bool = True
+    records: list[dict[str, Any]] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
+
+    def go_on(self) -> str:
+        """Take up the newest checkpoint; returns where the run goes on, in words."""
+        processes = self.processes
+        found = newest(self.path, self.say, processes)
+        if found is None:
+            return "no checkpoint yet: from the start"
+        restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
+        self.step = self.good = self.saved = found.step
+        self.records = kept_records(self.path, found.step, processes, found.owner)
+        if processes.first:
+            prune(self.path, self.keep)
+        self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
+        where = f", which {processes.name(found.owner)} has" if found.owner else ""
+        return f"going on after step {found.step}: {found.path}{where}"
+
+    def open_log(self) -> None:
+        """Begin the log; it says no more than what is done."""
+        if self.processes.first:
+            write_file(self.path / LOG_FILE, "".join(f"{json.dumps(record)}\n" for record in self.records))
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between its parts."""
+        return time.monotonic() - self.begin
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A line more in the log."""
+        self.records.append(record)
+        if self.processes.first:
+            append_line(self.path / LOG_FILE, json.dumps(record))
+            if self.watch:
+                self.watch(record)
+
+    def save(self) -> str:
+        """Make sure that there is a checkpoint of the last good state; returns where, in words."""
+        if not self.good:
+            return "nothing was learnt yet, so nothing is saved"
+        if not self.whole:
+            return f"it broke while the weights changed, so {f'checkpoint-{self.saved}' if self.saved else 'nothing'} is what is saved"
+        if self.saved != self.good:
+            if self.processes.first:
+                state = (self.model, self.adapter, self.named, self.optimizer)
+                save_checkpoint(*state, self.path, self.good, self.meaning, self.keep, self.base)
+            self.saved = self.good
+        return f"saved in {self.path / f'checkpoint-{self.good}'}"
+
+    def leave_nothing(self) -> None:
+        """A run that has not begun leaves no log."""
+        if self.processes.first:
+            remove(self.path, [LOG_FILE])
+
+    def refuse_apart(self) -> None:
+        """Raise ``TrainingError`` on all where the adapters of the processes have come apart."""
+        refuse_apart(self.processes, self.model, self.adapter, self.step, self.saved)
+
+    def finish(self) -> None:
+        """Write the adapter."""
+        self.refuse_apart()
+        self.model.eval()
+        if self.processes.first:
+            write_files(self.path, adapter_files(self.model, self.adapter, base=self.base))
