@@ -58,7 +58,8 @@ def prose(text=ALL):
 
 def commands(program):
     """The shell lines that start with a program, without their comments."""
-    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+    whole = (block.replace("\\\n", " ") for block in blocks("sh"))  # a backslash at its end carries a line on
+    lines = [shlex.split(line, comments=True) for block in whole for line in block.splitlines()]
     return [line[1:] for line in lines if line and line[0] == program]
 
 

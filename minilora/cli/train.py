@@ -12,7 +12,7 @@ from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
 from minilora.hf.job import DTYPE_CHOICES, QUANT_CHOICES, Job
 from minilora.lora.config import LoraConfig
-from minilora.training.schedule import OPTIMIZERS, PACK_CHOICES, TrainConfig
+from minilora.training.schedule import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, TrainConfig
 
 USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\
@@ -37,7 +37,13 @@ _GROUPS = {
     "adapter": _LORA_FLAGS,
     "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "prompts", "max_new_tokens"),
 }
-_CHOICES = {"quant": QUANT_CHOICES, "dtype": DTYPE_CHOICES, "optimizer": OPTIMIZERS, "pack": PACK_CHOICES}
+_CHOICES = {
+    "quant": QUANT_CHOICES,
+    "dtype": DTYPE_CHOICES,
+    "optimizer": OPTIMIZERS,
+    "pack": PACK_CHOICES,
+    "offload": OFFLOAD_CHOICES,
+}
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

@@ -24,12 +24,15 @@ from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.save import file_base
 from minilora.training.check import refuse_dead
+from minilora.training.compiling import as_written, compiled, refuse_without_compiler
+from minilora.training.flops import flops_a_token, peak_flops
 from minilora.training.guards import check_examples, check_parameters
 from minilora.training.head import NO_HEAD, why_all_logits
 from minilora.training.lifeline import Elsewhere
 from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
+from minilora.training.offload import refuse_offload
 from minilora.training.optim import make_optimizer
 from minilora.training.packed import choose_collate
 from minilora.training.processes import Processes, joined
@@ -76,8 +79,9 @@ def train(
         shard: each process keeps its part of the frozen weights of the model's blocks alone (``sharding.py``).
 
     Returns:
-        The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds``, or ``step,
-        skipped, seconds`` for one without a finite loss and gradient; per evaluation: ``step, eval_loss`` and the sample.
+        The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds`` (and
+        ``share_of_peak`` on a GPU whose peak is known, ``flops.py``), or ``step, skipped, seconds`` for one without a finite loss and
+        gradient; per evaluation: ``step, eval_loss`` and the sample.
 
     Raises:
         StateError: something would not train, or not be saved, by name; or the first gradient is zero or not finite.
@@ -94,6 +98,10 @@ def train(
         check_examples(model, examples, pad_id)
         if evaluation:
             check_examples(model, evaluation, pad_id, "evaluation")
+        if config.offload != "none":
+            refuse_offload(model)
+        if config.compile:
+            refuse_without_compiler(model)
         told = say if processes.first else _silent
         tensors = choose_collate(model, examples, config, pad_id, told)
         if (why := why_all_logits(model)) not in (None, NO_HEAD):
@@ -103,7 +111,7 @@ def train(
         with held(run.here.path, say) if processes.first else nullcontext():
             make_room(processes, run.here.path, resume, overwrite)
             run.start(resume)
-            with caught(patient=processes.launched) as wish, run.profile:
+            with caught(patient=processes.launched) as wish, run.profile, compiled(model, config.compile):
                 try:
                     run.go(wish)
                 except Elsewhere:  # the last good state is here too, and nobody else may be able to save it
@@ -147,6 +155,7 @@ class _Run:
         adapter = adapters_of(self.model).active[0]
         self.parameters = list(self.named.values())
         self.optimizer = make_optimizer(config, self.parameters)
+        self.peak, self.flops = peak_flops(next(self.model.parameters()).device), flops_a_token(self.model)
         means = self.means(adapter)
         base = file_base(self.model, adapter) if self.shard else None
         command = repr((config, self.pad_id, self.shard, self.sample is None))
@@ -165,7 +174,9 @@ class _Run:
         schedule = {name: getattr(config, name) for name in SCHEDULE}
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}
-        bits: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "gradient_checkpointing")}
+        bits: dict[str, Any] = {
+            name: getattr(config, name) for name in ("batch_size", "gradient_checkpointing", "compile")
+        }
         bits["packed"] = self.tensors is not collate
         bits["order of sums"] = order_of_sums(self.processes, config.accumulate)
         return meaning(self.model, adapter, schedule, data, bits, self.notes)
@@ -206,10 +217,13 @@ class _Run:
 
     def assess(self) -> None:
         rest = (self.config.batch_size, self.pad_id, self.processes, self.shard, self.tensors)
-        loss = evaluate(self.model, self.evaluation, *rest)
+        with as_written(self.model):
+            loss = evaluate(self.model, self.evaluation, *rest)
+            asks = self.sample if self.shard or self.processes.first else None  # in shards all must ask
+            asked = asks() if asks else None
         record: dict[str, Any] = {"step": self.here.step, "eval_loss": loss if math.isfinite(loss) else None}
-        if self.sample and (self.shard or self.processes.first):  # in shards all must ask
-            record |= dict(zip(("prompt", "answer"), self.sample(), strict=True))
+        if asked:
+            record |= dict(zip(("prompt", "answer"), asked, strict=True))
         self.here.log(record)
 
     def advance(self) -> None:
@@ -218,7 +232,7 @@ class _Run:
         rate, batches = learning_rate(config, here.step), list(islice(self.batches, config.accumulate))
         seeds = [step_seed(config.seed, here.step * config.accumulate + number) for number in range(config.accumulate)]
         given = (self.model, self.named, batches, self.pad_id, seeds, self.processes, self.shard, self.tensors)
-        loss, norm, problem = gradients(*given)
+        loss, norm, problem = gradients(*given, offload=config.offload != "none")
         if not here.good and (problem or norm == 0):
             here.leave_nothing()
             raise StateError(why_not_begun(problem))
@@ -228,19 +242,15 @@ class _Run:
             self.skip(problem)
             return
         self.update(rate, norm)
-        tokens = sum(len(example.input_ids) for batch in batches for example in batch)
-        here.log(
-            {
-                "step": here.step,
-                "loss": loss,
-                "lr": rate,
-                "grad_norm": float(norm),
-                "tokens": tokens,
-                "tokens_per_s": tokens / (time.monotonic() - started),
-                "rss_mb": memory_mb(),
-                "seconds": here.seconds,
-            }
-        )
+        spent, each = time.monotonic() - started, [example for batch in batches for example in batch]
+        tokens = sum(len(example.input_ids) for example in each)
+        record = {"step": here.step, "loss": loss, "lr": rate, "grad_norm": float(norm), "tokens": tokens}
+        record |= {"tokens_per_s": tokens / spent, "rss_mb": memory_mb(), "seconds": here.seconds}
+        if self.peak:
+            body, head = self.flops
+            wanted = body * tokens + head * sum(example.supervised for example in each)
+            record["share_of_peak"] = wanted / spent / (self.peak * self.processes.size)
+        here.log(record)
 
     def update(self, rate: float, norm: Tensor) -> None:
         """Change the weights by the gradients, whose norm it is."""
@@ -263,7 +273,8 @@ class _Run:
     def look_for_dead(self, examples: Sequence[Encoded]) -> None:
         """After the first backward pass: refuse a layer that the loss does not depend on, and say what this step left open."""
         try:
-            found = refuse_dead(self.model, lambda: token_losses(self.model, self.tensors(examples, self.pad_id)))
+            with as_written(self.model):
+                found = refuse_dead(self.model, lambda: token_losses(self.model, self.tensors(examples, self.pad_id)))
         except StateError:
             self.here.leave_nothing()
             raise

@@ -51,6 +51,8 @@ class Progress:
             return
         step = record["step"]
         figures = f"loss {record['loss']:.3f}  {record['tokens_per_s']:.0f} tokens/s  {record['rss_mb']:.0f} MB"
+        if "share_of_peak" in record:
+            figures += f"  {record['share_of_peak']:.0%} of the GPU's peak"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif step in (1, self.steps) or time.monotonic() - self._said >= _PLAIN_EVERY:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from minilora.errors import ConfigError
 from minilora.files import validate
 
-__all__ = ["OPTIMIZERS", "PACK_CHOICES", "SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
+__all__ = ["OFFLOAD_CHOICES", "OPTIMIZERS", "PACK_CHOICES", "SCHEDULE", "TrainConfig", "learning_rate", "step_seed"]
 
 # The first is the default. What each is stands in ``training/optim.py``.
 OPTIMIZERS = ("adamw", "adamw8", "adamw8bit_bnb", "paged_adamw8bit", "paged_adamw32bit")
@@ -25,9 +25,11 @@ SCHEDULE = (
     "weight_decay",
     "clip",
     "seed",
+    "compile",
 )  # fields that, with the examples a step, make a run
 
 PACK_CHOICES = ("auto", "on", "off")
+OFFLOAD_CHOICES = ("none", "activations")
 _MOST = 2**63 - 1  # what torch takes as a seed
 
 
@@ -53,6 +55,8 @@ class TrainConfig:
             "auto" packs where at least a fifth of the tokens are saved and the model can.
         profile: optimizer steps after the first that torch's profiler records, in trace.json of the run folder; 0 is none.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        offload: "activations" keeps what gradient_checkpointing keeps of a step in the CPU's memory, not in the GPU's.
+        compile: let torch write kernels for the model's blocks; the first steps take a minute more, and dropout draws other numbers.
 
     Raises:
         ConfigError: a value that cannot be meant, by name.
@@ -74,6 +78,8 @@ class TrainConfig:
     pack: str = "auto"
     profile: int = 0
     gradient_checkpointing: bool = False
+    offload: str = "none"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         least = {
@@ -90,11 +96,13 @@ class TrainConfig:
             validate.whole(name, getattr(self, name), smallest, _MOST)
         for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
             validate.number(name, getattr(self, name), low, high)
-        if self.pack not in PACK_CHOICES:
-            raise ConfigError(f"pack={validate.shown(self.pack)}: wanted one of {', '.join(PACK_CHOICES)}")
-        validate.flag("gradient_checkpointing", self.gradient_checkpointing)
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer={validate.shown(self.optimizer)}: wanted one of {', '.join(OPTIMIZERS)}")
+        for name, choices in (("pack", PACK_CHOICES), ("offload", OFFLOAD_CHOICES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
+        for name in ("gradient_checkpointing", "compile"):
+            validate.flag(name, getattr(self, name))
+        if self.offload == "activations" and not self.gradient_checkpointing:
+            raise ConfigError("offload='activations': it moves what gradient_checkpointing keeps; set that as well")
         if self.lr == 0:
             raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from minilora.data.batches import Collate, collate
 from minilora.data.encoding import Encoded
+from minilora.training.compiling import as_written
 from minilora.training.guards import first_nonfinite_gradient, first_nonfinite_output
 from minilora.training.losses import token_losses
+from minilora.training.offload import offloaded
 from minilora.training.processes import ALONE, Processes
 
 __all__ = ["gradients", "why_not_begun"]
@@ -32,13 +34,14 @@ def gradients(
     processes: Processes = ALONE,
     sharded: bool = False,
     tensors: Collate = collate,
+    offload: bool = False,
 ) -> tuple[float, Tensor, str | None]:
     """Put the gradients of a step into ``named``, over all its micro-batches, each of which one process takes.
 
     Args:
         batches: all micro-batches of the step, in every process. seeds: of torch's generator, one for each: dropout is the
             micro-batch's, whoever takes it. sharded: the processes hold parts of the model, and call it equally often.
-        tensors: makes what the model is called with of a micro-batch.
+        tensors: makes what the model is called with of a micro-batch. offload: what is kept for the backward pass goes to the CPU.
 
     Returns:
         The step's loss, the norm of all gradients (0-dimensional), and what is not finite, in words, or None: the same in all processes.
@@ -51,7 +54,8 @@ def gradients(
 
     def backward(number: int) -> None:
         torch.manual_seed(seeds[number])
-        loss = token_losses(model, tensors(batches[number], pad_id)).sum() / supervised
+        with offloaded(model, offload):
+            loss = token_losses(model, tensors(batches[number], pad_id)).sum() / supervised
         loss.backward()
         losses.append(loss.detach())
 
@@ -108,7 +112,8 @@ def _pairwise(parameters: Sequence[nn.Parameter], part: range, backward: Callabl
 
 
 def _why_loss(model: nn.Module, batch: dict[str, Tensor]) -> str:
-    first = first_nonfinite_output(model, lambda: token_losses(model, batch))
+    with as_written(model):
+        first = first_nonfinite_output(model, lambda: token_losses(model, batch))
     return f"{first} is the first to return NaN or infinity" if first else "every module returns finite values"
 
 

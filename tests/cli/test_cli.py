@@ -384,6 +384,8 @@ SETTINGS = {
     "keep_checkpoints": 5,
     "max_skipped": 6,
     "profile": 2,
+    "offload": "activations",
+    "compile": True,
     "gradient_checkpointing": True,
 }
 

@@ -642,7 +642,7 @@ def test_a_norm_that_overflows_is_skipped(tmp_path):
 
 def test_the_settings_of_a_checkpoint_are_all_named_somewhere():
     """A field that is added to the config is either part of what makes a run, or said here to change none of its bits."""
-    no_matter = {"eval_every", "save_every", "keep_checkpoints", "max_skipped", "profile"}
+    no_matter = {"eval_every", "save_every", "keep_checkpoints", "max_skipped", "profile", "offload"}
     compared = {*loop.SCHEDULE, "batch_size", "accumulate", "gradient_checkpointing", "pack"}
     assert {field.name for field in dataclasses.fields(TrainConfig)} == no_matter | compared
 
