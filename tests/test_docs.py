@@ -214,7 +214,7 @@ def test_lines_of_data_are_understood(tmp_path):
     assert [json.loads(line) for line in lines.splitlines()] == read_jsonl(tmp_path / "chats.jsonl")
 
 
-OTHERS_FLAGS = {"--max-lora-rank"}  # of vLLM
+OTHERS_FLAGS = {"--max-lora-rank", "--nproc-per-node", "--max-restarts", "--shutdown-timeout"}  # of vLLM and torchrun
 
 
 def test_a_flag_named_in_the_text_exists():
