@@ -132,6 +132,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "lifeline",
             "processes",
             "sharding",
+            "rows",
             "together",
             "progress",
         ],

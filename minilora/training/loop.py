@@ -39,7 +39,7 @@ from minilora.training.processes import Processes, joined
 from minilora.training.profile import Profile
 from minilora.training.resume import LOG_FILE, claim, kept_records, meaning, newest, restore
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
-from minilora.training.sharding import shard_blocks
+from minilora.training.sharding import in_turn, shard_blocks
 from minilora.training.signals import Wish, caught
 from minilora.training.step import gradients, why_not_begun
 from minilora.training.together import make_room, order_of_sums, refuse_apart, refuse_different
@@ -163,8 +163,10 @@ class _Run:
         bits: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "gradient_checkpointing")}
         bits["packed"] = self.tensors is not collate
         order = order_of_sums(processes, config.accumulate)
-        self.meaning = meaning(self.model, self.adapter, schedule, data, bits | {"order of sums": order}, self.notes)
-        self.base = file_base(self.model, self.adapter) if self.shard else None
+        given = (schedule, data, bits | {"order of sums": order}, self.notes)
+        with processes.exchange(), in_turn(self.model) as around:  # of a model that came in shards
+            self.meaning = meaning(self.model, self.adapter, *given, around)
+            self.base = file_base(self.model, self.adapter, around) if self.shard else None
         command = repr((config, self.pad_id, self.shard, self.sample is None))
         refuse_different(processes, self.meaning, command, self.model, self.adapter)
         if not processes.is_exact(config.accumulate):
