@@ -162,9 +162,9 @@ def _fill(
     cut = [name for name in left if rows is not None and rows.expects(name)]
     model.load_state_dict({name: dense(name) for name in left if name not in cut}, strict=False, assign=True)
     for name in cut:
-        owner, _, own = name.rpartition(".")
+        owner, _, last = name.rpartition(".")
         mine = rows.keep(name, dense(name))  # type: ignore[union-attr]
-        model.get_submodule(owner)._parameters[own] = nn.Parameter(mine, requires_grad=False)
+        model.get_submodule(owner)._parameters[last] = nn.Parameter(mine, requires_grad=False)
     model.tie_weights()
     _fill_buffers(model, device)
     model.to(device)  # what the model computes on a CPU whatever is said

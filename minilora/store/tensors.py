@@ -130,7 +130,8 @@ def _hash(tensor: Tensor, rows: Collection[int]) -> str:
     flat = tensor.detach().reshape(-1)
     width = flat.numel() // len(tensor) if tensor.dim() > 1 and flat.numel() else 1
     step = max(1, min(width - 1, flat.numel() // _HASHED))
-    picked = flat if step == 1 else torch.cat([flat[::step], flat[-1:]])
+    # A copy: what numpy has looked at can no longer be resized, as FSDP2 does with the weights that it gathers.
+    picked = flat.clone() if step == 1 else torch.cat([flat[::step], flat[-1:]])
     if rows:
         places = torch.arange(0, flat.numel(), step, device=flat.device)
         places = places if step == 1 else torch.cat([places, places.new_tensor([flat.numel() - 1])])
