@@ -130,7 +130,11 @@ def run(place, folders, kinds, size, shard, **more):
     place.mkdir(exist_ok=True)
     said = place / "said.jsonl"
     said.unlink(missing_ok=True)
-    start = [sys.executable] if size == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    start = (
+        [sys.executable]
+        if size == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    )
     paths = os.pathsep.join([str(Path(SCRIPT).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
