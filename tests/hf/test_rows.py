@@ -64,7 +64,7 @@ def test_the_rows_of_all_processes_are_the_weights(folders, monkeypatch, kind, q
     parts = [dict(load_model(str(folders / kind), dtype, quant=quant, rows=rows).named_parameters()) for rows in each]
     for name, wanted in whole.items():
         own = [part[name] for part in parts]
-        cut = name.split(".")[1] in ("layers", "h") and wanted.dim() > 1 or wanted.dtype == torch.uint8
+        cut = (name.split(".")[1] in ("layers", "h") and wanted.dim() > 1) or wanted.dtype == torch.uint8
         share = -(-len(wanted) // 3) if cut else len(wanted)
         assert len(own[0]) == share and own[0].untyped_storage().nbytes() == own[0].nbytes, name
         assert torch.equal(torch.cat(own) if cut else own[2], wanted), name
