@@ -135,6 +135,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "lifeline",
             "processes",
             "sharding",
+            "rows",
             "together",
             "run_folder",
             "progress",

@@ -9,7 +9,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from minilora.hf.smollm2 import cache_folder
 from minilora.linear.layers import is_quantized
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
-from minilora.lora.match import match
+from minilora.lora.match import Match, match
 from minilora.many.adapted import count_parameters
 from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
 from minilora.report.page import render
@@ -42,7 +41,8 @@ from minilora.training.optim import make_optimizer
 from minilora.training.optim_state import state_bytes
 from minilora.training.processes import Processes, joined
 from minilora.training.resume import claim
-from minilora.training.sharding import gathered
+from minilora.training.rows import Rows, why_read_whole
+from minilora.training.sharding import in_turn
 
 __all__ = ["Job", "Outcome", "fine_tune"]
 
@@ -88,21 +88,26 @@ def _fine_tune(
     processes.agree({"data file": source.sha256})  # before a model is loaded
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
     paper = skeleton(job.model, place.dtype, trust)
-    match(paper, job.lora)  # a mistyped target shows now, before any weight is read, and so does every line of the data
+    found = match(
+        paper, job.lora
+    )  # a mistyped target shows now, before any weight is read, and so does every line of the data
     size = sum(p.numel() * p.element_size() for p in paper.parameters())
     say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
     examples, evaluation = _encoded(job, source, tokenizer, context_length(paper), say)
-    options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention}
+    rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
+    options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)
     clock.lap("load")
-    model = _adapted(job, model, say)
+    with processes.exchange():
+        model = _adapted(job, model, say)
     clock.lap("inject")
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
         say(f"asking {len(job.prompts)} prompts before training")
     tables = {"parameters": parameter_table(model), "memory": _memory(job, model), "formats": _formats(model)}
     asks = processes.first or job.shard  # of a model in shards all must ask
-    before = answers(model, tokenizer, job.prompts, job.max_new_tokens) if processes.first else []
+    asks_now = processes.first or rows is not None
+    before = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks_now else []
     clock.lap("answers before")
 
     def sample() -> tuple[str, str]:
@@ -117,12 +122,23 @@ def _fine_tune(
     clock.lap("answers after")
     pairs = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(job.prompts, before, after, strict=False)]
     outcome = Outcome(steps, pairs, clock.laps, memory_mb(peak=True), folder)
-    around = partial(gathered, model)
-    ratios = update_ratios(model, around=around) if asks else {}
-    values = spectra(model, ratios=ratios, around=around) if asks else {}
+    with in_turn(model) as around:
+        ratios = update_ratios(model, around=around) if asks else {}
+        values = spectra(model, ratios=ratios, around=around) if asks else {}
     if processes.first:
         write_file(folder / "report.html", render(_report(job, outcome, size, tables, ratios, values)))
     return outcome
+
+
+def _rows(job: Job, paper: Any, rows: Rows, found: Match, say: Callable[[str], None]) -> Rows | None:
+    """The rows to keep of the model while it is read; None where all of it must be at hand before it is shared out, which is said."""
+    why = why_read_whole(paper, job.lora, found)
+    if why is None and hasattr(paper.config, "quantization_config") and not is_packed_folder(resolve(job.model)):
+        why = f"{job.model} was packed by another method"
+    if why is None:
+        return rows
+    say(f"shard: each process reads the whole model before it keeps its part, because {why}")
+    return None
 
 
 def _encoded(
@@ -165,7 +181,8 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
         say(f"linear layers packed to {job.quant}{nested}; quant=none keeps them as they are")
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
-    inject(model, job.lora)
+    with in_turn(model) as around:
+        inject(model, job.lora, around=around)
     trainable, total = count_parameters(model)
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
     covered, others = coverage(model)

@@ -21,6 +21,7 @@ from minilora.hf.job import AUTO
 from minilora.hf.packed import is_packed_folder, load_packed
 from minilora.hf.smollm2 import HUB_NAME, SMOLLM2, smollm2_folder
 from minilora.quant.config import QuantConfig
+from minilora.training.rows import Rows
 
 
 def load_model(
@@ -31,6 +32,7 @@ def load_model(
     device: torch.device | str = "cpu",
     quant: QuantConfig | None = None,
     attention: str = AUTO,
+    rows: Rows | None = None,
 ) -> Any:
     """The model in eval mode on its device; a folder that bitsandbytes (or ``minilora quantize``) packed comes with its layers packed.
 
@@ -41,6 +43,7 @@ def load_model(
         device: where it goes, without a dense copy elsewhere.
         quant: pack its linear layers, as ``quantize_model`` would to the bit, while they are read; what is packed already stays as it is.
         attention: as transformers calls it (``attn_implementation``); "auto" leaves it to the model.
+        rows: this process's; it keeps them alone of the model's blocks, which come in shards.
 
     Raises:
         CheckpointError: nothing loadable is there; the message says what was looked for. MissingPackageError: a package is missing.
@@ -52,20 +55,26 @@ def load_model(
     refuse_pickles(name, place)
     chosen = {} if attention == AUTO else {"attn_implementation": attention}
     if is_packed_folder(place):
-        return load_packed(place, dtype, trust_remote_code, on, **chosen)
+        return _in_shards(load_packed(place, dtype, trust_remote_code, on, rows, **chosen), rows)
     read_config(place, name, trust_remote_code)  # what asks for a model without end is refused before one is built
     # A pickle can run code, so weights come from safetensors alone.
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **chosen}
     if on.type != "cpu":
         options["device_map"] = {"": _with_accelerate(on)}
     model = (
-        _packing(name, trust_remote_code, quant, options)
-        if quant
+        _packing(name, trust_remote_code, quant, options, rows)
+        if quant or rows
         else _load(_MODEL, name, trust_remote_code, **options)
     )
     if name == SMOLLM2:  # adapters name their base, and a folder of this machine would mean nothing elsewhere
         model.config._name_or_path = HUB_NAME
-    return model.eval()
+    return _in_shards(model.eval(), rows)
+
+
+def _in_shards(model: Any, rows: Rows | None) -> Any:
+    if rows is not None:
+        rows.shard(model)
+    return model
 
 
 def skeleton(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
@@ -106,11 +115,13 @@ def _load(factory: str, name: str, trust_remote_code: bool, **options: Any) -> A
         raise unreadable(name, error) from None
 
 
-def _packing(name: str, trust_remote_code: bool, quant: QuantConfig, options: dict[str, Any]) -> Any:
-    """The model as ``quantize_model`` would leave it: an ordinary one with packed layers, of which no quantizer knows."""
+def _packing(
+    name: str, trust_remote_code: bool, quant: QuantConfig | None, options: dict[str, Any], rows: Rows | None
+) -> Any:
+    """The model as ``quantize_model`` would leave it: an ordinary one with packed layers, of which no quantizer knows; cut to ``rows``."""
     from minilora.hf.quantizer import packing_config
 
-    config = packing_config(quant)
+    config = packing_config(quant, rows)
     try:
         model = _load(_MODEL, name, trust_remote_code, quantization_config=config, **options)
     except Exception as error:

@@ -25,6 +25,7 @@ from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes, wei
 from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
 from minilora.training.guards import refuse_nonfinite
+from minilora.training.rows import Rows
 
 __all__ = ["is_packed_folder", "load_packed", "packed_state_dict", "save_packed"]
 
@@ -112,12 +113,14 @@ def load_packed(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     device: torch.device | str = "cpu",
+    rows: Rows | None = None,
     **options: Any,
 ) -> Any:
     """A model from such a folder: packed layers as ``QuantLinear``, everything else dense in ``dtype``; each weight goes from the file to
     its device before the next one is read.
 
     Args:
+        rows: this process's; of the weights in the model's blocks nothing else is kept.
         options: more for ``from_config``, such as ``attn_implementation``.
 
     Raises:
@@ -130,19 +133,25 @@ def load_packed(
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         with open_tensors(Path(folder)) as tensors:
-            _fill(model, tensors, dtype, torch.device(device), folder)
+            _fill(model, tensors, dtype, torch.device(device), folder, rows)
         return model.eval()
     except Exception as error:  # of a damaged config anything can come, out of the middle of transformers
         raise unreadable(folder, error) from None
 
 
-def _fill(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, folder: str) -> None:
-    """Put the tensors of a folder into a model without memory."""
+def _fill(
+    model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, folder: str, rows: Rows | None
+) -> None:
+    """Put the tensors of a folder, or of those in blocks the ``rows``, into a model without memory."""
     groups, left = _packed_groups(tensors)
+    if rows is not None:
+        rows.expect(model)
     for weight, suffixes in groups.items():
         own = {suffix: tensors.read(weight + suffix) for suffix in suffixes}
         path = weight.removesuffix(".weight")
         layer = _packed_layer(model, path, from_bitsandbytes(own, weight), tensors, left, dtype)
+        if rows is not None:
+            rows.keep_packed(path, layer)
         model.set_submodule(path, layer.to(device))
 
     def dense(name: str) -> Tensor:
@@ -150,7 +159,12 @@ def _fill(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
     _refuse_unfit(model, {name: tensors.shapes[name] for name in left}, folder)
-    model.load_state_dict({name: dense(name) for name in left}, strict=False, assign=True)
+    cut = [name for name in left if rows is not None and rows.expects(name)]
+    model.load_state_dict({name: dense(name) for name in left if name not in cut}, strict=False, assign=True)
+    for name in cut:
+        owner, _, last = name.rpartition(".")
+        mine = rows.keep(name, dense(name))  # type: ignore[union-attr]
+        model.get_submodule(owner)._parameters[last] = nn.Parameter(mine, requires_grad=False)
     model.tie_weights()
     _fill_buffers(model, device)
     model.to(device)  # what the model computes on a CPU whatever is said

@@ -35,6 +35,7 @@ from minilora.quant.bnb import storable
 from minilora.quant.codebooks import Codebook, codebook
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import empty_quantized
+from minilora.training.rows import Rows
 
 __all__ = ["NF4Config", "NF4Quantizer"]
 
@@ -90,6 +91,8 @@ class NF4Config(QuantizationConfigMixin):
             check_form(target_modules, "target_modules")
         self.target_modules = target_modules
         self.why = Failure()
+        self.packs = True  # this and the next as ``packing_config`` says
+        self.rows: Rows | None = None
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,14 +100,17 @@ class NF4Config(QuantizationConfigMixin):
         return bitsandbytes_entry(self.quant, self.dense or self.skip_modules or [])
 
 
-def packing_config(quant: QuantConfig) -> NF4Config:
-    """The config by which ``from_pretrained`` packs what ``quantize_model(model, quant)`` would."""
-    fields = (quant.format, quant.blocksize, quant.double_quant, quant.scale, quant.signed_scale)
-    return NF4Config(*fields, target_modules=ALL_LINEAR)
+def packing_config(quant: QuantConfig | None, rows: Rows | None = None) -> NF4Config:
+    """The config by which ``from_pretrained`` packs what ``quantize_model(model, quant)`` would, nothing for None; and cuts to ``rows``."""
+    known = quant or QuantConfig()
+    fields = (known.format, known.blocksize, known.double_quant, known.scale, known.signed_scale)
+    config = NF4Config(*fields, target_modules=ALL_LINEAR)
+    config.packs, config.rows = quant is not None, rows
+    return config
 
 
 class _Pack(ConversionOps):
-    """One dense tensor of the file to the parameters of its ``QuantLinear``."""
+    """One dense tensor of the file to the parameters of its ``QuantLinear``, or to a process's rows of it."""
 
     def __init__(self, config: NF4Config, waiting: set[str]) -> None:
         self.config, self.waiting = config, waiting
@@ -113,22 +119,26 @@ class _Pack(ConversionOps):
         self, input_dict: Mapping[str, Any], model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         stored: dict[str, Any] = {}
+        rows = self.config.rows
         try:
-            for name, value in input_dict.items():
+            for name, found in input_dict.items():
                 path, _, own = name.rpartition(".")
-                if own != "weight" or not is_quantized(model.get_submodule(path)):
+                value = found[0] if isinstance(found, list) else found
+                if own == "weight" and is_quantized(model.get_submodule(path)):
+                    stored |= self._packed(name, model.get_submodule(path), value, missing_keys)
+                    self.waiting.discard(path)
+                elif rows is not None and rows.expects(name):
+                    stored[name] = rows.keep(name, value)
+                else:
                     stored[name] = value  # made of the same tensor of the file, and not packed
-                    continue
-                stored |= self._packed(name, model.get_submodule(path), value, missing_keys)
-                self.waiting.discard(path)
         except MiniLoraError as error:  # transformers logs it and goes on
             self.config.why.error = self.config.why.error or error
             raise
         return stored
 
-    def _packed(self, name: str, layer: Any, value: Any, missing_keys: set[str] | None) -> dict[str, Tensor]:
+    def _packed(self, name: str, layer: Any, weight: Tensor, missing_keys: set[str] | None) -> dict[str, Tensor]:
         """The parameters of ``layer`` by their names in the model, from the dense weight that the file calls ``name``."""
-        weight, path = value[0] if isinstance(value, list) else value, name.removesuffix(".weight")
+        path = name.removesuffix(".weight")
         rows = weight if layer.conv1d is None else weight.t()
         wanted = (layer.out_features, layer.in_features)
         if tuple(rows.shape) != wanted:  # of packed weights transformers does not ask
@@ -146,6 +156,8 @@ class _Pack(ConversionOps):
             for part in ("nested_absmax", "nested_offset"):
                 (missing_keys or set()).discard(f"{path}.{part}")
         layer._is_hf_initialized = True
+        if self.config.rows is not None:
+            self.config.rows.keep_packed(path, packed)
         return {f"{path}.{part}": values for part, values in packed.state_dict().items()}
 
 
@@ -162,8 +174,18 @@ class NF4Quantizer(HfQuantizer):
         self._waiting: set[str] = set()  # packed layers that the file has not filled yet
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether it goes through ``_Pack``; of what does, transformers does not compare shapes, and of rows it must not."""
         path, _, own = param_name.rpartition(".")
-        return own == "weight" and is_quantized(model.get_submodule(path))
+        rows = self.quantization_config.rows
+        if is_quantized(model.get_submodule(path)):
+            return own == "weight" or (own != "bias" and rows is not None)
+        return rows is not None and rows.expects(param_name)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per weight that this process keeps, of which transformers asks a GPU for as many before it reads."""
+        rows, packed = self.quantization_config.rows, is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
+        size = super().param_element_size(model, param_name, param) if packed else param.element_size()
+        return size / rows.processes.size if rows is not None and rows.expects(param_name) else size
 
     @property
     def quantized_element_size(self) -> float:
@@ -175,6 +197,8 @@ class NF4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
+        if config.rows is not None:
+            config.rows.expect(model)
         chosen = {path: layer for path, layer in model.named_modules() if type(layer) is nn.Linear or is_conv1d(layer)}
         for path in self._to_pack(model, chosen):
             layer: Any = model.get_submodule(path)
@@ -190,6 +214,8 @@ class NF4Quantizer(HfQuantizer):
     def _to_pack(self, model: Any, linear: Mapping[str, nn.Module]) -> list[str]:
         """Paths of the layers that are packed; ``linear`` are all that there are."""
         config = self.quantization_config
+        if not config.packs:
+            return []
         for name in config.skip_modules or ():
             if all(should_convert_module(path, [name]) for path in linear):
                 raise TargetError(f"skip_modules: {name!r} is no linear layer; the closest are {nearest(name, linear)}")

@@ -7,7 +7,8 @@ that another thread runs meanwhile meets the same layers from its first to its l
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,9 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import adapters_of, has_adapters, unwrapped
 
-__all__ = ["Bare"]
+__all__ = ["Around", "Bare"]
+
+Around = Callable[[str], AbstractContextManager[Any]]  # in which the weights at a path are at hand
 
 
 class Bare:

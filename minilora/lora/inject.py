@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 from torch import nn
 
 from minilora.errors import ConfigError, StateError, TargetError
 from minilora.linear.layers import in_front, is_foreign, is_quantized, kind_of
 from minilora.lora.adapter import Adapter, variant_at
-from minilora.lora.bare import Bare
+from minilora.lora.bare import Around, Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.copies import keep_bias_in_fp32
@@ -26,12 +27,17 @@ from minilora.lora.variants.attention import attention_adapters
 
 
 def build(
-    model: nn.Module, config: LoraConfig, adapter_name: str = "default", kind: str | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    kind: str | None = None,
+    around: Around = nullcontext,
 ) -> dict[str, Value]:
     """What a new adapter puts into each slot, by path: adapters, copies of modules, copies of biases. The model is not touched.
 
     Args:
         kind: name of a registered variant; None for the one that the config means.
+        around: a context for a path, in which the weights of its layer are at hand, where they are in shards.
 
     Raises:
         TargetError: as ``match``, or an embedding that cannot take the variant. StateError: the name is taken.
@@ -65,7 +71,8 @@ def build(
             raise TargetError(
                 f"{path}: {make.__name__} replaces the base layer, which other adapters stand on; inject it first"
             )
-        values[path] = make(layer, config, path)
+        with around(path):
+            values[path] = make(layer, config, path)
     adapted = set(found.targets)
     for path, indices in found.tokens.items():
         if path in adapted:
@@ -183,6 +190,7 @@ def inject(
     adapter_name: str = "default",
     variant: str | None = None,
     activate: bool = True,
+    around: Around = nullcontext,
 ) -> nn.Module:
     """Put a new adapter into every layer that ``config`` selects, freeze the rest, and make it the active one.
 
@@ -191,14 +199,14 @@ def inject(
         config: what to adapt; never changed.
         adapter_name: what switching and saving call it.
         variant: name of a registered variant, such as "vera"; None for the one that the config means.
-        activate: False keeps it aside, and what is active stays so.
+        activate: False keeps it aside, and what is active stays so. around: as in ``build``.
 
     Raises:
         TargetError, StateError: as ``build``, and for a variant that cannot start here: one that packs the base layer itself where it is
             packed already, or one that is made from data where there is none. Nothing has changed then.
     """
     config = checked(config)
-    values = build_new(model, config, adapter_name, variant)
+    values = build_new(model, config, adapter_name, variant, around)
     place(model, config, adapter_name, values, variant, activate)
     return model
 
@@ -210,9 +218,11 @@ def checked(config: LoraConfig) -> LoraConfig:
     return config.for_use()
 
 
-def build_new(model: nn.Module, config: LoraConfig, adapter_name: str, variant: str | None) -> dict[str, Value]:
+def build_new(
+    model: nn.Module, config: LoraConfig, adapter_name: str, variant: str | None, around: Around = nullcontext
+) -> dict[str, Value]:
     """``build`` for an adapter that no file fills. Raises as ``inject``."""
-    values = build(model, config, adapter_name, variant)
+    values = build(model, config, adapter_name, variant, around)
     for path, value in values.items():
         if isinstance(value, Adapter) and value.wants_file:
             raise TargetError(f"{path}: {value.wants_file}")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from minilora.linear.layers import dense_weight, is_linear, is_quantized
 from minilora.lora.adapter import Adapter
+from minilora.lora.bare import Around
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of, has_adapters
 
 __all__ = ["adapters_in", "memory_table", "parameter_table", "spectra", "spectrum", "update_ratios"]
-
-Around = Callable[[str], AbstractContextManager[Any]]
 
 
 def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Adapter]:
@@ -85,7 +83,8 @@ def parameter_table(model: nn.Module) -> list[dict]:
     }
     for module in model.modules():
         if is_quantized(module):
-            weights, stored = module.in_features * module.out_features, module.quantized().nbytes
+            parts = [part for name, part in module.named_parameters(recurse=False) if name != "bias"]
+            weights, stored = module.in_features * module.out_features, sum(part.nbytes for part in parts)
             _add(rows, f"linear layers ({module.format})", weights, 0, 8 * stored)
         for name, parameter in module.named_parameters(recurse=False):
             if (is_quantized(module) and name != "bias") or id(parameter) in counted:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear, stored_weight
 from minilora.lora.adapter import Adapter
-from minilora.lora.bare import Bare
+from minilora.lora.bare import Around, Bare
 from minilora.lora.slot import Value
 from minilora.lora.variants.tokens import TokenRows
 from minilora.store.tensors import (
@@ -42,17 +43,25 @@ _SHOWN = 3  # names in a message
 
 
 def fingerprint(
-    model: nn.Module, paths: Sequence[str], brought: Mapping[str, Sequence[int] | None] | None = None
+    model: nn.Module,
+    paths: Sequence[str],
+    brought: Mapping[str, Sequence[int] | None] | None = None,
+    around: Around = nullcontext,
 ) -> dict[str, Any]:
     """What to remember of the bare ``model`` under adapters at ``paths``: JSON values ``parameters`` and ``samples``.
 
-    With ``brought``, what the adapter's file brings itself (``brought_by``), the prints of all other ``tensors`` too.
+    With ``brought``, what the adapter's file brings itself (``brought_by``), the prints of all other ``tensors`` too. ``around(path)``: a
+    context in which the weights of this layer are at hand, where they are in shards.
     """
     bare, chosen = Bare(model), sorted(paths)
     chosen = [chosen[at * len(chosen) // _LAYERS] for at in range(_LAYERS)] if len(chosen) > _LAYERS else chosen
-    samples = {path: found for path in chosen if (found := _sample(bare.get_submodule(path)))}
+    samples = {}
+    for path in chosen:
+        with around(path):
+            if found := _sample(bare.get_submodule(path)):
+                samples[path] = found
     whole = {"parameters": _parameters_hash(bare), "samples": samples}
-    return whole if brought is None else {**whole, "tensors": prints(bare, brought)}
+    return whole if brought is None else {**whole, "tensors": prints(bare, brought, around)}
 
 
 def brought_by(values: Mapping[str, Value]) -> dict[str, Sequence[int] | None]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
 from minilora.linear.layers import is_conv1d
 from minilora.lora.adapter import Adapter
-from minilora.lora.bare import Bare
+from minilora.lora.bare import Around, Bare
 from minilora.lora.config import LoraConfig
 from minilora.lora.match import ALL_LINEAR, default_targets
 from minilora.lora.slot import Value
@@ -123,12 +124,14 @@ def adapter_files(
     return seal(files, base)
 
 
-def file_base(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
-    """What the file of an adapter would remember of the model under it, as the model is now."""
-    return base_of(model, adapter_name, saved_tables(model, adapter_name))
+def file_base(model: nn.Module, adapter_name: str = "default", around: Around = nullcontext) -> dict[str, Any]:
+    """What the file of an adapter would remember of the model under it, as the model is now; ``around`` as in ``fingerprint``."""
+    return base_of(model, adapter_name, saved_tables(model, adapter_name), around)
 
 
-def base_of(model: nn.Module, adapter_name: str = "default", tables: Collection[str] = ()) -> dict[str, Any]:
+def base_of(
+    model: nn.Module, adapter_name: str = "default", tables: Collection[str] = (), around: Around = nullcontext
+) -> dict[str, Any]:
     """What an adapter's file remembers of the model under it (``fingerprint``), without the ``tables`` that it brings."""
     values = adapters_of(model).named(adapter_name)
     rows = (TokenRows, TiedRows)  # these bring a part of the table that they are around
@@ -138,7 +141,7 @@ def base_of(model: nn.Module, adapter_name: str = "default", tables: Collection[
         for path, value in values.items()
         if isinstance(value, Adapter) and not isinstance(value, rows) and f"{path}.weight" not in names
     ]
-    return fingerprint(model, paths, brought_by(values) | dict.fromkeys(names))
+    return fingerprint(model, paths, brought_by(values) | dict.fromkeys(names), around)
 
 
 def _metadata(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -13,13 +13,14 @@ import hashlib
 import re
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
-from minilora.lora.bare import Bare
+from minilora.lora.bare import Around, Bare
 from minilora.quant.quantized import decode_range
 
 __all__ = [
@@ -44,14 +45,15 @@ _PRINT = re.compile(r"([a-z0-9_]+) ([0-9a-f]{16})? ((?:[0-9a-f]{8})*)")
 _Brought = Mapping[str, Sequence[int] | None]
 
 
-def prints(bare: Bare, brought: _Brought) -> dict[str, list[Any]]:
+def prints(bare: Bare, brought: _Brought, around: Around = nullcontext) -> dict[str, list[Any]]:
     """``{name: [print, rows left out]}`` of a model's tensors, JSON values.
 
     Args:
         brought: names that the adapter's file brings: all of a tensor (None), or some rows of it.
+        around: as in ``fingerprint``.
     """
     found = {}
-    for name, layer, tensor in _tensors(bare):
+    for name, layer, tensor in _tensors(bare, around):
         rows = brought.get(name, ())
         if rows is not None and (said := _print(name, layer, tensor, rows)):
             found[name] = [said, sorted(rows)]
@@ -80,19 +82,19 @@ def are_prints(value: Any) -> bool:
     )
 
 
-def _tensors(bare: Bare) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def _tensors(bare: Bare, around: Around = nullcontext) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """``(name, its module, tensor)`` of parameters and of buffers that are saved, each once, as far as they are at hand."""
     seen: set[int] = set()
     for named, module in bare.named_modules():
         path = named.replace("._orig_mod", "")  # of a part that torch.compile wrapped
-        held = [*bare.parameters_of(module), *module._buffers.items()]
-        for name, tensor in held:
-            packed = isinstance(module, QuantLinear) and name != "bias"
-            if tensor is None or name in module._non_persistent_buffers_set or (packed and name != "weight"):
-                continue
-            if id(tensor) not in seen and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
-                seen.add(id(tensor))
-                yield f"{path}.{name}".lstrip("."), module, tensor
+        with around(named):
+            for name, tensor in (*bare.parameters_of(module), *module._buffers.items()):
+                packed = isinstance(module, QuantLinear) and name != "bias"
+                if tensor is None or name in module._non_persistent_buffers_set or (packed and name != "weight"):
+                    continue
+                if id(tensor) not in seen and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+                    seen.add(id(tensor))
+                    yield f"{path}.{name}".lstrip("."), module, tensor
 
 
 def _print(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) -> str | None:
@@ -128,7 +130,8 @@ def _hash(tensor: Tensor, rows: Collection[int]) -> str:
     flat = tensor.detach().reshape(-1)
     width = flat.numel() // len(tensor) if tensor.dim() > 1 and flat.numel() else 1
     step = max(1, min(width - 1, flat.numel() // _HASHED))
-    picked = flat if step == 1 else torch.cat([flat[::step], flat[-1:]])
+    # A copy: what numpy has looked at can no longer be resized, as FSDP2 does with the weights that it gathers.
+    picked = flat.clone() if step == 1 else torch.cat([flat[::step], flat[-1:]])
     if rows:
         places = torch.arange(0, flat.numel(), step, device=flat.device)
         places = places if step == 1 else torch.cat([places, places.new_tensor([flat.numel() - 1])])

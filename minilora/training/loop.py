@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minilora.data.batches import Collate, collate, micro_batches
 from minilora.data.encoding import Encoded
 from minilora.errors import Interrupted, MiniLoraError, OutOfMemory, StateError, TrainingError
+from minilora.lora.bare import Around
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.save import file_base
@@ -40,7 +41,7 @@ from minilora.training.profile import Profile
 from minilora.training.resume import claim, meaning
 from minilora.training.run_folder import RunFolder
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
-from minilora.training.sharding import shard_blocks
+from minilora.training.sharding import in_turn, shard_blocks
 from minilora.training.signals import Wish, caught
 from minilora.training.step import gradients, why_not_begun
 from minilora.training.together import make_room, order_of_sums, refuse_different
@@ -156,8 +157,9 @@ class _Run:
         self.parameters = list(self.named.values())
         self.optimizer = make_optimizer(config, self.parameters)
         self.peak, self.flops = peak_flops(next(self.model.parameters()).device), flops_a_token(self.model)
-        means = self.means(adapter)
-        base = file_base(self.model, adapter) if self.shard else None
+        with processes.exchange(), in_turn(self.model) as around:  # of a model that came in shards
+            means = self.means(adapter, around)
+            base = file_base(self.model, adapter, around) if self.shard else None
         command = repr((config, self.pad_id, self.shard, self.sample is None))
         refuse_different(processes, means, command, self.model, adapter)
         whose = (self.model, adapter, self.named, self.optimizer, means, config.keep_checkpoints)
@@ -168,7 +170,7 @@ class _Run:
                 "number of processes (a power of two that divides accumulate has one)"
             )
 
-    def means(self, adapter: str) -> dict[str, Any]:
+    def means(self, adapter: str, around: Around) -> dict[str, Any]:
         """As ``resume.meaning``."""
         config = self.config
         schedule = {name: getattr(config, name) for name in SCHEDULE}
@@ -179,7 +181,7 @@ class _Run:
         }
         bits["packed"] = self.tensors is not collate
         bits["order of sums"] = order_of_sums(self.processes, config.accumulate)
-        return meaning(self.model, adapter, schedule, data, bits, self.notes)
+        return meaning(self.model, adapter, schedule, data, bits, self.notes, around)
 
     def start(self, resume: bool) -> None:
         """From the newest checkpoint, or from nothing."""

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from minilora.errors import CheckpointError, ConfigError, printable
 from minilora.files.parse import parse_json
 from minilora.files.read import refuse_path
 from minilora.files.write import remove
+from minilora.lora.bare import Around
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
 from minilora.training.checkpoint import Checkpoint, own_checkpoints, parse_checkpoint, read_checkpoint_files, steps
@@ -35,14 +37,8 @@ from minilora.training.profile import TRACE_FILE
 __all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
 
 LOG_FILE = "log.jsonl"
-_LEFT = (
-    LOG_FILE,
-    TRACE_FILE,
-    "report.html",
-    WEIGHTS_FILE,
-    CONFIG_FILE,
-    SEAL_FILE,
-)  # what a run leaves beside its checkpoints
+# What a run leaves beside its checkpoints.
+_LEFT = (LOG_FILE, TRACE_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
 _LONGEST_LINE = 16_000_000  # bytes of the log; an answer is far shorter
 _LARGEST = 1e300
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
@@ -135,13 +131,14 @@ def meaning(
     data: Mapping[str, Sequence[Encoded]],
     bits: Mapping[str, Any],
     notes: Mapping[str, str],
+    around: Around = nullcontext,
 ) -> dict[str, Any]:
     """What a run depends on, as JSON: change any of it, and it is another run.
 
     Args:
         name: of the adapter. training: settings that change a step. data: sets of examples by what they are for.
         bits: settings that change the order of its sums alone: another value is told, and allowed.
-        notes: what may be why the data are others: ``date``, the day that the chat template printed.
+        notes: what may be why the data are others: ``date``, the day that the chat template printed. around: as in ``fingerprint``.
     """
     here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     here["device"] = next(model.parameters()).device.type
@@ -149,7 +146,7 @@ def meaning(
         "training": dict(training),
         "adapter": {key: value for key, value in saved_config(model, name).items() if key not in _NAMES},
         "data": {what: _hash(examples) for what, examples in data.items()},
-        "base": base_of(model, name),
+        "base": base_of(model, name, around=around),
         "bits": {**bits, **here},
         "notes": dict(notes),
     }

@@ -2,13 +2,13 @@
 
 A block's weights are gathered before it is computed and let go after. The adapters are no part of it: every process has them whole, so a
 checkpoint is the same file with and without shards. Neither are the embedding, the last norm and the head: FSDP2 would keep them gathered
-during a whole step. Next file: ``training/loop.py``.
+during a whole step. Next file: ``training/rows.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from minilora.errors import StateError
 from minilora.training.processes import Processes
 
-__all__ = ["blocks_of", "gathered", "shard_blocks"]
+__all__ = ["blocks_of", "in_turn", "shard_blocks"]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -38,7 +38,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_blocks(model: nn.Module, processes: Processes) -> None:
-    """Keep only this process's rows of the frozen weights of each block; what trains stays whole. In place.
+    """Keep only this process's rows of the frozen weights of each block; what trains stays whole. In place, and once.
 
     Raises:
         StateError: the model has no blocks.
@@ -46,22 +46,53 @@ def shard_blocks(model: nn.Module, processes: Processes) -> None:
     from torch.distributed.fsdp import fully_shard
 
     blocks = blocks_of(model)
+    if any(_is_sharded(block) for block in blocks):  # while it was loaded
+        return
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    mesh = torch.distributed.init_device_mesh(next(model.parameters()).device.type, (processes.size,))
+    device = next(parameter for parameter in model.parameters() if not parameter.is_meta).device
+    mesh = torch.distributed.init_device_mesh(device.type, (processes.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
 @contextmanager
-def gathered(model: nn.Module, path: str) -> Iterator[None]:
-    """The block that a path lies in with all of its weights, as long as the context lasts; in all processes at once."""
-    parts = path.split(".")
-    around = [model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts))]
-    block: Any = next((module for module in around if hasattr(module, "unshard")), None)
-    if block is not None:
-        block.unshard()
-    try:
-        yield
-    finally:
+def in_turn(model: nn.Module) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+    """``around(path)``: a context in which the block that the path lies in has all of its weights; in all processes at once.
+
+    The block stays so until a path of another one comes. So a walk along the model gathers each block once, and memory holds one.
+    """
+    held: Any = None
+
+    def turn_to(block: Any) -> None:
+        nonlocal held
+        if block is held:
+            return
+        if held is not None:
+            held.reshard()
+        held = block
         if block is not None:
-            block.reshard()
+            block.unshard()
+
+    @contextmanager
+    def around(path: str) -> Iterator[None]:
+        turn_to(_block_at(model, path))
+        yield
+
+    try:
+        yield around
+    finally:
+        turn_to(None)
+
+
+def _block_at(model: nn.Module, path: str) -> Any:
+    """The block in shards that a path lies in; None where there is none."""
+    module: Any = model
+    for part in path.split("."):
+        module = module._modules.get(part)
+        if module is None or _is_sharded(module):
+            return module
+    return None
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return hasattr(module, "unshard")
