@@ -239,7 +239,9 @@ def test_a_packed_run_goes_on_to_the_same_bits_and_says_when_it_is_packed_no_mor
 
 def test_an_evaluation_is_the_same_packed():
     model = model_of("llama")
-    losses = [evaluate(model, EXAMPLES, 4, PAD, tensors=tensors) for tensors in (collate, collate_packed, collate_one_row)]
+    losses = [
+        evaluate(model, EXAMPLES, 4, PAD, tensors=tensors) for tensors in (collate, collate_packed, collate_one_row)
+    ]
     assert math.isfinite(losses[0]) and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
