@@ -132,6 +132,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "checkpoint",
             "lock",
             "resume",
+            "meeting",
             "lifeline",
             "processes",
             "sharding",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minilora.errors import ConfigError, MissingPackageError
 from minilora.training.lifeline import Elsewhere, Lifeline
+from minilora.training.meeting import meet
 from minilora.training.memory import is_out_of_memory
 
 __all__ = ["ALONE", "Processes", "joined", "own_gpu"]
@@ -257,12 +258,13 @@ def _join() -> Processes:
     # A program of the user's own may have met already.
     met = None if owns_group else dist.distributed_c10d._get_default_store()
     meeting = met or next(iter(dist.rendezvous("env://", timeout=_LONGEST)))[0]
-    store = dist.PrefixStore(f"minilora/{_times}", meeting)
+    place = dist.PrefixStore(f"minilora/{_times}", meeting)
+    store = dist.PrefixStore(meet(place, rank, size, _LONGEST.total_seconds()), place)
     processes = Processes(rank, size, local, store)
     processes.owns_group = owns_group
     if owns_group:
-        place, backend = dist.PrefixStore("tensors", store), "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_LONGEST)
+        tensors, backend = dist.PrefixStore("tensors", store), "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=tensors, rank=rank, world_size=size, timeout=_LONGEST)
     return processes
 
 
