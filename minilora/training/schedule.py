@@ -55,7 +55,7 @@ class TrainConfig:
             "auto" packs where at least a fifth of the tokens are saved and the model can.
         profile: optimizer steps after the first that torch's profiler records, in trace.json of the run folder; 0 is none.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        offload: "activations" keeps what gradient_checkpointing keeps of a step in the CPU's memory, not in the GPU's.
+        offload: none; activations has what gradient_checkpointing keeps of a step wait in the memory of the CPU, not of the GPU.
         compile: let torch write kernels for the model's blocks; the first steps take a minute more, and dropout draws other numbers.
 
     Raises:
