@@ -129,7 +129,7 @@ def serve_trl(base: str, data: str, out: str, steps: str, seed: str, device: str
         per_device_train_batch_size=packed_rows if int(packs) else BATCH,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
-        warmup_ratio=0.1,
+        warmup_steps=max(1, round(0.1 * int(steps))),
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=int(seed),
