@@ -180,6 +180,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "utils",
         ],
     ),
+    (
+        "job",
+        "a fine-tuning job, from data to report",
+        ["finetune", "settings", "examples", "outcome", "described"],
+    ),
     ("cli", "the commands of minilora", []),
 ]
 LIGHT = {"page": "#ffffff", "ink": "#1b1e22", "soft": "#5b636d", "frozen": "#0072b2", "trained": "#c25400", "row": "#f3f4f3"}  # fmt: skip

@@ -8,7 +8,7 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
 from minilora.cli.say import say
 from minilora.demo import DATA, in_voice, prompts
-from minilora.hf.job import Job
+from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
 from minilora.training.schedule import TrainConfig
 

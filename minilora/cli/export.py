@@ -9,7 +9,7 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.folders import new_folder
 from minilora.cli.parser import one_of
 from minilora.cli.say import say
-from minilora.hf.job import Job
+from minilora.job.settings import Job
 from minilora.store.programs import TARGETS
 
 USAGE = "--adapter FOLDER --for PROGRAM --out FOLDER [options]"

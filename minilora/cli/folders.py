@@ -6,7 +6,7 @@ import argparse
 
 from minilora.cli.flags import Flag
 from minilora.errors import ConfigError
-from minilora.hf.job import DTYPE_NAMES
+from minilora.hf.places import DTYPE_NAMES
 
 __all__ = ["DTYPE", "check_dtype", "new_folder"]
 

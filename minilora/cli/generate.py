@@ -11,7 +11,8 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.files import validate
-from minilora.hf.job import DTYPE_CHOICES, QUANT_CHOICES, Job, check_place, check_quant, packing
+from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES, check_place, check_quant, packing
+from minilora.job.settings import Job
 
 USAGE = "--model NAME [--adapter FOLDER] [options] PROMPT [PROMPT ...]"
 EXAMPLES = """\

@@ -9,7 +9,7 @@ from minilora.cli.say import say
 
 def run_job(job: Any) -> Any:
     """The outcome of ``fine_tune(job)``, after its answers, losses and files have been printed; by the first of several processes."""
-    from minilora.hf.finetune import fine_tune
+    from minilora.job.finetune import fine_tune
     from minilora.training.processes import joined
     from minilora.training.progress import Progress
 

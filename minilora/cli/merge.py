@@ -9,7 +9,7 @@ from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import add_flags, fields_of
 from minilora.cli.folders import DTYPE, check_dtype, new_folder
 from minilora.cli.say import say
-from minilora.hf.job import Job
+from minilora.job.settings import Job
 
 USAGE = "--model NAME --adapter FOLDER --out FOLDER [options]"
 EXAMPLES = """\

@@ -9,7 +9,7 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.folders import DTYPE, check_dtype, new_folder
 from minilora.cli.say import say
 from minilora.errors import ConfigError
-from minilora.hf.job import Job
+from minilora.job.settings import Job
 from minilora.quant.codebooks import ON_DISK
 from minilora.quant.config import QuantConfig
 

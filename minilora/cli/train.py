@@ -10,7 +10,8 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
-from minilora.hf.job import DTYPE_CHOICES, QUANT_CHOICES, Job
+from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
+from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
 from minilora.training.schedule import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, TrainConfig
 

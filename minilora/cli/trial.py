@@ -11,7 +11,7 @@ from typing import Any
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.say import say
 from minilora.errors import ConfigError
-from minilora.hf.job import DTYPE_CHOICES, QUANT_CHOICES
+from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
 from minilora.hf.trials import PlanJob
 
 _GROUPS = {

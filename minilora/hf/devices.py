@@ -16,7 +16,7 @@ import torch
 from minilora.errors import ConfigError, MissingPackageError
 from minilora.files.validate import shown
 from minilora.hf.folders import import_transformers
-from minilora.hf.job import ATTENTION, AUTO, check_place
+from minilora.hf.places import ATTENTION, AUTO, check_place
 
 __all__ = ["Place", "choose", "settled"]
 

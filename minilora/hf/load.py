@@ -17,8 +17,8 @@ import torch
 from minilora.errors import CheckpointError, MissingPackageError
 from minilora.files.read import refuse_path
 from minilora.hf.folders import import_transformers, read_config, refuse_odd_files, refuse_pickles, unreadable
-from minilora.hf.job import AUTO
 from minilora.hf.packed import is_packed_folder, load_packed
+from minilora.hf.places import AUTO
 from minilora.hf.smollm2 import HUB_NAME, SMOLLM2, smollm2_folder
 from minilora.quant.config import QuantConfig
 from minilora.training.rows import Rows

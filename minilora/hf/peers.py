@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from minilora.hf.bench import BenchJob, contestant
-from minilora.hf.job import AUTO
 from minilora.hf.load import resolve
+from minilora.hf.places import AUTO
 from minilora.hf.plan import load_trial, on_this_machine
 
 __all__ = ["serve"]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError, ConfigError
 from minilora.hf.devices import Place, choose, settled
 from minilora.hf.folders import read_config
-from minilora.hf.job import AUTO, packing
 from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder
+from minilora.hf.places import AUTO, packing
 from minilora.hf.trials import PlanJob
 from minilora.lora.inject import inject
 from minilora.lora.match import ALL_LINEAR

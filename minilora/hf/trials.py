@@ -10,7 +10,7 @@ from typing import Any
 
 from minilora.errors import ConfigError
 from minilora.files import validate
-from minilora.hf.job import AUTO, check_place, check_quant
+from minilora.hf.places import AUTO, check_place, check_quant
 from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
 

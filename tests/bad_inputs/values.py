@@ -17,8 +17,8 @@ from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, DataError, QuantizationError, StateError
 from minilora.hf import NF4Config
 from minilora.hf.bench import BenchJob
-from minilora.hf.finetune import Job
 from minilora.hf.plan import PlanJob
+from minilora.job.finetune import Job
 from minilora.lora.adapter import variant
 from minilora.quant.codebooks import lloyd
 from minilora.training.loop import TrainConfig

@@ -341,7 +341,7 @@ def test_more_bad_input_is_refused(capsys, tmp_path, model_folder, data_file, ar
 
 
 def test_defaults_are_those_of_the_dataclasses(job):
-    from minilora.hf.finetune import Job
+    from minilora.job.finetune import Job
 
     lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     assert job(*BASIC) == Job(model="m", data="d.jsonl", out="o", lora=lora, training=TrainConfig())

@@ -18,8 +18,8 @@ from minilora.cli import COMMANDS, main, make_parser, train
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.parser import Parser
 from minilora.cli.trial import settings_of
-from minilora.hf.job import Job
 from minilora.hf.trials import BenchJob, PlanJob
+from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
 from minilora.training.schedule import TrainConfig
 

@@ -114,7 +114,7 @@ WINDOWS = """
     assert not _nobody_reads()
     import minilora.training.loop
     assert minilora.training.loop.memory_mb() == minilora.training.loop.memory_mb(peak=True) == 0.0
-    import minilora.hf.finetune
+    import minilora.job.finetune
     sys.exit(main(["train", "--stepz", "3"]))
 """
 

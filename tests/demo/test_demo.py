@@ -89,7 +89,7 @@ def test_a_short_demo_is_a_job_too(steps):
 @pytest.fixture(scope="module", params=[0, 1], ids=["seed 0", "seed 1"])
 def outcome(request, tmp_path_factory):
     """A whole run of the demo, a few minutes each."""
-    from minilora.hf.finetune import fine_tune
+    from minilora.job.finetune import fine_tune
 
     lines, watched = [], []
     outcome = fine_tune(

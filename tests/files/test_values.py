@@ -9,8 +9,8 @@ from minilora import LoraConfig, QuantConfig
 from minilora.cli import main
 from minilora.errors import ConfigError, MiniLoraError
 from minilora.files.validate import shown
-from minilora.hf.job import Job
 from minilora.hf.trials import BenchJob, PlanJob
+from minilora.job.settings import Job
 from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from minilora.training.schedule import TrainConfig
 from tests.hostile import nested

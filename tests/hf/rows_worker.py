@@ -11,10 +11,10 @@ import warnings
 
 import torch
 
-import minilora.hf.finetune as finetune
+import minilora.job.finetune as finetune
 from minilora import LoraConfig
 from minilora.errors import MiniLoraError
-from minilora.hf.finetune import Job, fine_tune
+from minilora.job.finetune import Job, fine_tune
 from minilora.training.loop import TrainConfig
 from minilora.training.processes import joined
 from minilora.training.sharding import blocks_of

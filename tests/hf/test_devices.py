@@ -15,8 +15,8 @@ from minilora.cli import main
 from minilora.errors import ConfigError, MissingPackageError, StateError
 from minilora.hf import devices, load_model
 from minilora.hf.devices import choose, settled
-from minilora.hf.finetune import Job, fine_tune
 from minilora.hf.packed import save_packed
+from minilora.job.finetune import Job, fine_tune
 from minilora.measure.meter import Meter
 
 pytest.importorskip("transformers")

@@ -12,10 +12,10 @@ from minilora import QuantConfig, quantize_model
 from minilora.cli import main
 from minilora.errors import CheckpointError, QuantizationError
 from minilora.hf import NF4Config, load_model
-from minilora.hf.finetune import Job, fine_tune
-from minilora.hf.job import QUANT_CHOICES, packing
 from minilora.hf.packed import save_packed
+from minilora.hf.places import QUANT_CHOICES, packing
 from minilora.hf.quantize import quantize_to_folder
+from minilora.job.finetune import Job, fine_tune
 from minilora.linear.layers import QuantLinear
 from minilora.lora.config import LoraConfig
 from minilora.training.schedule import TrainConfig

@@ -13,9 +13,9 @@ import torch
 
 from minilora import LoraConfig, quantize_model
 from minilora.errors import CheckpointError, StateError
-from minilora.hf.job import packing
 from minilora.hf.load import load_model
 from minilora.hf.packed import save_packed
+from minilora.hf.places import packing
 from minilora.lora.match import match
 from minilora.training.processes import Processes
 from minilora.training.rows import Rows, why_read_whole

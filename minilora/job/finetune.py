@@ -5,62 +5,41 @@ Load, packing on the way, inject, ask, train, ask again, report. Everything a jo
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minilora.data.batches import split
-from minilora.data.encoding import Encoded
-from minilora.data.records import Source, look_at
-from minilora.data.store import load_data
+from minilora.data.records import look_at
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
 from minilora.hf.devices import choose, settled
 from minilora.hf.generate import answers
-from minilora.hf.job import Job, packing
 from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
-from minilora.hf.smollm2 import cache_folder
-from minilora.linear.layers import is_quantized
+from minilora.hf.places import packing
+from minilora.job.described import described, formats, memory
+from minilora.job.examples import encoded
+from minilora.job.outcome import Outcome
+from minilora.job.settings import Job
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
 from minilora.lora.match import Match, match
 from minilora.many.adapted import count_parameters
-from minilora.report.inspect import memory_table, parameter_table, spectra, update_ratios
+from minilora.report.inspect import parameter_table, spectra, update_ratios
 from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb
-from minilora.training.optim import make_optimizer
-from minilora.training.optim_state import state_bytes
 from minilora.training.processes import Processes, joined
 from minilora.training.resume import claim
 from minilora.training.rows import Rows, why_read_whole
 from minilora.training.sharding import in_turn
 
 __all__ = ["Job", "Outcome", "fine_tune"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job did: the records of ``train``, the answers ``{prompt, before, after}``, seconds by phase, and peak memory in MB."""
-
-    records: list[dict[str, Any]]
-    answers: list[dict[str, str]]
-    seconds: Mapping[str, float]
-    peak_mb: float
-    folder: Path
-
-    @property
-    def losses(self) -> list[float]:
-        """The training loss of each step."""
-        return [record["loss"] for record in self.records if "loss" in record]
 
 
 def fine_tune(
@@ -94,7 +73,7 @@ def _fine_tune(
     size = sum(p.numel() * p.element_size() for p in paper.parameters())
     say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
-    examples, evaluation = _encoded(job, source, tokenizer, context_length(paper), say)
+    examples, evaluation = encoded(job, source, tokenizer, context_length(paper), say)
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)
@@ -104,7 +83,7 @@ def _fine_tune(
     clock.lap("inject")
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
         say(f"asking {len(job.prompts)} prompts before training")
-    tables = {"parameters": parameter_table(model), "memory": _memory(job, model), "formats": _formats(model)}
+    tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
     asks = processes.first or job.shard  # of a model in shards all must ask
     asks_now = processes.first or rows is not None
     before = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks_now else []
@@ -126,7 +105,7 @@ def _fine_tune(
         ratios = update_ratios(model, around=around) if asks else {}
         values = spectra(model, ratios=ratios, around=around) if asks else {}
     if processes.first:
-        write_file(folder / "report.html", render(_report(job, outcome, size, tables, ratios, values)))
+        write_file(folder / "report.html", render(described(job, outcome, size, tables, ratios, values)))
     return outcome
 
 
@@ -141,36 +120,9 @@ def _rows(job: Job, paper: Any, rows: Rows, found: Match, say: Callable[[str], N
     return None
 
 
-def _encoded(
-    job: Job, source: Source, tokenizer: Any, context: int | None, say: Callable[[str], None]
-) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
-    """Examples to learn from and to evaluate on, none longer than the model's context; what is cut or left out is counted and said."""
-    length = min(job.max_length, context or job.max_length)
-    if length < job.max_length:
-        say(f"max_length={job.max_length} is more than the context of {job.model}: {length} tokens are the most")
-    data = load_data(source, tokenizer, length, cache_folder(), date_of(tokenizer, job.date), say)
-    if data.unused:
-        say(f"not used: {', '.join(f'{key[:60]!r} of {count} lines' for key, count in data.unused.most_common(5))}")
-    learn, held = split(range(len(data)), job.eval_share, job.training.seed)
-    examples = data.of(learn)
-    for line in data.tally(learn).remarks(length):
-        say(line)
-    evaluation: Sequence[Encoded] = data.of(held) if held else []
-    cut = int(data.examples.table["truncated"].sum())
-    if cut or data.left_out:
-        say(
-            f"max_length={length}: {cut} examples lose their end, {data.left_out} are left out because nothing to learn is left of them"
-        )
-    each, steps = job.training.batch_size * job.training.accumulate, job.training.steps
-    say(
-        f"{len(examples)} to learn from, {each} a step: {steps} steps are {steps * each / max(1, len(examples)):.1f} epochs"
-    )
-    return examples, evaluation
-
-
 def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     """The model with a fresh adapter; what it is packed to is said."""
-    found, nested = _formats(model), ", double quantization" if job.double_quant else ""
+    found, nested = formats(model), ", double quantization" if job.double_quant else ""
     if is_packed_folder(resolve(job.model)):
         if job.quant not in ("none", Job.quant, found):
             raise ConfigError(
@@ -192,17 +144,6 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     return model
 
 
-def _memory(job: Job, model: Any) -> list[dict[str, Any]]:
-    """What a model holds, and what the state of its optimizer will."""
-    optimizer = make_optimizer(job.training, [parameter for parameter in model.parameters() if parameter.requires_grad])
-    return memory_table(model, (f"state of {job.training.optimizer}", state_bytes(optimizer)))
-
-
-def _formats(model: Any) -> str:
-    """The formats of a model's packed layers, "" if none is packed."""
-    return ", ".join(sorted({module.format for module in model.modules() if is_quantized(module)}))
-
-
 class _Clock:
     """Seconds of each phase, in order."""
 
@@ -213,52 +154,3 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.laps[name], self._last = now - self._last, now
-
-
-def _report(
-    job: Job,
-    outcome: Outcome,
-    dense_bytes: int,
-    tables: Mapping[str, Any],
-    ratios: Mapping[str, float],
-    values: Mapping[str, Sequence[float]],
-) -> dict[str, Any]:
-    """What ``report.render`` draws of a run; ``tables`` are of the model while all of it was here."""
-    trainable, total = (sum(row[kind] for row in tables["parameters"]) for kind in ("trainable", "total"))
-    losses = outcome.losses
-    change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
-    memory = [{"name": "weights, if none were packed", "bytes": dense_bytes, "note": job.dtype}, *tables["memory"]]
-    evals = [
-        {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
-    ]
-    return {
-        "title": f"minilora: {job.model}",
-        "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}",
-        "headline": [
-            {"label": "training loss", "value": change},
-            {"label": "parameters trained", "value": f"{trainable:,} of {total:,}"},
-            {"label": "time", "value": f"{sum(outcome.seconds.values()):.0f} s"},
-            {"label": "peak memory", "value": f"{outcome.peak_mb / 1000:.2f} GB"},
-        ],
-        "steps": [record for record in outcome.records if "loss" in record],
-        "evals": evals,
-        "answers": outcome.answers,
-        "memory": [
-            *memory,
-            {"name": "peak of the process", "bytes": int(outcome.peak_mb * 1e6), "note": "all of it, loading included"},
-        ],
-        "parameters": tables["parameters"],
-        "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
-        "spectrum": [{"path": path, "values": list(found)} for path, found in values.items()],
-        "settings": _settings(job)
-        | {"quant": tables["formats"] or "none"}
-        | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
-    }
-
-
-def _settings(job: Job) -> dict[str, Any]:
-    kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "eval_share")
-    own = {name: getattr(job, name) for name in kept}
-    lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
-    return own | lora | vars(job.training)
