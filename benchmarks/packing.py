@@ -33,7 +33,7 @@ from minilora.data.tokens import IGNORED
 from minilora.demo import DATA
 from minilora.training.losses import token_losses
 from minilora.training.packed import choose_collate
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 
 WAYS: dict[str, Collate] = {"all logits": collate, "padded": collate, "packed": collate_packed}
 

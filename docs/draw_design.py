@@ -112,6 +112,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "chunked",
             "head",
             "packed",
+            "settings",
             "schedule",
             "optim",
             "optim_adamw8",

@@ -10,7 +10,7 @@ from minilora.cli.say import say
 from minilora.demo import DATA, in_voice, prompts
 from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 
 USAGE = "[options]"
 EXAMPLES = """\

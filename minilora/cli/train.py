@@ -13,7 +13,7 @@ from minilora.errors import ConfigError
 from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
 from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
-from minilora.training.schedule import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, TrainConfig
+from minilora.training.settings import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, TrainConfig
 
 USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\

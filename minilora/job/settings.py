@@ -14,7 +14,7 @@ from minilora.hf.dates import check_date
 from minilora.hf.places import AUTO, check_place, check_quant
 from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 
 __all__ = ["Job"]
 

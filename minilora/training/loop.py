@@ -40,7 +40,8 @@ from minilora.training.processes import Processes, joined
 from minilora.training.profile import Profile
 from minilora.training.resume import claim, meaning
 from minilora.training.run_folder import RunFolder
-from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
+from minilora.training.schedule import learning_rate, step_seed
+from minilora.training.settings import SCHEDULE, TrainConfig
 from minilora.training.sharding import in_turn, shard_blocks
 from minilora.training.signals import Wish, caught
 from minilora.training.step import gradients, why_not_begun

@@ -1,6 +1,6 @@
 """The loss: cross-entropy of the supervised tokens, with no logits of other positions, and of theirs a few at a time.
 
-Next file: ``training/schedule.py``.
+Next file: ``training/settings.py``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from minilora.errors import ConfigError, StateError
 from minilora.lora.slots import adapters_in
 from minilora.training.optim_adamw8 import AdamW8bit
 from minilora.training.optim_bnb import BNB, bnb_optimizer
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 
 __all__ = ["create_loraplus_optimizer", "lora_plus_groups", "make_optimizer"]
 

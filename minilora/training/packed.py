@@ -20,7 +20,7 @@ from minilora.data.packing import Row, collate_one_row, collate_packed, collate_
 from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
 from minilora.training.losses import token_losses
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 
 __all__ = ["choose_collate", "why_not_packed"]
 

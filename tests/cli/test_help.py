@@ -21,7 +21,7 @@ from minilora.cli.trial import settings_of
 from minilora.hf.trials import BenchJob, PlanJob
 from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 
 ROOT = Path(minilora.__file__).parents[1]
 GROUPS = ["positional arguments", "options", "model", "data", "adapter", "training", "generation", "output"]

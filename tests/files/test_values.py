@@ -12,7 +12,7 @@ from minilora.files.validate import shown
 from minilora.hf.trials import BenchJob, PlanJob
 from minilora.job.settings import Job
 from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 from tests.hostile import nested
 
 HOSTILE = [

@@ -208,7 +208,7 @@ def test_memory_of_a_gpu_is_read_from_torch(monkeypatch):
 
 
 def test_a_job_says_where_it_runs(model_folder, tmp_path):
-    from minilora.training.schedule import TrainConfig
+    from minilora.training.settings import TrainConfig
 
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     said = []

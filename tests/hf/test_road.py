@@ -18,7 +18,7 @@ from minilora.hf.quantize import quantize_to_folder
 from minilora.job.finetune import Job, fine_tune
 from minilora.linear.layers import QuantLinear
 from minilora.lora.config import LoraConfig
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 from tests.models import gpt2, llama
 
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, StateError
 from minilora.training.compiling import as_written, compiled
 from minilora.training.losses import token_losses
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 from tests.models import llama, lora, randomize
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

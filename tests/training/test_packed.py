@@ -14,7 +14,7 @@ from minilora.data.tokens import IGNORED
 from minilora.errors import ConfigError, StateError
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.packed import choose_collate, why_not_packed
-from minilora.training.schedule import TrainConfig
+from minilora.training.settings import TrainConfig
 from tests.models import Words, lora
 
 transformers = pytest.importorskip("transformers")
