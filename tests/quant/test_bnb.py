@@ -216,7 +216,7 @@ def test_partly_packed_models_are_read_weight_by_weight(make, tmp_path, ids):
 
 
 def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
-    from minilora.hf import finetune
+    from minilora.job import finetune
     from minilora.training.loop import TrainConfig
 
     class Stop(Exception):
