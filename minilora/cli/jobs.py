@@ -17,7 +17,7 @@ def run_job(job: Any) -> Any:
         if not processes.first:
             return fine_tune(job, lambda line: None)
         with Progress(job.training.steps) as progress:
-            outcome = fine_tune(job, progress.say, progress.watch)
+            outcome = fine_tune(job, progress.say, progress.watch, progress.begin)
     for pair in outcome.answers:
         say(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
     losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size

@@ -13,7 +13,7 @@ from minilora.errors import ConfigError
 from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
 from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
-from minilora.training.settings import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, TrainConfig
+from minilora.training.settings import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, SCHEDULES, TrainConfig
 
 USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\
@@ -42,6 +42,7 @@ _CHOICES = {
     "quant": QUANT_CHOICES,
     "dtype": DTYPE_CHOICES,
     "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
     "pack": PACK_CHOICES,
     "offload": OFFLOAD_CHOICES,
 }
@@ -79,7 +80,13 @@ def job_of(arguments: argparse.Namespace) -> Job:
         raise ConfigError(
             f"{arguments.config}: trust_remote_code: a file may not let code run; give --trust-remote-code on the command line"
         )
-    given |= {name: value for name in known if (value := getattr(arguments, name)) is not None}
+    flags = {name: value for name in known if (value := getattr(arguments, name)) is not None}
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in flags and other not in flags:  # the command line says how long the run is, whatever the file says
+            given.pop(other, None)
+    given |= flags
+    if "steps" in given and "epochs" in given:
+        raise ConfigError("--steps and --epochs both say how long the run is; give one of them")
     for name in ("model", "data", "out"):
         if not given.get(name):
             raise ConfigError(f'--{name} is missing; give it as a flag or as {name} = "..." in the TOML file')

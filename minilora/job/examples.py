@@ -36,7 +36,7 @@ def encoded(
         say(
             f"max_length={length}: {cut} examples lose their end, {data.left_out} are left out because nothing to learn is left of them"
         )
-    each, steps = job.training.batch_size * job.training.accumulate, job.training.steps
+    each, steps = job.training.batch_size * job.training.accumulate, job.training.for_examples(len(examples)).steps
     say(
         f"{len(examples)} to learn from, {each} a step: {steps} steps are {steps * each / max(1, len(examples)):.1f} epochs"
     )

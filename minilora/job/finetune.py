@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,29 @@ __all__ = ["Job", "Outcome", "fine_tune"]
 
 
 def fine_tune(
-    job: Job, say: Callable[[str], None] = print, watch: Callable[[dict[str, Any]], None] | None = None
+    job: Job,
+    say: Callable[[str], None] = print,
+    watch: Callable[[dict[str, Any]], None] | None = None,
+    begun: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop. Under torchrun all processes call it alike.
+
+    ``begun`` is called with the number of steps as soon as it is known: epochs are counted when the examples have been read.
 
     Raises:
         MiniLoraError: a device that is not there (before anything is read), bad data (before the model is loaded), a run that lies in
             ``out`` already, config, model or target, in one line; and as ``train``.
     """
     with joined() as processes:
-        return _fine_tune(job, say, watch, processes)
+        return _fine_tune(job, say, watch, begun, processes)
 
 
 def _fine_tune(
-    job: Job, say: Callable[[str], None], watch: Callable[[dict[str, Any]], None] | None, processes: Processes
+    job: Job,
+    say: Callable[[str], None],
+    watch: Callable[[dict[str, Any]], None] | None,
+    begun: Callable[[int], None] | None,
+    processes: Processes,
 ) -> Outcome:
     clock, folder = _Clock(), Path(job.out)
     place = choose(job.device, job.dtype, job.attention)
@@ -74,6 +84,9 @@ def _fine_tune(
     say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
     examples, evaluation = encoded(job, source, tokenizer, context_length(paper), say)
+    job = replace(job, training=job.training.for_examples(len(examples)))  # epochs become steps
+    if begun:
+        begun(job.training.steps)
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)

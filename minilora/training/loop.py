@@ -1,4 +1,4 @@
-"""The training loop: AdamW on the adapter, linear warm-up and cosine decay, accumulation, clipping, evaluation, saves.
+"""The training loop: an optimizer on the adapter, warm-up and decay of its rate, accumulation, clipping, evaluation, saves.
 
 Everything that happens is a line in ``log.jsonl``. What ends a run early leaves its last good state in a checkpoint: a signal, too many
 steps without a finite gradient, no memory for a step. Next file: ``report/page.py``.
@@ -98,6 +98,7 @@ def train(
             claim(Path(folder), resume, overwrite)
         named = check_parameters(model)
         check_examples(model, examples, pad_id)
+        config = config.for_examples(len(examples))
         if evaluation:
             check_examples(model, evaluation, pad_id, "evaluation")
         if config.offload != "none":

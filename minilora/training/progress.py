@@ -39,6 +39,12 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def begin(self, steps: int) -> None:
+        """The run will have so many steps."""
+        self.steps = steps
+        if self._bar is not None:
+            self._bar.update(self._task, total=steps)
+
     def watch(self, record: dict[str, Any]) -> None:
         """Show one record of ``train``."""
         if "eval_loss" in record:

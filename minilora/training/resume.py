@@ -33,6 +33,7 @@ from minilora.training.lock import refuse_held
 from minilora.training.optim_state import form_of, put_state, state_form
 from minilora.training.processes import ALONE, Processes
 from minilora.training.profile import TRACE_FILE
+from minilora.training.settings import SINCE
 
 __all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
 
@@ -162,6 +163,7 @@ def _hash(examples: Sequence[Encoded]) -> str:
 
 def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
     then, where = checkpoint.meaning, checkpoint.path
+    then = then | {"training": SINCE | then["training"]}
     for part, words in (("training", "schedule"), ("adapter", "adapter"), ("data", "data set")):
         keys = sorted(now[part].keys() | then[part].keys())
         if changed := [key for key in keys if _text(now[part].get(key)) != _text(then[part].get(key))]:

@@ -5,31 +5,44 @@ The texts under ``Args``, one line a field, are also what ``minilora train --hel
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from minilora.errors import ConfigError
 from minilora.files import validate
 
-__all__ = ["OFFLOAD_CHOICES", "OPTIMIZERS", "PACK_CHOICES", "SCHEDULE", "TrainConfig"]
+__all__ = ["OFFLOAD_CHOICES", "OPTIMIZERS", "PACK_CHOICES", "SCHEDULE", "SCHEDULES", "SINCE", "TrainConfig"]
 
 # The first is the default. What each is stands in ``training/optim.py``.
 OPTIMIZERS = ("adamw", "adamw8", "adamw8bit_bnb", "paged_adamw8bit", "paged_adamw32bit")
+
+# The first is the default. What each is stands in ``training/schedule.py``.
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 SCHEDULE = (
     "steps",
     "optimizer",
     "lr",
+    "schedule",
     "warmup",
+    "decay",
+    "min_lr_ratio",
     "weight_decay",
     "clip",
     "seed",
     "compile",
 )  # fields that, with the examples a step, make a run
 
+# What a run did whose checkpoint does not say it yet.
+SINCE = {"schedule": "cosine", "decay": 0.2, "min_lr_ratio": 0.0}
+
 PACK_CHOICES = ("auto", "on", "off")
 OFFLOAD_CHOICES = ("none", "activations")
 _MOST = 2**63 - 1  # what torch takes as a seed
+_STEPS = 60
+_MOST_STEPS = 10**12
+_MOST_EPOCHS = 1e9
 
 
 @dataclass(frozen=True)
@@ -38,10 +51,15 @@ class TrainConfig:
 
     Args:
         steps: length of the run, in optimizer steps.
+        epochs: length of the run in passes over the training examples, a number > 0, instead of ``steps``.
         batch_size: examples of a micro-batch, packed or not.
         accumulate: micro-batches of an optimizer step, of all processes together.
         lr: peak learning rate, a number in (0, 1); LoRA wants about ten times that of full fine-tuning.
-        warmup: share of the steps over which the rate rises, in [0, 1).
+        schedule: how the rate goes after the warm-up: "cosine" and "linear" fall to the end, "constant" stays, "wsd" stays and falls over
+            its last part (``decay``).
+        warmup: steps over which the rate rises: a share of all steps in [0, 1), or a whole number >= 1 of them.
+        decay: of "wsd", the steps over which the rate falls at the end: a share in [0, 1), or a whole number >= 1.
+        min_lr_ratio: share of ``lr`` that the rate falls to, in [0, 1).
         weight_decay: AdamW's, a number in [0, 1).
         optimizer: AdamW, or with its state in 8 bits (adamw8): 2 bytes a trained number, not 8; the last three are bitsandbytes'.
         clip: largest norm of the gradient; 0 turns clipping off.
@@ -61,11 +79,15 @@ class TrainConfig:
         ConfigError: a value that cannot be meant, by name.
     """
 
-    steps: int = 60
+    steps: int = _STEPS
+    epochs: float | None = None
     batch_size: int = 4
     accumulate: int = 1
     lr: float = 1e-3
+    schedule: str = SCHEDULES[0]
     warmup: float = 0.1
+    decay: float = 0.2
+    min_lr_ratio: float = 0.0
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     clip: float = 1.0
@@ -93,9 +115,9 @@ class TrainConfig:
         least |= {"keep_checkpoints": 1, "max_skipped": 1}
         for name, smallest in least.items():
             validate.whole(name, getattr(self, name), smallest, _MOST)
-        for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
-            validate.number(name, getattr(self, name), low, high)
-        for name, choices in (("pack", PACK_CHOICES), ("offload", OFFLOAD_CHOICES), ("optimizer", OPTIMIZERS)):
+        self._check_numbers()
+        choices_of = {"pack": PACK_CHOICES, "offload": OFFLOAD_CHOICES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
         for name in ("gradient_checkpointing", "compile"):
@@ -104,3 +126,62 @@ class TrainConfig:
             raise ConfigError("offload='activations': it moves what gradient_checkpointing keeps; set that as well")
         if self.lr == 0:
             raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
+        self._check_rates()
+
+    def _check_numbers(self) -> None:
+        """Numbers in their one form, so that 0 and 0.0 are the same run."""
+        for name, high in (("lr", 1), ("weight_decay", 1), ("clip", math.inf), ("min_lr_ratio", 1)):
+            validate.number(name, getattr(self, name), 0, high)
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("warmup", "decay"):
+            object.__setattr__(self, name, _part(name, getattr(self, name)))
+        if self.epochs is not None:
+            validate.number("epochs", self.epochs, 0, _MOST_EPOCHS)
+            if self.epochs == 0:
+                raise ConfigError("epochs=0: nothing would be learnt; wanted a number > 0")
+            if self.steps != _STEPS:
+                raise ConfigError(
+                    f"steps={self.steps} and epochs={self.epochs}: both say how long the run is; give one"
+                )
+
+    def _check_rates(self) -> None:
+        """What the settings of the rate mean together."""
+        if self.schedule != "wsd" and self.decay != SINCE["decay"]:
+            raise ConfigError(
+                f"decay={self.decay}: belongs to schedule='wsd', not to {self.schedule!r}; drop one of them"
+            )
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ConfigError(
+                f"min_lr_ratio={self.min_lr_ratio}: with schedule='constant' the rate does not fall; drop it"
+            )
+        rise, fall = (self.steps_of(name) for name in ("warmup", "decay"))
+        parts = {"warmup": rise} | ({"decay": fall} if self.schedule == "wsd" else {})
+        if self.epochs is None and sum(parts.values()) > max(self.steps, len(parts)):
+            said = " and ".join(f"{name}={getattr(self, name)}" for name in parts)
+            raise ConfigError(
+                f"{said}: {sum(parts.values())} steps, and the run has {self.steps}; give less, or shares of the steps"
+            )
+
+    def steps_of(self, name: str) -> int:
+        """The steps of ``warmup`` or ``decay``, at least 1."""
+        part = getattr(self, name)
+        return part if isinstance(part, int) else max(1, round(part * self.steps))
+
+    def for_examples(self, count: int) -> TrainConfig:
+        """The same with ``steps`` for ``epochs`` of so many examples; the last step is a whole one. Raises ``ConfigError`` as ever."""
+        if self.epochs is None:
+            return self
+        wanted = round(self.epochs * count / (self.batch_size * self.accumulate), 6)  # 0.1 * 30 is more than 3
+        return dataclasses.replace(self, epochs=None, steps=max(1, math.ceil(wanted)))
+
+
+def _part(name: str, value: object) -> int | float:
+    """Steps as a whole number, or a share of all steps. Raises ``ConfigError``."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 <= value < 1:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    if is_number and 1 <= value <= _MOST_STEPS and value == int(value):  # type: ignore[operator, call-overload]
+        return int(value)  # type: ignore[call-overload]
+    raise ConfigError(
+        f"{name}={validate.shown(value)}: wanted a share of the steps in [0, 1), such as 0.1, or a whole number of them, such as 20"
+    )

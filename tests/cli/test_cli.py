@@ -27,7 +27,7 @@ from minilora.training.loop import TrainConfig
 from minilora.training.progress import Progress
 
 transformers = pytest.importorskip("transformers")
-from minilora.hf import finetune  # noqa: E402
+from minilora.job import finetune  # noqa: E402
 
 LEARNT = {"hi": "yo", "1 < 2?": "true", "who?": "me", "where?": "here"}
 PROMPTS = list(LEARNT)[:2]
@@ -245,7 +245,10 @@ BAD_VALUES = [
     ("--lr", "0", "lr=0: nothing would change; 1e-3"),
     ("--lr", "1", "lr=1.0: wanted a number in [0, 1)"),
     ("--lr", "nan", "lr=nan: wanted"),
-    ("--warmup", "1", "warmup=1.0: wanted"),
+    ("--warmup", "1.5", "warmup=1.5: wanted"),
+    ("--min-lr-ratio", "1", "min_lr_ratio=1.0: wanted"),
+    ("--decay", "0.3", "decay=0.3: belongs to"),
+    ("--epochs", "0", "epochs=0: nothing"),
     ("--weight-decay", "-1", "weight_decay=-1.0: wanted"),
     ("--clip", "-1", "clip=-1.0: wanted"),
     ("--seed", "-1", "seed=-1: wanted"),
@@ -374,7 +377,11 @@ SETTINGS = {
     "batch_size": 5,
     "accumulate": 2,
     "lr": 0.003,
+    "schedule": "wsd",
     "warmup": 0.2,
+    "decay": 3,
+    "min_lr_ratio": 0.1,
+    "epochs": 2.5,
     "weight_decay": 0.01,
     "optimizer": "adamw8",
     "clip": 0.5,
@@ -388,6 +395,10 @@ SETTINGS = {
     "compile": True,
     "gradient_checkpointing": True,
 }
+
+
+GOES_WITH = {"offload": ["--gradient-checkpointing"], "decay": ["--schedule", "wsd"]}  # which these are about
+INSTEAD = {"epochs"}  # of another setting, which is there
 
 
 def as_flags(name, value):
@@ -411,7 +422,7 @@ def setting(job, name):
 def test_every_setting_arrives(job, tmp_path, name, by):
     (tmp_path / "job.toml").write_text(as_toml(name, SETTINGS[name]))
     more = as_flags(name, SETTINGS[name]) if by == "flag" else ["--config", str(tmp_path / "job.toml")]
-    with_it = ["--gradient-checkpointing"] if name == "offload" else []  # which it is about
+    with_it = GOES_WITH.get(name, [])
     asked, plain = job(*BASIC, *with_it, *more), job(*BASIC, *with_it)
     assert setting(asked, name) == SETTINGS[name] != setting(plain, name)
     for other in SETTINGS.keys() - {name}:
@@ -424,15 +435,32 @@ def test_no_setting_is_forgotten_here():
 
 
 def test_toml_may_hold_everything_and_a_flag_wins(job, tmp_path):
-    text = "".join(as_toml(name, value) for name, value in SETTINGS.items())
+    every = {name: value for name, value in SETTINGS.items() if name not in INSTEAD}
+    text = "".join(as_toml(name, value) for name, value in every.items())
     (tmp_path / "job.toml").write_text('model = "m"\ndata = "d.jsonl"\nout = "o"\n# Grüße\n' + text, encoding="utf-8")
     whole = job("--config", str(tmp_path / "job.toml"))
-    assert {name: setting(whole, name) for name in SETTINGS} == SETTINGS
-    flags = ["--steps", "1", "--no-use-rslora", "--double-quant", "--out", "elsewhere", "--lr", "0.5", "--prompts", "x"]
+    assert {name: setting(whole, name) for name in every} == every
+    flags = ["--steps", "12", "--no-use-rslora", "--double-quant", "--out", "elsewhere", "--lr", "0.5", "--prompts", "x"]
     other = job("--config", str(tmp_path / "job.toml"), *flags)
-    changed = {"steps": 1, "use_rslora": False, "double_quant": True, "lr": 0.5, "prompts": ["x"]}
+    changed = {"steps": 12, "use_rslora": False, "double_quant": True, "lr": 0.5, "prompts": ["x"]}
     assert other.out == "elsewhere" and other.model == "m"
-    assert {name: setting(other, name) for name in SETTINGS} == SETTINGS | changed
+    assert {name: setting(other, name) for name in every} == every | changed
+
+
+def test_a_run_is_as_long_as_is_said_once(job, tmp_path, capsys):
+    (tmp_path / "job.toml").write_text("steps = 9\n")
+    config = ["--config", str(tmp_path / "job.toml")]
+    assert job(*BASIC, *config, "--epochs", "2").training == TrainConfig(epochs=2)
+    (tmp_path / "job.toml").write_text("epochs = 3\n")
+    assert job(*BASIC, *config, "--steps", "9").training == TrainConfig(steps=9)
+    for more in (["--steps", "60", "--epochs", "1"], [*config, "--steps", "60", "--epochs", "1"]):
+        assert refused(capsys, "train", *BASIC, *more).startswith("--steps and --epochs both say how long the run is")
+
+
+def test_epochs_become_steps_when_the_examples_are_known(model_folder, data_file, tmp_path):
+    code, text = run_train(model_folder, data_file, tmp_path, "--epochs", "3", "--batch-size", "2")
+    assert code == 0 and "4 to learn from, 2 a step: 6 steps are 3.0 epochs" in text and "step 6/6" in text
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
 
 
 @pytest.mark.parametrize(

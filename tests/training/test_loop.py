@@ -85,7 +85,8 @@ BAD_FIELDS = [
         ("steps", "batch_size", "accumulate", "keep_checkpoints", "max_skipped"), (0, -1, 2.0, "3", None, True)
     ),
     *itertools.product(("seed", "eval_every", "save_every", "profile"), (-1, 1.5, "0", None, False)),
-    *itertools.product(("lr", "warmup", "weight_decay"), (-1e-9, 1, 1.0, math.nan, math.inf, "0.1", None, True)),
+    *itertools.product(("lr", "min_lr_ratio", "weight_decay"), (-1e-9, 1, 1.0, math.nan, math.inf, "0.1", None, True)),
+    *itertools.product(("warmup", "decay"), (-1e-9, 1.5, math.nan, math.inf, "0.1", None, True)),
     *itertools.product(("clip",), (-0.1, math.nan, math.inf, "1", None, True)),
     ("lr", 0),
     ("lr", 0.0),

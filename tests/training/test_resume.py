@@ -23,8 +23,10 @@ from minilora import LoraConfig, QuantConfig, inject, quantize_model
 from minilora.data.encoding import Encoded
 from minilora.data.tokens import IGNORED
 from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError, StateError, WriteError
+from minilora.training.checkpoint import _state_bytes
 from minilora.training.loop import TrainConfig, train
 from minilora.training.resume import newest
+from minilora.training.settings import SCHEDULE, SINCE
 from tests.models import Words
 
 PAD = 40
@@ -279,6 +281,8 @@ OTHERS = {
     "steps": (another(steps=10), "another schedule: steps is 10, in the checkpoint 9"),
     "lr": (another(lr=0.03), "another schedule: lr is 0.03, in the checkpoint 0.02"),
     "warmup": (another(warmup=0.0), "another schedule: warmup is"),
+    "schedule": (another(schedule="linear"), "another schedule: schedule is linear, in the checkpoint cosine"),
+    "least rate": (another(min_lr_ratio=0.1), "another schedule: min_lr_ratio is 0.1, in the checkpoint 0.0"),
     "weight_decay": (another(weight_decay=0.0), "another schedule: weight_decay is"),
     "clip": (another(clip=0.5), "another schedule: clip is"),
     "seed": (another(seed=4), "another schedule: seed is 4"),
@@ -308,6 +312,35 @@ def test_another_run_is_refused_by_name(whole, tmp_path, snapshot, name):
     assert str(caught.value).startswith(f"{tmp_path / 'checkpoint-5'}: {words}") and "--overwrite" in str(caught.value)
     assert snapshot(given["model"]) == before
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def without(place, names):
+    """The checkpoint as an older minilora wrote it, which did not know these settings."""
+    file = place / "training.json"
+    content = json.loads(file.read_text())
+    for name in names:
+        del content["meaning"]["training"][name]
+    file.write_bytes(_state_bytes(content))
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_goes_on(whole, tmp_path):
+    as_if_killed_after(5, whole[0], tmp_path)
+    without(tmp_path / "checkpoint-5", SINCE)
+    with pytest.raises(CheckpointError, match="schedule is wsd, in the checkpoint cosine"):
+        run(fresh(), tmp_path, evaluation=EXAMPLES[:2], resume=True, schedule="wsd")
+    run(fresh(seed=8), tmp_path, evaluation=EXAMPLES[:2], resume=True)
+    assert files_of(tmp_path) == files_of(whole[0])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"schedule": "wsd", "decay": 3}, {"schedule": "linear", "warmup": 2}, {"epochs": 5}]
+)
+def test_every_schedule_goes_on_to_the_same_bits(tmp_path, fields):
+    fields |= {"steps": TrainConfig().steps} if "epochs" in fields else {}
+    run(fresh(), tmp_path / "whole", save_every=1, keep_checkpoints=99, **fields)
+    as_if_killed_after(4, tmp_path / "whole", tmp_path / "half")
+    run(fresh(seed=8), tmp_path / "half", resume=True, **fields)
+    assert files_of(tmp_path / "half") == files_of(tmp_path / "whole")
 
 
 def test_an_adapter_in_another_dtype_is_refused_by_its_tensor(whole, tmp_path):
@@ -643,7 +676,7 @@ def test_a_norm_that_overflows_is_skipped(tmp_path):
 def test_the_settings_of_a_checkpoint_are_all_named_somewhere():
     """A field that is added to the config is either part of what makes a run, or said here to change none of its bits."""
     no_matter = {"eval_every", "save_every", "keep_checkpoints", "max_skipped", "profile", "offload"}
-    compared = {*loop.SCHEDULE, "batch_size", "accumulate", "gradient_checkpointing", "pack"}
+    compared = {*SCHEDULE, "epochs", "batch_size", "accumulate", "gradient_checkpointing", "pack"}
     assert {field.name for field in dataclasses.fields(TrainConfig)} == no_matter | compared
 
 
