@@ -139,6 +139,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "sharding",
             "rows",
             "together",
+            "best",
             "run_folder",
             "progress",
         ],

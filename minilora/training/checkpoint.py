@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ _PURPOSES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was read and verified: ``step`` steps are done; ``meaning`` as ``resume.meaning``; ``owner``: the process that has it."""
+    """One that was read and verified: ``step`` steps are done; ``meaning`` as ``resume.meaning``; ``owner``: the process that has it.
+
+    ``evaluations``: those up to here, as ``best.Evaluation``, of a run that asks for them.
+    """
 
     path: Path
     step: int
@@ -63,6 +67,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     owner: int = 0
+    evaluations: Sequence[Sequence[Any]] = ()
 
 
 def save_checkpoint(
@@ -75,8 +80,12 @@ def save_checkpoint(
     meaning: Mapping[str, Any],
     keep: int,
     base: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Any] | None = None,
+    spare: int = 0,
 ) -> Path:
-    """Write ``checkpoint-<step>`` in one step, and then remove all but the ``keep`` newest. ``base`` is as for ``adapter_files``.
+    """Write ``checkpoint-<step>`` in one step, and then remove all but the ``keep`` newest and that of step ``spare``.
+
+    ``base`` is as for ``adapter_files``; ``evaluations`` as in ``Checkpoint``, None for a run that does not ask for them.
 
     Raises:
         StateError: a tensor is not finite; nothing is written. WriteError: the system does not let us.
@@ -85,21 +94,23 @@ def save_checkpoint(
     refuse_nonfinite(tensors.items(), "a checkpoint")
     files = {**adapter_files(model, name, base=base), OPTIMIZER_FILE: tensor_bytes(tensors, {})}
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in sorted(files.items())}
-    state = _state_bytes({"version": 1, "step": step, "meaning": meaning, "files": hashes})
+    content = {"version": 1, "step": step, "meaning": meaning, "files": hashes}
+    state = _state_bytes(content | ({} if evaluations is None else {"evaluations": evaluations}))
     place = folder / f"checkpoint-{step}"
     write_files(place, {**files, STATE_FILE: state})
-    prune(folder, keep)
+    prune(folder, keep, spare)
     return place
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and what a kill left of this."""
-    remove(folder, own_checkpoints(folder)[keep:])
+def prune(folder: Path, keep: int, spare: int = 0) -> None:
+    """Remove all but the newest checkpoints and that of step ``spare``, and what a kill left of this."""
+    remove(folder, [name for name in own_checkpoints(folder)[keep:] if name != f"checkpoint-{spare}"])
 
 
 def _state_bytes(content: Mapping[str, Any]) -> bytes:
     """The one form of a state, its own hash in it: any other bytes are damage."""
     body = {key: content[key] for key in ("version", "step", "meaning", "files")}
+    body |= {key: content[key] for key in ("evaluations",) if key in content}
     own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**body, "sha256": own}, indent=1, sort_keys=True) + "\n").encode()
 
@@ -121,7 +132,7 @@ def parse_checkpoint(files: Mapping[str, bytearray], place: Path, step: int) -> 
         good = (
             _state_bytes(state) == files[STATE_FILE] and _is_int(state["version"], 1) and _is_int(state["step"], step)
         )
-        good = good and _is_meaning(state["meaning"])
+        good = good and _is_meaning(state["meaning"]) and _are_evaluations(state.get("evaluations", []), step)
         hashes = dict(state["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
         good, hashes = False, {}
@@ -140,7 +151,7 @@ def parse_checkpoint(files: Mapping[str, bytearray], place: Path, step: int) -> 
                 f"{place / file}: {bad[:200]} holds what no run leaves (NaN, infinity, a negative second moment, a step that was not "
                 "done); copy the folder again"
             )
-    return Checkpoint(place, step, state["meaning"], weights, optimizer)
+    return Checkpoint(place, step, state["meaning"], weights, optimizer, evaluations=state.get("evaluations", ()))
 
 
 def _is_int(value: Any, wanted: int) -> bool:
@@ -156,6 +167,18 @@ def _is_meaning(value: Any) -> bool:
         and all(isinstance(value[part], dict) for part in _MEANING)
         and is_fingerprint(value["base"])
     )
+
+
+def _are_evaluations(value: Any, step: int) -> bool:
+    """Whether a JSON value is a list of ``best.Evaluation`` in order, none after ``step``."""
+    last = 0
+    for number, loss, good in value:
+        if not (type(number) is int and type(good) is int and last < number <= step and 0 < good <= number):
+            return False
+        if not (loss is None or (type(loss) is float and math.isfinite(loss))):
+            return False
+        last = number
+    return isinstance(value, list)
 
 
 def _is_likely(key: str, tensor: Tensor, step: int) -> bool:

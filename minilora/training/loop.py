@@ -24,6 +24,7 @@ from minilora.lora.bare import Around
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.save import file_base
+from minilora.training.best import Best, refuse_without_evaluations
 from minilora.training.check import refuse_dead
 from minilora.training.compiling import as_written, compiled, refuse_without_compiler
 from minilora.training.flops import flops_a_token, peak_flops
@@ -101,6 +102,7 @@ def train(
         config = config.for_examples(len(examples))
         if evaluation:
             check_examples(model, evaluation, pad_id, "evaluation")
+        refuse_without_evaluations(config, evaluation)
         if config.offload != "none":
             refuse_offload(model)
         if config.compile:
@@ -165,7 +167,8 @@ class _Run:
         command = repr((config, self.pad_id, self.shard, self.sample is None))
         refuse_different(processes, means, command, self.model, adapter)
         whose = (self.model, adapter, self.named, self.optimizer, means, config.keep_checkpoints)
-        self.here = RunFolder(self.folder, *whose, processes, self.say, self.watch, base)
+        self.best = Best(config)
+        self.here = RunFolder(self.folder, *whose, self.best, processes, self.say, self.watch, base)
         if not processes.is_exact(config.accumulate):
             self.say(
                 f"{config.accumulate} micro-batches over {processes.size} processes have no fixed order: the last bits depend on the "
@@ -176,6 +179,8 @@ class _Run:
         """As ``resume.meaning``."""
         config = self.config
         schedule = {name: getattr(config, name) for name in SCHEDULE}
+        if config.patience or config.keep_best:
+            schedule["eval_every"] = config.eval_every
         schedule["examples a step"] = config.batch_size * config.accumulate
         data = {"training data": self.examples, "evaluation data": self.evaluation}
         bits: dict[str, Any] = {
@@ -203,21 +208,30 @@ class _Run:
         """Step by step to the end, or until a signal."""
         config, here = self.config, self.here
         self.model.train()
-        if self.evaluation and not here.step:
-            self.in_memory(self.assess)
+        if self.due() and not any("eval_loss" in record for record in here.records if record["step"] == here.step):
+            self.in_memory(self.assess)  # of the start; or the run was ended in the middle of this evaluation
         self.processes.prepare(lambda: wish.signal is not None, here.save)
-        while here.step < config.steps:
+        while here.step < config.steps and not self.best.over:
             wish.signal = next(filter(None, self.processes.share(wish.signal)), None)  # all leave after the same step
             if wish.signal is not None:
                 self.leave(wish)
             with self.profile.step(here.step + 1):
                 self.in_memory(self.advance)
-            last = here.step == config.steps
-            if self.evaluation and (last or (config.eval_every and here.step % config.eval_every == 0)):
+            if self.due():
                 self.in_memory(self.assess)
             if config.save_every and here.step % config.save_every == 0 and here.good == here.step:
                 here.refuse_apart()
                 here.save()
+        if self.best.over and here.step < config.steps:
+            self.say(
+                f"stopped after step {here.step} of {config.steps}: {config.patience} evaluations without a lower loss"
+            )
+
+    def due(self) -> bool:
+        """Whether the model is evaluated after the step that it is at: before the first, every ``eval_every``, after the last."""
+        step, every = self.here.step, self.config.eval_every
+        regular = every > 0 and step % every == 0
+        return bool(self.evaluation) and (step in (0, self.config.steps) or regular)
 
     def assess(self) -> None:
         rest = (self.config.batch_size, self.pad_id, self.processes, self.shard, self.tensors)
@@ -229,6 +243,9 @@ class _Run:
         if asked:
             record |= dict(zip(("prompt", "answer"), asked, strict=True))
         self.here.log(record)
+        if self.here.good and self.best.note(self.here.step, record["eval_loss"], self.here.good) and self.best.spare:
+            self.here.refuse_apart()
+            self.here.save()
 
     def advance(self) -> None:
         """One step: gradients, a look at them, an update. A step that is not finite changes nothing but its place in the schedule."""

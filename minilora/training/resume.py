@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.data.encoding import Encoded
 from minilora.data.examples import digests
@@ -35,7 +35,7 @@ from minilora.training.processes import ALONE, Processes
 from minilora.training.profile import TRACE_FILE
 from minilora.training.settings import SINCE
 
-__all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
+__all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "put_weights", "refuse_left", "restore"]
 
 LOG_FILE = "log.jsonl"
 # What a run leaves beside its checkpoints.
@@ -292,7 +292,13 @@ def restore(
             f"{checkpoint.path}: {strange[0][:200]} is missing here or there, or of another shape or dtype; load the "
             "model that it was trained on"
         )
-    with torch.no_grad():
-        for key, tensor in checkpoint.weights.items():
-            own[key].copy_(tensor)
+    put_weights(model, name, checkpoint.weights)
     put_state(optimizer, named, checkpoint.optimizer)
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's weights into the adapter that they are of."""
+    own = adapter_state_dict(model, name)
+    for key, tensor in weights.items():
+        own[key].copy_(tensor)

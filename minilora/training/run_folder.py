@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.errors import CheckpointError
 from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.store.save import adapter_files
+from minilora.training.best import Best, fetch
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.processes import Processes
-from minilora.training.resume import LOG_FILE, kept_records, newest, restore
+from minilora.training.resume import LOG_FILE, kept_records, newest, put_weights, restore
 from minilora.training.together import refuse_apart
 
 __all__ = ["RunFolder"]
@@ -35,6 +37,7 @@ class RunFolder:
         keep: newest checkpoints that stay. watch: called with every record. base: what the adapter's file says of the base model, where
             that cannot be read later.
         step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.
+        best: the evaluations so far, and what follows from them.
         whole: whether no change of the weights is half done. records: what was logged. begin: when the run began (``time.monotonic``).
     """
 
@@ -45,6 +48,7 @@ class RunFolder:
     optimizer: torch.optim.Optimizer
     meaning: Mapping[str, Any]
     keep: int
+    best: Best
     processes: Processes
     say: Callable[[str], None]
     watch: Callable[[dict[str, Any]], None] | None
@@ -62,11 +66,14 @@ class RunFolder:
         found = newest(self.path, self.say, processes)
         if found is None:
             return "no checkpoint yet: from the start"
+        self.best.take_up(found.evaluations)
+        if self.best.spare:
+            fetch(self.path, self.best.spare, processes)  # refused now, and not at the end
         restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
         self.step = self.good = self.saved = found.step
         self.records = kept_records(self.path, found.step, processes, found.owner)
         if processes.first:
-            prune(self.path, self.keep)
+            prune(self.path, self.keep, self.best.spare)
         self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
         where = f", which {processes.name(found.owner)} has" if found.owner else ""
         return f"going on after step {found.step}: {found.path}{where}"
@@ -98,7 +105,8 @@ class RunFolder:
         if self.saved != self.good:
             if self.processes.first:
                 state = (self.model, self.adapter, self.named, self.optimizer)
-                save_checkpoint(*state, self.path, self.good, self.meaning, self.keep, self.base)
+                kept = (self.best.up_to(self.good), self.best.spare)
+                save_checkpoint(*state, self.path, self.good, self.meaning, self.keep, self.base, *kept)
             self.saved = self.good
         return f"saved in {self.path / f'checkpoint-{self.good}'}"
 
@@ -112,8 +120,16 @@ class RunFolder:
         refuse_apart(self.processes, self.model, self.adapter, self.step, self.saved)
 
     def finish(self) -> None:
-        """Write the adapter."""
+        """Write the adapter: of the last step, or of the lowest evaluation loss."""
         self.refuse_apart()
+        lowest = self.best.lowest
+        if self.best.spare and lowest is not None and lowest.loss is not None:
+            try:
+                best = fetch(self.path, lowest.good, self.processes)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; the last state: {self.save()}") from None
+            put_weights(self.model, self.adapter, best.weights)
+            self.say(f"the adapter is that of step {lowest.step}, of the lowest evaluation loss: {lowest.loss:.4f}")
         self.model.eval()
         if self.processes.first:
             write_files(self.path, adapter_files(self.model, self.adapter, base=self.base))

@@ -32,10 +32,13 @@ SCHEDULE = (
     "clip",
     "seed",
     "compile",
+    "patience",
+    "min_delta",
+    "keep_best",
 )  # fields that, with the examples a step, make a run
 
 # What a run did whose checkpoint does not say it yet.
-SINCE = {"schedule": "cosine", "decay": 0.2, "min_lr_ratio": 0.0}
+SINCE = {"schedule": "cosine", "decay": 0.2, "min_lr_ratio": 0.0, "patience": 0, "min_delta": 0.0, "keep_best": False}
 
 PACK_CHOICES = ("auto", "on", "off")
 OFFLOAD_CHOICES = ("none", "activations")
@@ -65,6 +68,9 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 turns clipping off.
         seed: whole number that the order of the data, dropout and (in a whole job) the adapter's start follow from.
         eval_every: optimizer steps between evaluations; 0 is before the first and after the last step only.
+        patience: evaluations in a row without a lower loss that end the run; 0 is never. Those after the first step count.
+        min_delta: number of nats a token by which a loss must be lower, for ``patience``.
+        keep_best: end with the adapter of the lowest evaluation loss, not of the last step; its checkpoint stays.
         save_every: optimizer steps between checkpoints; 0 is none.
         keep_checkpoints: newest checkpoints that stay, a whole number >= 1.
         max_skipped: optimizer steps in a row without a finite loss and gradient that end the run.
@@ -93,6 +99,9 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     eval_every: int = 0
+    patience: int = 0
+    min_delta: float = 0.0
+    keep_best: bool = False
     save_every: int = 0
     keep_checkpoints: int = 2
     max_skipped: int = 5
@@ -111,6 +120,7 @@ class TrainConfig:
             "eval_every": 0,
             "save_every": 0,
             "profile": 0,
+            "patience": 0,
         }
         least |= {"keep_checkpoints": 1, "max_skipped": 1}
         for name, smallest in least.items():
@@ -120,17 +130,28 @@ class TrainConfig:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: wanted one of {', '.join(choices)}")
-        for name in ("gradient_checkpointing", "compile"):
+        for name in ("gradient_checkpointing", "compile", "keep_best"):
             validate.flag(name, getattr(self, name))
         if self.offload == "activations" and not self.gradient_checkpointing:
             raise ConfigError("offload='activations': it moves what gradient_checkpointing keeps; set that as well")
         if self.lr == 0:
             raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
         self._check_rates()
+        for name in ("patience", "keep_best"):
+            if getattr(self, name) and not self.eval_every:
+                raise ConfigError(f"{name}: looks at the evaluations in between; set eval_every=10, for example")
+        if self.min_delta and not self.patience:
+            raise ConfigError(f"min_delta={self.min_delta}: belongs to patience; set patience=3, for example")
 
     def _check_numbers(self) -> None:
         """Numbers in their one form, so that 0 and 0.0 are the same run."""
-        for name, high in (("lr", 1), ("weight_decay", 1), ("clip", math.inf), ("min_lr_ratio", 1)):
+        for name, high in (
+            ("lr", 1),
+            ("weight_decay", 1),
+            ("clip", math.inf),
+            ("min_lr_ratio", 1),
+            ("min_delta", math.inf),
+        ):
             validate.number(name, getattr(self, name), 0, high)
             object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("warmup", "decay"):

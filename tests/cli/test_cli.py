@@ -382,6 +382,9 @@ SETTINGS = {
     "decay": 3,
     "min_lr_ratio": 0.1,
     "epochs": 2.5,
+    "patience": 2,
+    "min_delta": 0.01,
+    "keep_best": True,
     "weight_decay": 0.01,
     "optimizer": "adamw8",
     "clip": 0.5,
@@ -397,7 +400,13 @@ SETTINGS = {
 }
 
 
-GOES_WITH = {"offload": ["--gradient-checkpointing"], "decay": ["--schedule", "wsd"]}  # which these are about
+GOES_WITH = {
+    "offload": ["--gradient-checkpointing"],
+    "decay": ["--schedule", "wsd"],
+    "patience": ["--eval-every", "3"],
+    "keep_best": ["--eval-every", "3"],
+    "min_delta": ["--eval-every", "3", "--patience", "2"],
+}  # which these are about
 INSTEAD = {"epochs"}  # of another setting, which is there
 
 
@@ -440,7 +449,18 @@ def test_toml_may_hold_everything_and_a_flag_wins(job, tmp_path):
     (tmp_path / "job.toml").write_text('model = "m"\ndata = "d.jsonl"\nout = "o"\n# Grüße\n' + text, encoding="utf-8")
     whole = job("--config", str(tmp_path / "job.toml"))
     assert {name: setting(whole, name) for name in every} == every
-    flags = ["--steps", "12", "--no-use-rslora", "--double-quant", "--out", "elsewhere", "--lr", "0.5", "--prompts", "x"]
+    flags = [
+        "--steps",
+        "12",
+        "--no-use-rslora",
+        "--double-quant",
+        "--out",
+        "elsewhere",
+        "--lr",
+        "0.5",
+        "--prompts",
+        "x",
+    ]
     other = job("--config", str(tmp_path / "job.toml"), *flags)
     changed = {"steps": 12, "use_rslora": False, "double_quant": True, "lr": 0.5, "prompts": ["x"]}
     assert other.out == "elsewhere" and other.model == "m"

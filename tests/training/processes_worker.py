@@ -29,7 +29,7 @@ from minilora.training.loop import TrainConfig, train
 from minilora.training.processes import Processes, joined
 
 SETTINGS = {"steps": 5, "accumulate": 4, "save_every": 2, "dropout": 0.1, "checkpointing": False, "shard": False,
-            "resume": False, "harm": None, "folders": None, "experts": False}  # fmt: skip
+            "resume": False, "harm": None, "folders": None, "experts": False, "lr": 0.02, "best": False}  # fmt: skip
 
 
 class Block(nn.Module):
@@ -134,8 +134,8 @@ def work(run):
     out, began, data, seed = Path(run["out"]), time.monotonic(), examples(), 5
     folder = Path(run["folders"][rank]) if run["folders"] else out
     config = TrainConfig(
-        run["steps"], 2, run["accumulate"], lr=0.02, save_every=run["save_every"], eval_every=2, seed=1,
-        gradient_checkpointing=run["checkpointing"],
+        run["steps"], 2, run["accumulate"], lr=run["lr"], save_every=run["save_every"], eval_every=2, seed=1,
+        gradient_checkpointing=run["checkpointing"], keep_best=run["best"], patience=3 * run["best"],
     )  # fmt: skip
     said = code = None
     repair = prepare(what, when) if ill else lambda: None

@@ -64,6 +64,7 @@ KINDS = {
     "plain": {},
     "recomputed": {"checkpointing": True},
     "layers that some batches miss": {"experts": True},
+    "the best of a run that stops": {"best": True, "lr": 0.3, "steps": 14, "save_every": 0},
 }
 
 
@@ -94,7 +95,9 @@ def check(place, size, alone, kinds=KINDS):
 
 @needs_gloo
 def test_two_processes_train_the_bits_of_one(tmp_path, alone):
-    check(tmp_path, 2, alone, ["plain"])
+    check(tmp_path, 2, alone, ["plain", "the best of a run that stops"])
+    records = losses(alone["the best of a run that stops"])
+    assert len(records) < 14 + 8 and not (tmp_path / "the best of a run that stops" / "checkpoint-14").exists()
 
 
 @needs_gloo
@@ -102,7 +105,7 @@ def test_two_processes_train_the_bits_of_one(tmp_path, alone):
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_kinds_of_runs_of_more_processes_train_the_bits_of_one(tmp_path, alone, size):
     check(tmp_path, size, alone)
-    assert len({adapter(alone[name]) for name in KINDS}) == 2  # recomputing changes nothing, other layers do
+    assert len({adapter(alone[name]) for name in KINDS}) == 3  # recomputing changes nothing, other layers do
 
 
 @needs_gloo

@@ -283,6 +283,7 @@ OTHERS = {
     "warmup": (another(warmup=0.0), "another schedule: warmup is"),
     "schedule": (another(schedule="linear"), "another schedule: schedule is linear, in the checkpoint cosine"),
     "least rate": (another(min_lr_ratio=0.1), "another schedule: min_lr_ratio is 0.1, in the checkpoint 0.0"),
+    "keep best": (another(keep_best=True, eval_every=2), "another schedule: eval_every is 2, in the checkpoint None"),
     "weight_decay": (another(weight_decay=0.0), "another schedule: weight_decay is"),
     "clip": (another(clip=0.5), "another schedule: clip is"),
     "seed": (another(seed=4), "another schedule: seed is 4"),
