@@ -208,7 +208,7 @@ class _Run:
         """Step by step to the end, or until a signal."""
         config, here = self.config, self.here
         self.model.train()
-        if self.due() and not any("eval_loss" in record for record in here.records if record["step"] == here.step):
+        if self.due() and not self.assessed():
             self.in_memory(self.assess)  # of the start; or the run was ended in the middle of this evaluation
         self.processes.prepare(lambda: wish.signal is not None, here.save)
         while here.step < config.steps and not self.best.over:
@@ -232,6 +232,13 @@ class _Run:
         step, every = self.here.step, self.config.eval_every
         regular = every > 0 and step % every == 0
         return bool(self.evaluation) and (step in (0, self.config.steps) or regular)
+
+    def assessed(self) -> bool:
+        """Whether the evaluation of this step is known: to the checkpoint of a run that asks for it, or to the log."""
+        step = self.here.step
+        if step and self.best.up_to(step) is not None:
+            return any(one.step == step for one in self.best.seen)
+        return any("eval_loss" in record for record in self.here.records if record["step"] == step)
 
     def assess(self) -> None:
         rest = (self.config.batch_size, self.pad_id, self.processes, self.shard, self.tensors)

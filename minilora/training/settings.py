@@ -86,22 +86,15 @@ class TrainConfig:
     """
 
     steps: int = _STEPS
-    epochs: float | None = None
     batch_size: int = 4
     accumulate: int = 1
     lr: float = 1e-3
-    schedule: str = SCHEDULES[0]
     warmup: float = 0.1
-    decay: float = 0.2
-    min_lr_ratio: float = 0.0
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     clip: float = 1.0
     seed: int = 0
     eval_every: int = 0
-    patience: int = 0
-    min_delta: float = 0.0
-    keep_best: bool = False
     save_every: int = 0
     keep_checkpoints: int = 2
     max_skipped: int = 5
@@ -110,6 +103,13 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     offload: str = "none"
     compile: bool = False
+    epochs: float | None = None
+    schedule: str = SCHEDULES[0]
+    decay: float = 0.2
+    min_lr_ratio: float = 0.0
+    patience: int = 0
+    min_delta: float = 0.0
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         least = {
