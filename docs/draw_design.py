@@ -114,6 +114,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "packed",
             "settings",
             "schedule",
+            "optim_choice",
             "optim",
             "optim_adamw8",
             "optim_bnb",
@@ -185,7 +186,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "examples", "outcome", "described"],
+        ["finetune", "settings", "examples", "start", "outcome", "described"],
     ),
     ("cli", "the commands of minilora", []),
 ]

@@ -11,17 +11,22 @@ import re
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
+
+from minilora.cli.kinds import GATHERED, Gather, Numbers, NumbersOrTable, Table, Word, word
 
 __all__ = ["Flag", "add_flags", "fields_of", "flag_of"]
 
 # What stands for a value in the help, where the kind of it (N, X, TEXT) would say too little.
 _METAVARS = {
     "model": "NAME", "target": "PROGRAM", "bias": "WORD", "scale": "WORD", "expect_sha256": "DIGEST",
-    "data": "FILE", "config": "FILE", "calibration": "FILE", "html": "FILE", "out": "FOLDER", "adapter": "FOLDER",
+    "data": "FILE", "config": "FILE", "calibration": "FILE", "html": "FILE", "out": "FOLDER", "adapter": "FOLDER", "init_from": "FOLDER",
     "target_modules": "LAYER", "exclude_modules": "LAYER", "modules_to_save": "MODULE",
 }  # fmt: skip
-_KINDS = {int: "N", float: "X"}
+_KINDS = {int: "N", float: "X", Numbers: "N", Table: "NAME=VALUE", NumbersOrTable: "N", Word: "WORD"}
+
+
+_NONE = type(None)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Flag:
 
     Args:
         name: the attribute of the parsed arguments, and the key in TOML.
-        kind: bool, int, float, str, or list for several texts.
+        kind: bool, int, float, str, list for several texts, or one of ``cli/kinds.py``.
         default: what holds if the flag is not given.
         about: what it means, with its unit.
         choices: the words that it may be, for the help alone.
@@ -56,7 +61,8 @@ class Flag:
     @property
     def help(self) -> str:
         """The text with choices and default."""
-        default = "required" if self.required else f"default: {_shown(self.default)}"
+        said = str(self.default).lower() if self.kind is Word else _shown(self.default)
+        default = "required" if self.required else f"default: {said}"
         choices = f"{', '.join(self.choices)}; " if self.choices else ""
         return f"{self.about} ({choices}{default})".replace("%", "%%")
 
@@ -71,7 +77,7 @@ def _shown(default: Any) -> str:
         return "on" if default else "off"
     if isinstance(default, (list, tuple)):
         return " ".join(default) or "none"
-    return "none" if default is None else str(default)
+    return "none" if default is None or default == {} else str(default) or '""'
 
 
 def add_flags(parser: argparse.ArgumentParser, group: str, flags: Iterable[Flag], unset: bool = False) -> None:
@@ -89,7 +95,12 @@ def add_flags(parser: argparse.ArgumentParser, group: str, flags: Iterable[Flag]
         else:
             metavar = _METAVARS.get(flag.name) or ("WORD" if flag.choices else _KINDS.get(flag.kind, "TEXT"))
             options |= {"metavar": metavar, "required": flag.required and not unset}
-            options |= {"nargs": "+"} if flag.kind is list else {"type": flag.check or flag.kind}
+            if flag.kind in GATHERED:
+                options |= {"nargs": "+", "action": Gather, "kind": flag.kind}
+            elif flag.kind is list:
+                options |= {"nargs": "+"}
+            else:
+                options |= {"type": flag.check or (word if flag.kind is Word else flag.kind)}
         action = target.add_argument(flag.flag, **options)
         action.help = flag.help  # not before: some versions of argparse would add the default of a switch to it
 
@@ -105,7 +116,8 @@ def fields_of(cls: type, names: Iterable[str] | None = None, **changed: Any) -> 
     flags = {}
     for entry in dataclasses.fields(cls):
         kind = _kind_of(hints[entry.name])
-        default = changed.get(entry.name, entry.default)
+        made = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        default = changed.get(entry.name, made)
         required = default is dataclasses.MISSING
         if kind is not None:
             about = abouts.get(entry.name, "")
@@ -114,11 +126,18 @@ def fields_of(cls: type, names: Iterable[str] | None = None, **changed: Any) -> 
 
 
 def _kind_of(hint: Any) -> type | None:
-    """How a field is given: a bool, number or text, a list for what takes several names, None for what is no flag (a config)."""
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """How a field is given, by its type; None for what is no flag: a config of its own, or what may be nothing but None."""
+    kinds = [kind for kind in (get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if kind is not _NONE]
+    whole = any(get_origin(kind) is not dict and get_args(kind) == (int,) for kind in kinds)
+    if any(get_origin(kind) is dict for kind in kinds):
+        return NumbersOrTable if whole else Table
     if any(dataclasses.is_dataclass(kind) for kind in kinds):
-        return None
-    return next((kind for kind in (bool, float, int) if kind in kinds), str if kinds == (str,) else list)
+        return Table if isinstance(hint, types.UnionType) else None
+    if whole:
+        return Numbers
+    if not kinds or {bool, str} <= set(kinds):
+        return Word if kinds else None
+    return next((kind for kind in (bool, float, int) if kind in kinds), str if kinds == [str] else list)
 
 
 _ENTRY = re.compile(r"^ {8}(\w+(?:, \w+)*): (.+(?:\n {9,}\S.*)*)", re.M)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
+from minilora.cli.kinds import fits
 from minilora.cli.spelling import closest
 from minilora.errors import ConfigError
 from minilora.files import disk
@@ -36,7 +37,8 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {closest(name, known)}")
         if not (_is_kind(value, known[name]) or (name in REGEX_FLAGS and isinstance(value, str))):
-            raise ConfigError(f"{path}: {name} = {shown(value)}; wanted {_KIND_WORDS[known[name]]}")
+            wanted = _KIND_WORDS.get(known[name]) or fits(value, known[name])
+            raise ConfigError(f"{path}: {name} = {shown(value)}; wanted {wanted}")
     return content
 
 
@@ -63,4 +65,6 @@ def _is_kind(value: Any, kind: type) -> bool:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind not in _KIND_WORDS:
+        return not fits(value, kind)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 from typing import Any
 
-from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.flags import Flag, add_flags
 from minilora.cli.jobs import run_job
+from minilora.cli.settings import LORA_FLAGS, groups, settings
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
-from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
 from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
-from minilora.training.settings import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, SCHEDULES, TrainConfig
+from minilora.training.settings import TrainConfig
 
 USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\
@@ -21,50 +21,13 @@ EXAMPLES = """\
   minilora train --model ./llama --data chats.jsonl --out runs/long --batch-size 1 --accumulate 16 --save-every 50 --resume
   minilora train --config job.toml --lr 2e-4"""
 
-_LORA_FLAGS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "lora_dropout",
-    "bias",
-    "use_rslora",
-    "modules_to_save",
-)
-# What is in no other group is "training".
-_GROUPS = {
-    "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "shard", "trust_remote_code"),
-    "data": ("data", "max_length", "eval_share", "date"),
-    "adapter": _LORA_FLAGS,
-    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "prompts", "max_new_tokens"),
-}
-_CHOICES = {
-    "quant": QUANT_CHOICES,
-    "dtype": DTYPE_CHOICES,
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "pack": PACK_CHOICES,
-    "offload": OFFLOAD_CHOICES,
-}
-
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora train`` takes."""
     config = "TOML file with flags as keys (lora_alpha = 16); a flag on the command line wins"
     add_flags(parser, "options", [Flag("config", str, None, config)])
-    every = settings()
-    grouped = {name for names in _GROUPS.values() for name in names}
-    training = tuple(name for name in every if name not in grouped)
-    for group in ("model", "data", "adapter", "training", "output"):
-        names = _GROUPS.get(group, training)
-        add_flags(parser, group, [every[name] for name in names], unset=True)
-
-
-def settings() -> dict[str, Flag]:
-    """Every setting of a job by name, read from the dataclasses."""
-    lora = fields_of(LoraConfig, _LORA_FLAGS, target_modules="all-linear")
-    every = fields_of(Job) | lora | fields_of(TrainConfig)
-    return every | {name: dataclasses.replace(every[name], choices=words) for name, words in _CHOICES.items()}
+    for group, of_it in groups().items():
+        add_flags(parser, group, of_it, unset=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -96,7 +59,18 @@ def job_of(arguments: argparse.Namespace) -> Job:
     alpha = given.get("lora_alpha")
     if isinstance(alpha, float) and alpha.is_integer():
         given["lora_alpha"] = int(alpha)
-    lora: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    lora |= {name: given.pop(name) for name in _LORA_FLAGS if name in given}
+    lora = {name: given.pop(name) for name in LORA_FLAGS if name in given}
     training = {entry.name: given.pop(entry.name) for entry in dataclasses.fields(TrainConfig) if entry.name in given}
-    return Job(**given, lora=LoraConfig(**lora), training=TrainConfig(**training))
+    return Job(**given, lora=_lora_of(lora, given.get("init_from")), training=TrainConfig(**training))
+
+
+def _lora_of(lora: dict[str, Any], init_from: str | None) -> LoraConfig:
+    """What to adapt: as it is given, or as the adapter was saved that the job goes on with."""
+    if init_from:
+        from minilora.job.start import config_of
+
+        return config_of(init_from, lora)
+    start = lora.get("init_lora_weights")
+    if start in ("eva", "corda", "lora_ga"):
+        lora.setdefault(f"{start}_config", {})
+    return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora)

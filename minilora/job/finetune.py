@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minilora.data.records import look_at
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
@@ -26,8 +24,8 @@ from minilora.job.described import described, formats, memory
 from minilora.job.examples import encoded
 from minilora.job.outcome import Outcome
 from minilora.job.settings import Job
+from minilora.job.start import begin, saved_start
 from minilora.lora.coverage import coverage
-from minilora.lora.inject import inject
 from minilora.lora.match import Match, match
 from minilora.many.adapted import count_parameters
 from minilora.report.inspect import parameter_table, spectra, update_ratios
@@ -74,7 +72,9 @@ def _fine_tune(
     if processes.first:
         claim(folder, job.resume, job.overwrite)
     source = look_at(job.data)
-    processes.agree({"data file": source.sha256})  # before a model is loaded
+    job, stored = saved_start(job, processes)
+    origin = stored.sha256 if stored else ""
+    processes.agree({"data file": source.sha256, "adapter to begin with": origin})  # before a model is loaded
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
     paper = skeleton(job.model, place.dtype, trust)
     found = match(
@@ -91,8 +91,10 @@ def _fine_tune(
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)
     clock.lap("load")
+    _say_packed(job, model, say)
     with processes.exchange():
-        model = _adapted(job, model, say)
+        begin(job, model, stored, examples, tokenizer.pad_token_id, say)
+        _say_adapted(job, model, say)
     clock.lap("inject")
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
         say(f"asking {len(job.prompts)} prompts before training")
@@ -106,7 +108,7 @@ def _fine_tune(
         return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]
 
     asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
-    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard}
+    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "origin": origin}
     options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
     steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
     clock.lap("train")
@@ -133,8 +135,8 @@ def _rows(job: Job, paper: Any, rows: Rows, found: Match, say: Callable[[str], N
     return None
 
 
-def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
-    """The model with a fresh adapter; what it is packed to is said."""
+def _say_packed(job: Job, model: Any, say: Callable[[str], None]) -> None:
+    """What the model is packed to. Raises ``ConfigError`` where it came packed to something else."""
     found, nested = formats(model), ", double quantization" if job.double_quant else ""
     if is_packed_folder(resolve(job.model)):
         if job.quant not in ("none", Job.quant, found):
@@ -144,17 +146,16 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
         say(f"{job.model} is packed already ({found}), and stays as it is")
     elif found:
         say(f"linear layers packed to {job.quant}{nested}; quant=none keeps them as they are")
-    # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
-    torch.manual_seed(job.training.seed)
-    with in_turn(model) as around:
-        inject(model, job.lora, around=around)
+
+
+def _say_adapted(job: Job, model: Any, say: Callable[[str], None]) -> None:
+    """What trains, and which layers it covers."""
     trainable, total = count_parameters(model)
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
     covered, others = coverage(model)
     left = sorted({path.rsplit(".", 1)[-1] for path in others})
     rest = f"; not {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
     say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear layers and convolutions{rest}")
-    return model
 
 
 class _Clock:

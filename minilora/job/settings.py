@@ -41,6 +41,10 @@ class Job:
         overwrite: remove the run that lies in ``out``, and begin anew.
         device: where the model goes: auto, cpu, cuda, cuda:N or mps; "auto" takes a CUDA GPU where one works, else the CPU.
         attention: implementation of attention in transformers: eager, sdpa, flash_attention_2 ...; "auto" leaves it to the model.
+        variant: a registered variant of LoRA, such as vera or lora_fa; "" is the one that the settings of the adapter mean.
+        init_from: folder of a saved adapter to go on training, with the settings that it was saved with; "" begins anew.
+        allow_other_base: go on with ``init_from`` on another base model than it was trained on.
+        start_examples: examples that a start from data (eva, corda, lora_ga) looks at, a whole number >= 1.
         lora: what to adapt.
         training: how to train.
 
@@ -65,6 +69,10 @@ class Job:
     device: str = AUTO
     attention: str = AUTO
     shard: bool = False
+    variant: str = ""
+    init_from: str = ""
+    allow_other_base: bool = False
+    start_examples: int = 64
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -75,8 +83,12 @@ class Job:
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite", "trust_remote_code", "shard"):
+        for name in ("double_quant", "resume", "overwrite", "trust_remote_code", "shard", "allow_other_base"):
             validate.flag(name, getattr(self, name))
+        validate.whole("start_examples", self.start_examples, 1)
+        for name in ("variant", "init_from"):
+            if getattr(self, name) != "":
+                validate.text(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)
         check_date(self.date)

@@ -48,12 +48,17 @@ class LoraConfig:
         use_rslora: scaling ``lora_alpha / sqrt(r)``.
         use_dora: magnitude and direction apart (``variants/dora.py``).
         lora_bias: a trained bias on B, scaled as B is.
-        layers_to_transform: index or indices of the layers to adapt, found behind ``layers_pattern`` ("layers", "h") or anywhere.
-        trainable_token_indices: rows of the input embedding that train, as a list, or a dict of embedding name to list.
+        layers_to_transform: index or indices of the layers to adapt, found behind ``layers_pattern`` or anywhere.
+        layers_pattern: names that stand before the index of a layer in a path, such as "layers" or "h".
+        trainable_token_indices: rows of the input embedding that train, as a list, or lists by name of the embedding (embed_tokens=1,2).
         ensure_weight_tying: an adapter on an embedding also changes the output head that is tied to it.
-        loftq_config: ``{"loftq_bits": 2, 3 or 4, "loftq_iter": T}``, or a ``LoftQConfig``.
-        eva_config, corda_config, lora_ga_config: settings of the start value of that name (``lora/starts.py``), or their dictionary.
-        rank_pattern, alpha_pattern: module-name regex to its own r or lora_alpha; the first that matches the path's end wins.
+        loftq_config: settings of "loftq", such as loftq_bits=4 loftq_iter=5 (a ``LoftQConfig`` or a dictionary).
+        eva_config: settings of "eva", such as rho=2 whiten=true (an ``EvaConfig`` or a dictionary).
+        corda_config: settings of "corda", such as corda_method=kpm (a ``CordaConfig`` or a dictionary).
+        lora_ga_config: settings of "lora_ga", such as direction=ArBr scale=stable (a ``LoraGAConfig`` or a dictionary).
+        rank_pattern: r of some modules, such as q_proj=4 'layers.0.*=8' (in Python a dictionary): a name or a regular expression, of which
+            the first counts that matches the end of a path.
+        alpha_pattern: lora_alpha of some modules, named as in ``rank_pattern``.
         task_type: one of TASK_TYPES or None.
         alora_invocation_tokens: token ids from whose last occurrence in a row on the update is active (``variants/alora.py``).
 

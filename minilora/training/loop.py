@@ -35,7 +35,7 @@ from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.offload import refuse_offload
-from minilora.training.optim import make_optimizer
+from minilora.training.optim_choice import optimizer_of
 from minilora.training.packed import choose_collate
 from minilora.training.processes import Processes, joined
 from minilora.training.profile import Profile
@@ -66,6 +66,7 @@ def train(
     say: Callable[[str], None] = print,
     notes: Mapping[str, str] | None = None,
     shard: bool = False,
+    origin: str = "",
 ) -> list[dict[str, Any]]:
     """Train the active adapter in place; the finished one lies in ``folder``.
 
@@ -80,6 +81,7 @@ def train(
         overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
         notes: as ``resume.meaning``: what may be why the examples are others when the run is gone on with.
         shard: each process keeps its part of the frozen weights of the model's blocks alone (``sharding.py``).
+        origin: the digest of the saved adapter that this one was before the run (``store.adapter_files.adapter_sha256``), "" for none.
 
     Returns:
         The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds`` (and
@@ -111,7 +113,7 @@ def train(
         tensors = choose_collate(model, examples, config, pad_id, told)
         if (why := why_all_logits(model)) not in (None, NO_HEAD):
             told(f"the loss computes all logits of a micro-batch: {why}")
-        rest = (pad_id, tensors, evaluation, sample, watch, told, notes or {}, processes, shard)
+        rest = (pad_id, tensors, evaluation, sample, watch, told, notes or {}, processes, shard, origin)
         run = _Run(model, named, examples, config, Path(folder), *rest)
         with held(run.here.path, say) if processes.first else nullcontext():
             make_room(processes, run.here.path, resume, overwrite)
@@ -153,13 +155,14 @@ class _Run:
     notes: Mapping[str, str]
     processes: Processes
     shard: bool
+    origin: str
 
     def __post_init__(self) -> None:
         config, processes = self.config, self.processes
         self.shard = self.shard and processes.size > 1  # one process has all of it
         adapter = adapters_of(self.model).active[0]
         self.parameters = list(self.named.values())
-        self.optimizer = make_optimizer(config, self.parameters)
+        self.optimizer = optimizer_of(self.model, self.named, config)
         self.peak, self.flops = peak_flops(next(self.model.parameters()).device), flops_a_token(self.model)
         with processes.exchange(), in_turn(self.model) as around:  # of a model that came in shards
             means = self.means(adapter, around)
@@ -179,6 +182,8 @@ class _Run:
         """As ``resume.meaning``."""
         config = self.config
         schedule = {name: getattr(config, name) for name in SCHEDULE}
+        if self.origin:
+            schedule["init_from"] = self.origin
         if config.patience or config.keep_best:
             schedule["eval_every"] = config.eval_every
         schedule["examples a step"] = config.batch_size * config.accumulate
@@ -286,7 +291,7 @@ class _Run:
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         here.whole = False  # until the last weight is changed, there is nothing to save
         self.optimizer.step()
         self.optimizer.zero_grad()

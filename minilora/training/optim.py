@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,24 +19,39 @@ from minilora.training.optim_adamw8 import AdamW8bit
 from minilora.training.optim_bnb import BNB, bnb_optimizer
 from minilora.training.settings import TrainConfig
 
-__all__ = ["create_loraplus_optimizer", "lora_plus_groups", "make_optimizer"]
+__all__ = ["create_loraplus_optimizer", "lora_plus_groups", "make_optimizer", "output_side"]
 
 
-def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+def make_optimizer(
+    config: TrainConfig, parameters: Sequence[nn.Parameter], fast: Sequence[nn.Parameter] = ()
+) -> Optimizer:
     """The optimizer that ``config.optimizer`` names, for these parameters.
 
     "adamw" is torch's, one kernel for all parameters where they are on a GPU; "adamw8" is ``AdamW8bit``; the others are bitsandbytes'.
 
+    Args:
+        fast: those of the parameters whose rate is ``config.loraplus_lr_ratio`` times ``lr``; each group has its "lr_ratio".
+
     Raises:
         MissingPackageError: bitsandbytes is asked for and not installed. ConfigError: it has no code for this device.
     """
+    taken, groups = {id(parameter) for parameter in fast}, []
+    slow = [parameter for parameter in parameters if id(parameter) not in taken]
+    for own, ratio in ((slow, 1.0), (list(fast), config.loraplus_lr_ratio)):
+        if own:
+            groups.append({"params": own, "lr": config.lr * ratio, "lr_ratio": ratio})
     lr, decay = config.lr, config.weight_decay
     if config.optimizer in BNB:
-        return bnb_optimizer(config.optimizer, parameters, lr=lr, weight_decay=decay)
+        return bnb_optimizer(config.optimizer, groups, lr=lr, weight_decay=decay)
     if config.optimizer == "adamw8":
-        return AdamW8bit(parameters, lr=lr, weight_decay=decay)
+        return AdamW8bit(groups, lr=lr, weight_decay=decay)
     fused = True if all(parameter.is_cuda for parameter in parameters) else None  # None: as torch chooses
-    return AdamW(parameters, lr=lr, weight_decay=decay, fused=fused)
+    return AdamW(groups, lr=lr, weight_decay=decay, fused=fused)
+
+
+def output_side(named: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters on the output side of an update: B and its bias. On an embedding A holds one column a token, and B projects it."""
+    return [p for name, p in named.items() if name.rpartition(".")[2] in ("lora_B", "lora_embedding_B", "lora_bias")]
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
@@ -50,15 +65,12 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
         _check_rate(name, value)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not named:
         raise StateError("no parameter requires grad, so nothing would train; inject an adapter first")
-    # On an embedding A holds one column a token and B projects it: the output side is B there as well.
-    fast = [
-        parameter for name, parameter in named if name.rsplit(".", 1)[-1] in ("lora_B", "lora_embedding_B", "lora_bias")
-    ]
+    fast = output_side(named)
     taken = {id(parameter) for parameter in fast}
-    slow = [parameter for _, parameter in named if id(parameter) not in taken]
+    slow = [parameter for parameter in named.values() if id(parameter) not in taken]
     groups = [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
     return [group for group in groups if group["params"]]
 

@@ -28,13 +28,14 @@ _KEPT = ("step", "state1", "state2", "absmax1", "absmax2")  # the tables of leve
 _BLOCK = 256  # numbers of a scale
 
 
-def bnb_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> Optimizer:
-    """The optimizer of bitsandbytes that ``BNB`` has under this name.
+def bnb_optimizer(name: str, groups: Sequence[dict[str, Any]], **options: Any) -> Optimizer:
+    """The optimizer of bitsandbytes that ``BNB`` has under this name, for groups of parameters.
 
     Raises:
         MissingPackageError: bitsandbytes is not installed. ConfigError: it has no code for the device of the parameters.
     """
     theirs, devices = BNB[name]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     device = next((parameter.device.type for parameter in parameters if parameter.device.type not in devices), None)
     if device:
         raise ConfigError(
@@ -51,7 +52,7 @@ def bnb_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any)
         raise ConfigError(
             f"optimizer={name!r}: this bitsandbytes has no code for the GPU here; install one that has, or take adamw8"
         )
-    made: Optimizer = getattr(bitsandbytes.optim, theirs)(parameters, **options)
+    made: Optimizer = getattr(bitsandbytes.optim, theirs)(groups, **options)
     return made
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from minilora.errors import ConfigError, KindError
 from minilora.lora.slots import adapters_in
 
-__all__ = ["create_riemannian_optimizer", "factor_pairs", "precondition"]
+__all__ = ["create_riemannian_optimizer", "factor_pairs", "precondition", "rescale_before_steps"]
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -57,6 +57,12 @@ def create_riemannian_optimizer(
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_cls(trained, lr=lr, **kwargs)  # type: ignore[call-arg]
+    rescale_before_steps(optimizer, pairs, reg)
+    return optimizer
+
+
+def rescale_before_steps(optimizer: Optimizer, pairs: Sequence[Pair], reg: float) -> None:
+    """Have an optimizer rescale the gradients of these pairs before each of its steps."""
 
     def before_step(_: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], named.get("closure"))):
@@ -66,7 +72,6 @@ def create_riemannian_optimizer(
         precondition(pairs, reg)
 
     optimizer.register_step_pre_hook(before_step)
-    return optimizer
 
 
 def factor_pairs(model: nn.Module) -> list[Pair]:

@@ -66,8 +66,9 @@ def put_state(optimizer: Optimizer, named: Mapping[str, nn.Parameter], tensors: 
         for path, state in kept.items():
             put_bnb_state(optimizer, named[path], state)
         return
-    index = {path: number for number, path in enumerate(named)}
-    held = {index[path]: state for path, state in kept.items()}
+    own = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    index = {parameter: number for number, parameter in enumerate(own)}
+    held = {index[id(named[path])]: state for path, state in kept.items()}
     optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -35,10 +35,21 @@ SCHEDULE = (
     "patience",
     "min_delta",
     "keep_best",
+    "loraplus_lr_ratio",
+    "riemannian_reg",
 )  # fields that, with the examples a step, make a run
 
 # What a run did whose checkpoint does not say it yet.
-SINCE = {"schedule": "cosine", "decay": 0.2, "min_lr_ratio": 0.0, "patience": 0, "min_delta": 0.0, "keep_best": False}
+SINCE = {
+    "schedule": "cosine",
+    "decay": 0.2,
+    "min_lr_ratio": 0.0,
+    "patience": 0,
+    "min_delta": 0.0,
+    "keep_best": False,
+    "loraplus_lr_ratio": 1.0,
+    "riemannian_reg": 0.0,
+}
 
 PACK_CHOICES = ("auto", "on", "off")
 OFFLOAD_CHOICES = ("none", "activations")
@@ -46,6 +57,7 @@ _MOST = 2**63 - 1  # what torch takes as a seed
 _STEPS = 60
 _MOST_STEPS = 10**12
 _MOST_EPOCHS = 1e9
+_OPEN = (("loraplus_lr_ratio", math.inf), ("riemannian_reg", math.inf))  # numbers without an upper end
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class TrainConfig:
         min_lr_ratio: share of ``lr`` that the rate falls to, in [0, 1).
         weight_decay: AdamW's, a number in [0, 1).
         optimizer: AdamW, or with its state in 8 bits (adamw8): 2 bytes a trained number, not 8; the last three are bitsandbytes'.
+        loraplus_lr_ratio: LoRA+: the rate of B is this number times that of A; 16 is the paper's, 1 is plain.
+        riemannian_reg: number that is added to the diagonals of Riemannian preconditioned LoRA, which any > 0 turns on; 0.01 is usual.
         clip: largest norm of the gradient; 0 turns clipping off.
         seed: whole number that the order of the data, dropout and (in a whole job) the adapter's start follow from.
         eval_every: optimizer steps between evaluations; 0 is before the first and after the last step only.
@@ -110,6 +124,8 @@ class TrainConfig:
     patience: int = 0
     min_delta: float = 0.0
     keep_best: bool = False
+    loraplus_lr_ratio: float = 1.0
+    riemannian_reg: float = 0.0
 
     def __post_init__(self) -> None:
         least = {
@@ -154,6 +170,10 @@ class TrainConfig:
         ):
             validate.number(name, getattr(self, name), 0, high)
             object.__setattr__(self, name, float(getattr(self, name)))
+        if self.loraplus_lr_ratio == 0 or self.lr * self.loraplus_lr_ratio >= 1:
+            raise ConfigError(
+                f"loraplus_lr_ratio={self.loraplus_lr_ratio}: wanted a number > 0 that leaves the rate of B under 1; lr is {self.lr}"
+            )
         for name in ("warmup", "decay"):
             object.__setattr__(self, name, _part(name, getattr(self, name)))
         if self.epochs is not None:

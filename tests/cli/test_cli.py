@@ -23,6 +23,7 @@ from minilora import LoraConfig, PeftModel, QuantConfig, quantize_model
 from minilora.cli import main, train
 from minilora.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory, TrainingError, WriteError
 from minilora.lora.slots import adapters_of
+from minilora.lora.starts import CordaConfig, EvaConfig, LoraGAConfig
 from minilora.training.loop import TrainConfig
 from minilora.training.progress import Progress
 
@@ -373,6 +374,23 @@ SETTINGS = {
     "bias": "all",
     "use_rslora": True,
     "modules_to_save": ("embed_tokens", "lm_head"),
+    "init_lora_weights": "olora",
+    "use_dora": True,
+    "lora_bias": True,
+    "rank_pattern": {"q_proj": 4, "layers.0.*": 8},
+    "alpha_pattern": {"v_proj": 2.5},
+    "layers_to_transform": (0, 1),
+    "layers_pattern": ("layers",),
+    "trainable_token_indices": [3, 4],
+    "ensure_weight_tying": True,
+    "loftq_config": {"loftq_bits": 3},
+    "eva_config": EvaConfig(rho=3.5, whiten=True),
+    "corda_config": CordaConfig(corda_method="kpm"),
+    "lora_ga_config": LoraGAConfig(scale="unit"),
+    "alora_invocation_tokens": (5, 3),
+    "variant": "vera",
+    "allow_other_base": True,
+    "start_examples": 5,
     "steps": 11,
     "batch_size": 5,
     "accumulate": 2,
@@ -400,24 +418,44 @@ SETTINGS = {
 }
 
 
+# What a setting is about, or what makes it differ from its default.
+_EVALUATES = ["--eval-every", "3"]
 GOES_WITH = {
     "offload": ["--gradient-checkpointing"],
     "decay": ["--schedule", "wsd"],
-    "patience": ["--eval-every", "3"],
-    "keep_best": ["--eval-every", "3"],
-    "min_delta": ["--eval-every", "3", "--patience", "2"],
-}  # which these are about
-INSTEAD = {"epochs"}  # of another setting, which is there
+    "patience": _EVALUATES,
+    "keep_best": _EVALUATES,
+    "min_delta": [*_EVALUATES, "--patience", "2"],
+    "layers_pattern": ["--layers-to-transform", "0"],
+    **{f"{start}_config": ["--init-lora-weights", start] for start in ("eva", "corda", "lora_ga")},
+}
+# What cannot be there together with others.
+ALONE = {
+    "epochs",
+    "init_lora_weights",
+    "use_dora",
+    "alora_invocation_tokens",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+}
 
 
 def as_flags(name, value):
     flag = "--" + name.replace("_", "-")
+    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    if isinstance(value, dict):
+        return [flag, *(f"{key}={one}" for key, one in value.items() if one is not None)]
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     return [flag, *map(str, value)] if isinstance(value, (list, tuple)) else [flag, str(value)]
 
 
 def as_toml(name, value):
+    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{json.dumps(key)} = {json.dumps(one)}" for key, one in value.items() if one is not None)
+        return f"{name} = {{{pairs}}}\n"
     return f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}\n"
 
 
@@ -440,11 +478,12 @@ def test_every_setting_arrives(job, tmp_path, name, by):
 
 def test_no_setting_is_forgotten_here():
     flag_alone = {"trust_remote_code"}  # no file may say it: tests/hf/test_trust.py
-    assert set(train.settings()) == set(SETTINGS) | {"model", "data", "out"} | flag_alone
+    folders = {"init_from"}  # test_train_start.py
+    assert set(train.settings()) == set(SETTINGS) | {"model", "data", "out"} | flag_alone | folders
 
 
 def test_toml_may_hold_everything_and_a_flag_wins(job, tmp_path):
-    every = {name: value for name, value in SETTINGS.items() if name not in INSTEAD}
+    every = {name: value for name, value in SETTINGS.items() if name not in ALONE}
     text = "".join(as_toml(name, value) for name, value in every.items())
     (tmp_path / "job.toml").write_text('model = "m"\ndata = "d.jsonl"\nout = "o"\n# Grüße\n' + text, encoding="utf-8")
     whole = job("--config", str(tmp_path / "job.toml"))

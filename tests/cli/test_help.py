@@ -16,7 +16,9 @@ import pytest
 import minilora
 from minilora.cli import COMMANDS, main, make_parser, train
 from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.kinds import GATHERED, Numbers, NumbersOrTable, Table
 from minilora.cli.parser import Parser
+from minilora.cli.settings import LORA_FLAGS, NO_FLAGS, settings
 from minilora.cli.trial import settings_of
 from minilora.hf.trials import BenchJob, PlanJob
 from minilora.job.settings import Job
@@ -24,7 +26,18 @@ from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
 ROOT = Path(minilora.__file__).parents[1]
-GROUPS = ["positional arguments", "options", "model", "data", "adapter", "training", "generation", "output"]
+GROUPS = [
+    "positional arguments",
+    "options",
+    "model",
+    "data",
+    "adapter",
+    "training",
+    "evaluation",
+    "speed and memory",
+    "generation",
+    "output",
+]
 UNITS = (
     "tokens", "examples", "optimizer steps", "micro-batches", "checkpoints", "runs", "threads", "weights", "rank", "norm",
     "share", "probability", "number",
@@ -44,7 +57,9 @@ def shown(value):
     """A default as the help writes it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(value) or "none" if isinstance(value, (list, tuple)) else "none" if value is None else str(value)
+    if isinstance(value, (list, tuple)):
+        return " ".join(value) or "none"
+    return "none" if value in (None, {}) else str(value) or '""'
 
 
 def faults(action, default):
@@ -54,6 +69,8 @@ def faults(action, default):
         yield "no text"
     if action.type in (int, float) and not any(unit in text for unit in UNITS):
         yield "no unit"
+    if action.dest == "init_lora_weights":  # a word, which may be a switch
+        default = str(default).lower()
     ending = "required)" if default is argparse.SUPPRESS else f"default: {shown(default)})"
     if not text.endswith(ending):
         yield f"does not end in {ending!r}"
@@ -224,6 +241,56 @@ def test_a_docstring_is_read_with_those_under_it():
         "three": (bool, " (default: on)"),
         "four": (float, "a float (default: none)"),
     }
+
+
+def test_every_field_of_an_adapter_is_a_flag_or_named_with_a_reason():
+    names = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert set(LORA_FLAGS) == names - set(NO_FLAGS) and set(NO_FLAGS) <= names
+    assert all(len(reason.split()) >= 3 for reason in NO_FLAGS.values())
+    assert set(LORA_FLAGS) <= set(settings())
+    assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(settings())
+
+
+def test_a_field_that_is_added_is_a_flag_by_itself():
+    @dataclasses.dataclass
+    class Newer(LoraConfig):
+        """What is newer.
+
+        Args:
+            sizes: sizes of it.
+        """
+
+        sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    assert fields_of(Newer)["sizes"].kind is Table and fields_of(Newer)["sizes"].about.startswith("sizes of it")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["q_proj=4", "layers.0.*=8"], {"q_proj": 4, "layers.0.*": 8}),
+        (["a(?=b)=2"], {"a(?=b)": 2}),  # a regular expression may hold the sign itself
+        (["cache_file=/a=b", "verbose=true", "x=1e-3"], {"cache_file": "/a=b", "verbose": True, "x": 1e-3}),
+    ],
+)
+def test_a_table_can_be_typed(words, value):
+    assert GATHERED[Table](words) == value
+
+
+@pytest.mark.parametrize("words", [["q_proj"], ["=4"], ["q_proj="], ["a=1", "a=2"]])
+def test_what_is_no_table_is_refused(words):
+    with pytest.raises(ValueError, match=r"wanted (one such as q_proj=4|each name once)"):
+        GATHERED[Table](words)
+
+
+def test_numbers_and_tables_of_numbers():
+    assert GATHERED[NumbersOrTable](["5", "6"]) == [5, 6] == GATHERED[Numbers](["5", "6"])
+    assert GATHERED[NumbersOrTable](["embed_tokens=5,6", "other=7"]) == {"embed_tokens": [5, 6], "other": [7]}
+    for kind in (Numbers, NumbersOrTable):
+        with pytest.raises(ValueError, match="'x' is no whole number"):
+            GATHERED[kind](["x"])
+    with pytest.raises(ValueError, match="given twice"):
+        GATHERED[NumbersOrTable](["a=1", "a=2"])
 
 
 def test_flags_may_be_left_unset():
