@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
-from minilora.cli.spelling import closest
+from minilora.cli.spelling import closest, in_our_words
 from minilora.errors import ConfigError
 
 __all__ = ["Parser", "one_of"]
@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
         """A flag or command that does not exist is told before anything else: it may be why another one seems to be missing."""
         self.load()
         words = list(sys.argv[1:] if args is None else args)
+        words = words if self.commands else in_our_words(words, self._option_string_actions)
         flags = list(takewhile(lambda word: word.startswith("-"), words)) if self.commands else words
         for word in takewhile(lambda word: word != "--", flags):
             self._check_flag(word, words)

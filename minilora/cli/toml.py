@@ -6,7 +6,7 @@ from contextlib import closing
 from typing import Any
 
 from minilora.cli.kinds import fits
-from minilora.cli.spelling import closest
+from minilora.cli.spelling import closest, meant, note
 from minilora.errors import ConfigError
 from minilora.files import disk
 from minilora.files.read import refuse_path
@@ -33,6 +33,7 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         RecursionError,
     ) as error:  # not TOML, not UTF-8, a number of 5,000 digits, or nested without end
         raise ConfigError(f"{path}: not TOML ({error}); wanted lines such as steps = 60") from None
+    content = _in_our_words(path, content, known)
     for name, value in content.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {closest(name, known)}")
@@ -40,6 +41,22 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
             wanted = _KIND_WORDS.get(known[name]) or fits(value, known[name])
             raise ConfigError(f"{path}: {name} = {shown(value)}; wanted {wanted}")
     return content
+
+
+def _in_our_words(path: str, content: dict[str, Any], known: dict[str, type]) -> dict[str, Any]:
+    """The content with keys of other programs, which mean exactly one of ours, in its place; each is noted on standard error."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        ours = meant(name, known) if name not in known else None
+        if ours is None:
+            found[name] = value
+            continue
+        note(name, ours, {*content, *found})
+        if ours.value is not None and value is not True:
+            said = f"it is {ours.name} = {ours.value!r} here; leave it out, or give {ours.name}"
+            raise ConfigError(f"{path}: {name} = {shown(value)}: {said}")
+        found[ours.name] = value if ours.value is None else ours.value
+    return found
 
 
 def _bytes(path: str) -> bytearray:
