@@ -186,7 +186,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "examples", "start", "outcome", "described"],
+        ["finetune", "settings", "examples", "start", "rehearsal", "trackers", "outcome", "described"],
     ),
     ("cli", "the commands of minilora", []),
 ]

@@ -18,6 +18,9 @@ def run_job(job: Any) -> Any:
             return fine_tune(job, lambda line: None)
         with Progress(job.training.steps) as progress:
             outcome = fine_tune(job, progress.say, progress.watch, progress.begin)
+    if job.dry_run:
+        say(f"dry run: nothing was trained, and nothing is written into {outcome.folder}")
+        return outcome
     for pair in outcome.answers:
         say(f"\n> {pair['prompt']}\n  before: {pair['before']}\n  after:  {pair['after']}")
     losses, size = outcome.losses, (outcome.folder / "adapter_model.safetensors").stat().st_size

@@ -43,8 +43,8 @@ GROUPS = {
     "adapter": (*_FIRST, *(name for name in LORA_FLAGS if name not in _FIRST), *_BESIDE),
     "training": ("steps", "epochs", "batch_size", "accumulate", "lr", "schedule", "warmup", "decay", "min_lr_ratio", "optimizer"),
     "evaluation": ("eval_every", "patience", "min_delta", "keep_best", "prompts", "max_new_tokens"),
-    "speed and memory": ("pack", "gradient_checkpointing", "offload", "compile", "shard", "profile"),
-    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints"),
+    "speed and memory": ("pack", "gradient_checkpointing", "offload", "compile", "shard", "threads", "profile"),
+    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "report_to", "dry_run"),
 }  # fmt: skip
 _CHOICES = {
     "quant": QUANT_CHOICES,

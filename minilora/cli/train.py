@@ -17,7 +17,7 @@ from minilora.training.settings import TrainConfig
 
 USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\
-  minilora train --model smollm2 --data chats.jsonl --out runs/mine --steps 200 --prompts "How is the weather?"
+  minilora train --model smollm2 --data chats.jsonl --out runs/mine --epochs 3 --prompts "How is the weather?"
   minilora train --model ./llama --data chats.jsonl --out runs/long --batch-size 1 --accumulate 16 --save-every 50 --resume
   minilora train --config job.toml --lr 2e-4"""
 

@@ -18,7 +18,7 @@ from minilora.report.inspect import memory_table
 from minilora.training.optim import make_optimizer
 from minilora.training.optim_state import state_bytes
 
-__all__ = ["described", "formats", "memory"]
+__all__ = ["described", "formats", "memory", "settings_of"]
 
 
 def memory(job: Job, model: Any) -> list[dict[str, Any]]:
@@ -67,14 +67,15 @@ def described(
         "parameters": tables["parameters"],
         "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
         "spectrum": [{"path": path, "values": list(found)} for path, found in values.items()],
-        "settings": _settings(job)
+        "settings": settings_of(job)
         | {"quant": tables["formats"] or "none"}
         | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
     }
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def settings_of(job: Job) -> dict[str, Any]:
+    """The settings that make the run, by name."""
     kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "eval_share")
     own = {name: getattr(job, name) for name in kept}
     lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}

@@ -6,10 +6,13 @@ Load, packing on the way, inject, ask, train, ask again, report. Everything a jo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minilora.data.records import look_at
 from minilora.errors import ConfigError
@@ -20,11 +23,13 @@ from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
 from minilora.hf.places import packing
-from minilora.job.described import described, formats, memory
+from minilora.job.described import described, formats, memory, settings_of
 from minilora.job.examples import encoded
 from minilora.job.outcome import Outcome
+from minilora.job.rehearsal import rehearse
 from minilora.job.settings import Job
 from minilora.job.start import begin, saved_start
+from minilora.job.trackers import Trackers, refuse_missing
 from minilora.lora.coverage import coverage
 from minilora.lora.match import Match, match
 from minilora.many.adapted import count_parameters
@@ -55,8 +60,20 @@ def fine_tune(
         MiniLoraError: a device that is not there (before anything is read), bad data (before the model is loaded), a run that lies in
             ``out`` already, config, model or target, in one line; and as ``train``.
     """
-    with joined() as processes:
+    refuse_missing(job.report_to)
+    with joined() as processes, computing_with(job.threads):
         return _fine_tune(job, say, watch, begun, processes)
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """So many threads of torch until the end of the block; 0 leaves their number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fine_tune(
@@ -96,6 +113,10 @@ def _fine_tune(
         begin(job, model, stored, examples, tokenizer.pad_token_id, say)
         _say_adapted(job, model, say)
     clock.lap("inject")
+    if job.dry_run:
+        with processes.exchange():
+            rehearse(job, model, tokenizer, examples, evaluation, say)
+        return Outcome([], [], clock.laps, memory_mb(peak=True), folder)
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
         say(f"asking {len(job.prompts)} prompts before training")
     tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
@@ -110,7 +131,17 @@ def _fine_tune(
     asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
     options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "origin": origin}
     options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
-    steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
+    trackers = Trackers(job.report_to if processes.first else (), folder, settings_of(job), say)
+
+    def tell(record: dict[str, Any]) -> None:
+        trackers.log(record)
+        if watch:
+            watch(record)
+
+    try:
+        steps = train(model, examples, job.training, folder, pad, evaluation, asked, tell, **options)
+    finally:
+        trackers.finish()
     clock.lap("train")
     after = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks else []
     clock.lap("answers after")

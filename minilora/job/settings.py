@@ -16,7 +16,10 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
 from minilora.training.settings import TrainConfig
 
-__all__ = ["Job"]
+__all__ = ["TRACKER_NAMES", "Job"]
+
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio", "mlflow")  # ``job/trackers.py``
+_MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Job:
         init_from: folder of a saved adapter to go on training, with the settings that it was saved with; "" begins anew.
         allow_other_base: go on with ``init_from`` on another base model than it was trained on.
         start_examples: examples that a start from data (eva, corda, lora_ga) looks at, a whole number >= 1.
+        threads: threads that torch computes with on the CPU; 0 leaves their number to it.
+        dry_run: do all up to the first step and say what would come; nothing is trained, and nothing is written into ``out``.
+        report_to: trackers that get the numbers of the run: tensorboard, wandb, trackio, mlflow; each is a package of its own.
         lora: what to adapt.
         training: how to train.
 
@@ -73,6 +79,9 @@ class Job:
     init_from: str = ""
     allow_other_base: bool = False
     start_examples: int = 64
+    threads: int = 0
+    dry_run: bool = False
+    report_to: Sequence[str] = ()
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -83,14 +92,27 @@ class Job:
             validate.text(name, getattr(self, name))
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite", "trust_remote_code", "shard", "allow_other_base"):
+        for name in (
+            "double_quant",
+            "resume",
+            "overwrite",
+            "trust_remote_code",
+            "shard",
+            "allow_other_base",
+            "dry_run",
+        ):
             validate.flag(name, getattr(self, name))
         validate.whole("start_examples", self.start_examples, 1)
         for name in ("variant", "init_from"):
             if getattr(self, name) != "":
                 validate.text(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
+        validate.whole("threads", self.threads, 0, _MOST_THREADS)
         validate.texts("prompts", self.prompts)
+        validate.texts("report_to", self.report_to)
+        for name in self.report_to:
+            if name not in TRACKER_NAMES:
+                raise ConfigError(f"report_to={validate.shown(name)}: wanted some of {', '.join(TRACKER_NAMES)}")
         check_date(self.date)
         for name, kind in (("lora", LoraConfig), ("training", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
