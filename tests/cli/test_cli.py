@@ -125,8 +125,13 @@ def test_version(capsys):
             ["train", "--lerning-rate", "1"],
             "--lerning-rate: unknown flag; the closest are '--lr'; minilora train --help",
         ),
-        (["train", "--lora_alpha", "1"], "--lora_alpha: unknown flag; the closest are '--lora-alpha'"),
-        (["train", "--output_dir", "x"], "--output_dir: unknown flag; the closest are '--out'"),
+        (["train", "--lora_alfa", "1"], "--lora_alfa: unknown flag; the closest are '--lora-alpha'"),
+        (["train", "--output_dirs", "x"], "--output_dirs: unknown flag; the closest are '--out'"),
+        (
+            ["train", "--rank-pattern", "q_proj"],
+            "--rank-pattern: 'q_proj' is no NAME=VALUE; wanted one such as q_proj=4",
+        ),
+        (["train", "--layers-to-transform", "x"], "--layers-to-transform: 'x' is no whole number"),
         (["--model", "m", "generate", "hi"], "--model: comes after the command; write minilora generate --model"),
         (
             ["generate", "--model", "m", "--prompt", "hi"],
@@ -463,7 +468,7 @@ def as_toml(name, value):
 
 
 def setting(job, name):
-    (holder,) = [part for part in (job, job.lora, job.training) if hasattr(part, name)]
+    holder = next(part for part in (job, job.training, job.lora) if hasattr(part, name))
     return getattr(holder, name)
 
 
@@ -550,9 +555,18 @@ def test_a_whole_lora_alpha_is_an_int_in_the_file(job, given, kept):
 
 
 TOML_ERRORS = {
-    "another program's key": ("learning_rate = 1\n", "unknown key 'learning_rate'; the closest known ones are 'lr'"),
+    "another program's key": ("lerning_rate = 1\n", "unknown key 'lerning_rate'; the closest known ones are 'lr'"),
+    "code": ('plugin = "a.py"\n', "plugin: a file may not let code run; give --plugin on the command line"),
     "unknown key": ("step = 3\n", "unknown key 'step'; the closest known ones are 'steps'"),
-    "dashes": ("lora-alpha = 3\n", "unknown key 'lora-alpha'; the closest known ones are 'lora_alpha'"),
+    "both names": (
+        "lora-alpha = 3\nlora_alpha = 3\n",
+        "lora-alpha and lora_alpha are one setting here; give one of them",
+    ),
+    "a list for a table": ("rank_pattern = [1]\n", "rank_pattern = [1]; wanted a table, such as {q_proj = 4}"),
+    "text for numbers": (
+        "layers_to_transform = 'x'\n",
+        "layers_to_transform = 'x'; wanted whole numbers, such as [1, 2]",
+    ),
     "table": ("[lora]\nr = 3\n", "unknown key 'lora'"),
     "not TOML": ("steps: 3\n", "not TOML"),
     "not UTF-8": (b"out = '\xff'\n", "not TOML"),

@@ -82,7 +82,7 @@ def true_default(name, action):
         if action.dest in ("model", "data", "out"):
             return argparse.SUPPRESS
         job = train.job_of(make_parser().parse_args(["train", "--model", "m", "--data", "d", "--out", "o"]))
-        (holder,) = [part for part in (job, job.lora, job.training) if hasattr(part, action.dest)]
+        holder = next(part for part in (job, job.training, job.lora) if hasattr(part, action.dest))
         return getattr(holder, action.dest)
     return argparse.SUPPRESS if action.required else action.default
 
