@@ -39,7 +39,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "minilora.qlora.kbit": ("prepare_model_for_kbit_training",),
         "minilora.qlora.quantize_model": ("quantize_model",),
         "minilora.quant.blockwise": ("quantize",),
-        "minilora.quant.codebooks": ("Codebook",),
+        "minilora.quant.codebooks": ("Codebook", "register_codebook"),
         "minilora.quant.config": ("QuantConfig",),
         "minilora.quant.quantized": ("QuantizedTensor",),
         "minilora.store.export": ("export_adapter",),

@@ -31,6 +31,7 @@ from minilora.qlora.kbit import prepare_model_for_kbit_training as prepare_model
 from minilora.qlora.quantize_model import quantize_model as quantize_model
 from minilora.quant.blockwise import quantize as quantize
 from minilora.quant.codebooks import Codebook as Codebook
+from minilora.quant.codebooks import register_codebook as register_codebook
 from minilora.quant.config import QuantConfig as QuantConfig
 from minilora.quant.quantized import QuantizedTensor as QuantizedTensor
 from minilora.store.export import export_adapter as export_adapter

@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = [*words[1:2], "--help"]
         arguments = parser.parse_args(words)
         _quiet_libraries()
+        if files := getattr(arguments, "plugin", None):
+            from minilora.cli.plugins import load_plugins
+
+            load_plugins(files)
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:

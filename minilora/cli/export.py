@@ -8,6 +8,7 @@ from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.folders import new_folder
 from minilora.cli.parser import one_of
+from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.say import say
 from minilora.job.settings import Job
 from minilora.store.programs import TARGETS
@@ -20,6 +21,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora export`` takes."""
+    add_plugin_flag(parser)
     base = (
         'the adapter\'s base model: hub id, local folder, or "smollm2"; needed for variants other than LoRA and rsLoRA'
     )

@@ -8,6 +8,7 @@ import sys
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.files import validate
@@ -22,6 +23,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora generate`` takes."""
+    add_plugin_flag(parser)
     model = fields_of(Job, ("model", "quant", "device", "dtype", "attention", "trust_remote_code"), quant="none")
     for name, words in (("quant", QUANT_CHOICES), ("dtype", DTYPE_CHOICES)):
         model[name] = dataclasses.replace(model[name], choices=words)

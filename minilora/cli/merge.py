@@ -8,6 +8,7 @@ import dataclasses
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import add_flags, fields_of
 from minilora.cli.folders import DTYPE, check_dtype, new_folder
+from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.say import say
 from minilora.job.settings import Job
 
@@ -19,6 +20,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora merge`` takes."""
+    add_plugin_flag(parser)
     add_flags(parser, "model", fields_of(Job, ("model", "device", "trust_remote_code"), device="cpu").values())
     add_adapter_flags(parser, required=True)
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")

@@ -33,6 +33,8 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
         RecursionError,
     ) as error:  # not TOML, not UTF-8, a number of 5,000 digits, or nested without end
         raise ConfigError(f"{path}: not TOML ({error}); wanted lines such as steps = 60") from None
+    if "plugin" in content:
+        raise ConfigError(f"{path}: plugin: a file may not let code run; give --plugin on the command line")
     content = _in_our_words(path, content, known)
     for name, value in content.items():
         if name not in known:

@@ -8,6 +8,7 @@ from typing import Any
 
 from minilora.cli.flags import Flag, add_flags
 from minilora.cli.jobs import run_job
+from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.settings import LORA_FLAGS, groups, settings
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
@@ -24,6 +25,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora train`` takes."""
+    add_plugin_flag(parser)
     config = "TOML file with flags as keys (lora_alpha = 16); a flag on the command line wins"
     add_flags(parser, "options", [Flag("config", str, None, config)])
     for group, of_it in groups().items():

@@ -31,7 +31,7 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
 
 def check_quant(quant: str) -> None:
     """Raise ``ConfigError`` for a word that is no format."""
-    _one_of("quant", quant, QUANT_CHOICES)
+    _one_of("quant", quant, ("none", *CODEBOOKS))  # with those that were registered since
 
 
 def check_place(device: str, dtype: str, attention: str) -> None:

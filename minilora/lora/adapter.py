@@ -24,7 +24,7 @@ from minilora.linear.layers import as_stored, compute_dtype, dense_weight, in_ou
 from minilora.linear.shown import shown_weight
 from minilora.lora.config import LoraConfig
 
-__all__ = ["VARIANTS", "Adapter", "register", "variant", "variants_on"]
+__all__ = ["VARIANTS", "Adapter", "register", "registered", "variant", "variants_on"]
 
 VARIANTS: dict[str, type[Adapter]] = {}  # for linear layers
 _ON: dict[str, dict[str, type[Adapter]]] = {"linear": VARIANTS, "embedding": {}, "convolution": {}, "attention": {}}
@@ -197,9 +197,16 @@ def variant(name: str) -> type[Adapter]:
     """The registered class called ``name`` for linear layers. Raises ``ConfigError`` with the known names."""
     if name not in VARIANTS:
         raise ConfigError(
-            f"variant {name!r} is not registered; known are {nearest(name, VARIANTS)}; import its module first"
+            f"variant {name!r} is not registered; known are {nearest(name, VARIANTS)}; import its module first (--plugin FILE)"
         )
     return VARIANTS[name]
+
+
+def registered() -> dict[str, type[Adapter]]:
+    """Every registered class; one for layers that are not linear is called ``kind: name``."""
+    return {
+        name if kind == "linear" else f"{kind}: {name}": cls for kind, on in _ON.items() for name, cls in on.items()
+    }
 
 
 def variants_on(kind: str) -> dict[str, type[Adapter]]:

@@ -24,7 +24,17 @@ if TYPE_CHECKING:  # the command line names the formats without torch, which eac
 P = ParamSpec("P")
 T = TypeVar("T")
 
-__all__ = ["CODEBOOKS", "NF4", "ON_DISK", "Codebook", "codebook", "dynamic_map", "lloyd", "quantile_float"]
+__all__ = [
+    "CODEBOOKS",
+    "NF4",
+    "ON_DISK",
+    "Codebook",
+    "codebook",
+    "dynamic_map",
+    "lloyd",
+    "quantile_float",
+    "register_codebook",
+]
 
 
 def constant(make: Callable[P, T]) -> Callable[P, T]:
@@ -171,6 +181,7 @@ NF2 = Codebook(
 )
 
 CODEBOOKS: dict[str, Codebook] = {book.name: book for book in (NF4, FP4, E2M1, INT4, SF4, AF4, BOF4S, NF3, NF2, INT8)}
+_OURS = frozenset(CODEBOOKS)
 ON_DISK = ("nf4", "fp4")  # the formats that bitsandbytes' files hold; the others live in memory only
 
 
@@ -240,6 +251,24 @@ def codebook(name: str | Codebook) -> Codebook:
         close = nearest(name if isinstance(name, str) else shown(name), CODEBOOKS)
         raise QuantizationError(f"format={shown(name)} is not known; the closest known ones are {close}")
     return CODEBOOKS[name]
+
+
+def register_codebook(book: Codebook) -> Codebook:
+    """Make a table of your own known under its name, for ``QuantConfig``, ``--quant`` and files; returns it.
+
+    Raises:
+        QuantizationError: no codebook, a name that is no plain word, or one that is taken by another of minilora's tables.
+    """
+    if not isinstance(book, Codebook):
+        raise QuantizationError(f"register_codebook: a {type(book).__name__}; wanted a Codebook")
+    if not (isinstance(book.name, str) and book.name.isidentifier() and len(book.name) <= 64) or book.name == "none":
+        raise QuantizationError(
+            f"codebook name {shown(book.name)}: wanted letters, digits and '_', 64 at most, and not 'none'"
+        )
+    if book.name in _OURS and book != CODEBOOKS[book.name]:
+        raise QuantizationError(f"codebook name {book.name!r} is taken; register yours under another name")
+    CODEBOOKS[book.name] = book
+    return book
 
 
 @constant

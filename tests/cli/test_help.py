@@ -78,7 +78,7 @@ def faults(action, default):
 
 def true_default(name, action):
     """What holds if the flag is not given; SUPPRESS if it must be."""
-    if name == "train" and action.dest not in ("config", "debug"):
+    if name == "train" and action.dest not in ("config", "debug", "plugin"):
         if action.dest in ("model", "data", "out"):
             return argparse.SUPPRESS
         job = train.job_of(make_parser().parse_args(["train", "--model", "m", "--data", "d", "--out", "o"]))
@@ -125,7 +125,7 @@ def test_flags_stand_in_groups(name):
     titles = [group.title for group in parser._action_groups if group._group_actions]
     assert titles == sorted(titles, key=GROUPS.index) and {"model", "training"} & set(titles)
     (options,) = [group for group in parser._action_groups if group.title == "options"]
-    assert {action.dest for action in options._group_actions} <= {"help", "debug", "config"}
+    assert {action.dest for action in options._group_actions} <= {"help", "debug", "config", "plugin"}
 
 
 def test_commands_that_write_have_a_group_for_it():
