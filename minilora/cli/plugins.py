@@ -1,7 +1,6 @@
-"""``--plugin``: a file of the user's own, which registers variants of LoRA and codebooks. It is run because it was named on the command line.
+"""``--plugin``: a file of the user's own that registers variants of LoRA and codebooks. It is run because it was named with the flag.
 
-No file may name one. What it registers is known by its name: ``--variant gated``, ``--quant mine``, an adapter folder of that variant.
-What it registers is known to the command by its name: ``--variant gated``, ``--quant mine``, an adapter folder of that variant.
+No settings file may name one. What is registered is known by its name: ``--variant gated``, ``--quant mine``, a folder of that variant.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _SWITCHES = {
 _NEAR = {
     "packing": "pack", "sample-packing": "pack", "resume-from-checkpoint": "resume", "bits": "quant", "flash-attn": "attention",
     "finetune": "train", "fine-tune": "train", "ask": "generate", "chat": "generate", "pack": "quantize", "fuse": "merge",
-    "convert": "export", "memory": "plan", "compare": "bench", "num-train-epochs": "epochs", "num-epochs": "epochs",
+    "convert": "export", "memory": "plan", "compare": "bench", "epochs": "steps", "num-train-epochs": "steps",
 }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def closest(word: str, known: Iterable[str]) -> str:
     """As ``errors.nearest``, and ``--lerning-rate`` is close to ``--lr``."""
     names = list(known)
     own = {_bare(name): name for name in names}
-    tables = (_SYNONYMS, {other: name for other, (name, _) in _SWITCHES.items()}, _NEAR)
+    tables = (_NEAR, _SYNONYMS, {other: name for other, (name, _) in _SWITCHES.items()})
     others = {other: own[name] for table in tables for other, name in table.items() if name in own}
     best = difflib.get_close_matches(_bare(word[:100]), [*own, *others], n=1, cutoff=0.75)
     return repr(others[best[0]]) if best and best[0] in others else nearest(word, names)

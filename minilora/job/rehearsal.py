@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
+
 from minilora.data.batches import micro_batches
 from minilora.data.encoding import Encoded
+from minilora.data.examples import Examples
 from minilora.data.tokens import IGNORED
 from minilora.errors import StateError
 from minilora.job.settings import Job
@@ -50,33 +53,41 @@ def rehearse(
     tensors = choose_collate(model, examples, config, pad, say)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    total, learnt = (sum(counts) for counts in zip(*map(_counts, examples), strict=True))
+    total, learnt = _counts(examples)
     say(f"tokens: {total:,} an epoch, of which {learnt:,} are learnt; {len(evaluation)} examples to evaluate on")
-    rates = [learning_rate(config, step) for step in range(config.steps)]
-    peak = rates.index(max(rates))
+    peak, last = min(config.steps_of("warmup"), config.steps), config.steps
+    first, highest, least = (learning_rate(config, step - 1) for step in (1, peak, last))
     say(
-        f"learning rate: {rates[0]:.2g} in step 1, {rates[peak]:.2g} in step {peak + 1}, {rates[-1]:.2g} in step {config.steps} "
-        f"({config.schedule})"
+        f"learning rate: {first:.2g} in step 1, {highest:.2g} in step {peak}, {least:.2g} in step {last} ({config.schedule})"
     )
-    longest = sorted(examples, key=lambda example: len(example.input_ids))[-config.batch_size :]
-    _say_memory(model, tensors(longest, pad), say)
+    _say_memory(model, tensors(_longest(examples, config.batch_size), pad), say)
     step = list(islice(micro_batches(examples, config.batch_size, config.seed), config.accumulate))
-    first = step[0]
-    rows, length = tensors(first, pad)["input_ids"].shape
-    count, counted = (sum(counts) for counts in zip(*map(_counts, first), strict=True))
+    batch = step[0]
+    rows, length = tensors(batch, pad)["input_ids"].shape
+    total, learnt = _counts(batch)
     say(
-        f"first step: {len(step)} micro-batch{'es' * (len(step) > 1)}; the first has {len(first)} examples in {rows} rows of {length} "
-        f"tokens: {count} tokens, {counted} learnt, {rows * length - count} padding"
+        f"first step: {len(step)} micro-batch{'es' * (len(step) > 1)}; the first has {len(batch)} examples in {rows} rows of {length} "
+        f"tokens: {total} tokens, {learnt} learnt, {rows * length - total} padding"
     )
-    for number, example in enumerate(first[:_SHOWN], 1):
-        total, learnt = _counts(example)
-        say(f"example {number} of {len(first)}, {total} tokens, {learnt} learnt:")
+    for number, example in enumerate(batch[:_SHOWN], 1):
+        total, learnt = _counts([example])
+        say(f"example {number} of {len(batch)}, {total} tokens, {learnt} learnt:")
         for counts, text in _parts(example, tokenizer):
             say(f"  {'learnt ' if counts else 'read   '} {_short(text)!r}")
 
 
-def _counts(example: Encoded) -> tuple[int, int]:
-    return len(example.input_ids), example.supervised
+def _counts(examples: Sequence[Encoded]) -> tuple[int, int]:
+    """Tokens, and those of them that are learnt; of a table no token is read."""
+    if isinstance(examples, Examples):
+        return int(examples.rows["length"].sum()), int(examples.rows["supervised"].sum())
+    return sum(len(one.input_ids) for one in examples), sum(one.supervised for one in examples)
+
+
+def _longest(examples: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The longest examples, so many of them."""
+    if isinstance(examples, Examples):
+        return [examples[int(at)] for at in np.argsort(examples.rows["length"], kind="stable")[-count:]]
+    return sorted(examples, key=lambda one: len(one.input_ids))[-count:]
 
 
 def _parts(example: Encoded, tokenizer: Any) -> list[tuple[bool, str]]:
@@ -101,4 +112,6 @@ def _say_memory(model: Any, batch: dict[str, Any], say: Callable[[str], None]) -
         say(f"memory: not predicted: {error}")
         return
     columns, rows = as_rows(found)
-    say(f"memory of a step with the longest examples:\n{as_text(columns, rows)}")
+    say("memory of a step with the longest examples:")
+    for line in as_text(columns, rows).splitlines():
+        say(f"  {line}")

@@ -59,6 +59,8 @@ def saved_start(job: Job, processes: Processes) -> tuple[Job, Stored | None]:
             ConfigError: as ``read_adapter``.
     """
     shared_out = job.shard and processes.size > 1
+    if shared_out and job.dry_run:
+        raise ConfigError("dry_run: tries its first batch with the whole model; leave shard out")
     if job.lora.init_lora_weights in FROM_DATA and shared_out and not job.init_from:
         raise ConfigError(
             f"shard: init_lora_weights={job.lora.init_lora_weights!r} looks at the data with the whole model; leave shard out"
@@ -116,7 +118,7 @@ def begin(
     with in_turn(model) as around:
         inject(model, config, variant=job.variant or None, around=around)
     if start == "eva":
-        initialize_lora_eva_weights(model, batches)
+        initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
 
 def _batches(job: Job, model: Any, examples: Sequence[Encoded], pad_id: int) -> list[dict[str, Any]]:
