@@ -82,7 +82,7 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 turns clipping off.
         seed: whole number that the order of the data, dropout and (in a whole job) the adapter's start follow from.
         eval_every: optimizer steps between evaluations; 0 is before the first and after the last step only.
-        patience: evaluations in a row without a lower loss that end the run; 0 is never. Those after the first step count.
+        patience: number of evaluations in a row without a lower loss that ends the run; 0 is never. Those after the first step count.
         min_delta: number of nats a token by which a loss must be lower, for ``patience``.
         keep_best: end with the adapter of the lowest evaluation loss, not of the last step; its checkpoint stays.
         save_every: optimizer steps between checkpoints; 0 is none.

@@ -408,6 +408,8 @@ SETTINGS = {
     "decay": 3,
     "min_lr_ratio": 0.1,
     "epochs": 2.5,
+    "loraplus_lr_ratio": 1.5,
+    "riemannian_reg": 0.01,
     "patience": 2,
     "min_delta": 0.01,
     "keep_best": True,

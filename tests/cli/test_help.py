@@ -251,17 +251,18 @@ def test_every_field_of_an_adapter_is_a_flag_or_named_with_a_reason():
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(settings())
 
 
+@dataclasses.dataclass
+class Newer(LoraConfig):
+    """What is newer.
+
+    Args:
+        sizes: sizes of it.
+    """
+
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
 def test_a_field_that_is_added_is_a_flag_by_itself():
-    @dataclasses.dataclass
-    class Newer(LoraConfig):
-        """What is newer.
-
-        Args:
-            sizes: sizes of it.
-        """
-
-        sizes: dict[str, int] = dataclasses.field(default_factory=dict)
-
     assert fields_of(Newer)["sizes"].kind is Table and fields_of(Newer)["sizes"].about.startswith("sizes of it")
 
 
