@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -122,10 +123,11 @@ def begin(
 
 
 def _batches(job: Job, model: Any, examples: Sequence[Encoded], pad_id: int) -> list[dict[str, Any]]:
-    """The first examples to learn from, as the model is called with them."""
-    size, device = job.training.batch_size, next(model.parameters()).device
-    first = [examples[number] for number in range(min(job.start_examples, len(examples)))]
-    made = [collate(first[at : at + size], pad_id) for at in range(0, len(first), size)]
+    """The first examples to learn from, as the model is called with them; none of the batches is smaller than a micro-batch."""
+    device, count = next(model.parameters()).device, min(job.start_examples, len(examples))
+    pieces = max(1, count // job.training.batch_size)
+    cuts = [count * number // pieces for number in range(pieces + 1)]
+    made = [collate([examples[at] for at in range(*cut)], pad_id) for cut in pairwise(cuts)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in made]
 
 

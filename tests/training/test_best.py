@@ -129,7 +129,7 @@ def test_from_every_step_it_goes_on_to_the_same_end(tmp_path, fields):
                 shutil.copytree(path, place / path.name)
         again = run(fresh(seed=8), place, resume=True, **fields, **WILD)  # without a log
         assert files_of(place) == files_of(whole), step
-        assert again[-1]["step"] == records[-1]["step"]
+        assert step == records[-1]["step"] or again[-1]["step"] == records[-1]["step"]
 
 
 def test_a_run_that_does_not_ask_keeps_nothing_of_it(plain):

@@ -64,7 +64,7 @@ KINDS = {
     "plain": {},
     "recomputed": {"checkpointing": True},
     "layers that some batches miss": {"experts": True},
-    "the best of a run that stops": {"best": True, "lr": 0.3, "steps": 14, "save_every": 0},
+    "the best of a run that stops": {"best": True, "lr": 0.1, "steps": 14, "save_every": 0},
 }
 
 
