@@ -125,6 +125,8 @@ def _element(node: Element, markers: dict[str, str], tip: str) -> tuple[str, str
         return look, f"<text{at}>{html_text(node.text)}</text>"
     if kind not in ("path", "use") or "id" in given or {style.get("fill"), style.get("stroke", "none")} == {"none"}:
         return None
+    if kind == "path" and "d" not in given:  # a line of which nothing is finite
+        return None
     told = f"<title>{html_text(tip)}</title>" if tip else ""
     if kind == "path":
         return look, f'<path d="{_short(given["d"])}">{told}</path>'

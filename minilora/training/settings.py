@@ -57,7 +57,6 @@ _MOST = 2**63 - 1  # what torch takes as a seed
 _STEPS = 60
 _MOST_STEPS = 10**12
 _MOST_EPOCHS = 1e9
-_OPEN = (("loraplus_lr_ratio", math.inf), ("riemannian_reg", math.inf))  # numbers without an upper end
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,8 @@ class TrainConfig:
             ("clip", math.inf),
             ("min_lr_ratio", 1),
             ("min_delta", math.inf),
+            ("loraplus_lr_ratio", math.inf),
+            ("riemannian_reg", math.inf),
         ):
             validate.number(name, getattr(self, name), 0, high)
             object.__setattr__(self, name, float(getattr(self, name)))
