@@ -22,7 +22,7 @@ _METAVARS = {
     "model": "NAME", "target": "PROGRAM", "bias": "WORD", "scale": "WORD", "expect_sha256": "DIGEST",
     "data": "FILE", "config": "FILE", "calibration": "FILE", "html": "FILE", "out": "FOLDER", "adapter": "FOLDER", "init_from": "FOLDER",
     "target_modules": "LAYER", "exclude_modules": "LAYER", "modules_to_save": "MODULE",
-    "report_to": "TRACKER", "plugin": "FILE",
+    "report_to": "TRACKER",
 }  # fmt: skip
 _KINDS = {int: "N", float: "X", Numbers: "N", Table: "NAME=VALUE", NumbersOrTable: "N", Word: "WORD"}
 

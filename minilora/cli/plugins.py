@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.cli.flags import Flag, add_flags
+from minilora.cli.flags import Flag
 from minilora.cli.say import say
 from minilora.errors import ConfigError
 
@@ -22,9 +22,11 @@ __all__ = ["add_plugin_flag", "load_plugins"]
 
 
 def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
-    """Give a command ``--plugin``."""
-    about = "Python files of your own, run with all your rights: what they register (variants, codebooks) is known by its name"
-    add_flags(parser, "options", [Flag("plugin", list, None, about)])
+    """Give a command ``--plugin``, which takes one file and may come several times: a prompt may stand behind it."""
+    about = "Python file of your own, run with all your rights; what it registers (variants, codebooks) is known by its name"
+    group = next(group for group in parser._action_groups if group.title == "options")
+    action = group.add_argument("--plugin", action="append", metavar="FILE")
+    action.help = Flag("plugin", str, None, about).help
 
 
 def load_plugins(files: Sequence[str]) -> None:

@@ -98,7 +98,7 @@ def train(model, files, out):
 
 
 def test_a_variant_and_a_codebook_of_ones_own_go_all_the_way(capsys, model_folder, files, tmp_path):
-    plugins = ["--plugin", files["variant"], files["book"]]
+    plugins = ["--plugin", files["variant"], "--plugin", files["book"]]
     out = tmp_path / "run"
     code, _, err = run(
         capsys, *train(model_folder, files, out), "--variant", "gated_by_me", "--quant", "mine4", *plugins
@@ -109,7 +109,7 @@ def test_a_variant_and_a_codebook_of_ones_own_go_all_the_way(capsys, model_folde
     assert stored.variant == "gated_by_me" and any(name.endswith("lora_gate") for name in stored.tensors)
     assert "mine4" in (out / "report.html").read_text()
     ask = ["generate", "--model", model_folder, "--adapter", out, "--max-new-tokens", "3", "hi"]
-    assert run(capsys, *ask[:-1], *plugins, "--quant", "mine4", "--", "hi")[0] == 0
+    assert run(capsys, *ask[:-1], "--quant", "mine4", *plugins, "hi")[0] == 0
     merged = ["merge", "--model", model_folder, "--adapter", out, "--out", tmp_path / "merged", *plugins[:2]]
     assert run(capsys, *merged)[0] == 0
     export = [
