@@ -214,6 +214,27 @@ def views() -> str:
     return markdown(["", "time", "against without the names", "least and most"], rows)
 
 
+def job() -> str:
+    """A whole fine-tuning in minilora and in TRL: medians with the least and the most, and minilora's share of TRL's."""
+    rows, lines = [], read("job")
+    for name in dict.fromkeys(row["set"] for row in lines):
+        ours, theirs = (next(row for row in lines if row["set"] == name and row["side"] == side) for side in JOB_SIDES)
+        for row in (ours, theirs):
+            cells = [
+                f"{three_digits(float(row[key]))} ({row[f'{key}_range'].replace(' to ', '-')})" for key in JOB_KEYS
+            ]
+            rows.append([name, row["side"], row["steps"], *cells])
+        ratios = [f"{float(ours[key]) / float(theirs[key]):.2f}" for key in JOB_KEYS[:-1]]
+        rows.append(
+            [name, "minilora / TRL", "", *ratios, f"{float(ours[JOB_KEYS[-1]]) - float(theirs[JOB_KEYS[-1]]):+.3f}"]
+        )
+    heads = ["data", "", "steps", "wall time (s)", "processor time (s)", "peak memory (MB)", "held-out loss"]
+    return markdown(heads, rows)
+
+
+JOB_SIDES = ("minilora", "TRL + PEFT + bitsandbytes")
+JOB_KEYS = ("wall_s", "cpu_s", "peak_mb", "held_out_loss")
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed("cpu"),
     "cpu, two threads": lambda: speed("cpu_2_threads"),
@@ -223,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "store": store,
     "head loss": head_loss,
+    "job": job,
     "packing": packing,
     "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
