@@ -220,16 +220,17 @@ def job() -> str:
     for name in dict.fromkeys(row["set"] for row in lines):
         ours, theirs = (next(row for row in lines if row["set"] == name and row["side"] == side) for side in JOB_SIDES)
         for row in (ours, theirs):
-            cells = [
-                f"{three_digits(float(row[key]))} ({row[f'{key}_range'].replace(' to ', '-')})" for key in JOB_KEYS
-            ]
-            rows.append([name, row["side"], row["steps"], *cells])
-        ratios = [f"{float(ours[key]) / float(theirs[key]):.2f}" for key in JOB_KEYS[:-1]]
-        rows.append(
-            [name, "minilora / TRL", "", *ratios, f"{float(ours[JOB_KEYS[-1]]) - float(theirs[JOB_KEYS[-1]]):+.3f}"]
-        )
-    heads = ["data", "", "steps", "wall time (s)", "processor time (s)", "peak memory (MB)", "held-out loss"]
+            rows.append([f"{name}, {row['steps']} steps", row["side"], *(job_cell(row, key) for key in JOB_KEYS)])
+        *ratios, losses = [(float(ours[key]), float(theirs[key])) for key in JOB_KEYS]
+        rows.append([name, "minilora / TRL", *(f"{a / b:.2f}" for a, b in ratios), f"{losses[0] - losses[1]:+.3f}"])
+    heads = ["data", "", "wall time (s)", "processor (s)", "peak (MB)", "held-out loss"]
     return markdown(heads, rows)
+
+
+def job_cell(row: Row, key: str) -> str:
+    """A median, with the least and the most where they tell something of their own."""
+    middle = row[key] if key == "held_out_loss" else three_digits(float(row[key]))
+    return f"{middle} ({row[f'{key}_range'].replace(' to ', '-')})" if key in ("wall_s", "held_out_loss") else middle
 
 
 JOB_SIDES = ("minilora", "TRL + PEFT + bitsandbytes")
