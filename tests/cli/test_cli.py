@@ -548,7 +548,7 @@ def test_train_says_what_it_does(trained, data_file):
     lines = trained[1].splitlines()
     assert lines[0].startswith(f"4 examples in {data_file}; loading ")
     assert lines[1] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
-    assert lines[2].startswith("linear layers packed to nf4, double quantization; quant=none keeps")
+    assert lines[2].startswith("linear layers packed to nf4, double quantization (--quant none keeps")
     assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[3])
     assert lines[4] == "the adapter covers 14 of 15 linear layers and convolutions; not lm_head"
     assert lines[5] == "asking 2 prompts before training"
@@ -575,6 +575,22 @@ def test_a_mistyped_target_is_told_before_any_weight_is_read(capsys, monkeypatch
     monkeypatch.setattr(finetune, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
     flags = ["--data", data_file, "--out", str(tmp_path / "run"), "--target-modules", "q_porj", "v_proj"]
     assert "'q_proj'" in refused(capsys, "train", "--model", model_folder, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--optimizer", "paged_adamw8bit"], "optimizer='paged_adamw8bit': bitsandbytes has it for cuda"),
+        (["--gradient-checkpointing", "--offload", "activations"], "offload='activations': the model is on cpu"),
+    ],
+)
+def test_what_the_device_lacks_is_told_before_any_weight_is_read(
+    capsys, monkeypatch, model_folder, data_file, tmp_path, flags, words
+):
+    monkeypatch.setattr(finetune, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
+    given = ["--model", model_folder, "--data", data_file, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert words in refused(capsys, "train", *given, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_report_has_the_prompts_and_the_answers(trained):
