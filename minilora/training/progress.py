@@ -54,7 +54,8 @@ class Progress:
         figures = f"loss {record['loss']:.3f}  {record['tokens_per_s']:.0f} tokens/s  {record['rss_mb']:.0f} MB"
         if "share_of_peak" in record:
             figures += f"  {record['share_of_peak']:.0%} of the GPU's peak"
-        if self._from is None:  # what came before the first step, an evaluation or an earlier attempt, is no measure of those to come
+        # What came before the first step, an evaluation or an earlier attempt, is no measure of the steps to come.
+        if self._from is None:
             self._from = step - 1, record["seconds"] - record["tokens"] / record["tokens_per_s"]
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)

@@ -76,7 +76,9 @@ def test_a_piped_step_is_one_plain_line():
 
 @pytest.mark.parametrize(("step", "seconds", "left"), [(1, 2.0, 18), (5, 10.0, 10), (9, 18.0, 2), (10, 20.0, 0)])
 @pytest.mark.parametrize("before", [0.0, 700.0])
-def test_the_time_left_follows_from_the_steps_so_far_and_not_from_what_came_before_them(clock, step, seconds, left, before):
+def test_the_time_left_follows_from_the_steps_so_far_and_not_from_what_came_before_them(
+    clock, step, seconds, left, before
+):
     stream = io.StringIO()
     with Progress(10, stream) as progress:
         progress.watch(record(1, before + 2.0, tokens_per_s=50.0))  # 100 tokens: it took 2 s
