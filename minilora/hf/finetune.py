@@ -98,6 +98,8 @@ def _fine_tune(
     say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
     examples, evaluation = _encoded(job, source, tokenizer, context_length(paper), say)
+    if job.shard and processes.size == 1:
+        say("shard: this one process keeps the whole model; torchrun starts several, which share it")
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)

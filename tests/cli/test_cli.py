@@ -612,6 +612,12 @@ def test_cut_and_dropped_examples_are_counted(model_folder, tmp_path):
     assert "max_length=64: 1 examples lose their end, 1 are left out" in text
 
 
+def test_one_process_says_that_it_shares_the_model_with_nobody(model_folder, data_file, tmp_path):
+    code, text = run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", "--shard")
+    assert code == 0 and "\nshard: this one process keeps the whole model; torchrun" in text
+    assert "shard:" not in run_train(model_folder, data_file, tmp_path / "p", "--steps", "1")[1]
+
+
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_one_seed_is_one_adapter(model_folder, data_file, tmp_path, quant):
     def adapter(name, seed, noise):
