@@ -37,11 +37,13 @@ from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb
+from minilora.training.offload import refuse_offload
 from minilora.training.optim import make_optimizer
 from minilora.training.optim_state import state_bytes
 from minilora.training.processes import Processes, joined
 from minilora.training.resume import claim
 from minilora.training.rows import Rows, why_read_whole
+from minilora.training.schedule import TrainConfig
 from minilora.training.sharding import in_turn
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -82,6 +84,7 @@ def _fine_tune(
     clock, folder = _Clock(), Path(job.out)
     place = choose(job.device, job.dtype, job.attention)
     job = settled(job, place)
+    _refuse_on(place.device, job.training)
     if processes.first:
         claim(folder, job.resume, job.overwrite)
     source = look_at(job.data)
@@ -95,6 +98,8 @@ def _fine_tune(
     say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
     examples, evaluation = _encoded(job, source, tokenizer, context_length(paper), say)
+    if job.shard and processes.size == 1:
+        say("shard: this one process keeps the whole model; torchrun starts several, which share it")
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)
@@ -103,7 +108,7 @@ def _fine_tune(
         model = _adapted(job, model, say)
     clock.lap("inject")
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
-        say(f"asking {len(job.prompts)} prompts before training")
+        say(f"asking {len(job.prompts)} prompt{'s' * (len(job.prompts) > 1)} before training")
     tables = {"parameters": parameter_table(model), "memory": _memory(job, model), "formats": _formats(model)}
     asks = processes.first or job.shard  # of a model in shards all must ask
     asks_now = processes.first or rows is not None
@@ -128,6 +133,13 @@ def _fine_tune(
     if processes.first:
         write_file(folder / "report.html", render(_report(job, outcome, size, tables, ratios, values)))
     return outcome
+
+
+def _refuse_on(device: torch.device, config: TrainConfig) -> None:
+    """Raise what ``train`` would raise of the device, now and not after the model is loaded: an optimizer or a memory that it lacks."""
+    make_optimizer(config, [torch.nn.Parameter(torch.zeros(1, device=device))])
+    if config.offload != "none":
+        refuse_offload(device)
 
 
 def _rows(job: Job, paper: Any, rows: Rows, found: Match, say: Callable[[str], None]) -> Rows | None:
@@ -178,7 +190,7 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
             )
         say(f"{job.model} is packed already ({found}), and stays as it is")
     elif found:
-        say(f"linear layers packed to {job.quant}{nested}; quant=none keeps them as they are")
+        say(f"linear layers packed to {job.quant}{nested} (--quant none keeps them as they are)")
     # Adapters start from torch's generator, and a seed means the same adapter whatever ran before it.
     torch.manual_seed(job.training.seed)
     with in_turn(model) as around:

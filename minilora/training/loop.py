@@ -100,7 +100,7 @@ def train(
         if evaluation:
             check_examples(model, evaluation, pad_id, "evaluation")
         if config.offload != "none":
-            refuse_offload(model)
+            refuse_offload(next(model.parameters()).device)
         if config.compile:
             refuse_without_compiler(model)
         told = say if processes.first else _silent

@@ -44,13 +44,13 @@ def choose_collate(
     for packing in (collate_packed, collate_one_row):
         if not (why := why_not_packed(model, examples, pad_id, packing)):
             say(
-                f"packed: examples share rows, so {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
+                f"examples are packed: {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
                 f"{found.times:.2f} times fewer tokens in all (--pack off leaves each its row)"
             )
             return packing
     if config.pack == "on":
         raise StateError(f"pack='on': {why}; leave pack at 'auto', or set it to 'off'")
-    say(f"not packed, though {found.padding:.1%} of the tokens computed are padding: {why}")
+    say(f"examples are not packed, though {found.padding:.1%} of the tokens computed are padding: {why}")
     return collate
 
 

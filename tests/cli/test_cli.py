@@ -548,7 +548,7 @@ def test_train_says_what_it_does(trained, data_file):
     lines = trained[1].splitlines()
     assert lines[0].startswith(f"4 examples in {data_file}; loading ")
     assert lines[1] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
-    assert lines[2].startswith("linear layers packed to nf4, double quantization; quant=none keeps")
+    assert lines[2].startswith("linear layers packed to nf4, double quantization (--quant none keeps")
     assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[3])
     assert lines[4] == "the adapter covers 14 of 15 linear layers and convolutions; not lm_head"
     assert lines[5] == "asking 2 prompts before training"
@@ -577,6 +577,22 @@ def test_a_mistyped_target_is_told_before_any_weight_is_read(capsys, monkeypatch
     assert "'q_proj'" in refused(capsys, "train", "--model", model_folder, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--optimizer", "paged_adamw8bit"], "optimizer='paged_adamw8bit': bitsandbytes has it for cuda"),
+        (["--gradient-checkpointing", "--offload", "activations"], "offload='activations': the model is on cpu"),
+    ],
+)
+def test_what_the_device_lacks_is_told_before_any_weight_is_read(
+    capsys, monkeypatch, model_folder, data_file, tmp_path, flags, words
+):
+    monkeypatch.setattr(finetune, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
+    given = ["--model", model_folder, "--data", data_file, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert words in refused(capsys, "train", *given, *flags)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_report_has_the_prompts_and_the_answers(trained):
     page = (trained[0] / "report.html").read_text(encoding="utf-8")
     assert "<!doctype html>" in page
@@ -594,6 +610,12 @@ def test_cut_and_dropped_examples_are_counted(model_folder, tmp_path):
     code, text = run_train(model_folder, data, tmp_path / "o", "--steps", "1")
     assert code == 0
     assert "max_length=64: 1 examples lose their end, 1 are left out" in text
+
+
+def test_one_process_says_that_it_shares_the_model_with_nobody(model_folder, data_file, tmp_path):
+    code, text = run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", "--shard")
+    assert code == 0 and "\nshard: this one process keeps the whole model; torchrun" in text
+    assert "shard:" not in run_train(model_folder, data_file, tmp_path / "p", "--steps", "1")[1]
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])

@@ -107,7 +107,7 @@ def test_a_model_that_does_not_is_refused_by_name(kind, tmp_path):
     assert "\n" not in str(caught.value)
     assert choose_collate(model, EXAMPLES, TrainConfig(batch_size=7), PAD, said.append) is collate
     (line,) = said
-    assert line.startswith("not packed, though 6") and type(model).__name__ in line
+    assert line.startswith("examples are not packed, though 6") and type(model).__name__ in line
 
 
 def test_the_loop_refuses_before_anything_is_written(tmp_path):
@@ -187,7 +187,7 @@ def test_what_it_saves_is_said_and_where_it_saves_little_nothing_is_packed():
     found = saving(EXAMPLES, 7, 0)
     assert found.packed < 0.02 and found.padding > 0.6
     assert said == [
-        f"packed: examples share rows, so {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
+        f"examples are packed: {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
         f"{found.times:.2f} times fewer tokens in all (--pack off leaves each its row)"
     ]
     alike = [example(20 + number % 3, 2, number) for number in range(9)]
