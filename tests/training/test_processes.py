@@ -1,6 +1,7 @@
 """One result, whatever the number of processes; and one end, whatever happens to one of them."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import minilora
+from minilora import LoraConfig
 from minilora.errors import ConfigError
 from minilora.training import processes as module
 from minilora.training.processes import ALONE, Processes, joined
 from minilora.training.sharding import blocks_of
-from minilora.training.step import _pairwise
+from minilora.training.step import _pairwise, gradients
 from tests.training import processes_worker as worker
 
 SCRIPT = str(Path(worker.__file__))
@@ -363,3 +366,28 @@ def test_the_blocks_are_the_longest_list():
     assert [type(block) for block in blocks_of(model)] == [worker.Block] * 3
     with pytest.raises(Exception, match="no list of blocks to shard; leave --shard out"):
         blocks_of(torch.nn.Linear(2, 3))
+
+
+def test_a_micro_batch_that_reaches_no_adapter_adds_nothing():
+    torch.manual_seed(7)
+    model = minilora.inject(worker.Blocks(True), LoraConfig(r=3, lora_alpha=5, target_modules=["blocks.1.rare"]))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in named.values():
+            parameter.normal_(std=0.1)
+    every = worker.examples()
+    reaching = [[one] for one in every if one.input_ids[0] % 3 == 0]
+    others = [[one] for one in every if one.input_ids[0] % 3]
+
+    def found(batches):
+        total, norm, problem = gradients(model, named, batches, 40, list(range(len(batches))))
+        assert problem is None and math.isfinite(total)
+        return norm, [parameter.grad for parameter in named.values()]
+
+    norm, mixed = found([others[0], reaching[0], others[1], reaching[1]])
+    _, alone = found(reaching[:2])
+    own, rest = (sum(one.supervised for (one,) in part[:2]) for part in (reaching, others))
+    share = own / (own + rest)  # of the tokens of the step
+    for one, other in zip(mixed, alone, strict=True):
+        assert other.any() and torch.allclose(one, other * share, rtol=1e-5, atol=1e-8)
+    assert found(others[:2]) == (0.0, [None, None]) and norm > 0
