@@ -180,6 +180,7 @@ class _Run:
             name: getattr(config, name) for name in ("batch_size", "gradient_checkpointing", "compile")
         }
         bits["packed"] = self.tensors is not collate
+        bits["attention"] = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         bits["order of sums"] = order_of_sums(self.processes, config.accumulate)
         return meaning(self.model, adapter, schedule, data, bits, self.notes, around)
 

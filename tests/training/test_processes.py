@@ -21,6 +21,7 @@ from minilora.training import processes as module
 from minilora.training.processes import ALONE, Processes, joined
 from minilora.training.sharding import blocks_of
 from minilora.training.step import _pairwise, gradients
+from minilora.training.together import refuse_different
 from tests.training import processes_worker as worker
 
 SCRIPT = str(Path(worker.__file__))
@@ -366,6 +367,28 @@ def test_the_blocks_are_the_longest_list():
     assert [type(block) for block in blocks_of(model)] == [worker.Block] * 3
     with pytest.raises(Exception, match="no list of blocks to shard; leave --shard out"):
         blocks_of(torch.nn.Linear(2, 3))
+
+
+def test_what_processes_differ_in_is_named(monkeypatch):
+    def meaning(**bits):
+        return dict.fromkeys(("training", "adapter", "data", "base")) | {"bits": bits}
+
+    own = meaning(torch="2.9", threads=1, attention="sdpa", packed=True)
+    for other, words in [
+        (meaning(torch="2.8", threads=1, attention="sdpa", packed=True), "version of torch"),
+        (meaning(torch="2.9", threads=2, attention="sdpa", packed=True), "number of threads"),
+        (meaning(torch="2.9", threads=1, attention="eager", packed=True), "implementation of attention"),
+        (meaning(torch="2.9", threads=1, attention="sdpa", packed=False), "answer whether examples can be packed"),
+    ]:
+        said = []
+        first, second = many(2)
+        monkeypatch.setattr("minilora.training.together._digest", lambda *a: "")
+        for one, means in ((first, own), (second, other)):
+            monkeypatch.setattr(one, "share", lambda value, said=said: said.append(value) or [value])
+            refuse_different(one, means, "", None, "")
+        monkeypatch.setattr(first, "share", lambda value, said=said: said)
+        with pytest.raises(ConfigError, match=f"process 1 of 2 has another {words} than process 0"):
+            refuse_different(first, own, "", None, "")
 
 
 def test_a_micro_batch_that_reaches_no_adapter_adds_nothing():
