@@ -16,10 +16,10 @@ import torch
 
 import minilora
 from minilora import LoraConfig
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, StateError
 from minilora.training import processes as module
 from minilora.training.processes import ALONE, Processes, joined
-from minilora.training.sharding import blocks_of
+from minilora.training.sharding import blocks_of, refuse_skipping, shard_blocks
 from minilora.training.step import _pairwise, gradients
 from minilora.training.together import refuse_different
 from tests.training import processes_worker as worker
@@ -367,6 +367,15 @@ def test_the_blocks_are_the_longest_list():
     assert [type(block) for block in blocks_of(model)] == [worker.Block] * 3
     with pytest.raises(Exception, match="no list of blocks to shard; leave --shard out"):
         blocks_of(torch.nn.Linear(2, 3))
+
+
+def test_a_model_that_leaves_blocks_out_at_random_is_not_shared():
+    model = worker.Blocks()
+    model.layerdrop = 0.0
+    refuse_skipping(model)
+    model.blocks[0].config = SimpleNamespace(decoder_layerdrop=0.2)
+    with pytest.raises(StateError, match=r"Blocks leaves blocks out at random \(decoder_layerdrop=0.2\)"):
+        shard_blocks(model, many(2)[0])
 
 
 def test_what_processes_differ_in_is_named(monkeypatch):
