@@ -2,8 +2,9 @@
 
 Before the first step examples of the data are read both ways. They must have the same losses, token by token; and exchanging the first
 example of a row must leave the others in it as they are. The second look is the sharper one in bf16, where the first must allow for
-rounding. What fails has a model that looks over the border of an example, or that counts positions by itself (OPT, Bloom, MPT, most
-state space models): it is refused by name, or left unpacked. Next file: ``training/optim.py``.
+rounding.  What fails has a model that looks over the border of an example, or that
+counts positions by itself (OPT, Bloom, MPT, most state space models): it is refused by name, or left unpacked. Next file:
+``training/optim.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from minilora.data.batches import Collate, collate
@@ -19,13 +19,12 @@ from minilora.data.encoding import Encoded
 from minilora.data.packing import Row, collate_one_row, collate_packed, collate_rows, saving
 from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
-from minilora.training.losses import token_losses
+from minilora.training.probe import CANNOT, LENGTH, leak_between, learnt, losses_of, rounding
 from minilora.training.schedule import TrainConfig
 
 __all__ = ["choose_collate", "why_not_packed"]
 
 PAYS = 1.25  # times as many tokens unpacked: below it, what packed attention costs more outweighs the padding saved
-_LENGTH = 24  # tokens of an example that is looked at
 
 
 def choose_collate(
@@ -68,10 +67,10 @@ def why_not_packed(model: nn.Module, examples: Sequence[Encoded], pad_id: int, p
 
 def _how_apart(model: nn.Module, examples: Sequence[Encoded], pad_id: int, packing: Collate) -> str | None:
     """How the losses of three examples differ when they are packed, in words; None if they do not. The model is left as it was."""
-    first, second, third = (_cut(examples[number % len(examples)], _LENGTH) for number in range(3))
+    first, second, third = (_cut(examples[number % len(examples)], LENGTH) for number in range(3))
     third = _cut(third, len(first.input_ids) + len(second.input_ids) - 1)  # so that its row has padding
     highest = max(max(example.input_ids) for example in (first, second, third))
-    other = _learnt([highest - token for token in first.input_ids])
+    other = learnt([highest - token for token in first.input_ids])
 
     def rows(first: Encoded) -> list[Row]:
         return [[first, second, third]] if packing is collate_one_row else [[first, second], [third]]
@@ -83,12 +82,12 @@ def _how_apart(model: nn.Module, examples: Sequence[Encoded], pad_id: int, packi
     ]
     sizes = [len(example.input_ids) - 1 for example in (first, second, third)]
     try:
-        packed, exchanged, apart = (losses.split(sizes) for losses in _in_eval_mode(model, batches))
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        packed, exchanged, apart = (losses.split(sizes) for losses in losses_of(model, batches))
+    except CANNOT as error:
         return f"it fails: {' '.join(str(error).split())[:100]}"
-    eps, scale = _eps(model), max(1.0, max(float(losses.max()) for losses in apart))
+    eps, scale = rounding(model), max(1.0, max(float(losses.max()) for losses in apart))
     for number, (one, changed, alone) in enumerate(zip(packed, exchanged, apart, strict=True)):
-        if number and not (leak := _largest(one - changed)) <= max(eps / 4, 1e-5) * scale:
+        if number and (leak := leak_between(model, one, changed)):
             return f"another example in the row changes a loss by {leak:.2g}"
         if not (difference := _largest(one - alone)) <= eps**0.5 * scale:
             return f"a loss differs by {difference:.2g}"
@@ -96,29 +95,7 @@ def _how_apart(model: nn.Module, examples: Sequence[Encoded], pad_id: int, packi
 
 
 def _cut(example: Encoded, length: int) -> Encoded:
-    return _learnt(example.input_ids[:length])
-
-
-def _learnt(ids: Sequence[int]) -> Encoded:
-    """An example of which every token is learnt."""
-    return Encoded(tuple(ids), tuple(ids))
-
-
-def _in_eval_mode(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            return [token_losses(model, batch) for batch in batches]
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _eps(model: nn.Module) -> float:
-    """The rounding of the coarsest number format among the model's weights."""
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return max(torch.finfo(kind).eps for kind in kinds)
+    return learnt(example.input_ids[:length])
 
 
 def _largest(differences: Tensor) -> float:
