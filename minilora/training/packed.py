@@ -2,7 +2,7 @@
 
 Before the first step examples of the data are read both ways. They must have the same losses, token by token; and exchanging the first
 example of a row must leave the others in it as they are. The second look is the sharper one in bf16, where the first must allow for
-rounding.  What fails has a model that looks over the border of an example, or that
+rounding. Then the longest row of the run is read both ways. What fails has a model that looks over the border of an example, or that
 counts positions by itself (OPT, Bloom, MPT, most state space models): it is refused by name, or left unpacked. Next file:
 ``training/optim.py``.
 """
@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from minilora.data.batches import Collate, collate
 from minilora.data.encoding import Encoded
-from minilora.data.packing import Row, collate_one_row, collate_packed, collate_rows, saving
+from minilora.data.packing import (
+    Row,
+    collate_one_row,
+    collate_packed,
+    collate_rows,
+    one_row,
+    pack,
+    saving,
+    with_longest_row,
+)
 from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
 from minilora.training.probe import CANNOT, LENGTH, leak_between, learnt, losses_of, rounding
@@ -41,7 +50,10 @@ def choose_collate(
     if config.pack == "auto" and found.times < PAYS:
         return collate
     for packing in (collate_packed, collate_one_row):
-        if not (why := why_not_packed(model, examples, pad_id, packing)):
+        longest = with_longest_row(
+            examples, config.batch_size, config.seed, one_row if packing is collate_one_row else pack
+        )
+        if not (why := why_not_packed(model, examples, pad_id, packing, longest)):
             say(
                 f"packed: examples share rows, so {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
                 f"{found.times:.2f} times fewer tokens in all (--pack off leaves each its row)"
@@ -53,14 +65,16 @@ def choose_collate(
     return collate
 
 
-def why_not_packed(model: nn.Module, examples: Sequence[Encoded], pad_id: int, packing: Collate) -> str | None:
-    """Why ``packing`` would change what the model learns, in words; None if it would not."""
+def why_not_packed(
+    model: nn.Module, examples: Sequence[Encoded], pad_id: int, packing: Collate, longest: Sequence[Row] = ()
+) -> str | None:
+    """Why ``packing`` would change what the model learns, in words; None if it would not. ``longest``: rows that the run has."""
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{name} takes no position_ids, so it cannot tell where an example ends"
     if any(isinstance(module, Adapter) and module.depends_on_input for module in model.modules()):
         return "the adapter looks for its tokens in a whole row"
-    if apart := _how_apart(model, examples, pad_id, packing):
+    if apart := _how_apart(model, examples, pad_id, packing) or _how_apart_as_they_are(model, pad_id, longest):
         return f"{name} does not read packed examples as it reads them apart ({apart})"
     return None
 
@@ -92,6 +106,21 @@ def _how_apart(model: nn.Module, examples: Sequence[Encoded], pad_id: int, packi
         if not (difference := _largest(one - alone)) <= eps**0.5 * scale:
             return f"a loss differs by {difference:.2g}"
     return None
+
+
+def _how_apart_as_they_are(model: nn.Module, pad_id: int, rows: Sequence[Row]) -> str | None:
+    """The same of whole rows: a model may have a table of masks or of positions that ends before a row does (GPT-Neo)."""
+    if not rows:
+        return None
+    try:
+        packed, apart = losses_of(
+            model, [collate_rows(rows, pad_id), collate([example for row in rows for example in row], pad_id)]
+        )
+    except CANNOT as error:
+        return f"it fails: {' '.join(str(error).split())[:100]}"
+    difference = _largest(packed - apart)
+    near = difference <= rounding(model) ** 0.5 * max(1.0, float(apart.max()))
+    return None if near else f"a loss differs by {difference:.2g}"
 
 
 def _cut(example: Encoded, length: int) -> Encoded:
