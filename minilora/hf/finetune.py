@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _fine_tune(
     if processes.first:
         claim(folder, job.resume, job.overwrite)
     source = look_at(job.data)
-    processes.agree({"data file": source.sha256})  # before a model is loaded
+    processes.agree({"data file": source.sha256} | _settings_of_all(job))  # before a model is loaded
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
     paper = skeleton(job.model, place.dtype, trust)
     found = match(
@@ -140,6 +140,12 @@ def _refuse_on(device: torch.device, config: TrainConfig) -> None:
     make_optimizer(config, [torch.nn.Parameter(torch.zeros(1, device=device))])
     if config.offload != "none":
         refuse_offload(device)
+
+
+def _settings_of_all(job: Job) -> dict[str, str]:
+    """What must be the same in all processes of a job; what is compared later, and what a machine may call otherwise, is left out."""
+    own = {"model", "data", "out", "device", "lora"}
+    return {entry.name: repr(getattr(job, entry.name)) for entry in fields(job) if entry.name not in own}
 
 
 def _rows(job: Job, paper: Any, rows: Rows, found: Match, say: Callable[[str], None]) -> Rows | None:
