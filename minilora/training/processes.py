@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.errors import ConfigError, MissingPackageError
+from minilora.errors import ConfigError, MiniLoraError, MissingPackageError
 from minilora.training.lifeline import Elsewhere, Lifeline
 from minilora.training.meeting import make_group, meet, meeting_point
 from minilora.training.memory import is_out_of_memory
@@ -208,7 +208,11 @@ def joined() -> Iterator[Processes]:
     if _current is not None:
         yield _current
         return
-    processes = _current = _join()
+    try:
+        processes = _current = _join()
+    except MiniLoraError as error:
+        error.told = False  # it may be this one's alone
+        raise
     try:
         if processes.owns_group:
             make_group(processes._store, processes.rank, processes.size, _LONGEST)

@@ -106,6 +106,27 @@ def refused(capsys, *arguments):
 # ---- the parser
 
 
+@pytest.mark.parametrize(
+    "words", [["train", "--stepz", "3"], ["train", "--model", "m", "--data", "d"]], ids=["flag", "out"]
+)
+def test_processes_with_one_command_say_once_what_is_wrong_with_it(capsys, monkeypatch, words):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    said = []
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(words) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0].startswith("minilora: --") and said[0].count("\n") == 1 and said[1] == ""
+
+
+def test_what_one_process_alone_cannot_do_is_said_by_it(capsys, monkeypatch, tmp_path):
+    fields = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "1", "RANK": "2", "WORLD_SIZE": "2"}
+    for name, value in fields.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--model", "m", "--data", "d", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("minilora: WORLD_SIZE=2 and RANK=2: wanted what torchrun sets")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
