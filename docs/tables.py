@@ -268,7 +268,7 @@ def guaranteed(about: str, column: str) -> str:
 
 
 def comparison() -> str:
-    """Why not PEFT + bitsandbytes: ten rows, each figure from where it was written down, the better one in bold."""
+    """Why not PEFT + bitsandbytes: a row each, each figure from where it was written down, the better one in bold."""
 
     def cpu(what: str, setting: str = "", name: str = "cpu") -> list[str]:
         row = find(name, what, setting)
@@ -285,6 +285,10 @@ def comparison() -> str:
         said = [f"{row['seconds']} s, at most {float(row['peak']):.0f} MiB" for row in rows]
         return best([(float(row["seconds"]), words) for row, words in zip(rows, said, strict=True)])
 
+    def job(key: str, unit: str) -> list[str]:
+        rows = {row["side"]: float(row[key]) for row in read("job") if row["set"] == "long-tailed"}
+        return best([(rows[side], f"{three_digits(rows[side])} {unit}") for side in reversed(JOB_SIDES)])
+
     def kept(about: str) -> list[str]:
         said = [guaranteed(about, column) for column in ("PEFT and transformers", "minilora")]
         return best([(int(words.split(" of ")[0]), words) for words in said])
@@ -298,6 +302,11 @@ def comparison() -> str:
             f"a LoRA step in bf16 ({few}), on a processor without bf16 instructions",
             *cpu("LoRA step, bf16", name="cpu_no_bf16"),
         ],
+        [
+            "a whole fine-tuning on answers of unlike lengths, from start to saved adapter (PEFT's side with TRL)",
+            *job("cpu_s", "s"),
+        ],
+        ["its peak memory", *job("peak_mb", "MB")],
         ["decoding a 4-bit weight of 4096 × 4096", *cpu(decode, "4096x4096")],
         ["decoding a 4-bit weight of 576 × 576", *cpu(decode, "576x576")],
         ["memory that the first QLoRA step adds to the loaded model", *cpu("peak memory of a QLoRA step")],
