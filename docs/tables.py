@@ -214,9 +214,9 @@ def views() -> str:
     return markdown(["", "time", "against without the names", "least and most"], rows)
 
 
-def job() -> str:
+def job(name: str) -> str:
     """A whole fine-tuning in minilora and in TRL: medians with the least and the most, and minilora's share of TRL's."""
-    rows, lines = [], read("job")
+    rows, lines = [], read(name)
     for name in dict.fromkeys(row["set"] for row in lines):
         ours, theirs = (next(row for row in lines if row["set"] == name and row["side"] == side) for side in JOB_SIDES)
         for row in (ours, theirs):
@@ -245,7 +245,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "store": store,
     "head loss": head_loss,
-    "job": job,
+    "job": lambda: job("job"),
+    "job, packed by both": lambda: job("job_packed"),
     "packing": packing,
     "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
@@ -286,7 +287,7 @@ def comparison() -> str:
         return best([(float(row["seconds"]), words) for row, words in zip(rows, said, strict=True)])
 
     def job(key: str, unit: str) -> list[str]:
-        rows = {row["side"]: float(row[key]) for row in read("job") if row["set"] == "long-tailed"}
+        rows = {row["side"]: float(row[key]) for row in read("job_packed")}
         return best([(rows[side], f"{three_digits(rows[side])} {unit}") for side in reversed(JOB_SIDES)])
 
     def kept(about: str) -> list[str]:
@@ -303,7 +304,7 @@ def comparison() -> str:
             *cpu("LoRA step, bf16", name="cpu_no_bf16"),
         ],
         [
-            "a whole fine-tuning on answers of unlike lengths, from start to saved adapter (PEFT's side with TRL)",
+            "a whole fine-tuning on answers of unlike lengths, from start to saved adapter (TRL, packed, with PEFT)",
             *job("cpu_s", "s"),
         ],
         ["its peak memory", *job("peak_mb", "MB")],

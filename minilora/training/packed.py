@@ -2,9 +2,9 @@
 
 Before the first step examples of the data are read both ways. They must have the same losses, token by token; and exchanging the first
 example of a row must leave the others in it as they are. The second look is the sharper one in bf16, where the first must allow for
-rounding. Then the longest row of the run is read both ways. What fails has a model that looks over the border of an example, or that
-counts positions by itself (OPT, Bloom, MPT, most state space models): it is refused by name, or left unpacked. Next file:
-``training/optim.py``.
+rounding. A row of the run that is longer than the model's context is read both ways too. What fails has a model that looks over the
+border of an example, or that counts positions by itself (OPT, Bloom, MPT, most state space models): it is refused by name, or left
+unpacked. Next file: ``training/optim.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from minilora.data.packing import (
 )
 from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
+from minilora.training.guards import context_length
 from minilora.training.probe import CANNOT, LENGTH, leak_between, learnt, losses_of, rounding
 from minilora.training.schedule import TrainConfig
 
@@ -50,9 +51,7 @@ def choose_collate(
     if config.pack == "auto" and found.times < PAYS:
         return collate
     for packing in (collate_packed, collate_one_row):
-        longest = with_longest_row(
-            examples, config.batch_size, config.seed, one_row if packing is collate_one_row else pack
-        )
+        longest = _beyond_context(model, examples, config, one_row if packing is collate_one_row else pack)
         if not (why := why_not_packed(model, examples, pad_id, packing, longest)):
             say(
                 f"examples are packed: {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
@@ -121,6 +120,15 @@ def _how_apart_as_they_are(model: nn.Module, pad_id: int, rows: Sequence[Row]) -
     difference = _largest(packed - apart)
     near = difference <= rounding(model) ** 0.5 * max(1.0, float(apart.max()))
     return None if near else f"a loss differs by {difference:.2g}"
+
+
+def _beyond_context(
+    model: nn.Module, examples: Sequence[Encoded], config: TrainConfig, rows: Callable[[Sequence[Encoded]], list[Row]]
+) -> Sequence[Row]:
+    """Rows of the run, the longest among them, if it is longer than the model's context; else none."""
+    longest = with_longest_row(examples, config.batch_size, config.seed, rows)
+    length = max(sum(len(example.input_ids) for example in row) for row in longest)
+    return longest if length > (context_length(model) or length) else ()
 
 
 def _cut(example: Encoded, length: int) -> Encoded:

@@ -122,7 +122,7 @@ def test_a_row_longer_than_a_table_of_the_model_is_refused(tmp_path):
 
 
 def test_a_difference_in_long_rows_alone_is_found(monkeypatch):
-    model, said = model_of("llama"), []
+    model, said = model_of("llama", max_position_embeddings=48), []
     call = model.model.forward
 
     def forward(input_ids=None, position_ids=None, **more):
