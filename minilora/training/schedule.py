@@ -94,7 +94,8 @@ class TrainConfig:
         least |= {"keep_checkpoints": 1, "max_skipped": 1}
         for name, smallest in least.items():
             validate.whole(name, getattr(self, name), smallest, _MOST)
-        for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
+        validate.rate("lr", self.lr)
+        for name, low, high in (("warmup", 0, 1), ("weight_decay", 0, 1), ("clip", 0, math.inf)):
             validate.number(name, getattr(self, name), low, high)
         for name, choices in (("pack", PACK_CHOICES), ("offload", OFFLOAD_CHOICES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in choices:
@@ -103,8 +104,6 @@ class TrainConfig:
             validate.flag(name, getattr(self, name))
         if self.offload == "activations" and not self.gradient_checkpointing:
             raise ConfigError("offload='activations': it moves what gradient_checkpointing keeps; set that as well")
-        if self.lr == 0:
-            raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
