@@ -46,13 +46,16 @@ coverage: $(VENV)/.installed-test $(VENV)/.installed-coverage $(VENV)/.installed
 mutants: $(VENV)/.installed-test $(VENV)/.installed-coverage ## break the code that reads, writes and merges, a sign at a time, and see whether a test notices
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the docs show (about an hour)
+bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the docs show (two to three hours)
 	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/cpu.py --threads 1
 	$(BIN)/python benchmarks/cpu.py --threads 2 --rows quantize dequantize linear latency --out benchmarks/results/cpu_2_threads.csv
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python benchmarks/cpu.py --threads 1 --rows "lora step bf16" "qlora step bf16" --out benchmarks/results/cpu_no_bf16.csv
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/head_loss.py
+	$(BIN)/python benchmarks/job.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python docs/tables.py

@@ -4,7 +4,8 @@
     python benchmarks/job.py --device cuda     # the same on a GPU, in minutes
 
 Same base (SmolLM2-135M-Instruct), examples, epochs, examples a step, rank, learning rate and schedule, NF4 with double quantization; each
-run is a process of its own, and the two take turns. TRL learns from the completion only, as minilora does, and packs where that is said
+run is a process of its own, and the two take turns. The rate of each step is minilora's in both: transformers' cosine spends the first step
+of a warm-up at 0, which shows in a run of a few steps. TRL learns from the completion only, as minilora does, and packs where that is said
 (`--trl-packing`): then its rows a step hold as many examples on average. Wall and processor time and the peak of memory are those of the
 whole process, imports and loading included. The loss is the mean over the tokens of held-out answers, computed by one and the same code
 from each saved adapter, on the dense base.
@@ -24,11 +25,12 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "job.csv"
 SIDES = ("minilora", "TRL + PEFT + bitsandbytes")
 LONGEST = 512
-R, ALPHA, RATE, BATCH = 8, 16, 1e-3, 8
+R, ALPHA, RATE, WARMUP, BATCH = 8, 16, 1e-3, 0.1, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -42,7 +44,7 @@ def demo_lines() -> list[dict]:
     return [json.loads(line) for line in DATA.read_text().splitlines()]
 
 
-def long_tailed_lines(count: int = 160, seed: int = 0) -> list[dict]:
+def long_tailed_lines(count: int = 80, seed: int = 0) -> list[dict]:
     """Answers of very unlike lengths, joined from the keeper's: most are short, a few fill the context (a log-normal length)."""
     draw, lines = random.Random(seed), demo_lines()
     answers = [line["messages"][1]["content"] for line in lines]
@@ -80,7 +82,7 @@ def command_of(
             "eval-share": 0,
             "max-length": LONGEST,
             "device": options.device,
-            "warmup": 0.1,
+            "warmup": WARMUP,
         }
         flags = [text for name, value in words.items() for text in (f"--{name}", str(value))]
         return [sys.executable, "-m", "minilora", "train", *flags]
@@ -107,6 +109,9 @@ def serve_trl(base: str, data: str, out: str, steps: str, seed: str, device: str
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    from minilora.training.schedule import learning_rate
+    from minilora.training.settings import TrainConfig
+
     cuda = device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32
     packed = BitsAndBytesConfig(
@@ -128,8 +133,6 @@ def serve_trl(base: str, data: str, out: str, steps: str, seed: str, device: str
         max_steps=int(steps),
         per_device_train_batch_size=packed_rows if int(packs) else BATCH,
         learning_rate=RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(0.1 * int(steps))),
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=int(seed),
@@ -145,7 +148,17 @@ def serve_trl(base: str, data: str, out: str, steps: str, seed: str, device: str
         bf16=cuda,
     )
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
+    schedule = TrainConfig(steps=int(steps), lr=RATE, warmup=WARMUP)
+
+    class SameSchedule(SFTTrainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            def share(step: int) -> float:
+                return learning_rate(schedule, step) / RATE
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            return self.lr_scheduler
+
+    trainer = SameSchedule(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
     trainer.train()
     trainer.model.save_pretrained(out)
 

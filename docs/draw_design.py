@@ -111,6 +111,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "losses",
             "chunked",
             "head",
+            "probe",
             "packed",
             "settings",
             "schedule",

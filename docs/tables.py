@@ -214,6 +214,28 @@ def views() -> str:
     return markdown(["", "time", "against without the names", "least and most"], rows)
 
 
+def job(name: str) -> str:
+    """A whole fine-tuning in minilora and in TRL: medians with the least and the most, and minilora's share of TRL's."""
+    rows, lines = [], read(name)
+    for name in dict.fromkeys(row["set"] for row in lines):
+        ours, theirs = (next(row for row in lines if row["set"] == name and row["side"] == side) for side in JOB_SIDES)
+        for row in (ours, theirs):
+            rows.append([f"{name}, {row['steps']} steps", row["side"], *(job_cell(row, key) for key in JOB_KEYS)])
+        *ratios, losses = [(float(ours[key]), float(theirs[key])) for key in JOB_KEYS]
+        rows.append([name, "minilora / TRL", *(f"{a / b:.2f}" for a, b in ratios), f"{losses[0] - losses[1]:+.3f}"])
+    heads = ["data", "", "wall time (s)", "processor (s)", "peak (MB)", "held-out loss"]
+    return markdown(heads, rows)
+
+
+def job_cell(row: Row, key: str) -> str:
+    """A median, with the least and the most where they tell something of their own."""
+    middle = row[key] if key == "held_out_loss" else three_digits(float(row[key]))
+    return f"{middle} ({row[f'{key}_range'].replace(' to ', '-')})" if key in ("wall_s", "held_out_loss") else middle
+
+
+JOB_SIDES = ("minilora", "TRL + PEFT + bitsandbytes")
+JOB_KEYS = ("wall_s", "cpu_s", "peak_mb", "held_out_loss")
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed("cpu"),
     "cpu, two threads": lambda: speed("cpu_2_threads"),
@@ -223,6 +245,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "store": store,
     "head loss": head_loss,
+    "job": lambda: job("job"),
+    "job, packed by both": lambda: job("job_packed"),
     "packing": packing,
     "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
@@ -245,7 +269,7 @@ def guaranteed(about: str, column: str) -> str:
 
 
 def comparison() -> str:
-    """Why not PEFT + bitsandbytes: ten rows, each figure from where it was written down, the better one in bold."""
+    """Why not PEFT + bitsandbytes: a row each, each figure from where it was written down, the better one in bold."""
 
     def cpu(what: str, setting: str = "", name: str = "cpu") -> list[str]:
         row = find(name, what, setting)
@@ -262,6 +286,10 @@ def comparison() -> str:
         said = [f"{row['seconds']} s, at most {float(row['peak']):.0f} MiB" for row in rows]
         return best([(float(row["seconds"]), words) for row, words in zip(rows, said, strict=True)])
 
+    def job(key: str, unit: str) -> list[str]:
+        rows = {row["side"]: float(row[key]) for row in read("job_packed")}
+        return best([(rows[side], f"{three_digits(rows[side])} {unit}") for side in reversed(JOB_SIDES)])
+
     def kept(about: str) -> list[str]:
         said = [guaranteed(about, column) for column in ("PEFT and transformers", "minilora")]
         return best([(int(words.split(" of ")[0]), words) for words in said])
@@ -275,6 +303,11 @@ def comparison() -> str:
             f"a LoRA step in bf16 ({few}), on a processor without bf16 instructions",
             *cpu("LoRA step, bf16", name="cpu_no_bf16"),
         ],
+        [
+            "a whole fine-tuning on answers of unlike lengths, from start to saved adapter (TRL, packed, with PEFT)",
+            *job("cpu_s", "s"),
+        ],
+        ["its peak memory", *job("peak_mb", "MB")],
         ["decoding a 4-bit weight of 4096 × 4096", *cpu(decode, "4096x4096")],
         ["decoding a 4-bit weight of 576 × 576", *cpu(decode, "576x576")],
         ["memory that the first QLoRA step adds to the loaded model", *cpu("peak memory of a QLoRA step")],

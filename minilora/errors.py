@@ -47,7 +47,7 @@ class MiniLoraError(Exception):
     """
 
     exit_code = 2  # the input was wrong
-    told = False  # whether another process of the run says it
+    told: bool | None = None  # whether another process of the run says it; None: not judged by the processes of a run
 
     def __init__(self, message: str = "") -> None:
         text = printable(str(message))

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        say("minilora: interrupted; what was saved before is whole", error=True)
+        if _speaks():
+            say("minilora: interrupted; what was saved before is whole", error=True)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -79,13 +80,18 @@ def _fail(error: Exception, debug: bool) -> int:
         import traceback
 
         say("".join(traceback.format_exception(error)).rstrip(), error=True)
-    known = isinstance(error, MiniLoraError)
-    if isinstance(error, MiniLoraError) and error.told:  # another process of the run says it
-        return error.exit_code
+    known, told = isinstance(error, MiniLoraError), getattr(error, "told", None)
+    if told or (told is None and not _speaks()):  # another process says it
+        return error.exit_code if isinstance(error, MiniLoraError) else 1
     kind, hint = ("", "") if known else (type(error).__name__, "" if debug else "run again with --debug")
     said = printable(" ".join(str(error).split())[:1200])
     say("minilora: " + "; ".join(filter(None, [": ".join(filter(None, [kind, said])), hint])), error=True)
     return error.exit_code if isinstance(error, MiniLoraError) else 1
+
+
+def _speaks() -> bool:
+    """Whether this process says what all of its machine have alike, a mistyped flag above all: torchrun gives them one command."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _nobody_reads() -> bool:

@@ -11,7 +11,7 @@ Next file: ``training/chunked.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,7 +21,17 @@ from torch import Tensor
 from minilora.data.batches import micro_batches
 from minilora.data.encoding import IGNORED, Encoded
 
-__all__ = ["MOST_PADDING", "Saving", "collate_one_row", "collate_packed", "collate_rows", "pack", "saving"]
+__all__ = [
+    "MOST_PADDING",
+    "Saving",
+    "collate_one_row",
+    "collate_packed",
+    "collate_rows",
+    "one_row",
+    "pack",
+    "saving",
+    "with_longest_row",
+]
 
 MOST_PADDING = 0.02  # of the tokens that a packed batch computes
 _LOOKED_AT = 256  # micro-batches from which the saving is told
@@ -73,9 +83,14 @@ def collate_packed(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     return collate_rows(pack(batch), pad_id)
 
 
+def one_row(batch: Sequence[Encoded]) -> list[Row]:
+    """All examples of a batch in one row."""
+    return [list(batch)]
+
+
 def collate_one_row(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     """As ``collate_packed``, all in one row: attention kernels that compute no masked part (FlashAttention) want it so."""
-    return collate_rows([list(batch)], pad_id)
+    return collate_rows(one_row(batch), pad_id)
 
 
 def collate_rows(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
@@ -120,6 +135,15 @@ def saving(examples: Sequence[Encoded], batch_size: int, seed: int) -> Saving:
     real = sum(len(example.input_ids) for batch in batches for example in batch)
     apart, packed = (sum(map(_tokens, rows)) for rows in (map(_apart, batches), map(pack, batches)))
     return Saving(1 - real / apart, 1 - real / packed)
+
+
+def with_longest_row(
+    examples: Sequence[Encoded], batch_size: int, seed: int, rows: Callable[[Sequence[Encoded]], list[Row]]
+) -> list[Row]:
+    """Of the same micro-batches, the rows of the one that has the longest row."""
+    count = min(_LOOKED_AT, -(-len(examples) // batch_size))
+    every = map(rows, islice(micro_batches(examples, batch_size, seed), count))
+    return max(every, key=lambda rows: max(sum(len(example.input_ids) for example in row) for row in rows))
 
 
 def _apart(batch: Sequence[Encoded]) -> list[Row]:

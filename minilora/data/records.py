@@ -144,7 +144,7 @@ def _parsed(raw: bytes, where: str) -> Any:
             f"{where}: is longer than {LONGEST_LINE:,} bytes; write one example a line, and cut it into shorter ones"
         )
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").rstrip("\r\n")  # so that what is missing at the end is missing in this line
         return json.loads(text, object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise DataError(

@@ -38,6 +38,14 @@ def number(name: str, value: object, low: float, high: float) -> None:
         raise ConfigError(f"{name}={shown(value)}: wanted a number in [{low}, {high})")
 
 
+def rate(name: str, value: object) -> None:
+    """A learning rate, a number in (0, 1): with 0 nothing would change."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ConfigError(
+            f"{name}={shown(value)}: wanted a number in (0, 1); 1e-3 is usual for a small model, 2e-4 for a large one"
+        )
+
+
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={shown(value)}: wanted True or False")

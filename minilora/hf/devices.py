@@ -82,6 +82,8 @@ def _named(device: str) -> torch.device:
     kind, _, number = device.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
+    if kind == "mps" or number:
+        _refuse_shared(device)
     if kind == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError("device='mps': there is no Apple GPU that torch can use; wanted auto or cpu")
@@ -93,6 +95,16 @@ def _named(device: str) -> torch.device:
     if broken := _broken(place):
         raise ConfigError(f"device={device!r}: {_called(place)} does not work: {broken}; wanted auto or cpu")
     return place
+
+
+def _refuse_shared(device: str) -> None:
+    """Raise ``ConfigError`` for one device that several processes of this machine would take."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if said.isdecimal() and int(said) > 1:
+        raise ConfigError(
+            f"device={device!r}: torchrun has started {said} processes on this machine, which cannot share it; wanted cuda, by which each "
+            "takes a GPU of its own, or cpu"
+        )
 
 
 def _cuda(device: str, number: str) -> torch.device:

@@ -108,6 +108,4 @@ class BenchJob(PlanJob):
             raise ConfigError(
                 "lora_dropout: each library draws it in its own way, so losses could not agree; leave it at 0"
             )
-        validate.number("lr", self.lr, 0, 1)
-        if self.lr == 0:
-            raise ConfigError(f"lr={self.lr!r}: wanted a number in (0, 1), or nothing would change; 1e-3, for example")
+        validate.rate("lr", self.lr)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,12 @@ from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb
+from minilora.training.offload import refuse_offload
+from minilora.training.optim import make_optimizer
 from minilora.training.processes import Processes, joined
 from minilora.training.resume import claim
 from minilora.training.rows import Rows, why_read_whole
+from minilora.training.settings import TrainConfig
 from minilora.training.sharding import in_turn
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -86,12 +89,14 @@ def _fine_tune(
     clock, folder = _Clock(), Path(job.out)
     place = choose(job.device, job.dtype, job.attention)
     job = settled(job, place)
+    _refuse_on(place.device, job.training)
     if processes.first:
         claim(folder, job.resume, job.overwrite)
     source = look_at(job.data)
     job, stored = saved_start(job, processes)
     origin = stored.sha256 if stored else ""
-    processes.agree({"data file": source.sha256, "adapter to begin with": origin})  # before a model is loaded
+    known = {"data file": source.sha256, "adapter to begin with": origin}
+    processes.agree(known | _settings_of_all(job))  # before a model is loaded
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
     paper = skeleton(job.model, place.dtype, trust)
     found = match(
@@ -104,6 +109,8 @@ def _fine_tune(
     job = replace(job, training=job.training.for_examples(len(examples)))  # epochs become steps
     if begun:
         begun(job.training.steps)
+    if job.shard and processes.size == 1:
+        say("shard: this one process keeps the whole model; torchrun starts several, which share it")
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)
@@ -118,7 +125,7 @@ def _fine_tune(
             rehearse(job, model, tokenizer, examples, evaluation, say)
         return Outcome([], [], clock.laps, memory_mb(peak=True), folder)
     if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
-        say(f"asking {len(job.prompts)} prompts before training")
+        say(f"asking {len(job.prompts)} prompt{'s' * (len(job.prompts) > 1)} before training")
     tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
     asks = processes.first or job.shard  # of a model in shards all must ask
     asks_now = processes.first or rows is not None
@@ -155,6 +162,19 @@ def _fine_tune(
     return outcome
 
 
+def _refuse_on(device: torch.device, config: TrainConfig) -> None:
+    """Raise what ``train`` would raise of the device, now and not after the model is loaded: an optimizer or a memory that it lacks."""
+    make_optimizer(config, [torch.nn.Parameter(torch.zeros(1, device=device))])
+    if config.offload != "none":
+        refuse_offload(device)
+
+
+def _settings_of_all(job: Job) -> dict[str, str]:
+    """What must be the same in all processes of a job; what is compared later, and what a machine may call otherwise, is left out."""
+    own = {"model", "data", "out", "device", "lora"}
+    return {entry.name: repr(getattr(job, entry.name)) for entry in fields(job) if entry.name not in own}
+
+
 def _rows(job: Job, paper: Any, rows: Rows, found: Match, say: Callable[[str], None]) -> Rows | None:
     """The rows to keep of the model while it is read; None where all of it must be at hand before it is shared out, which is said."""
     why = why_read_whole(paper, job.lora, found)
@@ -176,7 +196,7 @@ def _say_packed(job: Job, model: Any, say: Callable[[str], None]) -> None:
             )
         say(f"{job.model} is packed already ({found}), and stays as it is")
     elif found:
-        say(f"linear layers packed to {job.quant}{nested}; quant=none keeps them as they are")
+        say(f"linear layers packed to {job.quant}{nested} (--quant none keeps them as they are)")
 
 
 def _say_adapted(job: Job, model: Any, say: Callable[[str], None]) -> None:

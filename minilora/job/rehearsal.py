@@ -22,6 +22,7 @@ from minilora.training.guards import check_examples, check_parameters
 from minilora.training.losses import token_losses
 from minilora.training.optim_choice import optimizer_of
 from minilora.training.packed import choose_collate
+from minilora.training.probe import refuse_reading_ahead
 from minilora.training.schedule import learning_rate
 
 __all__ = ["rehearse"]
@@ -49,6 +50,7 @@ def rehearse(
     if evaluation:
         check_examples(model, evaluation, pad, "evaluation")
     refuse_without_evaluations(config, evaluation)
+    refuse_reading_ahead(model, examples, pad)
     optimizer_of(model, named, config)
     tensors = choose_collate(model, examples, config, pad, say)
     if config.gradient_checkpointing:

@@ -7,6 +7,7 @@ seed means the same run, though not the run that is not compiled. Next file: ``t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,7 +43,9 @@ def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
     from torch._inductor import config
 
     blocks = blocks_of(model)
-    with config.patch(fallback_random=True):
+    with config.patch(fallback_random=True), warnings.catch_warnings():
+        # torch's compiler looks at .grad of what goes into a block, and then warns of its own look
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
         for block in blocks:
             block.compile()
         try:

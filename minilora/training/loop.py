@@ -37,6 +37,7 @@ from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.offload import refuse_offload
 from minilora.training.optim_choice import optimizer_of
 from minilora.training.packed import choose_collate
+from minilora.training.probe import refuse_reading_ahead
 from minilora.training.processes import Processes, joined
 from minilora.training.profile import Profile
 from minilora.training.resume import claim, meaning
@@ -89,7 +90,7 @@ def train(
         gradient; per evaluation: ``step, eval_loss`` and the sample.
 
     Raises:
-        StateError: something would not train, or not be saved, by name; or the first gradient is zero or not finite.
+        StateError: something would not train, or not be saved, by name; the model reads ahead; or the first gradient is zero or not finite.
         ConfigError: the processes differ in what they train, or are more than the micro-batches of a step.
         DataError: an example that cannot be used, by its place. CheckpointError: a run lies in the folder or goes on in it, or the
         checkpoint is another run's. Nothing is left then.
@@ -105,8 +106,9 @@ def train(
         if evaluation:
             check_examples(model, evaluation, pad_id, "evaluation")
         refuse_without_evaluations(config, evaluation)
+        refuse_reading_ahead(model, examples, pad_id)
         if config.offload != "none":
-            refuse_offload(model)
+            refuse_offload(next(model.parameters()).device)
         if config.compile:
             refuse_without_compiler(model)
         told = say if processes.first else _silent
@@ -192,6 +194,7 @@ class _Run:
             name: getattr(config, name) for name in ("batch_size", "gradient_checkpointing", "compile")
         }
         bits["packed"] = self.tensors is not collate
+        bits["attention"] = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         bits["order of sums"] = order_of_sums(self.processes, config.accumulate)
         return meaning(self.model, adapter, schedule, data, bits, self.notes, around)
 

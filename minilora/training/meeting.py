@@ -8,15 +8,29 @@ every such word with its own, which only this attempt can know, and all that fol
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
+from datetime import timedelta
 from typing import Any
 
-from minilora.errors import TrainingError
+import torch
 
-__all__ = ["meet"]
+from minilora.errors import ConfigError, TrainingError
+
+__all__ = ["make_group", "meet", "meeting_point"]
 
 _PAUSE = 0.02  # seconds between two looks
+_WAY = "give torchrun an address that all machines reach, and GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) the network that it is in"
+
+
+def meeting_point(rank: int, size: int, longest: timedelta) -> Any:
+    """The store that torchrun tells all processes. Raises ``ConfigError`` where this one does not reach it."""
+    try:
+        return next(iter(torch.distributed.rendezvous("env://", timeout=longest)))[0]
+    except RuntimeError as error:
+        point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(f"process {rank} of {size} cannot reach {point} ({_brief(error)}); {_WAY}") from None
 
 
 def meet(store: Any, rank: int, size: int, longest: float) -> str:
@@ -52,3 +66,18 @@ def _pause(until: float, who: str) -> None:
             f"{who} not come; start all processes with the same number of machines and processes, and one meeting point"
         )
     time.sleep(_PAUSE)
+
+
+def make_group(store: Any, rank: int, size: int, longest: timedelta) -> None:
+    """What tensors go over. Raises ``ConfigError`` where the processes do not reach each other."""
+    tensors, backend = torch.distributed.PrefixStore("tensors", store), "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        torch.distributed.init_process_group(backend, store=tensors, rank=rank, world_size=size, timeout=longest)
+    except RuntimeError as error:
+        raise ConfigError(f"the processes cannot exchange tensors ({_brief(error)}); {_WAY}") from None
+
+
+def _brief(error: RuntimeError) -> str:
+    return " ".join(str(error).split())[:200]

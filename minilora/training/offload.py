@@ -20,9 +20,8 @@ __all__ = ["offloaded", "refuse_offload"]
 _LEAST = 1 << 16  # bytes: what is smaller stays
 
 
-def refuse_offload(model: nn.Module) -> None:
-    """Raise ``ConfigError`` where the model is in the CPU's memory already."""
-    device = next(model.parameters()).device
+def refuse_offload(device: torch.device) -> None:
+    """Raise ``ConfigError`` where a model on this device is in the CPU's memory already."""
     if not _is_away(device):
         raise ConfigError(
             f"offload='activations': the model is on {device}, whose memory they would go to; wanted a GPU, or offload='none'"

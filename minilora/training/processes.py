@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.errors import ConfigError, MissingPackageError
+from minilora.errors import ConfigError, MiniLoraError, MissingPackageError
 from minilora.training.lifeline import Elsewhere, Lifeline
-from minilora.training.meeting import meet
+from minilora.training.meeting import make_group, meet, meeting_point
 from minilora.training.memory import is_out_of_memory
 
 __all__ = ["ALONE", "Processes", "joined", "own_gpu"]
@@ -201,14 +201,21 @@ def joined() -> Iterator[Processes]:
     for the others.
 
     Raises:
-        ConfigError: torchrun's environment makes no sense. MissingPackageError: this torch has no NCCL, and there is a GPU to work on.
+        ConfigError: torchrun's environment makes no sense, or they cannot reach each other. MissingPackageError: this torch has no NCCL,
+        and there is a GPU to work on.
     """
     global _current
     if _current is not None:
         yield _current
         return
-    processes = _current = _join()
     try:
+        processes = _current = _join()
+    except MiniLoraError as error:
+        error.told = False  # it may be this one's alone
+        raise
+    try:
+        if processes.owns_group:
+            make_group(processes._store, processes.rank, processes.size, _LONGEST)
         yield processes
         processes.share("done")
     except Exception as error:
@@ -241,7 +248,7 @@ def _join() -> Processes:
         )
     import torch.distributed as dist
 
-    if gpu := torch.cuda.is_available():
+    if torch.cuda.is_available():
         if not dist.is_nccl_available():
             raise MissingPackageError(
                 "this torch has no NCCL, over which processes with GPUs add their gradients; install torch for Linux with CUDA, or hide "
@@ -257,14 +264,11 @@ def _join() -> Processes:
     owns_group = not dist.is_initialized()
     # A program of the user's own may have met already.
     met = None if owns_group else dist.distributed_c10d._get_default_store()
-    meeting = met or next(iter(dist.rendezvous("env://", timeout=_LONGEST)))[0]
+    meeting = met or meeting_point(rank, size, _LONGEST)
     place = dist.PrefixStore(f"minilora/{_times}", meeting)
     store = dist.PrefixStore(meet(place, rank, size, _LONGEST.total_seconds()), place)
     processes = Processes(rank, size, local, store)
     processes.owns_group = owns_group
-    if owns_group:
-        tensors, backend = dist.PrefixStore("tensors", store), "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        dist.init_process_group(backend, store=tensors, rank=rank, world_size=size, timeout=_LONGEST)
     return processes
 
 

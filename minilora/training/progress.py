@@ -24,6 +24,7 @@ class Progress:
     def __init__(self, steps: int, stream: TextIO | None = None) -> None:
         self.steps, self.stream = steps, stream or sys.stdout
         self._said = 0.0
+        self._from: tuple[int, float] | None = None  # step and seconds where the first one that was shown began
         self._bar: Any = None
         self._task: Any = None
 
@@ -59,11 +60,15 @@ class Progress:
         figures = f"loss {record['loss']:.3f}  {record['tokens_per_s']:.0f} tokens/s  {record['rss_mb']:.0f} MB"
         if "share_of_peak" in record:
             figures += f"  {record['share_of_peak']:.0%} of the GPU's peak"
+        # What came before the first step, an evaluation or an earlier attempt, is no measure of the steps to come.
+        if self._from is None:
+            self._from = step - 1, record["seconds"] - record["tokens"] / record["tokens_per_s"]
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif step in (1, self.steps) or time.monotonic() - self._said >= _PLAIN_EVERY:
             self._said = time.monotonic()
-            left = record["seconds"] / step * (self.steps - step)
+            begun, then = self._from
+            left = (record["seconds"] - then) / (step - begun) * (self.steps - step)
             self.say(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
 
     def say(self, line: str) -> None:

@@ -19,7 +19,7 @@ from minilora.lora.adapter import VARIANTS
 from minilora.lora.config import LoraConfig
 from minilora.lora.match import Match
 from minilora.training.processes import Processes
-from minilora.training.sharding import blocks_of, shard_blocks
+from minilora.training.sharding import blocks_of, refuse_skipping, shard_blocks
 
 __all__ = ["Rows", "why_read_whole"]
 
@@ -31,8 +31,9 @@ def why_read_whole(paper: nn.Module, config: LoraConfig, found: Match) -> str | 
         paper: the model without memory. found: what ``config`` means on it.
 
     Raises:
-        StateError: the model has no blocks.
+        StateError: the model has no blocks, or leaves some out at random.
     """
+    refuse_skipping(paper)
     names = _in_blocks(paper)
     if VARIANTS[config.variant].replaces_base:
         return f"{config.variant} packs the dense weights itself"

@@ -149,8 +149,6 @@ class TrainConfig:
             validate.flag(name, getattr(self, name))
         if self.offload == "activations" and not self.gradient_checkpointing:
             raise ConfigError("offload='activations': it moves what gradient_checkpointing keeps; set that as well")
-        if self.lr == 0:
-            raise ConfigError("lr=0: nothing would change; 1e-3 is usual for a small model, 2e-4 for a large one")
         self._check_rates()
         for name in ("patience", "keep_best"):
             if getattr(self, name) and not self.eval_every:
@@ -160,8 +158,9 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         """Numbers in their one form, so that 0 and 0.0 are the same run."""
+        validate.rate("lr", self.lr)
+        object.__setattr__(self, "lr", float(self.lr))
         for name, high in (
-            ("lr", 1),
             ("weight_decay", 1),
             ("clip", math.inf),
             ("min_lr_ratio", 1),

@@ -17,7 +17,7 @@ from torch import nn
 from minilora.errors import StateError
 from minilora.training.processes import Processes
 
-__all__ = ["blocks_of", "in_turn", "shard_blocks"]
+__all__ = ["blocks_of", "in_turn", "refuse_skipping", "shard_blocks"]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -37,14 +37,33 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=len)
 
 
+def refuse_skipping(model: nn.Module) -> None:
+    """Raise ``StateError`` for a model that leaves blocks out at random (LayerDrop).
+
+    Each process would leave out other ones. But a block is gathered by all at once, and who gathers another one of the same shapes gets
+    rows of both, without an error.
+    """
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            found = {
+                name: value for name, value in getattr(owner, "__dict__", {}).items() if name.endswith("layerdrop")
+            }
+            if dropped := next(((name, value) for name, value in found.items() if value), None):
+                raise StateError(
+                    f"{type(model).__name__} leaves blocks out at random ({dropped[0]}={dropped[1]}), and processes that share blocks must "
+                    "call the same ones; set it to 0 in config.json, or leave --shard out (shard=False)"
+                )
+
+
 def shard_blocks(model: nn.Module, processes: Processes) -> None:
     """Keep only this process's rows of the frozen weights of each block; what trains stays whole. In place, and once.
 
     Raises:
-        StateError: the model has no blocks.
+        StateError: the model has no blocks, or leaves some out at random.
     """
     from torch.distributed.fsdp import fully_shard
 
+    refuse_skipping(model)
     blocks = blocks_of(model)
     if any(_is_sharded(block) for block in blocks):  # while it was loaded
         return

@@ -56,7 +56,10 @@ def gradients(
         torch.manual_seed(seeds[number])
         with offloaded(model, offload):
             loss = token_losses(model, tensors(batches[number], pad_id)).sum() / supervised
-        loss.backward()
+        if (
+            loss.requires_grad
+        ):  # what this micro-batch reaches may hold no adapter: an expert that saw no token, a layer left out at random
+            loss.backward()
         losses.append(loss.detach())
 
     def own() -> dict[str, Any]:

@@ -22,6 +22,14 @@ from minilora.training.resume import clear, refuse_left
 __all__ = ["make_room", "order_of_sums", "refuse_apart", "refuse_different"]
 
 _PARTS = {"schedule": "training", "adapter": "adapter", "data file": "data", "base model": "base"}  # of a meaning
+_BITS = {
+    "torch": "version of torch",
+    "threads": "number of threads",
+    "machine": "kind of machine",
+    "device": "kind of device",
+    "attention": "implementation of attention",
+    "packed": "answer whether examples can be packed",
+}
 
 
 def order_of_sums(processes: Processes, accumulate: int) -> str:
@@ -43,7 +51,7 @@ def refuse_different(
 ) -> None:
     """Raise ``ConfigError`` on all where one would train something else: nothing is written yet. ``meaning`` as ``resume.meaning``."""
     known = {name: _hash(meaning[part]) for name, part in _PARTS.items()} | {"command": command}
-    known["version of torch, kind of machine or number of threads"] = _hash(meaning["bits"])
+    known |= {_BITS.get(name, name): value for name, value in meaning["bits"].items()}
     processes.agree(known | {"start of the adapter (its seed)": _digest(processes, model, adapter)})
 
 

@@ -107,6 +107,27 @@ def refused(capsys, *arguments):
 # ---- the parser
 
 
+@pytest.mark.parametrize(
+    "words", [["train", "--stepz", "3"], ["train", "--model", "m", "--data", "d"]], ids=["flag", "out"]
+)
+def test_processes_with_one_command_say_once_what_is_wrong_with_it(capsys, monkeypatch, words):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    said = []
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(words) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0].startswith("minilora: --") and said[0].count("\n") == 1 and said[1] == ""
+
+
+def test_what_one_process_alone_cannot_do_is_said_by_it(capsys, monkeypatch, tmp_path):
+    fields = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "1", "RANK": "2", "WORLD_SIZE": "2"}
+    for name, value in fields.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--model", "m", "--data", "d", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("minilora: WORLD_SIZE=2 and RANK=2: wanted what torchrun sets")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
@@ -248,8 +269,8 @@ BAD_VALUES = [
     ("--steps", "0", "steps=0: wanted a whole number >= 1"),
     ("--batch-size", "0", "batch_size=0: wanted"),
     ("--accumulate", "0", "accumulate=0: wanted"),
-    ("--lr", "0", "lr=0: nothing would change; 1e-3"),
-    ("--lr", "1", "lr=1.0: wanted a number in [0, 1)"),
+    ("--lr", "0", "lr=0.0: wanted a number in (0, 1); 1e-3"),
+    ("--lr", "1", "lr=1.0: wanted a number in (0, 1)"),
     ("--lr", "nan", "lr=nan: wanted"),
     ("--warmup", "1.5", "warmup=1.5: wanted"),
     ("--min-lr-ratio", "1", "min_lr_ratio=1.0: wanted"),
@@ -654,7 +675,7 @@ def test_train_says_what_it_does(trained, data_file):
     lines = trained[1].splitlines()
     assert lines[0].startswith(f"4 examples in {data_file}; loading ")
     assert lines[1] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
-    assert lines[2].startswith("linear layers packed to nf4, double quantization; quant=none keeps")
+    assert lines[2].startswith("linear layers packed to nf4, double quantization (--quant none keeps")
     assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[3])
     assert lines[4] == "the adapter covers 14 of 15 linear layers and convolutions; not lm_head"
     assert lines[5] == "asking 2 prompts before training"
@@ -683,6 +704,22 @@ def test_a_mistyped_target_is_told_before_any_weight_is_read(capsys, monkeypatch
     assert "'q_proj'" in refused(capsys, "train", "--model", model_folder, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--optimizer", "paged_adamw8bit"], "optimizer='paged_adamw8bit': bitsandbytes has it for cuda"),
+        (["--gradient-checkpointing", "--offload", "activations"], "offload='activations': the model is on cpu"),
+    ],
+)
+def test_what_the_device_lacks_is_told_before_any_weight_is_read(
+    capsys, monkeypatch, model_folder, data_file, tmp_path, flags, words
+):
+    monkeypatch.setattr(finetune, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
+    given = ["--model", model_folder, "--data", data_file, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert words in refused(capsys, "train", *given, *flags)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_report_has_the_prompts_and_the_answers(trained):
     page = (trained[0] / "report.html").read_text(encoding="utf-8")
     assert "<!doctype html>" in page
@@ -700,6 +737,12 @@ def test_cut_and_dropped_examples_are_counted(model_folder, tmp_path):
     code, text = run_train(model_folder, data, tmp_path / "o", "--steps", "1")
     assert code == 0
     assert "max_length=64: 1 examples lose their end, 1 are left out" in text
+
+
+def test_one_process_says_that_it_shares_the_model_with_nobody(model_folder, data_file, tmp_path):
+    code, text = run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", "--shard")
+    assert code == 0 and "\nshard: this one process keeps the whole model; torchrun" in text
+    assert "shard:" not in run_train(model_folder, data_file, tmp_path / "p", "--steps", "1")[1]
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])

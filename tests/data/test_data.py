@@ -105,7 +105,7 @@ GOOD = b'{"text": "ok"}\n'
 BAD_LINES = {
     "not JSON": (b'{"text": }', [":3:10: not JSON at column 10", "one object a line"]),
     "not JSON after two bytes in one": ('{"täxt": }'.encode(), [":3:11: not JSON at column 10"]),
-    "cut off": (b'{"text": "a"', ["not JSON at column 1"]),
+    "cut off": (b'{"text": "a"', [":3:13: not JSON at column 13 ("]),
     "two objects": (b'{"text": "a"} {"text": "b"}', ["not JSON at column 15"]),
     "not UTF-8": (b'{"text": "gr\xfc\xdfe"}', [":3:13: byte 13 is not UTF-8", "iconv"]),
     "a list": (b'["text"]', ["holds a list", "wanted an object"]),

@@ -36,6 +36,8 @@ def kept(model):
 def work(fields):
     """The outcome of one job in this process, JSON values."""
     fields, said, found = dict(fields), [], {}
+    other = fields.pop("second", {})  # what the second process is told otherwise
+    fields |= other if os.environ.get("RANK") == "1" else {}
     lora = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.1, "target_modules": "all-linear"} | fields.pop("lora", {})
     training = TRAINING | fields.pop("training", {})
     job = Job(**fields, lora=LoraConfig(**lora), training=TrainConfig(**training))

@@ -88,6 +88,17 @@ def test_every_process_of_a_machine_takes_its_own(machine, monkeypatch):
             choose(asked)
 
 
+@pytest.mark.parametrize(("has", "asked"), [({"gpus": 2}, "cuda:0"), ({"gpus": 2}, "cuda:1"), ({"mps": True}, "mps")])
+def test_processes_of_a_machine_do_not_share_a_device(machine, monkeypatch, has, asked):
+    machine(**has)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=f"device='{asked}': torchrun has started 2 processes .*; wanted cuda"):
+        choose(asked)
+    assert words("cpu")[0] == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert words(asked)[0] == asked
+
+
 @pytest.mark.parametrize(
     ("has", "asked", "message"),
     [

@@ -172,6 +172,18 @@ def test_two_processes_load_in_parts_and_train_the_bits_of_one(tmp_path, folders
 
 
 @needs_gloo
+@pytest.mark.parametrize("other", [{"max_new_tokens": 9}, {"prompts": ["why"]}, {"quant": "nf3"}], ids=str)
+def test_a_process_that_is_told_otherwise_is_refused_before_a_model_is_loaded(tmp_path, folders, other):
+    """In shards one that asks longer than the others would wait for them for ever."""
+    every = run(tmp_path, folders, {"nf4": ("llama", {"second": other})}, 2, True)
+    for one in every:
+        assert one["nf4"]["error"].startswith(
+            f"process 1 of 2 has another {next(iter(other))} than process 0; give all"
+        )
+        assert "kept" not in one["nf4"] and not (tmp_path / "nf4").exists()
+
+
+@needs_gloo
 @pytest.mark.slow
 def test_every_kind_of_job_loads_in_parts_and_trains_the_bits_of_one(tmp_path, folders):
     check(tmp_path, folders, KINDS, 2, (0.4, 0.55))

@@ -1,12 +1,14 @@
 """Processes that start together find each other, whatever an earlier attempt has left in the store."""
 
+import socket
 import threading
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from minilora.errors import TrainingError
-from minilora.training.meeting import meet
+from minilora.errors import ConfigError, TrainingError
+from minilora.training.meeting import make_group, meet, meeting_point
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no processes")
 
@@ -40,3 +42,25 @@ def test_who_was_there_and_died_is_not_taken_for_one_who_is_there():
     with pytest.raises(TrainingError, match=r"^process 0 has not come"):
         meet(store, 1, 2, 0.2)
     assert len(set(attempt(store, 2, (0, 1)))) == 1
+
+
+def test_a_network_that_is_not_there_is_one_line_with_the_way_out(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    with pytest.raises(
+        ConfigError, match=r"^the processes cannot exchange tensors \(.*nosuch0\); give torchrun"
+    ) as caught:
+        make_group(dist.HashStore(), 0, 1, timedelta(seconds=5))
+    assert "\n" not in str(caught.value) and not dist.is_initialized()
+
+
+def test_a_meeting_point_that_is_not_there_is_one_line_with_the_way_out(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(
+        ConfigError, match=rf"^process 1 of 2 cannot reach localhost:{port} \(.*\); give torchrun"
+    ) as caught:
+        meeting_point(1, 2, timedelta(seconds=1))
+    assert "\n" not in str(caught.value)

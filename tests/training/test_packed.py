@@ -27,6 +27,7 @@ READS = {
     "llama": {}, "mistral": {"sliding_window": 8}, "qwen2": {}, "qwen3": {}, "gemma2": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8}, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, "phi3": {},
     "olmo2": {}, "granite": {}, "cohere2": {"sliding_window": 8}, "gpt_neox": {}, "lfm2": {},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
 }  # fmt: skip
 LEAKS = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {"n_layer": 2, "n_head": 4},
@@ -107,7 +108,32 @@ def test_a_model_that_does_not_is_refused_by_name(kind, tmp_path):
     assert "\n" not in str(caught.value)
     assert choose_collate(model, EXAMPLES, TrainConfig(batch_size=7), PAD, said.append) is collate
     (line,) = said
-    assert line.startswith("not packed, though 6") and type(model).__name__ in line
+    assert line.startswith("examples are not packed, though 6") and type(model).__name__ in line
+
+
+def test_a_row_longer_than_a_table_of_the_model_is_refused(tmp_path):
+    """GPT-Neo has a mask of as many tokens as its context has, and a row of several examples may be longer."""
+    model, said = model_of("gpt_neo", max_position_embeddings=48), []
+    config = TrainConfig(batch_size=7)
+    with pytest.raises(StateError, match=r"GPTNeoForCausalLM .*it fails: .*48"):
+        choose_collate(model, EXAMPLES, TrainConfig(batch_size=7, pack="on"), PAD, said.append)
+    assert choose_collate(model, EXAMPLES, config, PAD, said.append) is collate and len(said) == 1
+    assert choose_collate(model, EXAMPLES[1:5], TrainConfig(4, 4, pack="on"), PAD, print) is collate_packed  # 41 tokens
+
+
+def test_a_difference_in_long_rows_alone_is_found(monkeypatch):
+    model, said = model_of("llama", max_position_embeddings=48), []
+    call = model.model.forward
+
+    def forward(input_ids=None, position_ids=None, **more):
+        late = torch.arange(input_ids.shape[1]) >= 48  # longer than what is read first
+        moved = None if position_ids is None else position_ids * (1 + late)
+        return call(input_ids=input_ids, position_ids=moved, **more)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    assert why_not_packed(model, EXAMPLES, PAD, collate_packed) is None
+    assert choose_collate(model, EXAMPLES, TrainConfig(batch_size=7), PAD, said.append) is collate
+    assert "a loss differs by" in said[0]
 
 
 def test_the_loop_refuses_before_anything_is_written(tmp_path):
@@ -187,7 +213,7 @@ def test_what_it_saves_is_said_and_where_it_saves_little_nothing_is_packed():
     found = saving(EXAMPLES, 7, 0)
     assert found.packed < 0.02 and found.padding > 0.6
     assert said == [
-        f"packed: examples share rows, so {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
+        f"examples are packed: {found.packed:.1%} of the tokens computed are padding instead of {found.padding:.1%}, "
         f"{found.times:.2f} times fewer tokens in all (--pack off leaves each its row)"
     ]
     alike = [example(20 + number % 3, 2, number) for number in range(9)]

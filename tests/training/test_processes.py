@@ -1,6 +1,7 @@
 """One result, whatever the number of processes; and one end, whatever happens to one of them."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,11 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilora.errors import ConfigError
+import minilora
+from minilora import LoraConfig
+from minilora.errors import ConfigError, StateError
 from minilora.training import processes as module
 from minilora.training.processes import ALONE, Processes, joined
-from minilora.training.sharding import blocks_of
-from minilora.training.step import _pairwise
+from minilora.training.sharding import blocks_of, refuse_skipping, shard_blocks
+from minilora.training.step import _pairwise, gradients
+from minilora.training.together import refuse_different
 from tests.training import processes_worker as worker
 
 SCRIPT = str(Path(worker.__file__))
@@ -366,3 +370,59 @@ def test_the_blocks_are_the_longest_list():
     assert [type(block) for block in blocks_of(model)] == [worker.Block] * 3
     with pytest.raises(Exception, match="no list of blocks to shard; leave --shard out"):
         blocks_of(torch.nn.Linear(2, 3))
+
+
+def test_a_model_that_leaves_blocks_out_at_random_is_not_shared():
+    model = worker.Blocks()
+    model.layerdrop = 0.0
+    refuse_skipping(model)
+    model.blocks[0].config = SimpleNamespace(decoder_layerdrop=0.2)
+    with pytest.raises(StateError, match=r"Blocks leaves blocks out at random \(decoder_layerdrop=0.2\)"):
+        shard_blocks(model, many(2)[0])
+
+
+def test_what_processes_differ_in_is_named(monkeypatch):
+    def meaning(**bits):
+        return dict.fromkeys(("training", "adapter", "data", "base")) | {"bits": bits}
+
+    own = meaning(torch="2.9", threads=1, attention="sdpa", packed=True)
+    for other, words in [
+        (meaning(torch="2.8", threads=1, attention="sdpa", packed=True), "version of torch"),
+        (meaning(torch="2.9", threads=2, attention="sdpa", packed=True), "number of threads"),
+        (meaning(torch="2.9", threads=1, attention="eager", packed=True), "implementation of attention"),
+        (meaning(torch="2.9", threads=1, attention="sdpa", packed=False), "answer whether examples can be packed"),
+    ]:
+        said = []
+        first, second = many(2)
+        monkeypatch.setattr("minilora.training.together._digest", lambda *a: "")
+        for one, means in ((first, own), (second, other)):
+            monkeypatch.setattr(one, "share", lambda value, said=said: said.append(value) or [value])
+            refuse_different(one, means, "", None, "")
+        monkeypatch.setattr(first, "share", lambda value, said=said: said)
+        with pytest.raises(ConfigError, match=f"process 1 of 2 has another {words} than process 0"):
+            refuse_different(first, own, "", None, "")
+
+
+def test_a_micro_batch_that_reaches_no_adapter_adds_nothing():
+    torch.manual_seed(7)
+    model = minilora.inject(worker.Blocks(True), LoraConfig(r=3, lora_alpha=5, target_modules=["blocks.1.rare"]))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in named.values():
+            parameter.normal_(std=0.1)
+    every = worker.examples()
+    reaching = [[one] for one in every if one.input_ids[0] % 3 == 0]
+    others = [[one] for one in every if one.input_ids[0] % 3]
+
+    def found(batches):
+        total, norm, problem = gradients(model, named, batches, 40, list(range(len(batches))))
+        assert problem is None and math.isfinite(total)
+        return norm, [parameter.grad for parameter in named.values()]
+
+    norm, mixed = found([others[0], reaching[0], others[1], reaching[1]])
+    _, alone = found(reaching[:2])
+    own, rest = (sum(one.supervised for (one,) in part[:2]) for part in (reaching, others))
+    share = own / (own + rest)  # of the tokens of the step
+    for one, other in zip(mixed, alone, strict=True):
+        assert other.any() and torch.allclose(one, other * share, rtol=1e-5, atol=1e-8)
+    assert found(others[:2]) == (0.0, [None, None]) and norm > 0

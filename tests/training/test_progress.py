@@ -70,13 +70,23 @@ def without_codes(text):
 
 
 def test_a_piped_step_is_one_plain_line():
-    text = shown(8, [record(1, seconds=3.0)], io.StringIO())
+    text = shown(8, [record(1, seconds=3.0, tokens=1837.2)], io.StringIO())
     assert text == "step 1/8  loss 2.346  612 tokens/s  1835 MB  21 s left\n"
 
 
 @pytest.mark.parametrize(("step", "seconds", "left"), [(1, 2.0, 18), (5, 10.0, 10), (9, 18.0, 2), (10, 20.0, 0)])
-def test_the_time_left_follows_from_the_steps_so_far(clock, step, seconds, left):
-    assert shown(10, [record(step, seconds)], io.StringIO()).endswith(f"  {left} s left\n")
+@pytest.mark.parametrize("before", [0.0, 700.0])
+def test_the_time_left_follows_from_the_steps_so_far_and_not_from_what_came_before_them(
+    clock, step, seconds, left, before
+):
+    stream = io.StringIO()
+    with Progress(10, stream) as progress:
+        progress.watch(record(1, before + 2.0, tokens_per_s=50.0))  # 100 tokens: it took 2 s
+        clock.now += 10.0
+        progress.watch(record(step, before + seconds))
+    assert [line.partition(" MB  ")[2] for line in stream.getvalue().splitlines()] == ["18 s left", f"{left} s left"]
+    later = shown(10, [record(step, before + seconds, tokens_per_s=50.0)], io.StringIO())  # gone on with at this step
+    assert later.endswith(f"  {2 * (10 - step)} s left\n")
 
 
 @pytest.mark.parametrize(

@@ -634,8 +634,10 @@ def test_a_module_that_returns_nan_is_named(tmp_path):
     model, calls = fresh(), []
 
     def break_once(module, inputs, output):
-        calls.append(1)
-        return output * float("nan") if len(calls) in (7, 9) else output  # step 4, and the look at it
+        calls.append(module.training)  # not while it is looked at before the first step
+        return (
+            output * float("nan") if module.training and sum(calls) in (7, 9) else output
+        )  # step 4, and the look at it
 
     model.mid.register_forward_hook(break_once)
     records = run(model, tmp_path)
