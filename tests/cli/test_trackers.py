@@ -143,7 +143,7 @@ def test_a_run_that_breaks_ends_its_trackers(capsys, monkeypatch, model_folder, 
     monkeypatch.setitem(sys.modules, "trackio", package)
 
     def train(*given, **more):
-        given[7]({"step": 1, "loss": 1.0, "tokens_per_s": 1.0, "rss_mb": 1.0, "seconds": 1.0})
+        given[7]({"step": 0, "eval_loss": 1.0})
         raise ConfigError("broken")
 
     monkeypatch.setattr(finetune, "train", train)
