@@ -254,4 +254,5 @@ def test_reading_takes_time_by_the_line(tmp_path):
         return time.process_time() - began
 
     seconds(500)
-    assert seconds(20_000) < 6 * seconds(5_000) + 0.2
+    many, few = (min(seconds(count) for _ in range(3)) for count in (20_000, 5_000))
+    assert many < 6 * few + 0.2
