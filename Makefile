@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again ever
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/head_loss.py
 	$(BIN)/python benchmarks/job.py
+	$(BIN)/python benchmarks/job.py --sets long-tailed --repeats 1 --trl-packing --out benchmarks/results/job_packed.csv
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python docs/tables.py

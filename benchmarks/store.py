@@ -3,9 +3,9 @@
     python benchmarks/store.py            # ten minutes on one core; prints a table, writes benchmarks/results/store.csv
 
 A file of 200,000 conversations is made from a seed, lengths as in data that people train on: many short, some long (log-normal). Each row
-is a process of its own, one thread. Memory is what the process holds above what it held just before (2,000 other
-lines have been encoded then), in bytes a token: ``held`` after the
-start and a thousand batches, ``peak`` the most until then. ``read`` is the time of reading the file once with its
+is a process of its own, one thread. Memory is what the process holds above what it held just before (2,000 other lines
+have been encoded then), in bytes a token: ``held`` after the start and a thousand batches, ``peak`` the most until then. ``read`` is the
+time of reading the file once with its
 hash, which no start can be faster than.
 """
 

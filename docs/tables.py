@@ -214,9 +214,9 @@ def views() -> str:
     return markdown(["", "time", "against without the names", "least and most"], rows)
 
 
-def job(name: str) -> str:
+def job(file: str) -> str:
     """A whole fine-tuning in minilora and in TRL: medians with the least and the most, and minilora's share of TRL's."""
-    rows, lines = [], read(name)
+    rows, lines = [], read(file)
     for name in dict.fromkeys(row["set"] for row in lines):
         ours, theirs = (next(row for row in lines if row["set"] == name and row["side"] == side) for side in JOB_SIDES)
         for row in (ours, theirs):

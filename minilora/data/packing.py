@@ -130,8 +130,7 @@ class Saving:
 
 def saving(examples: Sequence[Encoded], batch_size: int, seed: int) -> Saving:
     """What packing saves, told from the first epoch's micro-batches of a run (256 of them at most); nothing is drawn from torch."""
-    count = min(_LOOKED_AT, -(-len(examples) // batch_size))
-    batches = list(islice(micro_batches(examples, batch_size, seed), count))
+    batches = _first_batches(examples, batch_size, seed)
     real = sum(len(example.input_ids) for batch in batches for example in batch)
     apart, packed = (sum(map(_tokens, rows)) for rows in (map(_apart, batches), map(pack, batches)))
     return Saving(1 - real / apart, 1 - real / packed)
@@ -141,9 +140,13 @@ def with_longest_row(
     examples: Sequence[Encoded], batch_size: int, seed: int, rows: Callable[[Sequence[Encoded]], list[Row]]
 ) -> list[Row]:
     """Of the same micro-batches, the rows of the one that has the longest row."""
-    count = min(_LOOKED_AT, -(-len(examples) // batch_size))
-    every = map(rows, islice(micro_batches(examples, batch_size, seed), count))
+    every = map(rows, _first_batches(examples, batch_size, seed))
     return max(every, key=lambda rows: max(sum(len(example.input_ids) for example in row) for row in rows))
+
+
+def _first_batches(examples: Sequence[Encoded], batch_size: int, seed: int) -> list[list[Encoded]]:
+    count = min(_LOOKED_AT, -(-len(examples) // batch_size))
+    return list(islice(micro_batches(examples, batch_size, seed), count))
 
 
 def _apart(batch: Sequence[Encoded]) -> list[Row]:

@@ -39,7 +39,7 @@ from minilora.files.write import new_folder, remove
 __all__ = ["SMALL", "Data", "load_data"]
 
 SMALL = 4_000_000  # bytes of a file of records that is encoded in memory
-_PIECE = 1024  # records that are in memory at a time: a process renders them, which takes 70 ms to begin
+_PIECE = 1024  # records that are in memory at a time; each piece starts a process that renders them
 _NOTED = 5  # keys that nothing uses, which are said
 _TRIES = 3  # beside other processes
 _INDEX = "store.json"

@@ -56,9 +56,8 @@ def gradients(
         torch.manual_seed(seeds[number])
         with offloaded(model, offload):
             loss = token_losses(model, tensors(batches[number], pad_id)).sum() / supervised
-        if (
-            loss.requires_grad
-        ):  # what this micro-batch reaches may hold no adapter: an expert that saw no token, a layer left out at random
+        # What this micro-batch reaches may hold no adapter: an expert that saw no token, a layer left out at random.
+        if loss.requires_grad:
             loss.backward()
         losses.append(loss.detach())
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import pytest
 
@@ -14,6 +13,7 @@ from minilora.data.records import read_jsonl, unused
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
 from tests.data import kinds
+from tests.timing import grows_as_its_length
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -246,12 +246,9 @@ def test_nulls_are_as_good_as_nothing_and_notes_are_counted(learn, tmp_path):
 
 
 def test_reading_takes_time_by_the_line(tmp_path):
-    def seconds(count):
+    def read(count):
         path = tmp_path / f"{count}.jsonl"
         path.write_text("".join(json.dumps({"messages": [U, A], "id": at}) + "\n" for at in range(count)))
-        began = time.process_time()
         assert len(read_jsonl(path)) == count
-        return time.process_time() - began
 
-    seconds(500)
-    assert seconds(20_000) < 6 * seconds(5_000) + 0.2
+    assert grows_as_its_length(read, 2_500)

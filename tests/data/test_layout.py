@@ -1,7 +1,5 @@
 """Where answers stand: by the rule for few, by marks of the template's own loop for many, and both say the same in linear time."""
 
-import time
-
 import pytest
 
 pytest.importorskip("transformers")
@@ -11,6 +9,7 @@ from minilora.data.encoding import encode_all
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
 from tests.data import kinds
+from tests.timing import grows_as_its_length
 
 MORE = {
     # a loop that looks first, another one inside, and one over what is no turn
@@ -123,12 +122,8 @@ def test_marks_that_cannot_be_followed_are_refused(tokenizer):
 def test_time_grows_with_the_length(tokenizer, name):
     tokenizer.chat_template = ALL[name]
 
-    def seconds(answers):
-        record = talk(answers)
-        began = time.process_time()
-        (example,) = encode_all([record], tokenizer, 10**9)
+    def encoded(answers):
+        (example,) = encode_all([talk(answers)], tokenizer, 10**9)
         assert len(runs(tokenizer, example)) == answers
-        return time.process_time() - began
 
-    seconds(20)
-    assert seconds(800) < 5 * min(seconds(200), seconds(200)) + 0.1
+    assert grows_as_its_length(encoded, 100)
