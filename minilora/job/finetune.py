@@ -99,13 +99,13 @@ def _fine_tune(
     def sample() -> tuple[str, str]:
         return prompts[0], answers(model, tokenizer, prompts[:1], job.max_new_tokens)[0]
 
-    def begun(here: RunFolder) -> None:
+    def ready(here: RunFolder) -> None:
         first = [{"prompt": prompt, "before": before[prompt]} for prompt in prompts]
         date, packed = date_of(tokenizer, job.date), packing_of(model, is_packed_folder(resolve(job.model)))
         sessions.begin(here, new_record(job, here, packed, template, date, data_files(source), first), clock)
 
     asked, pad = (sample if prompts else None), tokenizer.pad_token_id
-    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "begun": begun}
+    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "ready": ready}
     options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
     with sessions.closed_by(clock):
         steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
