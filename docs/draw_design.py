@@ -183,7 +183,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "examples", "outcome", "record", "sessions", "described"],
+        ["finetune", "settings", "examples", "outcome", "record", "sessions", "in_hand", "described"],
     ),
     ("cli", "the commands of minilora", []),
 ]
