@@ -48,8 +48,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
         Flag("seed", int, 0, "whole number >= 0 that drawn tokens follow from"),
     ]
     add_flags(parser, "generation", asked)
-    about = "what the model is asked; each prompt in quotes (default: the prompts that the run of --adapter was asked)"
-    parser.add_argument("prompt", nargs="*", help=about)
+    about = "what the model is asked; each prompt in quotes (default: as the run of --adapter was asked)"
+    parser.add_argument("prompt", nargs="*", default=[], help=about)
 
 
 def run(arguments: argparse.Namespace) -> None:
