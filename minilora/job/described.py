@@ -104,4 +104,5 @@ def _settings(job: Job) -> dict[str, Any]:
     kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "eval_share")
     own = {name: getattr(job, name) for name in kept}
     lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
-    return own | lora | vars(job.training)
+    every = own | lora | vars(job.training)
+    return {name: ", ".join(value) if isinstance(value, (list, tuple)) else value for name, value in every.items()}
