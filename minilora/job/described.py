@@ -56,7 +56,7 @@ def described(
         "headline": [
             {"label": "training loss", "value": _change(outcome.losses, "not logged")},
             {"label": "held-out loss", "value": _change(outcome.held_out, "nothing held out")},
-            {"label": "parameters trained", "value": f"{trainable:,} of {total:,}"},
+            {"label": "parameters trained", "value": f"{_count(trainable)} of {_count(total)}"},
             {"label": "time", "value": _time(outcome)},
             *[{"label": f"peak memory, {name}", "value": f"{peak / 1000:.2f} GB"} for name, peak in peaks.items()],
         ],
@@ -84,6 +84,14 @@ def _change(losses: Sequence[float | None], without: str) -> str:
     """From the first loss to the last."""
     ends = ["not finite" if loss is None else f"{loss:.2f}" for loss in (*losses[:1], *losses[1:][-1:])]
     return " → ".join(ends) or without
+
+
+def _count(number: int) -> str:
+    """In thousands, millions or billions, with three digits; the table of parameters has all of them."""
+    for size, sign in ((10**9, " B"), (10**6, " M"), (10**3, " K")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{sign}"
+    return str(number)
 
 
 def _time(outcome: Outcome) -> str:

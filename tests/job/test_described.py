@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import minilora
-from minilora.job.described import described
+from minilora.job.described import _count, described
 from minilora.job.outcome import Outcome
 from minilora.report.page import render
 from tests.job.asked import LORA, Asked
@@ -51,6 +51,19 @@ def test_a_loss_that_is_not_there_is_said(told, evals, said):
 
 def test_the_time_is_that_of_all_sessions(told):
     assert told()[1]["time"] == "684 s" and told(sessions=2)[1]["time"] == "684 s in 2 sessions"
+
+
+def test_parameters_are_counted_in_three_digits(told):
+    assert told()[1]["parameters trained"] == "5 of 100"
+    counts = {
+        999: "999",
+        1_234: "1.23 K",
+        999_700: "1 M",
+        2_442_240: "2.44 M",
+        136_957_248: "137 M",
+        8_030_261_248: "8.03 B",
+    }
+    assert {number: _count(number) for number in counts} == counts
 
 
 def test_loading_stands_apart_from_training(told):
