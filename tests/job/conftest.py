@@ -38,3 +38,14 @@ def plain_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def quiet_libraries():
+    """What the command line asks of libraries before it imports them; here they are imported already."""
+    transformers = pytest.importorskip("transformers")
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    if shown:
+        transformers.utils.logging.enable_progress_bar()
