@@ -562,7 +562,7 @@ def test_train_says_what_it_does(trained, data_file):
 def test_before_and_after_are_answers_of_one_packed_model(monkeypatch, model_folder, data_file, tmp_path):
     asked = []
 
-    def answer(model, tokenizer, prompts, most):
+    def answer(model, tokenizer, prompts, max_new_tokens, system):
         packed = {type(layer).__name__ for layer in model.modules() if "book" in vars(layer)}
         asked.append((packed, list(adapters_of(model).configs), bool(model.model.layers[0].mlp.up_proj.lora_B.any())))
         return ["said"] * len(prompts)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minilora import QuantConfig
 from minilora.cli import main
 from minilora.errors import for_terminal
 from minilora.job.finetune import fine_tune
@@ -53,10 +54,26 @@ def test_one_prompt_gives_the_answer_of_the_report(capsys, run, at):
     ],
 )
 def test_a_flag_wins_and_the_difference_is_said(capsys, run, flags, said):
-    out, after = run
-    printed, beside = generate(capsys, "--adapter", out, *flags, "What?")
+    out, _ = run
+    beside = generate(capsys, "--adapter", out, *flags, "What?")[1]
     assert beside.startswith(f"{out}: ") and said in beside and beside.count("\n") == 1
-    assert printed != for_terminal(after["What?"]) + "\n" or flags[0] == "--dtype"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ([], QuantConfig("nf4", double_quant=True)),
+        (["--quant", "nf3"], QuantConfig("nf3")),
+        (["--quant", "none"], None),
+    ],
+)
+def test_the_base_is_packed_as_it_was_or_as_a_flag_says(capsys, monkeypatch, run, flags, wanted):
+    import minilora.hf
+
+    seen, load = [], minilora.hf.load_model
+    monkeypatch.setattr(minilora.hf, "load_model", lambda *_, **o: seen.append(o["quant"]) or load(*_, **o))
+    generate(capsys, "--adapter", run[0], *flags, "What?")
+    assert [found and (found.format, found.double_quant) for found in seen] == [wanted and (wanted.format, True)]
 
 
 def test_the_system_turn_is_part_of_it(capsys, run):
