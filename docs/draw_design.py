@@ -187,7 +187,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "examples", "start", "rehearsal", "trackers", "outcome", "described"],
+        ["finetune", "settings", "examples", "start", "rehearsal", "trackers", "record", "sessions", "in_hand", "outcome", "described"],
     ),
     ("cli", "the commands of minilora", []),
 ]

@@ -42,6 +42,7 @@ class Flag:
         choices: the words that it may be, for the help alone.
         required: whether there is no default.
         spelt: the flag as it is written, if not ``--name`` with dashes.
+        otherwise: what holds if the flag is not given, in words, where no value says it.
         check: turns the text that was given into the value; None takes ``kind``.
     """
 
@@ -53,6 +54,7 @@ class Flag:
     required: bool = False
     spelt: str = ""
     check: Any = None
+    otherwise: str = ""
 
     @property
     def flag(self) -> str:
@@ -63,7 +65,7 @@ class Flag:
     def help(self) -> str:
         """The text with choices and default."""
         said = str(self.default).lower() if self.kind is Word else _shown(self.default)
-        default = "required" if self.required else f"default: {said}"
+        default = "required" if self.required else f"default: {self.otherwise or said}"
         choices = f"{', '.join(self.choices)}; " if self.choices else ""
         return f"{self.about} ({choices}{default})".replace("%", "%%")
 

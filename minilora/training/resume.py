@@ -28,18 +28,38 @@ from minilora.files.write import remove
 from minilora.lora.bare import Around
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
-from minilora.training.checkpoint import Checkpoint, own_checkpoints, parse_checkpoint, read_checkpoint_files, steps
+from minilora.training.checkpoint import (
+    ENDS,
+    Checkpoint,
+    is_longer,
+    own_checkpoints,
+    parse_checkpoint,
+    read_checkpoint_files,
+    steps,
+)
 from minilora.training.lock import refuse_held
 from minilora.training.optim_state import form_of, put_state, state_form
 from minilora.training.processes import ALONE, Processes
 from minilora.training.profile import TRACE_FILE
 from minilora.training.settings import SINCE
 
-__all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "put_weights", "refuse_left", "restore"]
+__all__ = [
+    "LOG_FILE",
+    "RECORD_FILE",
+    "claim",
+    "clear",
+    "kept_records",
+    "meaning",
+    "newest",
+    "put_weights",
+    "refuse_left",
+    "restore",
+]
 
 LOG_FILE = "log.jsonl"
+RECORD_FILE = "job.json"  # what a job remembers (``job/record.py``)
 # What a run leaves beside its checkpoints.
-_LEFT = (LOG_FILE, TRACE_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
+_LEFT = (LOG_FILE, RECORD_FILE, TRACE_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
 _LONGEST_LINE = 16_000_000  # bytes of the log; an answer is far shorter
 _LARGEST = 1e300
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
@@ -164,8 +184,9 @@ def _hash(examples: Sequence[Encoded]) -> str:
 def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
     then, where = checkpoint.meaning, checkpoint.path
     then = then | {"training": SINCE | then["training"]}
+    longer = {"steps", ENDS} if is_longer(now["training"], checkpoint) else set()
     for part, words in (("training", "schedule"), ("adapter", "adapter"), ("data", "data set")):
-        keys = sorted(now[part].keys() | then[part].keys())
+        keys = sorted((now[part].keys() | then[part].keys()) - longer)
         if changed := [key for key in keys if _text(now[part].get(key)) != _text(then[part].get(key))]:
             here, there = (_short(side[part].get(changed[0])) for side in (now, then))
             cause = _cause(now["notes"], then.get("notes", {})) if part == "data" else ""
@@ -253,7 +274,7 @@ def _newest_here(folder: Path) -> tuple[int, dict[str, bytearray], list[str], st
     if found:
         return 0, {}, passed, f"{folder}: none of its {len(found)} checkpoints is whole; restore one, or {anew}"
     if (folder / WEIGHTS_FILE).exists():
-        problem = f"{folder}: holds an adapter and no checkpoint, so there is nothing to go on with; {anew}"
+        problem = f"{folder}: holds an adapter and no checkpoint of its end, so there is nothing to go on with; {anew}"
         return 0, {}, passed, problem
     return 0, {}, passed, None
 

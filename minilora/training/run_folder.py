@@ -7,6 +7,7 @@ earlier one. Next file: ``training/loop.py``.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, MiniLoraError
 from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.store.save import adapter_files
 from minilora.training.best import Best, fetch
-from minilora.training.checkpoint import prune, save_checkpoint
+from minilora.training.checkpoint import ENDS, prune, save_checkpoint, with_more_steps
 from minilora.training.processes import Processes
-from minilora.training.resume import LOG_FILE, kept_records, newest, put_weights, restore
+from minilora.training.resume import LOG_FILE, RECORD_FILE, kept_records, newest, put_weights, restore
 from minilora.training.together import refuse_apart
 
 __all__ = ["RunFolder"]
@@ -69,6 +70,7 @@ class RunFolder:
         self.best.take_up(found.evaluations)
         if self.best.spare:
             fetch(self.path, self.best.spare, processes)  # refused now, and not at the end
+        self.meaning = with_more_steps(self.meaning, found)
         restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
         self.step = self.good = self.saved = found.step
         self.records = kept_records(self.path, found.step, processes, found.owner)
@@ -77,6 +79,12 @@ class RunFolder:
         self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
         where = f", which {processes.name(found.owner)} has" if found.owner else ""
         return f"going on after step {found.step}: {found.path}{where}"
+
+    @property
+    def schedule_begin(self) -> int:
+        """The step after which the schedule began: not 0 where a finished run went on with more steps."""
+        ends = self.meaning["training"].get(ENDS, [])
+        return ends[-1] if ends else 0
 
     def open_log(self) -> None:
         """Begin the log; it says no more than what is done."""
@@ -111,18 +119,23 @@ class RunFolder:
         return f"saved in {self.path / f'checkpoint-{self.good}'}"
 
     def leave_nothing(self) -> None:
-        """A run that has not begun leaves no log."""
+        """A run that has not begun leaves no log, and no record."""
         if self.processes.first:
-            remove(self.path, [LOG_FILE])
+            names = (LOG_FILE, RECORD_FILE)
+            remove(self.path, [name for name in names if os.path.lexists(self.path / name)])
 
     def refuse_apart(self) -> None:
         """Raise ``TrainingError`` on all where the adapters of the processes have come apart."""
         refuse_apart(self.processes, self.model, self.adapter, self.step, self.saved)
 
     def finish(self) -> None:
-        """Write the adapter: of the last step, or of the lowest evaluation loss."""
+        """Write the adapter, of the last step or of the lowest evaluation loss, and the checkpoint with which the run can go on."""
         self.refuse_apart()
         lowest = self.best.lowest
+        try:
+            self.save()  # of the last step, whichever becomes the adapter
+        except MiniLoraError as error:  # the adapter is what the run was for
+            self.say(f"no checkpoint of the last step, so the run cannot go on with more: {error}")
         if self.best.spare and lowest is not None and lowest.loss is not None:
             try:
                 best = fetch(self.path, lowest.good, self.processes)
