@@ -27,7 +27,7 @@ from minilora.training.loop import TrainConfig
 from minilora.training.progress import Progress
 
 transformers = pytest.importorskip("transformers")
-from minilora.hf import finetune  # noqa: E402
+from minilora.job import finetune  # noqa: E402
 
 LEARNT = {"hi": "yo", "1 < 2?": "true", "who?": "me", "where?": "here"}
 PROMPTS = list(LEARNT)[:2]

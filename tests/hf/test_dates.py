@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from minilora.errors import CheckpointError, ConfigError
-from minilora.hf import finetune
+from minilora.job import finetune
 from minilora.hf.dates import date_of, dated
 from minilora.lora.config import LoraConfig
 from minilora.training.loop import TrainConfig

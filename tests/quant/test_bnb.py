@@ -216,7 +216,7 @@ def test_partly_packed_models_are_read_weight_by_weight(make, tmp_path, ids):
 
 
 def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
-    from minilora.hf import finetune
+    from minilora.job import finetune
     from minilora.training.loop import TrainConfig
 
     class Stop(Exception):
@@ -229,7 +229,7 @@ def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "skeleton", lambda *_, **__: model)
     monkeypatch.setattr(finetune, "load_tokenizer", lambda *_, **__: None)
     monkeypatch.setattr(finetune, "is_packed_folder", lambda place: True)
-    monkeypatch.setattr(finetune, "_encoded", lambda *_: ([], []))
+    monkeypatch.setattr(finetune, "encoded", lambda *_: ([], []))
     monkeypatch.setattr(
         finetune, "inject", lambda adapted, _, **__: seen.append(adapted.q_proj) or (_ for _ in ()).throw(Stop)
     )
