@@ -183,7 +183,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "examples", "outcome", "described"],
+        ["finetune", "settings", "given", "examples", "outcome", "described"],
     ),
     ("cli", "the commands of minilora", []),
 ]

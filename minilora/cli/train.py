@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
 from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
+from minilora.job.given import job_from
 from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
 from minilora.training.schedule import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, TrainConfig
@@ -89,7 +89,4 @@ def job_of(arguments: argparse.Namespace) -> Job:
     alpha = given.get("lora_alpha")
     if isinstance(alpha, float) and alpha.is_integer():
         given["lora_alpha"] = int(alpha)
-    lora: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    lora |= {name: given.pop(name) for name in _LORA_FLAGS if name in given}
-    training = {entry.name: given.pop(entry.name) for entry in dataclasses.fields(TrainConfig) if entry.name in given}
-    return Job(**given, lora=LoraConfig(**lora), training=TrainConfig(**training))
+    return job_from(given)

@@ -23,6 +23,7 @@ from minilora.hf.packed import is_packed_folder
 from minilora.hf.places import packing
 from minilora.job.described import described, formats, memory
 from minilora.job.examples import encoded
+from minilora.job.given import job_from
 from minilora.job.outcome import Outcome
 from minilora.job.settings import Job
 from minilora.lora.coverage import coverage
@@ -35,6 +36,7 @@ from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.memory import memory_mb
 from minilora.training.processes import Processes, joined
+from minilora.training.progress import Progress
 from minilora.training.resume import claim
 from minilora.training.rows import Rows, why_read_whole
 from minilora.training.sharding import in_turn
@@ -43,16 +45,36 @@ __all__ = ["Job", "Outcome", "fine_tune"]
 
 
 def fine_tune(
-    job: Job, say: Callable[[str], None] = print, watch: Callable[[dict[str, Any]], None] | None = None
+    job: Job | None = None,
+    say: Callable[[str], None] | None = None,
+    watch: Callable[[dict[str, Any]], None] | None = None,
+    **settings: Any,
 ) -> Outcome:
-    """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop. Under torchrun all processes call it alike.
+    """Fine-tune a model: what ``minilora train`` does. Under torchrun all processes call it alike.
+
+    Args:
+        job: what to do, if it is not said by ``settings``.
+        say: gets a line for each phase. watch: gets every record of the loop. Without either, progress is shown on standard output.
+        settings: the flags of ``minilora train`` by name (``model``, ``data``, ``out``, ``r``, ``steps`` ...), or ``lora`` and
+            ``training`` as whole configs.
+
+    Returns:
+        The records and losses of the run, its answers, seconds, peak memory and folder.
 
     Raises:
         MiniLoraError: a device that is not there (before anything is read), bad data (before the model is loaded), a run that lies in
             ``out`` already, config, model or target, in one line; and as ``train``.
     """
+    if job is not None and settings:
+        raise ConfigError(f"{min(settings)}=: stands beside a job; wanted one of the two, or dataclasses.replace(job, ...)")
+    job = job_from(settings) if job is None else job
     with joined() as processes:
-        return _fine_tune(job, say, watch, processes)
+        if say or watch:
+            return _fine_tune(job, say or (lambda line: None), watch, processes)
+        if not processes.first:
+            return _fine_tune(job, lambda line: None, None, processes)
+        with Progress(job.training.steps) as progress:
+            return _fine_tune(job, progress.say, progress.watch, processes)
 
 
 def _fine_tune(

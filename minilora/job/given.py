@@ -1,0 +1,56 @@
+"""A job from settings by name, as the flags of ``minilora train``, the keys of its TOML file and the keywords of ``fine_tune`` give them.
+
+Every field of ``Job``, ``LoraConfig`` and ``TrainConfig`` is such a name. Next file: ``job/finetune.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from minilora.errors import ConfigError, nearest
+from minilora.job.settings import Job
+from minilora.lora.config import LoraConfig
+from minilora.training.schedule import TrainConfig
+
+__all__ = ["job_from"]
+
+_PARTS = {"lora": LoraConfig, "training": TrainConfig}
+_LORA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}  # what a job adapts if nothing is said
+
+
+def job_from(given: Mapping[str, Any]) -> Job:
+    """The job that these settings ask for.
+
+    Args:
+        given: name to value; ``lora`` and ``training`` may be whole configs, of which single fields beside them are changed.
+
+    Raises:
+        ConfigError: a name that no setting has, one that is missing, or a value that cannot be meant, by name.
+    """
+    own, rest = {}, dict(given)
+    for name, kind in _PARTS.items():
+        fields = {entry.name for entry in dataclasses.fields(kind)}
+        own[name] = {field: rest.pop(field) for field in fields & rest.keys()}
+    known = {entry.name for entry in dataclasses.fields(Job)}
+    if strange := sorted(rest.keys() - known):
+        every = known.union(*({entry.name for entry in dataclasses.fields(kind)} for kind in _PARTS.values()))
+        raise ConfigError(f"{strange[0]}: no setting of a job; the closest are {nearest(strange[0], every)}")
+    for name in ("model", "data", "out"):
+        if name not in rest:
+            raise ConfigError(f"{name} is missing; give {name}=...")
+        if isinstance(rest[name], os.PathLike):
+            rest[name] = os.fspath(rest[name])
+    lora, training = rest.pop("lora", None), rest.pop("training", None)
+    parts = {
+        "lora": LoraConfig(**(_LORA | own["lora"])) if lora is None else _changed("lora", lora, own["lora"]),
+        "training": TrainConfig(**own["training"]) if training is None else _changed("training", training, own["training"]),
+    }
+    return Job(**rest, **parts)
+
+
+def _changed(name: str, config: Any, fields: Mapping[str, Any]) -> Any:
+    """The config with these fields changed; a job looks at what it is."""
+    return dataclasses.replace(config, **fields) if fields and isinstance(config, _PARTS[name]) else config
