@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. ``minilora demo | train | generate | plan | bench | quantize | merge | export``, a file each.
+"""The command line: parse, call, print. ``minilora demo | init | train | generate | plan | bench | quantize | merge | export``, a file each.
 
 Exit code 2 means the input was wrong, 1 that the work failed, 130 that it was interrupted; a traceback comes only with ``--debug``.
 Parsing and ``--help`` need no torch: a command imports what it works with when it runs.
@@ -19,6 +19,7 @@ from minilora.errors import MiniLoraError, printable
 # Each is a file of this folder, which is imported when its command is called.
 COMMANDS = {
     "demo": "fine-tune SmolLM2-135M in four bits on this machine, in minutes",
+    "init": "write a settings file and ten lines of data to begin with",
     "train": "fine-tune a model on a JSONL file",
     "generate": "ask a model, with or without an adapter",
     "plan": "say what a training step will hold in memory, and measure it",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.flags import Flag, add_flags, fields_of, flag_of
 from minilora.cli.jobs import run_job
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
@@ -31,6 +31,7 @@ _LORA_FLAGS = (
     "use_rslora",
     "modules_to_save",
 )
+FLAG_ALONE = ("trust_remote_code",)  # what no file may say
 # What is in no other group is "training".
 _GROUPS = {
     "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "shard", "trust_remote_code"),
@@ -75,10 +76,11 @@ def job_of(arguments: argparse.Namespace) -> Job:
     """The job that the flags and the TOML file ask for. Raises ``ConfigError`` for a value that cannot be meant, by name."""
     known = {name: flag.kind for name, flag in settings().items()}
     given = read_toml(arguments.config, known) if arguments.config else {}
-    if given.get("trust_remote_code"):
-        raise ConfigError(
-            f"{arguments.config}: trust_remote_code: a file may not let code run; give --trust-remote-code on the command line"
-        )
+    for name in FLAG_ALONE:
+        if given.get(name):
+            raise ConfigError(
+                f"{arguments.config}: {name}: a file may not let code run; give {flag_of(name)} on the command line"
+            )
     given |= {name: value for name in known if (value := getattr(arguments, name)) is not None}
     for name in ("model", "data", "out"):
         if not given.get(name):

@@ -13,6 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 DATA = HERE / "keeper.jsonl"
+STARTER = HERE / "starter.jsonl"  # ten lines that ``minilora init`` gives to begin with
 
 
 def prompts(kind: str = "unseen") -> list[str]:
