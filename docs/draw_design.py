@@ -58,7 +58,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "store",
         "adapter folders: save, load, export",
-        ["save", "load", "fill", "tables", "adapter_files", "fingerprint", "tensors", "export", "programs"],
+        ["save", "load", "fill", "tables", "adapter_files", "fingerprint", "tensors", "contents", "export", "servers", "programs"],
     ),
     (
         "many",
@@ -183,7 +183,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "given", "examples", "outcome", "described"],
+        ["finetune", "settings", "given", "record", "sessions", "examples", "outcome", "described", "info"],
     ),
     ("cli", "the commands of minilora", []),
 ]

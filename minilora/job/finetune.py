@@ -5,7 +5,6 @@ Load, packing on the way, inject, ask, train, ask again, report. Everything a jo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from minilora.job.described import described, formats, memory
 from minilora.job.examples import encoded
 from minilora.job.given import job_from
 from minilora.job.outcome import Outcome
+from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of, template_sha256
 from minilora.job.settings import Job
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
@@ -34,11 +34,11 @@ from minilora.report.inspect import parameter_table, spectra, update_ratios
 from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
-from minilora.training.memory import memory_mb
 from minilora.training.processes import Processes, joined
 from minilora.training.progress import Progress
 from minilora.training.resume import claim
 from minilora.training.rows import Rows, why_read_whole
+from minilora.training.run_folder import RunFolder
 from minilora.training.sharding import in_turn
 
 __all__ = ["Job", "Outcome", "fine_tune"]
@@ -80,11 +80,12 @@ def fine_tune(
 def _fine_tune(
     job: Job, say: Callable[[str], None], watch: Callable[[dict[str, Any]], None] | None, processes: Processes
 ) -> Outcome:
-    clock, folder = _Clock(), Path(job.out)
+    clock, folder = Phases(), Path(job.out)
     place = choose(job.device, job.dtype, job.attention)
     job = settled(job, place)
     if processes.first:
         claim(folder, job.resume, job.overwrite)
+    sessions = Sessions(folder, job.resume)
     source = look_at(job.data)
     processes.agree({"data file": source.sha256})  # before a model is loaded
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
@@ -94,7 +95,9 @@ def _fine_tune(
     )  # a mistyped target shows now, before any weight is read, and so does every line of the data
     size = sum(p.numel() * p.element_size() for p in paper.parameters())
     say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
-    tokenizer = dated(load_tokenizer(job.model, trust), job.date)
+    tokenizer = load_tokenizer(job.model, trust)
+    template = template_sha256(tokenizer)
+    tokenizer = dated(tokenizer, job.date)
     examples, evaluation = encoded(job, source, tokenizer, context_length(paper), say)
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
@@ -103,26 +106,38 @@ def _fine_tune(
     with processes.exchange():
         model = _adapted(job, model, say)
     clock.lap("inject")
-    if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
-        say(f"asking {len(job.prompts)} prompts before training")
+    known = processes.share(sessions.known(job))[0]  # the first process has the folder
+    prompts = list(dict.fromkeys([*known, *job.prompts]))
+    new = [prompt for prompt in prompts if prompt not in known]
+    if new:  # of the model that is trained, packed if it is, so that training alone makes the difference
+        say(f"asking {len(new)} prompts before training")
     tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
     asks = processes.first or job.shard  # of a model in shards all must ask
     asks_now = processes.first or rows is not None
-    before = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks_now else []
+    said = answers(model, tokenizer, new, job.max_new_tokens) if asks_now else [""] * len(new)
+    before = known | dict(zip(new, said, strict=True))
     clock.lap("answers before")
 
     def sample() -> tuple[str, str]:
-        return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]
+        return prompts[0], answers(model, tokenizer, prompts[:1], job.max_new_tokens)[0]
 
-    asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
-    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard}
+    def begun(here: RunFolder) -> None:
+        first = [{"prompt": prompt, "before": before[prompt]} for prompt in prompts]
+        date, packed = date_of(tokenizer, job.date), packing_of(model, is_packed_folder(resolve(job.model)))
+        sessions.begin(here, new_record(job, here, packed, template, date, data_files(source), first), clock)
+
+    asked, pad = (sample if prompts else None), tokenizer.pad_token_id
+    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "begun": begun}
     options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
-    steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
-    clock.lap("train")
-    after = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks else []
-    clock.lap("answers after")
-    pairs = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(job.prompts, before, after, strict=False)]
-    outcome = Outcome(steps, pairs, clock.laps, memory_mb(peak=True), folder)
+    with sessions.closed_by(clock):
+        steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
+        clock.lap("train")
+        after = answers(model, tokenizer, prompts, job.max_new_tokens) if asks else []
+        clock.lap("answers after")
+        pairs = [{"prompt": p, "before": before[p], "after": a} for p, a in zip(prompts, after, strict=False)]
+        sessions.answers = pairs
+    told = sessions.record or clock
+    outcome = Outcome(steps, pairs, told.seconds, told.peak_mb, folder)
     with in_turn(model) as around:
         ratios = update_ratios(model, around=around) if asks else {}
         values = spectra(model, ratios=ratios, around=around) if asks else {}
@@ -164,15 +179,3 @@ def _adapted(job: Job, model: Any, say: Callable[[str], None]) -> Any:
     rest = f"; not {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
     say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear layers and convolutions{rest}")
     return model
-
-
-class _Clock:
-    """Seconds of each phase, in order."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self._last = now - self._last, now

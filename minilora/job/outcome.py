@@ -12,13 +12,19 @@ __all__ = ["Outcome"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did: the records of ``train``, the answers ``{prompt, before, after}``, seconds by phase, and peak memory in MB."""
+    """What a job did: the records of ``train``, the answers ``{prompt, before, after}``, and of all sessions
+    together the seconds and the most memory (MB) of each phase."""
 
     records: list[dict[str, Any]]
     answers: list[dict[str, str]]
     seconds: Mapping[str, float]
-    peak_mb: float
+    peaks_mb: Mapping[str, float]
     folder: Path
+
+    @property
+    def peak_mb(self) -> float:
+        """The most memory of all phases, in MB; 0 where the system does not say it."""
+        return max(self.peaks_mb.values(), default=0.0)
 
     @property
     def losses(self) -> list[float]:

@@ -64,6 +64,7 @@ def train(
     say: Callable[[str], None] = print,
     notes: Mapping[str, str] | None = None,
     shard: bool = False,
+    begun: Callable[[RunFolder], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the active adapter in place; the finished one lies in ``folder``.
 
@@ -78,6 +79,7 @@ def train(
         overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
         notes: as ``resume.meaning``: what may be why the examples are others when the run is gone on with.
         shard: each process keeps its part of the frozen weights of the model's blocks alone (``sharding.py``).
+        begun: called by the first process when all is ready for the first step, with the folder and how far the run is.
 
     Returns:
         The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds`` (and
@@ -112,6 +114,8 @@ def train(
         with held(run.here.path, say) if processes.first else nullcontext():
             make_room(processes, run.here.path, resume, overwrite)
             run.start(resume)
+            if begun and processes.first:
+                begun(run.here)
             with caught(patient=processes.launched) as wish, run.profile, compiled(model, config.compile):
                 try:
                     run.go(wish)

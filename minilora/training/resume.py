@@ -34,11 +34,12 @@ from minilora.training.optim_state import form_of, put_state, state_form
 from minilora.training.processes import ALONE, Processes
 from minilora.training.profile import TRACE_FILE
 
-__all__ = ["LOG_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
+__all__ = ["LOG_FILE", "RECORD_FILE", "claim", "clear", "kept_records", "meaning", "newest", "refuse_left", "restore"]
 
 LOG_FILE = "log.jsonl"
+RECORD_FILE = "job.json"  # what a job remembers (``job/record.py``)
 # What a run leaves beside its checkpoints.
-_LEFT = (LOG_FILE, TRACE_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
+_LEFT = (LOG_FILE, RECORD_FILE, TRACE_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
 _LONGEST_LINE = 16_000_000  # bytes of the log; an answer is far shorter
 _LARGEST = 1e300
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more

@@ -7,6 +7,7 @@ earlier one. Next file: ``training/loop.py``.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.store.save import adapter_files
 from minilora.training.checkpoint import prune, save_checkpoint
 from minilora.training.processes import Processes
-from minilora.training.resume import LOG_FILE, kept_records, newest, restore
+from minilora.training.resume import LOG_FILE, RECORD_FILE, kept_records, newest, restore
 from minilora.training.together import refuse_apart
 
 __all__ = ["RunFolder"]
@@ -103,9 +104,10 @@ class RunFolder:
         return f"saved in {self.path / f'checkpoint-{self.good}'}"
 
     def leave_nothing(self) -> None:
-        """A run that has not begun leaves no log."""
+        """A run that has not begun leaves no log, and no record."""
         if self.processes.first:
-            remove(self.path, [LOG_FILE])
+            names = (LOG_FILE, RECORD_FILE)
+            remove(self.path, [name for name in names if os.path.lexists(self.path / name)])
 
     def refuse_apart(self) -> None:
         """Raise ``TrainingError`` on all where the adapters of the processes have come apart."""
