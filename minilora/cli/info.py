@@ -15,7 +15,7 @@ EXAMPLES = """\
   minilora info runs/mine
   minilora info runs/packed --json"""
 
-_WIDTH = 14  # of the names of facts
+_WIDTH = 16  # of the names of facts
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """What lies in a folder: an adapter (ours or PEFT's), a run, a checkpoint of one, a packed model; and what is in it.
 
 Everything is read as strictly as when it is loaded, and no weight of a base model is read. ``look`` returns plain values, which
-``minilora info`` prints as tables or as JSON. Next file: ``job/compare.py``.
+``minilora info`` prints as tables or as JSON.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _adapter(place: Path) -> dict[str, Any]:
         "rslora": stored.config.use_rslora,
         "layers": _covered(stored, layers),
         "ranks": _counted(layer.r for layer in layers),
-        "scalings": _counted(round(layer.scaling, 6) for layer in layers),
+        "scalings": _counted(f"{layer.scaling:.6g}" for layer in layers),
         "updates": _updates(layers),
         "untrained": sum(layer.untrained for layer in layers),
         "others": others,
@@ -80,7 +80,7 @@ def _adapter(place: Path) -> dict[str, Any]:
         "size": (place / WEIGHTS_FILE).stat().st_size,
         "seal": "whole" if (place / SEAL_FILE).exists() else "none: made by another program, or taken away",
         "sha256": stored.sha256,
-        "servers": [asdict(server) for server in servers_of(stored)],
+        "servers": [asdict(server) for server in servers_of(stored, place)],
     }
     if found["kind"] == "run":
         found["run"] = _run(place)
@@ -134,7 +134,7 @@ def _run(place: Path) -> dict[str, Any]:
     """Steps and losses that the log tells."""
     records = kept_records(place, _ALL)
     losses = [record["loss"] for record in records if "loss" in record]
-    held = [record["eval_loss"] for record in records if "eval_loss" in record]
+    held = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     return {
         "steps": max((record["step"] for record in records), default=0),
         "loss": [losses[0], losses[-1]] if losses else None,

@@ -8,6 +8,7 @@ A program that reads PEFT's layout computes the scaling of a layer in its own wa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
@@ -35,9 +36,9 @@ class Server:
     why: str
 
 
-def servers_of(stored: Stored) -> list[Server]:
-    """PEFT and every program that ``export`` knows."""
-    return [_peft(stored), *(_server(stored, target) for target in TARGETS)]
+def servers_of(stored: Stored, folder: Path) -> list[Server]:
+    """PEFT and every program that ``export`` knows; ``folder`` is where the adapter lies, for the commands that are named."""
+    return [_peft(stored), *(_server(stored, target, folder) for target in TARGETS)]
 
 
 def _peft(stored: Stored) -> Server:
@@ -46,16 +47,19 @@ def _peft(stored: Stored) -> Server:
     return Server("PEFT", "no", f"its config has no word for {stored.variant}")
 
 
-def _server(stored: Stored, target: str) -> Server:
+def _server(stored: Stored, target: str, folder: Path) -> Server:
     name, why = _CALLED[target], _NEVER.get(stored.variant) or refusal(stored, target)
+    base = stored.config.base_model_name_or_path or "BASE"
+    export = f"minilora export --adapter {folder} --for {target} --out NEW"
     if why is not None:
+        reason = why.partition(";")[0]
         if stored.variant != "lora" and stored.variant not in _NEVER and not others_in(stored):
-            return Server(name, "after export", f"minilora export --for {target} --model BASE: {why.partition(';')[0]}")
-        return Server(name, "no", f"{why.partition(';')[0]}; minilora merge makes a whole model of it")
+            return Server(name, "after export", f"{export} --model {base}: {reason}")
+        return Server(name, "no", f"{reason}; minilora merge makes a whole model of it")
     if reason := _misread(stored, target):
-        return Server(name, "after export", f"minilora export --for {target}: {reason}")
-    start = f"vllm serve BASE --enable-lora --max-lora-rank {_vllm_rank(stored)} --lora-modules NAME=FOLDER"
-    return Server(name, "as it is", start if target == "vllm" else "convert_lora_to_gguf.py reads the folder")
+        return Server(name, "after export", f"{export}: {reason}")
+    start = f"vllm serve {base} --enable-lora --max-lora-rank {_vllm_rank(stored)} --lora-modules mine={folder}"
+    return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
 
 
 def _misread(stored: Stored, target: str) -> str:
