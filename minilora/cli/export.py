@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import Any
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
@@ -23,8 +25,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     base = (
         'the adapter\'s base model: hub id, local folder, or "smollm2"; needed for variants other than LoRA and rsLoRA'
     )
+    model = Flag("model", str, None, base, otherwise="as the run of --adapter was trained")
     trust = fields_of(Job, ("trust_remote_code",)).values()
-    add_flags(parser, "model", [Flag("model", str, None, base), *trust])
+    add_flags(parser, "model", [model, *trust])
     add_adapter_flags(parser, required=True)
     program = Flag("target", str, None, "who will read it", TARGETS, True, "--for", one_of(TARGETS))
     add_flags(parser, "output", [program, new_folder("exported adapter")])
@@ -36,14 +39,37 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.store.export import export_adapter, export_folder
 
     refuse_occupied(arguments.out)
-    if arguments.model:
+    options = _base(arguments)
+    if options:
         from minilora import PeftModel
         from minilora.hf import load_model
+        from minilora.training.progress import Progress, busy
 
-        base = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        with Progress(0, sys.stderr), busy(f"loading {options['name']}"):
+            base = load_model(**options, trust_remote_code=arguments.trust_remote_code)
         model = PeftModel.from_pretrained(base, arguments.adapter, **trust_of(arguments))
         rank = export_adapter(model, arguments.out, arguments.target)
     else:
         rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)
     hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
     say(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
+
+
+def _base(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How ``load_model`` loads the base, where one is needed: the one that is named, or the one that the run remembers. {} without."""
+    if arguments.model:
+        return {"name": arguments.model}
+    from minilora.job.record import read_record
+    from minilora.store.adapter_files import read_adapter
+
+    record = read_record(arguments.adapter)
+    if record is None or read_adapter(arguments.adapter).variant == "lora":
+        return {}
+    import torch
+
+    from minilora.job.in_hand import to_pack
+
+    say(
+        f"a variant that depends on its base: {record.model}, {record.packing}, as the run of {arguments.adapter} had it"
+    )
+    return {"name": record.model, "dtype": getattr(torch, record.dtype), "quant": to_pack(record.packing)}

@@ -36,6 +36,7 @@ class Flag:
         choices: the words that it may be, for the help alone.
         required: whether there is no default.
         spelt: the flag as it is written, if not ``--name`` with dashes.
+        otherwise: what holds if the flag is not given, in words, where no value says it.
         check: turns the text that was given into the value; None takes ``kind``.
     """
 
@@ -47,6 +48,7 @@ class Flag:
     required: bool = False
     spelt: str = ""
     check: Any = None
+    otherwise: str = ""
 
     @property
     def flag(self) -> str:
@@ -56,7 +58,7 @@ class Flag:
     @property
     def help(self) -> str:
         """The text with choices and default."""
-        default = "required" if self.required else f"default: {_shown(self.default)}"
+        default = "required" if self.required else f"default: {self.otherwise or _shown(self.default)}"
         choices = f"{', '.join(self.choices)}; " if self.choices else ""
         return f"{self.about} ({choices}{default})".replace("%", "%%")
 

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import add_flags, fields_of
 from minilora.cli.folders import DTYPE, check_dtype, new_folder
+from minilora.cli.remembered import BASE, as_trained, recall, tell_differences
 from minilora.cli.say import say
 from minilora.job.settings import Job
 
-USAGE = "--model NAME --adapter FOLDER --out FOLDER [options]"
+if TYPE_CHECKING:
+    from minilora.job.record import Record
+
+USAGE = "--adapter FOLDER --out FOLDER [--model NAME] [options]"
 EXAMPLES = """\
-  minilora merge --model smollm2 --adapter runs/mine --out runs/merged
+  minilora merge --adapter runs/mine --out runs/merged
   minilora merge --model ./llama --adapter runs/mine --out runs/merged --dtype bfloat16"""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora merge`` takes."""
-    add_flags(parser, "model", fields_of(Job, ("model", "device", "trust_remote_code"), device="cpu").values())
+    model = fields_of(Job, ("model", "device", "trust_remote_code"), device="cpu") | {"model": BASE}
+    add_flags(parser, "model", model.values())
     add_adapter_flags(parser, required=True)
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
-    add_flags(parser, "output", [new_folder("merged model"), merged])
+    add_flags(parser, "output", [new_folder("merged model"), as_trained(merged, DTYPE.default)])
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge in fp32, save, and say how much of the update survived."""
+    """Merge in fp32, save, and say how much of the update survived, and what the answers of its run were measured on."""
+    record = recall(arguments, dtype=DTYPE.default)
     check_dtype(arguments)
     from minilora.hf.devices import choose
     from minilora.hf.merge import merge_to_folder
+    from minilora.training.progress import Progress
 
     place = choose(arguments.device, arguments.dtype)
     options = {
@@ -38,5 +47,29 @@ def run(arguments: argparse.Namespace) -> None:
         "trust_remote_code": arguments.trust_remote_code,
         **trust_of(arguments),
     }
-    folder = merge_to_folder(arguments.model, arguments.adapter, arguments.out, **options)
+    if record is not None:
+        options["look"] = lambda model, tokenizer: _look(arguments, record, model, tokenizer)
+    with Progress(0, sys.stderr):
+        folder = merge_to_folder(arguments.model, arguments.adapter, arguments.out, **options)
     say(f"merged model in {folder}, merged on {place.said}")
+    if record is not None:
+        say(_measured(arguments, record))
+
+
+def _look(arguments: argparse.Namespace, record: Record, model: Any, tokenizer: Any) -> None:
+    from minilora.job.in_hand import differences
+    from minilora.job.sessions import template_sha256
+
+    dense = dataclasses.replace(
+        record, packing=dataclasses.replace(record.packing, quant="none"), dtype=arguments.dtype
+    )
+    tell_differences(arguments.adapter, differences(dense, model, template_sha256(tokenizer), arguments.dtype))
+
+
+def _measured(arguments: argparse.Namespace, record: Record) -> str:
+    """What base the answers in the report of the run are those of, and whether that is what they were merged into."""
+    packed, merged = record.packing.quant != "none", f"the dense {arguments.model} in {arguments.dtype}"
+    base = f"{record.model}, {record.packing}, in {record.dtype}"
+    apart = packed or record.dtype != arguments.dtype or record.model != arguments.model
+    rest = f"; this is merged into {merged}, whose answers can be others: ask it before you rely on it" if apart else ""
+    return f"the answers in the report of {arguments.adapter} were measured on {base}, with the adapter beside it{rest}"

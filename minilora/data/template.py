@@ -126,14 +126,19 @@ class Template:
         return re.compile("|".join(map(re.escape, sorted(self.ends, key=len, reverse=True))) or "(?!)")
 
 
-def asked(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Each prompt as a user's turn with the generation prompt after it, rendered where a template that does not end is ended.
+def asked(tokenizer: Any, prompts: Sequence[str], system: str = "") -> list[str]:
+    """Each prompt as a user's turn with the generation prompt after it, and the ``system`` turn before it if there is one.
+
+    Rendered where a template that does not end is ended.
 
     Raises:
         DataError: the template failed, or refuses it.
     """
     template = Template(tokenizer, {}, ())
-    return list(bounded(lambda prompt: template.text([{"role": "user", "content": prompt}], prompt=True), prompts))
+    before = [{"role": "system", "content": system}] if system else []
+    return list(
+        bounded(lambda prompt: template.text([*before, {"role": "user", "content": prompt}], prompt=True), prompts)
+    )
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:

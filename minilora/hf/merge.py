@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from minilora.many.adapted import unload
 from minilora.many.merging import merge
 from minilora.store.load import load_adapter
 from minilora.training.guards import refuse_nonfinite
+from minilora.training.progress import busy
 
 __all__ = ["merge_to_folder"]
 
@@ -27,18 +30,24 @@ def merge_to_folder(
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
     device: torch.device | str = "cpu",
+    look: Callable[[Any, Any], None] | None = None,
 ) -> Path:
     """Load ``model`` dense, merge the adapter folder into it in fp32, and save weights and tokenizer to ``out``.
 
     ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``, ``trust_remote_code`` and ``device`` as for ``load_model``.
+    ``look`` is called with the adapted model and its tokenizer before they are merged.
 
     Raises:
         CheckpointError: ``out`` exists and is not empty, or adapter and model do not fit. StateError: a weight holds NaN or infinity.
             Nothing is written then.
     """
     target = refuse_occupied(out)
-    merged = load_model(model, dtype, trust_remote_code, device=device)
+    with busy(f"loading {model}"):
+        merged = load_model(model, dtype, trust_remote_code, device=device)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     load_adapter(merged, adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base)
+    if look:
+        look(merged, tokenizer)
     print(merge(merged))
     unload(merged, keep_merged=True)
     if left := [path for path, module in merged.named_modules() if is_quantized(module)]:
@@ -46,5 +55,4 @@ def merge_to_folder(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
     refuse_nonfinite(merged.state_dict().items(), "the merged model")
-    tokenizer = load_tokenizer(model, trust_remote_code)
     return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))

@@ -35,7 +35,7 @@ from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
 from minilora.training.processes import Processes, joined
-from minilora.training.progress import Progress
+from minilora.training.progress import Progress, busy
 from minilora.training.resume import claim
 from minilora.training.rows import Rows, why_read_whole
 from minilora.training.run_folder import RunFolder
@@ -101,7 +101,8 @@ def _fine_tune(
     examples, evaluation = encoded(job, source, tokenizer, context_length(paper), say)
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
-    model = load_model(job.model, place.dtype, trust, **options)
+    with busy(f"loading {job.model}"):
+        model = load_model(job.model, place.dtype, trust, **options)
     clock.lap("load")
     with processes.exchange():
         model = _adapted(job, model, say)
@@ -114,25 +115,26 @@ def _fine_tune(
     tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
     asks = processes.first or job.shard  # of a model in shards all must ask
     asks_now = processes.first or rows is not None
-    said = answers(model, tokenizer, new, job.max_new_tokens) if asks_now else [""] * len(new)
+    asking: dict[str, Any] = {"max_new_tokens": job.max_new_tokens, "system": getattr(job, "system", "")}
+    said = answers(model, tokenizer, new, **asking) if asks_now else [""] * len(new)
     before = known | dict(zip(new, said, strict=True))
     clock.lap("answers before")
 
     def sample() -> tuple[str, str]:
-        return prompts[0], answers(model, tokenizer, prompts[:1], job.max_new_tokens)[0]
+        return prompts[0], answers(model, tokenizer, prompts[:1], **asking)[0]
 
-    def begun(here: RunFolder) -> None:
+    def ready(here: RunFolder) -> None:
         first = [{"prompt": prompt, "before": before[prompt]} for prompt in prompts]
         date, packed = date_of(tokenizer, job.date), packing_of(model, is_packed_folder(resolve(job.model)))
         sessions.begin(here, new_record(job, here, packed, template, date, data_files(source), first), clock)
 
     asked, pad = (sample if prompts else None), tokenizer.pad_token_id
-    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "begun": begun}
+    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "ready": ready}
     options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
     with sessions.closed_by(clock):
         steps = train(model, examples, job.training, folder, pad, evaluation, asked, watch, **options)
         clock.lap("train")
-        after = answers(model, tokenizer, prompts, job.max_new_tokens) if asks else []
+        after = answers(model, tokenizer, prompts, **asking) if asks else []
         clock.lap("answers after")
         pairs = [{"prompt": p, "before": before[p], "after": a} for p, a in zip(prompts, after, strict=False)]
         sessions.answers = pairs

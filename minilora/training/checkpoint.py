@@ -30,7 +30,9 @@ from minilora.training.guards import refuse_nonfinite
 from minilora.training.optim_state import NEVER_NEGATIVE, state_tensors
 
 __all__ = [
+    "ENDS",
     "Checkpoint",
+    "is_longer",
     "own_checkpoints",
     "parse_checkpoint",
     "prune",
@@ -38,11 +40,13 @@ __all__ = [
     "read_checkpoint_files",
     "save_checkpoint",
     "steps",
+    "with_more_steps",
 ]
 
 STATE_FILE = "training.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _MEANING = ("training", "adapter", "data", "bits")  # and "base", and "notes" of late: what ``resume.meaning`` writes
+ENDS = "ends of earlier schedules"  # in the training part of a meaning: a run that went on after its last step has some
 _FOLDER = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
 _PURPOSES = {
     STATE_FILE: "the state of the run",
@@ -121,7 +125,7 @@ def parse_checkpoint(files: Mapping[str, bytearray], place: Path, step: int) -> 
         good = (
             _state_bytes(state) == files[STATE_FILE] and _is_int(state["version"], 1) and _is_int(state["step"], step)
         )
-        good = good and _is_meaning(state["meaning"])
+        good = good and _is_meaning(state["meaning"], step)
         hashes = dict(state["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
         good, hashes = False, {}
@@ -147,15 +151,22 @@ def _is_int(value: Any, wanted: int) -> bool:
     return type(value) is int and value == wanted  # in Python True and 1.0 are 1, too
 
 
-def _is_meaning(value: Any) -> bool:
+def _is_meaning(value: Any, step: int) -> bool:
     """Whether a JSON value has the form of ``resume.meaning``."""
     notes = value.get("notes", {}) if isinstance(value, dict) else None
     return (
         isinstance(notes, dict)
         and all(isinstance(note, str) for note in notes.values())
         and all(isinstance(value[part], dict) for part in _MEANING)
+        and _are_ends(value["training"].get(ENDS, []), step)
         and is_fingerprint(value["base"])
     )
+
+
+def _are_ends(value: Any, step: int) -> bool:
+    """Whether these are steps, each after the one before, that a run of ``step`` steps can have ended at."""
+    whole = isinstance(value, list) and all(type(end) is int and 0 < end <= step for end in value)
+    return whole and value == sorted(set(value))
 
 
 def _is_likely(key: str, tensor: Tensor, step: int) -> bool:
@@ -182,3 +193,19 @@ def own_checkpoints(folder: Path) -> list[str]:
     """The names of those that minilora made, newest first: transformers' Trainer names its own alike, and they are not ours to remove."""
     named = [f"checkpoint-{step}" for step in steps(folder)]
     return [name for name in named if (folder / name / STATE_FILE).is_file()]
+
+
+def with_more_steps(now: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """This run's ``meaning`` with the steps at which earlier schedules ended, ``ends``, as the checkpoint tells them.
+
+    A run that was finished and goes on with more steps begins a new schedule at its last step, which is one end more.
+    """
+    training, then = now["training"], checkpoint.meaning["training"]
+    ends = [*then.get(ENDS, []), *([checkpoint.step] if is_longer(training, checkpoint) else [])]
+    return {**now, "training": {**training, ENDS: ends} if ends else dict(training)}
+
+
+def is_longer(training: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is the end of its run, and this one goes further."""
+    then = checkpoint.meaning["training"].get("steps")
+    return checkpoint.step == then and training.get("steps", 0) > then

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -64,7 +64,7 @@ def train(
     say: Callable[[str], None] = print,
     notes: Mapping[str, str] | None = None,
     shard: bool = False,
-    begun: Callable[[RunFolder], None] | None = None,
+    ready: Callable[[RunFolder], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the active adapter in place; the finished one lies in ``folder``.
 
@@ -79,7 +79,7 @@ def train(
         overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
         notes: as ``resume.meaning``: what may be why the examples are others when the run is gone on with.
         shard: each process keeps its part of the frozen weights of the model's blocks alone (``sharding.py``).
-        begun: called by the first process when all is ready for the first step, with the folder and how far the run is.
+        ready: called by the first process when all is ready for the first step, with the folder and how far the run is.
 
     Returns:
         The records of the whole run. Per step: ``step, loss, lr, grad_norm, tokens, tokens_per_s, rss_mb, seconds`` (and
@@ -114,8 +114,8 @@ def train(
         with held(run.here.path, say) if processes.first else nullcontext():
             make_room(processes, run.here.path, resume, overwrite)
             run.start(resume)
-            if begun and processes.first:
-                begun(run.here)
+            if ready and processes.first:
+                ready(run.here)
             with caught(patient=processes.launched) as wish, run.profile, compiled(model, config.compile):
                 try:
                     run.go(wish)
@@ -195,8 +195,14 @@ class _Run:
             checkpoint_activations(self.model)
         if self.shard:
             shard_blocks(self.model, self.processes)
+        self.schedule = replace(config, steps=config.steps - here.schedule_begin)
         if going:
             self.say(going)
+        if here.step and here.schedule_begin == here.step:
+            self.say(
+                f"a new schedule from step {here.step}: the learning rate of steps {here.step + 1} to {config.steps} rises and falls as in "
+                f"a run of {self.schedule.steps} steps"
+            )
         here.open_log()
         self.profile = Profile(here.path, config.profile if self.processes.first else 0, config.steps - here.step)
         self.batches = micro_batches(self.examples, config.batch_size, config.seed, here.step * config.accumulate)
@@ -235,7 +241,8 @@ class _Run:
     def advance(self) -> None:
         """One step: gradients, a look at them, an update. A step that is not finite changes nothing but its place in the schedule."""
         config, here, started = self.config, self.here, time.monotonic()
-        rate, batches = learning_rate(config, here.step), list(islice(self.batches, config.accumulate))
+        rate = learning_rate(self.schedule, here.step - here.schedule_begin)
+        batches = list(islice(self.batches, config.accumulate))
         seeds = [step_seed(config.seed, here.step * config.accumulate + number) for number in range(config.accumulate)]
         given = (self.model, self.named, batches, self.pad_id, seeds, self.processes, self.shard, self.tensors)
         loss, norm, problem = gradients(*given, offload=config.offload != "none")

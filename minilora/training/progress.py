@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from minilora.errors import for_terminal
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "busy"]
 
 _PLAIN_EVERY = 5.0  # seconds between lines when piped
+_DOT_EVERY = 2.0  # seconds between the dots of a terminal without rich
+_shown: ContextVar[Progress | None] = ContextVar("_shown", default=None)
+
+
+@contextmanager
+def busy(name: str, total: int = 0) -> Iterator[Callable[[], None]]:
+    """Work that has no records, such as loading or an answer, as a bar of its own in the ``Progress`` that is shown; nothing without one.
+
+    Args:
+        name: what is done. total: how often the function that comes back will be called; 0 if that is not known.
+
+    Yields:
+        a function to call when a part is done.
+    """
+    progress = _shown.get()
+    if progress is None:
+        yield lambda: None
+    else:
+        with progress.busy(name, total) as tick:
+            yield tick
 
 
 class Progress:
     """Watches a training run; give its ``watch`` to ``train``. Use as a context manager.
 
     Args:
-        steps: of the run.
+        steps: of the run; 0 where there is none, and only ``busy`` work is shown.
         stream: where to write; rich is used if it is a terminal and rich is installed.
     """
 
@@ -29,15 +53,33 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.stream.isatty():
-            self._bar = _rich_bar(self.stream)
+            self._bar = _rich_bar(self.stream, transient=not self.steps)
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("training", total=self.steps, figures="")
+            if self.steps:
+                self._task = self._bar.add_task("training", total=self.steps, figures="")
+        self._token = _shown.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _shown.reset(self._token)
         if self._bar is not None:
             self._bar.stop()
+
+    @contextmanager
+    def busy(self, name: str, total: int = 0) -> Iterator[Callable[[], None]]:
+        """As the function of this name."""
+        if self._bar is not None:
+            task = self._bar.add_task(for_terminal(name, self.stream.encoding), total=total or None, figures="")
+            try:
+                yield lambda: self._bar.advance(task)
+            finally:
+                self._bar.remove_task(task)
+        elif self.stream.isatty():
+            with _dots(self.stream):
+                yield lambda: None
+        else:
+            yield lambda: None
 
     def watch(self, record: dict[str, Any]) -> None:
         """Show one record of ``train``."""
@@ -69,7 +111,29 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
 
-def _rich_bar(stream: TextIO) -> Any:
+@contextmanager
+def _dots(stream: TextIO) -> Iterator[None]:
+    """A dot every two seconds while something is done, and a line end if there was any."""
+    ended, some = threading.Event(), False
+
+    def beat() -> None:
+        nonlocal some
+        while not ended.wait(_DOT_EVERY):
+            some = True
+            print(".", end="", file=stream, flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if some:
+            print(file=stream, flush=True)
+
+
+def _rich_bar(stream: TextIO, transient: bool) -> Any:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -83,4 +147,6 @@ def _rich_bar(stream: TextIO) -> Any:
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    return Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), left, console=Console(file=stream))
+    return Bar(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), left, console=Console(file=stream), transient=transient
+    )

@@ -28,7 +28,15 @@ from minilora.files.write import remove
 from minilora.lora.bare import Around
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.save import adapter_state_dict, base_of, saved_config
-from minilora.training.checkpoint import Checkpoint, own_checkpoints, parse_checkpoint, read_checkpoint_files, steps
+from minilora.training.checkpoint import (
+    ENDS,
+    Checkpoint,
+    is_longer,
+    own_checkpoints,
+    parse_checkpoint,
+    read_checkpoint_files,
+    steps,
+)
 from minilora.training.lock import refuse_held
 from minilora.training.optim_state import form_of, put_state, state_form
 from minilora.training.processes import ALONE, Processes
@@ -163,8 +171,9 @@ def _hash(examples: Sequence[Encoded]) -> str:
 
 def _refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
     then, where = checkpoint.meaning, checkpoint.path
+    longer = {"steps", ENDS} if is_longer(now["training"], checkpoint) else set()
     for part, words in (("training", "schedule"), ("adapter", "adapter"), ("data", "data set")):
-        keys = sorted(now[part].keys() | then[part].keys())
+        keys = sorted((now[part].keys() | then[part].keys()) - longer)
         if changed := [key for key in keys if _text(now[part].get(key)) != _text(then[part].get(key))]:
             here, there = (_short(side[part].get(changed[0])) for side in (now, then))
             cause = _cause(now["notes"], then.get("notes", {})) if part == "data" else ""
@@ -252,7 +261,7 @@ def _newest_here(folder: Path) -> tuple[int, dict[str, bytearray], list[str], st
     if found:
         return 0, {}, passed, f"{folder}: none of its {len(found)} checkpoints is whole; restore one, or {anew}"
     if (folder / WEIGHTS_FILE).exists():
-        problem = f"{folder}: holds an adapter and no checkpoint, so there is nothing to go on with; {anew}"
+        problem = f"{folder}: holds an adapter and no checkpoint of its end, so there is nothing to go on with; {anew}"
         return 0, {}, passed, problem
     return 0, {}, passed, None
 

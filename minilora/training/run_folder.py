@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.errors import MiniLoraError
 from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.store.save import adapter_files
-from minilora.training.checkpoint import prune, save_checkpoint
+from minilora.training.checkpoint import ENDS, prune, save_checkpoint, with_more_steps
 from minilora.training.processes import Processes
 from minilora.training.resume import LOG_FILE, RECORD_FILE, kept_records, newest, restore
 from minilora.training.together import refuse_apart
@@ -63,6 +64,7 @@ class RunFolder:
         found = newest(self.path, self.say, processes)
         if found is None:
             return "no checkpoint yet: from the start"
+        self.meaning = with_more_steps(self.meaning, found)
         restore(self.model, self.adapter, self.named, self.optimizer, found, self.meaning, self.say)
         self.step = self.good = self.saved = found.step
         self.records = kept_records(self.path, found.step, processes, found.owner)
@@ -71,6 +73,12 @@ class RunFolder:
         self.begin -= max((record["seconds"] for record in self.records if "seconds" in record), default=0.0)
         where = f", which {processes.name(found.owner)} has" if found.owner else ""
         return f"going on after step {found.step}: {found.path}{where}"
+
+    @property
+    def schedule_begin(self) -> int:
+        """The step after which the schedule began: not 0 where a finished run went on with more steps."""
+        ends = self.meaning["training"].get(ENDS, [])
+        return ends[-1] if ends else 0
 
     def open_log(self) -> None:
         """Begin the log; it says no more than what is done."""
@@ -114,8 +122,12 @@ class RunFolder:
         refuse_apart(self.processes, self.model, self.adapter, self.step, self.saved)
 
     def finish(self) -> None:
-        """Write the adapter."""
+        """Write the adapter, and the checkpoint with which the run can go on with more steps."""
         self.refuse_apart()
+        try:
+            self.save()
+        except MiniLoraError as error:  # the adapter is what the run was for
+            self.say(f"no checkpoint of the last step, so the run cannot go on with more: {error}")
         self.model.eval()
         if self.processes.first:
             write_files(self.path, adapter_files(self.model, self.adapter, base=self.base))

@@ -7,34 +7,16 @@ import time
 
 import pytest
 
-from minilora import CheckpointError
-from minilora.job.finetune import Job, fine_tune
+from minilora.errors import CheckpointError
+from minilora.job.finetune import fine_tune
 from minilora.job.record import RECORD_FILE, read_record, write_record
-from minilora.lora.config import LoraConfig
 from minilora.store.fingerprint import is_fingerprint
-from minilora.training.schedule import TrainConfig
-
-LORA = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.fixture(scope="module")
-def job(model_folder, tmp_path_factory):
-    """A job of the tiny model; what is given changes it."""
-    data = tmp_path_factory.mktemp("data") / "d.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"a{n}", "completion": "bc" * n}) + "\n" for n in range(1, 9)))
-
-    def make(out, steps=3, **fields):
-        training = TrainConfig(steps=steps, batch_size=2, lr=0.01, seed=5, save_every=fields.pop("save_every", 0))
-        fields = {"prompts": ("What?", "Who?"), "max_new_tokens": 5, "device": "cpu", **fields}
-        return Job(model_folder, str(data), str(out), lora=LORA, training=training, **fields)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def run(job, tmp_path_factory):
+def run(make_job, tmp_path_factory):
     """The job and the outcome of one that was run; nobody may change its folder."""
-    asked = job(tmp_path_factory.mktemp("run") / "out")
+    asked = make_job(tmp_path_factory.mktemp("run") / "out")
     return asked, fine_tune(asked, lambda line: None)
 
 
@@ -57,7 +39,7 @@ def test_it_knows_the_data_and_every_setting_by_its_flag(run):
         assert (file.path, file.sha256, file.weight) == (asked.data, hashlib.sha256(data.read()).hexdigest(), 1.0)
     assert settings().keys() - {"resume", "overwrite"} <= record.settings.keys()
     assert record.settings["lora_alpha"] == 7 and record.settings["steps"] == 3 and record.settings["seed"] == 5
-    assert record.settings["prompts"] == ["What?", "Who?"]
+    assert record.settings["prompts"] == ["What?", "Who are you?"]
 
 
 def test_it_has_the_answers_and_the_time_of_the_outcome(run):
@@ -70,16 +52,16 @@ def test_it_has_the_answers_and_the_time_of_the_outcome(run):
     assert session.seconds.keys() == {"load", "inject", "answers before", "train", "answers after"}
 
 
-def test_it_is_there_before_the_first_step(job, tmp_path):
+def test_it_is_there_before_the_first_step(make_job, tmp_path):
     seen = []
 
     def watch(line):
         seen.append((line["step"], read_record(tmp_path / "out")))
 
-    fine_tune(job(tmp_path / "out"), lambda line: None, watch)
+    fine_tune(make_job(tmp_path / "out"), lambda line: None, watch)
     first = seen[0][1]
     assert first.sessions[0].stop is None and "after" not in first.answers[0]
-    assert first.prompts == ["What?", "Who?"]
+    assert first.prompts == ["What?", "Who are you?"]
 
 
 def test_a_checkpoint_in_the_run_has_the_record_of_the_run(run):
