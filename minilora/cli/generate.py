@@ -31,6 +31,15 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora generate`` takes."""
+    length = Flag("max_new_tokens", int, None, "tokens that an answer may have")
+    add_model_flags(parser, as_trained(length, _LENGTH))
+    about = "what the model is asked; each prompt in quotes, - for the lines of standard input"
+    about += " (default: the prompts that the run of --adapter was asked)"
+    parser.add_argument("prompt", nargs="*", help=about)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, length: Flag) -> None:
+    """The flags of a command that asks a model; ``length`` is the one of its answers."""
     model = fields_of(Job, ("model", "quant", "device", "dtype", "attention", "trust_remote_code"))
     model["model"] = BASE
     for name, words in (("quant", QUANT_CHOICES), ("dtype", DTYPE_CHOICES)):
@@ -41,23 +50,20 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_adapter_flags(parser, required=False)
     heat = "of drawn tokens, a number >= 0: 0 takes the likeliest token, 1 draws by the model's own odds"
     system = Flag("system", str, None, 'a system turn that is put before each prompt; "" puts none')
-    length = Flag("max_new_tokens", int, None, "tokens that an answer may have")
     asked = [
         as_trained(system, "none"),
-        as_trained(length, _LENGTH),
+        length,
         Flag("temperature", float, 0.0, heat),
         Flag("seed", int, 0, "whole number >= 0 that drawn tokens follow from"),
     ]
     add_flags(parser, "generation", asked)
-    about = "what the model is asked; each prompt in quotes, - for the lines of standard input (default: the prompts that the run of --adapter was asked)"
-    parser.add_argument("prompt", nargs="*", help=about)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, ask, print; with several prompts each stands above its answer."""
-    _check_words(arguments)
+    check_words(arguments)
     record = recall(arguments, dtype=AUTO, attention=AUTO, system="", max_new_tokens=_LENGTH)
-    _check(arguments)
+    check(arguments)
     prompts = _prompts(arguments.prompt) or (record.prompts if record else [])
     if not prompts:
         raise ConfigError("prompt: missing; see minilora generate --help")
@@ -117,7 +123,7 @@ def loaded(arguments: argparse.Namespace, record: Record | None) -> tuple[Any, A
     return model, tokenizer, f"{arguments.model} on {place.said}"
 
 
-def _check_words(arguments: argparse.Namespace) -> None:
+def check_words(arguments: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
     if arguments.quant is not None:
         check_quant(arguments.quant)
@@ -127,6 +133,7 @@ def _check_words(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature={arguments.temperature}: wanted a number >= 0; 0 is greedy")
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> None:
+    """What can be refused once it is filled in."""
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: wanted a whole number >= 1")

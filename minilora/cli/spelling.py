@@ -18,7 +18,7 @@ _OTHER_NAMES = {
     "base-model": "model", "model-name-or-path": "model", "load-in-4bit": "quant", "torch-dtype": "dtype", "dataset": "data",
     "train-file": "data", "max-seq-length": "max-length", "sequence-len": "max-length", "cutoff-len": "max-length",
     "output": "out", "output-dir": "out", "save-path": "out", "adapter-path": "adapter", "max-tokens": "max-new-tokens",
-    "finetune": "train", "fine-tune": "train", "ask": "generate", "chat": "generate", "pack": "quantize", "fuse": "merge",
+    "finetune": "train", "fine-tune": "train", "ask": "generate", "talk": "chat", "pack": "quantize", "fuse": "merge",
     "convert": "export", "memory": "plan", "compare": "bench",
 }  # fmt: skip
 
