@@ -183,7 +183,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "given", "record", "sessions", "in_hand", "voices", "examples", "outcome", "described", "info"],
+        ["finetune", "settings", "given", "record", "sessions", "in_hand", "voices", "examples", "outcome", "described", "info", "push", "card"],
     ),
     ("cli", "the commands of minilora", []),
 ]

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. ``minilora demo | init | train | generate | chat | info | plan | bench | quantize | merge | export``, a file each.
+"""The command line: parse, call, print. ``minilora demo | init | train | generate | chat | info | plan | bench | quantize | merge | export | push``, a file each.
 
 Exit code 2 means the input was wrong, 1 that the work failed, 130 that it was interrupted; a traceback comes only with ``--debug``.
 Parsing and ``--help`` need no torch: a command imports what it works with when it runs.
@@ -29,6 +29,7 @@ COMMANDS = {
     "quantize": "pack a model into 4 bits, as bitsandbytes stores it",
     "merge": "fold an adapter into its model and save it",
     "export": "write an adapter for vLLM, llama.cpp or MLX",
+    "push": "put a run with its model card on the Hugging Face Hub",
 }
 _ENDS = """\
 A first run: minilora demo. The flags of a command: minilora COMMAND --help.

@@ -25,6 +25,7 @@ from minilora.job.examples import encoded
 from minilora.job.given import job_from
 from minilora.job.outcome import Outcome
 from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of, template_sha256
+from minilora.job.push import check_upload, push_run
 from minilora.job.settings import Job
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
@@ -85,6 +86,8 @@ def _fine_tune(
     job = settled(job, place)
     if processes.first:
         claim(folder, job.resume, job.overwrite)
+        if job.push_to_hub:
+            say(f"{job.push_to_hub}: {check_upload(job.push_to_hub)} may write there")
     sessions = Sessions(folder, job.resume)
     source = look_at(job.data)
     processes.agree({"data file": source.sha256})  # before a model is loaded
@@ -145,6 +148,8 @@ def _fine_tune(
         values = spectra(model, ratios=ratios, around=around) if asks else {}
     if processes.first:
         write_file(folder / "report.html", render(described(job, outcome, size, tables, ratios, values)))
+        if job.push_to_hub:
+            say(f"{folder}: now at {push_run(folder, job.push_to_hub, job.private or None)}")
     return outcome
 
 

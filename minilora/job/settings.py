@@ -39,6 +39,8 @@ class Job:
         date: day that the chat template takes for today, as 2025-01-31; "" is the real today.
         resume: go on with the run that lies in ``out``, to the same bits.
         overwrite: remove the run that lies in ``out``, and begin anew.
+        push_to_hub: repository of the Hugging Face Hub, OWNER/NAME or NAME, that the adapter and its card go to at the end; "" is none.
+        private: whether that repository is made private, if it is not there yet.
         device: where the model goes: auto, cpu, cuda, cuda:N or mps; "auto" takes a CUDA GPU where one works, else the CPU.
         attention: implementation of attention in transformers: eager, sdpa, flash_attention_2 ...; "auto" leaves it to the model.
         lora: what to adapt.
@@ -62,6 +64,8 @@ class Job:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    push_to_hub: str = ""
+    private: bool = False
     device: str = AUTO
     attention: str = AUTO
     shard: bool = False
@@ -77,6 +81,9 @@ class Job:
             validate.whole(name, getattr(self, name), 2)
         for name in ("double_quant", "resume", "overwrite", "trust_remote_code", "shard"):
             validate.flag(name, getattr(self, name))
+        if self.push_to_hub != "":
+            validate.text("push_to_hub", self.push_to_hub)
+        validate.flag("private", self.private)
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)
         check_date(self.date)
