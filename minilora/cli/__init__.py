@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. ``minilora demo | init | train | generate | chat | info | plan | bench | quantize | merge | export | push``, a file each.
+"""The command line: parse, call, print. Each of COMMANDS is a file of this folder.
 
 Exit code 2 means the input was wrong, 1 that the work failed, 130 that it was interrupted; a traceback comes only with ``--debug``.
 Parsing and ``--help`` need no torch: a command imports what it works with when it runs.
@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "ask a model, with or without an adapter",
     "chat": "talk with a model, with or without an adapter",
     "info": "say what an adapter folder, a run or a packed model is",
+    "compare": "put runs side by side: settings, losses, answers",
     "plan": "say what a training step will hold in memory, and measure it",
     "bench": "run one fine-tuning job in minilora and in PEFT, and compare",
     "quantize": "pack a model into 4 bits, as bitsandbytes stores it",

@@ -166,7 +166,11 @@ class Talk:
 
 
 def _tell_dropped(pairs: int) -> None:
-    what = "the oldest question and its answer no longer fit" if pairs == 1 else f"the {pairs} oldest questions no longer fit"
+    what = (
+        "the oldest question and its answer no longer fit"
+        if pairs == 1
+        else f"the {pairs} oldest questions no longer fit"
+    )
     say(f"({what} the context of the model, and are forgotten)", error=True)
 
 
@@ -179,5 +183,7 @@ def _notes(folder: str, chat: Any) -> list[str]:
     if record is not None and str(here := packing_of(chat.model)) != str(record.packing):
         found.append(f"(it was trained on a base that was {record.packing}; this one is {here})")
     if record is not None and record.system != chat.system:
-        found.append(f"(its run had {f'the system turn {record.system!r}' if record.system else 'no system turn'}: /system)")
+        found.append(
+            f"(its run had {f'the system turn {record.system!r}' if record.system else 'no system turn'}: /system)"
+        )
     return found

@@ -53,7 +53,9 @@ def _of_adapter(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     rslora = ", rank-stabilized" if found["rslora"] else ""
     others = ", ".join(f"{module or 'the model'} ({count:,} numbers)" for module, count in found["others"].items())
-    untrained = f"{found['untrained']} of {found['layers']['covered']} layers: B is all zeros" if found["untrained"] else ""
+    untrained = (
+        f"{found['untrained']} of {found['layers']['covered']} layers: B is all zeros" if found["untrained"] else ""
+    )
     return [
         ("base", found["base"] or "not said"),
         ("variant", found["variant"] + rslora),
@@ -68,13 +70,17 @@ def _of_adapter(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _layers(layers: Mapping[str, Any]) -> str:
     if layers["of"] is None:
         return f"{layers['covered']} (the base is not on this disk, so not of how many)"
-    rest = f"; not {', '.join(layers['without'][:4])}{' ...' * (len(layers['without']) > 4)}" if layers["without"] else ""
+    rest = (
+        f"; not {', '.join(layers['without'][:4])}{' ...' * (len(layers['without']) > 4)}" if layers["without"] else ""
+    )
     return f"{layers['covered']} of {layers['of']} linear layers and convolutions{rest}"
 
 
 def _each(counts: Mapping[str, int]) -> str:
     """A value that all layers have, or each with how many have it."""
-    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{value} ({count})" for value, count in counts.items())
+    return (
+        next(iter(counts)) if len(counts) == 1 else ", ".join(f"{value} ({count})" for value, count in counts.items())
+    )
 
 
 def _of_model(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -96,6 +102,8 @@ def _of_run(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     steps = ", ".join(map(str, found.get("checkpoints", ())))
     spent = f" in {run['seconds']:.0f} s" if run["seconds"] is not None else ""
     return [
+        ("trained on", ", ".join(run[key] for key in ("model", "packing") if run.get(key))),
+        ("system turn", run.get("system", "")),
         ("steps", f"{run['steps']}{spent}"),
         ("training loss", loss),
         ("held out", held and f"loss {held}"),

@@ -16,7 +16,9 @@ EXAMPLES = """\
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora push`` takes."""
     parser.add_argument("folder", metavar="RUN", help="a run, or the folder of an adapter (required)")
-    parser.add_argument("repo", metavar="REPO", help="repository on the Hub: OWNER/NAME, or NAME of your own (required)")
+    parser.add_argument(
+        "repo", metavar="REPO", help="repository on the Hub: OWNER/NAME, or NAME of your own (required)"
+    )
     hidden = "make the repository private, if it is not there yet"
     add_flags(parser, "output", [Flag("private", bool, False, hidden)])
 

@@ -37,7 +37,17 @@ _GROUPS = {
     "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "shard", "trust_remote_code"),
     "data": ("data", "max_length", "eval_share", "date"),
     "adapter": _LORA_FLAGS,
-    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "prompts", "max_new_tokens", "push_to_hub", "private"),
+    "output": (
+        "out",
+        "resume",
+        "overwrite",
+        "save_every",
+        "keep_checkpoints",
+        "prompts",
+        "max_new_tokens",
+        "push_to_hub",
+        "private",
+    ),
 }
 _CHOICES = {
     "quant": QUANT_CHOICES,

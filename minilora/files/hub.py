@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub: fetched into its cache, found there, or uploaded. It is the work of ``huggingface_hub``, where that is installed."""
+"""Files of the Hugging Face Hub: fetched into its cache, found there, or uploaded; all by ``huggingface_hub``, where that is installed."""
 
 from __future__ import annotations
 

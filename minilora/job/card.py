@@ -26,7 +26,18 @@ FIGURE = "loss.png"
 _ALL = 2**63  # steps of a log that are read
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Settings that say where files lie on one machine, or what to do with an earlier run.
-_PRIVATE = {"model", "data", "out", "resume", "overwrite", "push_to_hub", "private", "prompts", "system", "base_model_name_or_path"}
+_PRIVATE = {
+    "model",
+    "data",
+    "out",
+    "resume",
+    "overwrite",
+    "push_to_hub",
+    "private",
+    "prompts",
+    "system",
+    "base_model_name_or_path",
+}
 
 
 def card_files(folder: Path, repo_id: str) -> dict[str, bytes]:
@@ -130,7 +141,9 @@ vLLM:
 def _settings(stored: Stored, record: Record | None) -> str:
     own = {"r": stored.config.r, "lora_alpha": stored.config.lora_alpha, "variant": stored.variant}
     known = dict(record.settings) if record else {}
-    every = own | {name: value for name, value in known.items() if name not in _PRIVATE and value not in (None, "", [], {})}
+    every = own | {
+        name: value for name, value in known.items() if name not in _PRIVATE and value not in (None, "", [], {})
+    }
     rows = [Row(name, [_plain(str(value))]) for name, value in every.items()]
     return "## Settings\n\n" + as_markdown(["value"], rows)
 

@@ -24,8 +24,8 @@ from minilora.job.described import described, formats, memory
 from minilora.job.examples import encoded
 from minilora.job.given import job_from
 from minilora.job.outcome import Outcome
-from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of, template_sha256
 from minilora.job.push import check_upload, push_run
+from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of, template_sha256
 from minilora.job.settings import Job
 from minilora.lora.coverage import coverage
 from minilora.lora.inject import inject
@@ -67,7 +67,9 @@ def fine_tune(
             ``out`` already, config, model or target, in one line; and as ``train``.
     """
     if job is not None and settings:
-        raise ConfigError(f"{min(settings)}=: stands beside a job; wanted one of the two, or dataclasses.replace(job, ...)")
+        raise ConfigError(
+            f"{min(settings)}=: stands beside a job; wanted one of the two, or dataclasses.replace(job, ...)"
+        )
     job = job_from(settings) if job is None else job
     with joined() as processes:
         if say or watch:

@@ -46,7 +46,9 @@ def job_from(given: Mapping[str, Any]) -> Job:
     lora, training = rest.pop("lora", None), rest.pop("training", None)
     parts = {
         "lora": LoraConfig(**(_LORA | own["lora"])) if lora is None else _changed("lora", lora, own["lora"]),
-        "training": TrainConfig(**own["training"]) if training is None else _changed("training", training, own["training"]),
+        "training": TrainConfig(**own["training"])
+        if training is None
+        else _changed("training", training, own["training"]),
     }
     return Job(**rest, **parts)
 

@@ -20,6 +20,7 @@ from minilora.files.read import read_bytes, refuse_path
 from minilora.files.tensors import open_tensors
 from minilora.hf.known_base import linear_layers
 from minilora.hf.packed import is_packed_folder
+from minilora.job.record import read_record
 from minilora.quant.bnb import is_state, weight_of
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, Stored, read_adapter
 from minilora.store.contents import Layer, layers_in, others_in
@@ -131,11 +132,13 @@ def _counted(values: Iterable[Any]) -> dict[str, int]:
 
 
 def _run(place: Path) -> dict[str, Any]:
-    """Steps and losses that the log tells."""
+    """Steps and losses that the log tells, and what the run remembers of its base."""
     records = kept_records(place, _ALL)
     losses = [record["loss"] for record in records if "loss" in record]
     held = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
-    return {
+    record = read_record(place)
+    remembered = {"model": record.model, "packing": str(record.packing), "system": record.system} if record else {}
+    return remembered | {
         "steps": max((record["step"] for record in records), default=0),
         "loss": [losses[0], losses[-1]] if losses else None,
         "held_out_loss": [held[0], held[-1]] if held else None,
@@ -187,4 +190,3 @@ def _model(place: Path) -> dict[str, Any]:
 
 def _size(place: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in place.glob(pattern))
-

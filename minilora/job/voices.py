@@ -61,7 +61,9 @@ class Voices:
 
         if not Path(folder).exists() and folder.count("/") != 1:  # nor an id of the Hub
             known = ", ".join(self.names) or "none"
-            raise StateError(f"{folder}: neither an adapter that is loaded ({known}) nor a folder; give the folder of one")
+            raise StateError(
+                f"{folder}: neither an adapter that is loaded ({known}) nor a folder; give the folder of one"
+            )
         shown = self._shown(folder)
         inner = f"adapter_{len(self._inner)}"
         if self._inner:

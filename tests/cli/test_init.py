@@ -1,4 +1,4 @@
-"""``minilora init``: a settings file that says what holds, data that is understood, and nothing that is overwritten; and how the program is called."""
+"""``minilora init``: a settings file that says what holds, data that is understood, nothing that is overwritten; and how the program is called."""
 
 import argparse
 import os

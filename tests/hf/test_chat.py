@@ -9,8 +9,8 @@ from minilora.errors import DataError
 from tests.models import byte_tokenizer, llama
 
 pytest.importorskip("transformers")
-from minilora.hf.chat import Chat  # noqa: E402
-from minilora.hf.generate import answers  # noqa: E402
+from minilora.hf.chat import Chat
+from minilora.hf.generate import answers
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,11 @@ def test_the_turns_before_are_asked_with_it(chat, model, tokenizer):
 def test_the_system_turn_stands_before(chat, model, tokenizer):
     chat.system = "You keep a lighthouse."
     said = chat.ask("How?", lambda piece: None).text
-    assert said == answers(model, tokenizer, ["How?"], 9, system=chat.system)[0] != answers(model, tokenizer, ["How?"], 9)[0]
+    assert (
+        said
+        == answers(model, tokenizer, ["How?"], 9, system=chat.system)[0]
+        != answers(model, tokenizer, ["How?"], 9)[0]
+    )
     assert len(chat.turns) == 2
 
 

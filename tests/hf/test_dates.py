@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from minilora.errors import CheckpointError, ConfigError
-from minilora.job import finetune
 from minilora.hf.dates import date_of, dated
+from minilora.job import finetune
 from minilora.lora.config import LoraConfig
 from minilora.training.loop import TrainConfig
 from tests.data import kinds

@@ -83,7 +83,9 @@ def test_an_adapter_can_be_loaded_and_called_by_its_name(talk, run, other, model
     out, after = run
     flags = ["--model", model_folder, "--quant", "nf4", "--system", SYSTEM]
     code, said, _ = talk(["/adapter", "/base", f"/adapter {out}", "What?"], *flags)
-    assert code == 0 and said.startswith("no adapter is loaded; /adapter FOLDER loads one\nno adapter is loaded, so it is")
+    assert code == 0 and said.startswith(
+        "no adapter is loaded; /adapter FOLDER loads one\nno adapter is loaded, so it is"
+    )
     assert said.endswith("out speaks; /reset forgets what was said before\n" + answered("What?", after["What?"]))
     _, said, _ = talk([f"/adapter {other}", "/adapter", "/adapter out", "/adapter", "What?"], "--adapter", out)
     lines = said.splitlines()

@@ -34,7 +34,21 @@ def test_the_keywords_are_the_flags():
 
 
 def test_a_call_and_a_command_are_one_job():
-    words = ["train", "--model", "m", "--data", "d.jsonl", "--out", "o", "--r", "3", "--lora-alpha", "12", "--steps", "7"]
+    words = [
+        "train",
+        "--model",
+        "m",
+        "--data",
+        "d.jsonl",
+        "--out",
+        "o",
+        "--r",
+        "3",
+        "--lora-alpha",
+        "12",
+        "--steps",
+        "7",
+    ]
     assert train.job_of(make_parser().parse_args(words)) == job_from({**BASIC, "r": 3, "lora_alpha": 12, "steps": 7})
 
 

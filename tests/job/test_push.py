@@ -76,7 +76,11 @@ def test_who_may_write_is_named(hub, repo):
     [
         ("them/mine", {}, "them/mine: you are me on the Hub, and not of them"),
         ("me/mine", {"user": USER | {"auth": {"accessToken": {"role": "read"}}}}, "the token of me may only read"),
-        ("me/mine", {"fails": {"whoami": OSError("Token is required\nmore")}}, "(Token is required); run hf auth login"),
+        (
+            "me/mine",
+            {"fails": {"whoami": OSError("Token is required\nmore")}},
+            "(Token is required); run hf auth login",
+        ),
         ("me/mine", {"fails": {"whoami": ConnectionError("offline")}}, "the Hub does not say who you are (offline)"),
         ("a/b/c", {}, "'a/b/c': "),
         ("bad name", {}, "'bad name': "),
@@ -125,15 +129,22 @@ def test_the_card_says_how_it_came_about(hub, run, tmp_path):
     card, record = hub.files["README.md"].decode(), json.loads((out / "job.json").read_text())
     (data,) = record["data"]
     assert card.startswith("---\n") and "library_name: peft" in card and "- lora" in card
-    assert "# mine" in card and f"`d.jsonl`, SHA-256 `{data['sha256']}`" in card and str(Path(data["path"]).parent) not in card
+    assert (
+        "# mine" in card
+        and f"`d.jsonl`, SHA-256 `{data['sha256']}`" in card
+        and str(Path(data["path"]).parent) not in card
+    )
     assert SYSTEM in card and "packed to nf4, double quantization" in card
     evals = [r["eval_loss"] for r in outcome.records if "eval_loss" in r]
     assert f"| training loss | {outcome.losses[0]:.3f} | {outcome.losses[-1]:.3f} |" in card
-    assert f"| held-out loss | {evals[0]:.3f} | {evals[-1]:.3f} |" in card and "![Loss by optimizer step](loss.png)" in card
+    assert (
+        f"| held-out loss | {evals[0]:.3f} | {evals[-1]:.3f} |" in card
+        and "![Loss by optimizer step](loss.png)" in card
+    )
     for pair in outcome.answers:
         assert all(text in card for text in pair.values())
     assert "| lora_alpha | 7 |" in card and "| steps | 3 |" in card and "- torch " in card
-    for program in ("minilora chat --model", 'PeftModel.from_pretrained(', "vllm serve"):
+    for program in ("minilora chat --model", "PeftModel.from_pretrained(", "vllm serve"):
         assert program in card
     assert "--adapter me/mine" in card and "mine=me/mine" in card
 

@@ -128,7 +128,9 @@ def test_a_variant_that_peft_has_no_word_for(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["vllm", "llama.cpp", "mlx"])
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": ["lm_head"]}], ids=str
+)
 def test_it_agrees_with_what_export_does(tmp_path, target, fields):
     stored, _ = saved(tmp_path / "a", **fields)
     said = next(server for server in servers_of(stored, Path("a")) if server.name.lower() == target)
