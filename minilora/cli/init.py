@@ -9,7 +9,7 @@ from minilora.cli.program import command
 from minilora.cli.say import say
 from minilora.cli.template import settings_file
 from minilora.demo import STARTER
-from minilora.errors import WriteError
+from minilora.errors import CheckpointError
 from minilora.files.read import refuse_path
 from minilora.files.write import write_file
 
@@ -30,11 +30,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write both files, or none if one is there already; say what comes next."""
     place = Path(arguments.folder)
-    refuse_path(place, WriteError)
+    refuse_path(place)
     settings, data = place / SETTINGS, place / DATA
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{place}: is a file; wanted a folder, or the name of a new one")
     for path in (settings, data):
         if path.exists():
-            raise WriteError(f"{path}: is there already, and nothing is overwritten; name another folder, or remove it")
+            raise CheckpointError(
+                f"{path}: is there already, and nothing is overwritten; name another folder, or remove it"
+            )
     out = "runs/mine" if place == Path() else (place / "run").as_posix()
     chosen = {"model": "smollm2", "data": data.as_posix(), "out": out, "prompts": ["How is the weather?"]}
     content = settings_file(chosen)

@@ -19,8 +19,8 @@ _OTHER_NAMES = {
     "train-file": "data", "max-seq-length": "max-length", "sequence-len": "max-length", "cutoff-len": "max-length",
     "output": "out", "output-dir": "out", "save-path": "out", "adapter-path": "adapter", "max-tokens": "max-new-tokens",
     "finetune": "train", "fine-tune": "train", "ask": "generate", "talk": "chat", "pack": "quantize", "fuse": "merge",
-    "convert": "export",
-    "hub-model-id": "push-to-hub", "hub-private-repo": "private", "upload": "push", "memory": "plan", "benchmark": "bench", "diff": "compare",
+    "convert": "export", "upload": "push", "memory": "plan", "benchmark": "bench", "diff": "compare",
+    "hub-model-id": "push-to-hub", "hub-private-repo": "private",
 }  # fmt: skip
 
 

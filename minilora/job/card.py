@@ -1,6 +1,6 @@
 """The model card of a run: base, data and their hashes, settings, losses, answers before and after, and how to load the adapter.
 
-All of it comes from the run folder: the adapter, ``job.json`` and ``log.jsonl``. Next file: ``job/push.py``.
+All of it comes from the run folder: the adapter, ``job.json`` and ``log.jsonl``.
 """
 
 from __future__ import annotations

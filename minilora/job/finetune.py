@@ -87,9 +87,9 @@ def _fine_tune(
     place = choose(job.device, job.dtype, job.attention)
     job = settled(job, place)
     if processes.first:
-        claim(folder, job.resume, job.overwrite)
         if job.push_to_hub:
             say(f"{job.push_to_hub}: {check_upload(job.push_to_hub)} may write there")
+        claim(folder, job.resume, job.overwrite)
     sessions = Sessions(folder, job.resume)
     source = look_at(job.data)
     processes.agree({"data file": source.sha256})  # before a model is loaded

@@ -52,7 +52,8 @@ def look(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if (place / "config.json").exists():
         return _model(place)
     raise CheckpointError(
-        f"{place}: neither an adapter ({CONFIG_FILE}), a run ({LOG_FILE}) nor a model (config.json) lies in it"
+        f"{place}: neither an adapter ({CONFIG_FILE}), a run ({LOG_FILE}) nor a model (config.json) lies in it; "
+        "wanted the folder of one"
     )
 
 

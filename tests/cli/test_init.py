@@ -1,4 +1,4 @@
-"""``minilora init``: a settings file that says what holds, data that is understood, nothing that is overwritten; and how the program is called."""
+"""``minilora init``: settings that say what holds, data that is understood, nothing overwritten; and how the program is called."""
 
 import argparse
 import os
@@ -85,7 +85,7 @@ def test_the_data_has_ten_conversations_that_can_be_learnt(here):
 @pytest.mark.parametrize("there", ["job.toml", "chats.jsonl"])
 def test_nothing_is_overwritten_and_nothing_half_written(here, capsys, there):
     (here / there).write_text("mine")
-    assert main(["init"]) == 1
+    assert main(["init"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"minilora: {there}: is there already, and nothing is overwritten; name another folder, or remove it"
     ]
@@ -94,7 +94,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(here, capsys, there):
 
 def test_a_file_is_no_folder(here, capsys):
     (here / "file").write_text("mine")
-    assert main(["init", "file"]) == 1
+    assert main(["init", "file"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1 and (here / "file").read_text() == "mine"
 
 
