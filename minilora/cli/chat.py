@@ -8,7 +8,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli import generate
-from minilora.cli.adapters import trust_of
 from minilora.cli.flags import Flag
 from minilora.cli.remembered import recall
 from minilora.cli.say import say, write
@@ -23,7 +22,7 @@ USAGE = "[--model NAME] [--adapter FOLDER] [options]"
 EXAMPLES = """\
   minilora chat --model smollm2
   minilora chat --adapter runs/mine
-  minilora chat --adapter runs/mine --temperature 0.7 < questions.txt"""
+  minilora chat --adapter runs/mine --system "You answer in one sentence." --temperature 0.7"""
 
 _LENGTH = 256  # tokens of an answer
 _HELP = """\
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     with Progress(0, sys.stderr):
         model, tokenizer, where = generate.loaded(arguments, record)
     torch.manual_seed(arguments.seed)
-    voices = Voices(model, arguments.adapter, **trust_of(arguments))
+    voices = Voices(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
     chat = Chat(model, tokenizer, arguments.system, arguments.max_new_tokens, arguments.temperature)
     if person:
         adapter = f" with {arguments.adapter}" if arguments.adapter else ""

@@ -25,7 +25,7 @@ USAGE = "[--model NAME] [--adapter FOLDER] [options] [PROMPT ...]"
 EXAMPLES = """\
   minilora generate --model smollm2 "How is the weather?"
   minilora generate --adapter runs/mine
-  minilora generate --adapter runs/mine - < prompts.txt
+  minilora generate --adapter runs/mine -
   minilora generate --adapter runs/mine --temperature 0.7 "How is the weather?" "Who are you?\""""
 
 

@@ -81,10 +81,9 @@ class Chat:
             self._generate(ids, most, pieces)
         except KeyboardInterrupt:
             stopped = True
-        text = pieces.text.strip()
-        if text or not stopped:  # a question that got no word of an answer was not asked
-            self.turns[:] = [*turns, {"role": "assistant", "content": text}]
-        return Answer(text, stopped, dropped)
+        if pieces.text or not stopped:  # a question that got no word of an answer was not asked
+            self.turns[:] = [*turns, {"role": "assistant", "content": pieces.text}]
+        return Answer(pieces.text, stopped, dropped)
 
     def _encoded(self, turns: list[dict[str, str]]) -> torch.Tensor:
         """Token ids ``[1, tokens]`` of the conversation with the prompt for an answer."""
@@ -119,14 +118,17 @@ class Chat:
 
 
 class _Pieces:
-    """What was written so far, from the first letter on."""
+    """What was written so far, from the first letter on; space at its end waits for a word that follows."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
-        self.write, self.text = write, ""
+        self.write, self.text, self._held = write, "", ""
 
     def add(self, piece: str) -> None:
-        """Write one more piece; space before the first word is left out."""
-        piece = piece if self.text else piece.lstrip()
-        if piece:
-            self.text += piece
-            self.write(piece)
+        """Write one more piece."""
+        whole = self._held + piece
+        whole = whole if self.text else whole.lstrip()
+        words = whole.rstrip()
+        self._held = whole[len(words) :]
+        if words:
+            self.text += words
+            self.write(words)

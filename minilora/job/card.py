@@ -115,7 +115,8 @@ def _loading(stored: Stored, record: Record | None, repo_id: str) -> str:
     packed = record.packing if record and record.packing.quant != "none" else None
     flags = f" --quant {packed.quant}" if packed else ""
     (vllm,) = [server for server in servers_of(stored, Path(repo_id)) if server.name == "vLLM"]
-    serve = f"```sh\n{vllm.why}\n```" if vllm.takes == "as it is" else f"Not as it is: {_plain(vllm.why)}."
+    how = vllm.why.replace(stored.config.base_model_name_or_path or "BASE", base)
+    serve = f"```sh\n{how}\n```" if vllm.takes == "as it is" else f"Not as it is: {_plain(how)}."
     return f"""## Load it
 
 minilora:

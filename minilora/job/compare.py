@@ -23,6 +23,8 @@ __all__ = ["Comparison", "Run", "compare"]
 _ALL = 2**63  # steps of a log that are read
 # What says where a run lies, or how it was begun, and nothing of what it does.
 _APART = {
+    "quant",
+    "double_quant",
     "out",
     "resume",
     "overwrite",

@@ -85,7 +85,7 @@ def test_a_long_question_gets_the_tokens_that_are_left(chat, tokenizer):
     pieces = []
     chat.max_new_tokens = 100
     answer = chat.ask("x" * (256 - bare - 3), pieces.append)
-    assert len(tokenizer(answer.text)["input_ids"]) <= 3
+    assert len(answer.text) <= 3
 
 
 def test_ctrl_c_keeps_what_was_said(chat, model):

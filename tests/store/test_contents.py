@@ -109,7 +109,7 @@ EVERYWHERE = {"PEFT": "as it is", "vLLM": "as it is", "llama.cpp": "as it is", "
         ({"init_lora_weights": "pissa"}, {"vLLM": "after export", "llama.cpp": "after export"}),
         ({"use_dora": True}, dict.fromkeys(("vLLM", "llama.cpp", "MLX"), "no")),
         ({"modules_to_save": ["lm_head"]}, dict.fromkeys(("vLLM", "llama.cpp", "MLX"), "no")),
-        ({"target_modules": ["q_proj", "lm_head"]}, {"MLX": "no"}),
+        ({"target_modules": ["q_proj", "lm_head"]}, dict.fromkeys(("vLLM", "llama.cpp", "MLX"), "no")),
     ],
     ids=str,
 )
@@ -118,6 +118,11 @@ def test_who_takes_it(tmp_path, fields, other):
     assert takes(stored) == EVERYWHERE | other
     for server in servers_of(stored, Path("a")):
         assert server.takes != "no" or "minilora merge" in server.why
+
+
+def test_mlx_adapts_numbered_layers_only(tmp_path):
+    stored, _ = saved(tmp_path / "a", model=models.mlp(), target_modules=["first"])
+    assert takes(stored) == EVERYWHERE | {"MLX": "no"}
 
 
 def test_a_variant_that_peft_has_no_word_for(tmp_path):
