@@ -34,8 +34,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     length = Flag("max_new_tokens", int, None, "tokens that an answer may have")
     add_model_flags(parser, as_trained(length, _LENGTH))
     about = "what the model is asked; each prompt in quotes, - for the lines of standard input"
-    about += " (default: the prompts that the run of --adapter was asked)"
-    parser.add_argument("prompt", nargs="*", help=about)
+    about += " (default: as the run of --adapter was asked)"
+    parser.add_argument("prompt", nargs="*", default=[], help=about)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, length: Flag) -> None:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
+from minilora.hf.versions import versions
 from minilora.job.outcome import Outcome
 from minilora.job.settings import Job
 from minilora.linear.layers import is_quantized
@@ -17,6 +16,12 @@ from minilora.training.optim import make_optimizer
 from minilora.training.optim_state import state_bytes
 
 __all__ = ["described", "formats", "memory"]
+
+# Phases of ``Outcome.peaks_mb`` that count as one, and what was in them.
+_PEAKS = {
+    "loading": (("load", "inject"), "reading and packing the model"),
+    "training": (("train",), "steps, evaluations and saves"),
+}
 
 
 def memory(job: Job, model: Any) -> list[dict[str, Any]]:
@@ -39,28 +44,31 @@ def described(
     values: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """What ``report.render`` draws of a run; ``tables`` are of the model while all of it was here."""
+    peaks, made = _peaks(outcome), versions()
     trainable, total = (sum(row[kind] for row in tables["parameters"]) for kind in ("trainable", "total"))
-    losses = outcome.losses
-    change = f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "not logged"
     memory = [{"name": "weights, if none were packed", "bytes": dense_bytes, "note": job.dtype}, *tables["memory"]]
     evals = [
         {"prompt": None, "answer": None} | r | {"loss": r["eval_loss"]} for r in outcome.records if "eval_loss" in r
     ]
     return {
         "title": f"minilora: {job.model}",
-        "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}",
+        "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out} · minilora {made['minilora']}",
         "headline": [
-            {"label": "training loss", "value": change},
+            {"label": "training loss", "value": _change(outcome.losses, "not logged")},
+            {"label": "held-out loss", "value": _change(outcome.held_out, "nothing held out")},
             {"label": "parameters trained", "value": f"{trainable:,} of {total:,}"},
-            {"label": "time", "value": f"{sum(outcome.seconds.values()):.0f} s"},
-            {"label": "peak memory", "value": f"{outcome.peak_mb / 1000:.2f} GB"},
+            {"label": "time", "value": _time(outcome)},
+            *[{"label": f"peak memory, {name}", "value": f"{peak / 1000:.2f} GB"} for name, peak in peaks.items()],
         ],
         "steps": [record for record in outcome.records if "loss" in record],
         "evals": evals,
         "answers": outcome.answers,
         "memory": [
             *memory,
-            {"name": "peak of the process", "bytes": int(outcome.peak_mb * 1e6), "note": "all of it, loading included"},
+            *[
+                {"name": f"peak of the process, {name}", "bytes": int(peak * 1e6), "note": _PEAKS[name][1]}
+                for name, peak in peaks.items()
+            ],
         ],
         "parameters": tables["parameters"],
         "layers": [{"path": path, "ratio": ratio} for path, ratio in ratios.items()],
@@ -68,8 +76,28 @@ def described(
         "settings": _settings(job)
         | {"quant": tables["formats"] or "none"}
         | {f"seconds: {name}": round(spent, 1) for name, spent in outcome.seconds.items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+        "versions": made | {"machine": platform.machine()},
     }
+
+
+def _change(losses: Sequence[float | None], without: str) -> str:
+    """From the first loss to the last."""
+    ends = ["not finite" if loss is None else f"{loss:.2f}" for loss in (*losses[:1], *losses[1:][-1:])]
+    return " → ".join(ends) or without
+
+
+def _time(outcome: Outcome) -> str:
+    parts = f" in {outcome.sessions} sessions" if outcome.sessions > 1 else ""
+    return f"{sum(outcome.seconds.values()):.0f} s{parts}"
+
+
+def _peaks(outcome: Outcome) -> dict[str, float]:
+    """Most memory of loading and of training, in MB, where the system says it."""
+    found = {
+        name: max((outcome.peaks_mb.get(phase, 0.0) for phase in phases), default=0.0)
+        for name, (phases, _) in _PEAKS.items()
+    }
+    return {name: peak for name, peak in found.items() if peak}
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -143,8 +143,7 @@ def _fine_tune(
         clock.lap("answers after")
         pairs = [{"prompt": p, "before": before[p], "after": a} for p, a in zip(prompts, after, strict=False)]
         sessions.answers = pairs
-    told = sessions.record or clock
-    outcome = Outcome(steps, pairs, told.seconds, told.peak_mb, folder)
+    outcome = Outcome(steps, pairs, *sessions.totals(clock), folder, sessions.count)
     with in_turn(model) as around:
         ratios = update_ratios(model, around=around) if asks else {}
         values = spectra(model, ratios=ratios, around=around) if asks else {}

@@ -30,7 +30,7 @@ def differences(record: Record, model: Any, template: str, dtype: str) -> list[s
     found, here = [], packing_of(model)
     if why := differs(record.fingerprint, base_of(model)):
         found.append(f"the base is another model: {why}")
-    elif here.quant == record.packing.quant and (strange := strange_tensors(model, record.fingerprint)):
+    elif strange := strange_tensors(model, record.fingerprint):
         found.append(f"in the base {strange}")
     if str(here) != str(record.packing):
         found.append(f"the base is {here}, and was {record.packing}")

@@ -140,6 +140,16 @@ class Sessions:
         self._here, self.record = here, dataclasses.replace(record, sessions=(*earlier, session))
         write_record(self.folder, self.record)
 
+    @property
+    def count(self) -> int:
+        """How many sessions the run has had, with this one."""
+        return len(self.record.sessions) if self.record else 1
+
+    def totals(self, spent: Phases) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """Seconds and most memory of each phase over all sessions; of this one alone where another process writes."""
+        told = self.record or spent
+        return told.seconds, told.peak_mb
+
     @contextmanager
     def closed_by(self, spent: Phases) -> Iterator[None]:
         """Write down how far the session came, however it ends; of one that is killed the log tells as much."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["beyond_scale", "grid_of", "has_index", "heat_map", "scale_of"]
 
+MANY = 12  # layers whose quarters say how they are spread
 SHADES, PALEST = 16, 0.06  # levels of the scale, and the share of the colour that the lowest has
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a dotted path that is a number
 
@@ -73,12 +74,12 @@ def beyond_scale(layers: Sequence[tuple[str, float]]) -> list[str]:
 def scale_of(values: Sequence[float]) -> float:
     """The end of the colour scale: the largest finite value that is no outlier, so that one layer does not make all others pale.
 
-    An outlier lies beyond Tukey's outer fence, three times the spread of the middle half above its upper end, and beyond four times
-    that end (J. W. Tukey, Exploratory Data Analysis, 1977, chapter 2).
+    An outlier lies beyond Tukey's outer fence, three times the spread of the middle half above its upper end (J. W. Tukey, Exploratory
+    Data Analysis, 1977, chapter 2), and beyond one and a half times that end; of few layers, whose quarters say little, beyond four times.
     """
     seen = sorted(value for value in values if math.isfinite(value))
     lower, upper = (seen[part * (len(seen) - 1) // 4] for part in (1, 3))
-    fence = max(upper + 3 * (upper - lower), 4 * upper)
+    fence = max(upper + 3 * (upper - lower), (1.5 if len(seen) >= MANY else 4) * upper)
     return max(value for value in seen if value <= fence) or seen[-1] or 1.0
 
 

@@ -38,6 +38,7 @@ from minilora.training.optim import make_optimizer
 from minilora.training.packed import choose_collate
 from minilora.training.processes import Processes, joined
 from minilora.training.profile import Profile
+from minilora.training.progress import busy
 from minilora.training.resume import claim, meaning
 from minilora.training.run_folder import RunFolder
 from minilora.training.schedule import SCHEDULE, TrainConfig, learning_rate, step_seed
@@ -229,7 +230,7 @@ class _Run:
 
     def assess(self) -> None:
         rest = (self.config.batch_size, self.pad_id, self.processes, self.shard, self.tensors)
-        with as_written(self.model):
+        with as_written(self.model), busy("evaluating"):
             loss = evaluate(self.model, self.evaluation, *rest)
             asks = self.sample if self.shard or self.processes.first else None  # in shards all must ask
             asked = asks() if asks else None

@@ -48,7 +48,7 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 turns clipping off.
         seed: whole number that the order of the data, dropout and (in a whole job) the adapter's start follow from.
         eval_every: optimizer steps between evaluations; 0 is before the first and after the last step only.
-        save_every: optimizer steps between checkpoints; 0 is none.
+        save_every: optimizer steps between checkpoints; 0 is the one after the last step alone.
         keep_checkpoints: newest checkpoints that stay, a whole number >= 1.
         max_skipped: optimizer steps in a row without a finite loss and gradient that end the run.
         pack: whether examples share rows, one behind the other, so that little is padding; a step's examples and its loss stay the same.

@@ -141,7 +141,7 @@ def test_version(capsys):
         (["train", "--prompts"], "--prompts: its value is missing; write --prompts VALUE"),
         (["train", "--resume=yes"], "--resume: takes no value, found 'yes'; write --resume alone"),
         (["train", "chats.jsonl"], "'chats.jsonl' belongs to no flag; quote text with spaces"),
-        (["generate", "hi"], "--model: missing; see minilora generate --help"),
+        (["generate", "hi"], "--model: missing, and no --adapter; wanted a hub id, a local folder, or smollm2"),
         (["generate", "--model", "m"], "prompt: missing; see minilora generate --help"),
         (["merge", "--model", "m", "--adapter", "a"], "--out: missing; see minilora merge --help"),
         (
@@ -526,6 +526,7 @@ def test_train_leaves_a_whole_run_folder(trained, model_folder):
         "adapter_config.json",
         "adapter_model.safetensors",
         "minilora.json",
+        "job.json",
         "log.jsonl",
         "report.html",
     } | {
@@ -713,7 +714,7 @@ def test_a_run_is_not_written_over_unless_it_is_said(capsys, undisturbed, model_
     assert f"{tmp_path / 'o' / 'checkpoint-6'}: another schedule: lr is 0.5, in the checkpoint 0.02" in line
     assert {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()} == before
     assert run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", "--overwrite")[0] == 0
-    assert not list((tmp_path / "o").glob("checkpoint-*"))
+    assert [path.name for path in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_another_data_file_is_refused_on_resume(capsys, undisturbed, model_folder, tmp_path):
@@ -759,7 +760,7 @@ def said(capsys, *arguments):
     capsys.readouterr()
     assert main(["generate", *arguments]) == 0
     captured = capsys.readouterr()
-    assert not captured.err
+    assert all("the base is not packed, and was packed to nf4" in line for line in captured.err.splitlines())
     return captured.out
 
 
@@ -800,7 +801,7 @@ def test_generate_says_to_a_person_where_it_runs(capsys, monkeypatch, model_fold
         )
         == 0
     )
-    assert capsys.readouterr().err == f"{model_folder} on the CPU in bfloat16\n"
+    assert f"{model_folder} on the CPU in bfloat16\n" in capsys.readouterr().err
 
 
 def test_generate_stops_where_it_is_told(capsys, trained, model_folder):
@@ -829,9 +830,12 @@ def test_merge_saves_a_model_that_transformers_loads(capsys, trained, model_fold
     if there:
         out.mkdir(parents=True)
     assert merge(model_folder, trained[0], out) == 0
-    survived, where = capsys.readouterr().out.splitlines()
+    survived, where, measured = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"merged into 14 layers as float32: 100\.0% of the update survives rounding; .*", survived)
     assert where.startswith(f"merged model in {out}, merged on the CPU in float32")
+    assert measured.startswith(
+        f"the answers in the report of {trained[0]} were measured on {model_folder}, packed to nf4"
+    )
     assert [path.name for path in out.parent.iterdir()] == ["merged"]  # no temporary folder is left
     assert out.stat().st_mode & 0o777 == 0o755
 

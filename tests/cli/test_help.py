@@ -30,6 +30,7 @@ UNITS = (
     "tokens", "examples", "optimizer steps", "micro-batches", "checkpoints", "runs", "threads", "weights", "rank", "norm",
     "share", "probability", "number",
 )  # fmt: skip
+FROM_A_RUN = re.compile(r"default: as the run of --adapter was (trained|asked)(, else [^ ]+)?\)$")
 NO_VALUE = (argparse._HelpAction, argparse._VersionAction, argparse._SubParsersAction)
 
 
@@ -56,7 +57,8 @@ def faults(action, default):
     if action.type in (int, float) and not any(unit in text for unit in UNITS):
         yield "no unit"
     ending = "required)" if default is argparse.SUPPRESS else f"default: {shown(default)})"
-    if not text.endswith(ending):
+    remembered = default in (None, []) and FROM_A_RUN.search(text)
+    if not text.endswith(ending) and not remembered:
         yield f"does not end in {ending!r}"
 
 

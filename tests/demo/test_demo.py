@@ -122,7 +122,14 @@ def test_the_loss_falls(outcome):
 @pytest.mark.slow
 def test_the_folder_is_whole(outcome):
     names = {path.name for path in outcome.folder.iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "report.html"}
+    assert names == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoint-48",
+        "job.json",
+        "log.jsonl",
+        "report.html",
+    }
     page = (outcome.folder / "report.html").read_text(encoding="utf-8")
     assert "What is the capital of France?" in page and "linear layers (nf4)" in page and "4.127" in page
     assert [json.loads(line) for line in (outcome.folder / "log.jsonl").read_text().splitlines()] == outcome.records

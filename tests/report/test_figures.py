@@ -274,6 +274,8 @@ def test_one_outlier_does_not_make_the_others_pale():
         ([float(i) for i in range(1, 30)], 29.0),
         ([0.0] * 20 + [0.1, 0.2], 0.2),  # most layers did not move: what moved is no outlier
         ([0.0, 0.0], 1.0),
+        ([2.0 + 0.01 * i for i in range(20)] + [5.8, 7.5], 2.19),  # three times the rest would make it pale
+        ([1.0 + 0.001 * i for i in range(20)] + [1.4], 1.4),  # all are alike, and so is this one
         ([2.0, math.nan, math.inf], 2.0),
     ],
 )

@@ -309,6 +309,7 @@ def test_every_record_is_a_line_of_the_log_and_is_watched(adapted, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checkpoint-5",
         "log.jsonl",
         "minilora.json",
     ]
@@ -318,12 +319,13 @@ def test_a_second_run_is_refused_or_told_to_replace_the_first(adapted, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     run(adapted(), tmp_path, steps=5, save_every=2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"holds a run already \(checkpoint-4\); go on with it by --resume"):
+    with pytest.raises(CheckpointError, match=r"holds a run already \(checkpoint-5\); go on with it by --resume"):
         run(adapted(), tmp_path, steps=2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     run(adapted(), tmp_path, steps=2, overwrite=True)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
-    assert not list(tmp_path.glob("checkpoint-*")) and (tmp_path / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_overwrite_of_nothing_is_a_run_like_any_other(adapted, tmp_path):
@@ -385,7 +387,7 @@ def test_the_model_trains_in_train_mode_and_ends_in_eval_mode(adapted, tmp_path)
     assert not model.training
 
 
-@pytest.mark.parametrize(("save_every", "at"), [(0, []), (2, [2, 4]), (3, [3]), (5, [5]), (6, []), (1, [4, 5])])
+@pytest.mark.parametrize(("save_every", "at"), [(0, [5]), (2, [4, 5]), (3, [3, 5]), (5, [5]), (6, [5]), (1, [4, 5])])
 def test_checkpoints_load_back(adapted, make_llama, tmp_path, ids, save_every, at):
     model, outputs = adapted(), {}
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import re
 import sys
+import time
 
 import pytest
 
@@ -176,3 +177,55 @@ def test_a_terminal_without_rich_gets_plain_lines(no_rich):
 
 def test_a_pipe_never_asks_for_rich(no_rich):
     assert shown(2, [record(1)], io.StringIO()).startswith("step 1/2")
+
+
+# ---- work without records
+
+
+@pytest.mark.skipif(not HAS_RICH, reason="rich is not installed")
+def test_work_without_records_has_a_bar_of_its_own(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    with Progress(0, stream), progress.busy("answering", 3) as tick:
+        tick()
+        tick()
+        progress._shown.get()._bar.refresh()
+    text = without_codes(stream.getvalue())
+    assert "answering" in text and "2/3" in text and "training" not in text
+
+
+def test_a_terminal_without_rich_gets_dots(no_rich, monkeypatch):
+    monkeypatch.setattr(progress, "_DOT_EVERY", 0.01)
+    stream = Terminal()
+    with Progress(2, stream), progress.busy("loading"):
+        deadline = time.monotonic() + 20
+        while "." not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert set(stream.getvalue().rstrip("\n")) == {"."} and stream.getvalue().endswith("\n")
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_pipe_gets_nothing_of_it(steps, monkeypatch):
+    monkeypatch.setattr(progress, "_DOT_EVERY", 0.001)
+    stream = io.StringIO()
+    with Progress(steps, stream), progress.busy("loading", 2) as tick:
+        tick()
+        time.sleep(0.02)
+    assert stream.getvalue() == ""
+
+
+def test_without_a_progress_nothing_is_shown(capsys):
+    with progress.busy("loading") as tick:
+        tick()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_after_a_progress_nothing_is_shown():
+    stream = Terminal()
+    with pytest.raises(KeyError), Progress(0, stream):
+        raise KeyError
+    before = stream.getvalue()
+    with progress.busy("loading"):
+        pass
+    assert stream.getvalue() == before

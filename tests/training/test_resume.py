@@ -172,8 +172,11 @@ def test_a_finished_run_stays_what_it_is(whole, tmp_path):
 
 def test_a_finished_run_without_a_checkpoint_is_not_run_again(tmp_path):
     run(fresh(), tmp_path)
+    shutil.rmtree(tmp_path / f"checkpoint-{FIELDS['steps']}")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match="holds an adapter and no checkpoint, so there is nothing to go on with"):
+    with pytest.raises(
+        CheckpointError, match="holds an adapter and no checkpoint of its end, so there is nothing to go on with"
+    ):
         run(fresh(), tmp_path, resume=True, lr=0.5)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
