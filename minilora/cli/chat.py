@@ -178,7 +178,8 @@ def _notes(folder: str, chat: Any) -> list[str]:
     from minilora.job.record import read_record
     from minilora.job.sessions import packing_of
 
-    record, found = read_record(folder), []
+    record = read_record(folder)
+    found: list[str] = []
     if record is not None and str(here := packing_of(chat.model)) != str(record.packing):
         found.append(f"(it was trained on a base that was {record.packing}; this one is {here})")
     if record is not None and record.system != chat.system:

@@ -100,11 +100,9 @@ class Chat:
     def _generate(self, ids: torch.Tensor, most: int, pieces: _Pieces) -> None:
         from transformers import TextStreamer
 
-        class Streamer(TextStreamer):  # decodes whole words, and holds back what may still change
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                pieces.add(text)
-
-        streamer: Any = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        # It decodes whole words, holds back what may still change, and prints unless it is told where to.
+        streamer: Any = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: pieces.add(text)
         choice = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
         ids = ids.to(self.model.device)
         options = {"attention_mask": torch.ones_like(ids), "pad_token_id": self.tokenizer.pad_token_id, **choice}
@@ -112,7 +110,7 @@ class Chat:
         self.model.eval()
         try:
             with torch.no_grad(), self.around():
-                self.model.generate(ids, max_new_tokens=most, streamer=streamer, **options)
+                self.model.generate(input_ids=ids, max_new_tokens=most, streamer=streamer, **options)
         finally:
             self.model.train(training)
 

@@ -17,7 +17,7 @@ from minilora.training.schedule import TrainConfig
 
 __all__ = ["job_from"]
 
-_PARTS = {"lora": LoraConfig, "training": TrainConfig}
+_PARTS: dict[str, Any] = {"lora": LoraConfig, "training": TrainConfig}
 _LORA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}  # what a job adapts if nothing is said
 
 
@@ -30,7 +30,8 @@ def job_from(given: Mapping[str, Any]) -> Job:
     Raises:
         ConfigError: a name that no setting has, one that is missing, or a value that cannot be meant, by name.
     """
-    own, rest = {}, dict(given)
+    own: dict[str, dict[str, Any]] = {}
+    rest = dict(given)
     for name, kind in _PARTS.items():
         fields = {entry.name for entry in dataclasses.fields(kind)}
         own[name] = {field: rest.pop(field) for field in fields & rest.keys()}
@@ -44,7 +45,7 @@ def job_from(given: Mapping[str, Any]) -> Job:
         if isinstance(rest[name], os.PathLike):
             rest[name] = os.fspath(rest[name])
     lora, training = rest.pop("lora", None), rest.pop("training", None)
-    parts = {
+    parts: dict[str, Any] = {
         "lora": LoraConfig(**(_LORA | own["lora"])) if lora is None else _changed("lora", lora, own["lora"]),
         "training": TrainConfig(**own["training"])
         if training is None

@@ -42,7 +42,8 @@ def runs_page(
 
 
 def _curves(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    said, points = [], []
+    said: list[str] = []
+    points: list[tuple[float, float]] = []
     for name, lines in records.items():
         for what, key in (("training", "loss"), ("held out", "eval_loss")):
             if values := measured(lines, key):
