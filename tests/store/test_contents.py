@@ -31,7 +31,7 @@ def saved(folder, variant=None, train=True, model=None, **fields):
 def formed(model):
     """Norm by path of every update, formed."""
     values = adapters_of(model).named("default")
-    return {path: float(value.delta_weight().double().norm()) for path, value in values.items()}
+    return {path: float(value.delta_weight().detach().double().norm()) for path, value in values.items()}
 
 
 @pytest.mark.parametrize(
