@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minilora.errors import for_terminal
+from minilora.job.given import setting_names
 from minilora.job.record import Record, read_record
 from minilora.peft.card import card_of
 from minilora.report.canvas import missing
@@ -37,6 +39,9 @@ _PRIVATE = {
     "prompts",
     "system",
     "base_model_name_or_path",
+    "inference_mode",
+    "fan_in_fan_out",
+    "trust_remote_code",
 }
 
 
@@ -142,11 +147,18 @@ vLLM:
 def _settings(stored: Stored, record: Record | None) -> str:
     own = {"r": stored.config.r, "lora_alpha": stored.config.lora_alpha, "variant": stored.variant}
     known = dict(record.settings) if record else {}
-    every = own | {
-        name: value for name, value in known.items() if name not in _PRIVATE and value not in (None, "", [], {})
-    }
+    names = setting_names() - _PRIVATE
+    told = {name: value for name, value in known.items() if name in names and value not in (None, "", [], {})}
+    every = own | {name: value for name, value in told.items() if not _is_path(value)}
     rows = [Row(name, [_plain(str(value))]) for name, value in every.items()]
     return "## Settings\n\n" + as_markdown(["value"], rows)
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a setting names something on this disk, of which a card says nothing."""
+    if isinstance(value, list):
+        return any(map(_is_path, value))
+    return isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
 
 
 def _versions(record: Record | None) -> str:
@@ -156,6 +168,7 @@ def _versions(record: Record | None) -> str:
 
 def _quoted(text: str) -> str:
     """Text of a model or a user as a block that means nothing to markdown."""
+    text = for_terminal(text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 

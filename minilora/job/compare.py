@@ -13,6 +13,7 @@ from typing import Any
 
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.read import refuse_path
+from minilora.job.given import setting_names
 from minilora.job.record import Record, read_record
 from minilora.report.tables import human_bytes
 from minilora.store.adapter_files import WEIGHTS_FILE
@@ -121,8 +122,9 @@ def _said(record: Record | None) -> dict[str, str]:
     if record is None:
         return {}
     files = ", ".join(f"{Path(file.path).name} ({file.sha256[:8]})" for file in record.data)
+    names = setting_names() - _APART
     own = {"model": record.model, "packing": str(record.packing), "data": files, "system": record.system or "none"}
-    rest = {name: _word(value) for name, value in record.settings.items() if name not in _APART | own.keys()}
+    rest = {name: _word(value) for name, value in record.settings.items() if name in names}
     versions = {f"version of {name}": version for name, version in record.versions.items()}
     return own | rest | {"device": record.device, "dtype": record.dtype} | versions
 

@@ -15,10 +15,15 @@ from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
 from minilora.training.schedule import TrainConfig
 
-__all__ = ["job_from"]
+__all__ = ["job_from", "setting_names"]
 
 _PARTS: dict[str, Any] = {"lora": LoraConfig, "training": TrainConfig}
 _LORA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}  # what a job adapts if nothing is said
+
+
+def setting_names() -> set[str]:
+    """Every setting of a job by its own name, those of its adapter and of its training among them."""
+    return {entry.name for kind in (Job, *_PARTS.values()) for entry in dataclasses.fields(kind)} - _PARTS.keys()
 
 
 def job_from(given: Mapping[str, Any]) -> Job:
@@ -37,8 +42,7 @@ def job_from(given: Mapping[str, Any]) -> Job:
         own[name] = {field: rest.pop(field) for field in fields & rest.keys()}
     known = {entry.name for entry in dataclasses.fields(Job)}
     if strange := sorted(rest.keys() - known):
-        every = known.union(*({entry.name for entry in dataclasses.fields(kind)} for kind in _PARTS.values()))
-        raise ConfigError(f"{strange[0]}: no setting of a job; the closest are {nearest(strange[0], every)}")
+        raise ConfigError(f"{strange[0]}: no setting of a job; the closest are {nearest(strange[0], setting_names())}")
     for name in ("model", "data", "out"):
         if name not in rest:
             raise ConfigError(f"{name} is missing; give {name}=...")
