@@ -56,7 +56,7 @@ def described(
         "headline": [
             {"label": "training loss", "value": _change(outcome.losses, "not logged")},
             {"label": "held-out loss", "value": _change(outcome.held_out, "nothing held out")},
-            {"label": "parameters trained", "value": f"{trainable:,} of {total:,}"},
+            {"label": "parameters trained", "value": f"{_count(trainable)} of {_count(total)}"},
             {"label": "time", "value": _time(outcome)},
             *[{"label": f"peak memory, {name}", "value": f"{peak / 1000:.2f} GB"} for name, peak in peaks.items()],
         ],
@@ -86,6 +86,14 @@ def _change(losses: Sequence[float | None], without: str) -> str:
     return " → ".join(ends) or without
 
 
+def _count(number: int) -> str:
+    """In thousands, millions or billions, with three digits; the table of parameters has all of them."""
+    for size, sign in ((10**9, " B"), (10**6, " M"), (10**3, " K")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{sign}"
+    return str(number)
+
+
 def _time(outcome: Outcome) -> str:
     parts = f" in {outcome.sessions} sessions" if outcome.sessions > 1 else ""
     return f"{sum(outcome.seconds.values()):.0f} s{parts}"
@@ -104,4 +112,5 @@ def _settings(job: Job) -> dict[str, Any]:
     kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "eval_share")
     own = {name: getattr(job, name) for name in kept}
     lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
-    return own | lora | vars(job.training)
+    every = own | lora | vars(job.training)
+    return {name: ", ".join(value) if isinstance(value, (list, tuple)) else value for name, value in every.items()}

@@ -174,7 +174,8 @@ def _bytes(path: Path) -> bytearray | None:
 
 def _record(content: dict[str, Any]) -> Record:
     """Every field checked. Raises ``ValueError`` in words."""
-    if content.pop("version", None) != _VERSION:
+    version = content.pop("version", None)
+    if type(version) is not int or version != _VERSION:
         raise ConfigError(f"its version is not {_VERSION}")
     _keys("the file", content, Record)
     parts = _object("packing", content["packing"], Packing)

@@ -33,7 +33,7 @@ _ALL = 2**63  # steps of a log that are read
 def packing_of(model: Any, by_folder: bool = False) -> Packing:
     """How the linear layers of a model in memory are packed."""
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    formats = "+".join(sorted({module.format for module in packed}))
+    formats = "-".join(sorted({module.format for module in packed}))
     return Packing(formats or "none", any(module.double_quant for module in packed), by_folder and bool(packed))
 
 

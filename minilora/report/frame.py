@@ -26,7 +26,7 @@ font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap
 h1{font-size:28px;line-height:1.2;margin:0}h2{font-size:19px;margin:0 0 4px}p{margin:0 0 10px}
 .soft,figcaption,th{color:var(--soft)}.warn{color:var(--c1);font-weight:600}
 section{margin-top:32px;padding-top:20px;border-top:1px solid var(--line)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:20px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px;margin-top:20px}
 .tiles div{background:var(--card);border-radius:8px;padding:10px 14px}.tiles b{display:block;font-size:18px}
 .curves{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:20px 24px}
 .curves>:first-child:not(:last-child){grid-area:span 2/span 2}.curves>:only-child{grid-column:1/-1}
@@ -46,14 +46,15 @@ linear-gradient(0deg,var(--shade),transparent) 0 100%/100% 14px;background-repea
 .low{max-height:620px}table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;vertical-align:top;padding:5px 14px 5px 0;border-bottom:1px solid var(--line)}
 td,.said,.prompt{white-space:pre-wrap}th{font-weight:500;font-size:13px}
-td:first-child:not(.num){min-width:8.5em}th{overflow-wrap:normal}
+td:first-child:not(.num){min-width:9.5em}th{overflow-wrap:normal}
 .num{text-align:right;font-variant-numeric:tabular-nums}td.num{white-space:nowrap;overflow-wrap:normal}
 .said{background:var(--card);border-radius:8px;padding:10px 14px}.after{box-shadow:inset 3px 0 var(--c0)}
 .said b{display:block;font-size:13px;color:var(--soft);font-weight:500}.prompt{margin:14px 0 8px;font-weight:600}
 @media(max-width:1000px){.curves{grid-template-columns:repeat(auto-fit,minmax(290px,1fr))}
 .curves>:first-child:not(:last-child){grid-area:auto/1/auto/-1}}
 @media(max-width:760px){body{padding:18px 16px 32px}.pair{grid-template-columns:minmax(0,1fr)}
-.tiles{grid-template-columns:1fr 1fr}.roomy{display:none}.phone{display:block}}@media print{.low{max-height:none}}
+.tiles{grid-template-columns:1fr 1fr}th,td{padding-right:8px}td:first-child:not(.num){min-width:5.5em}
+.roomy{display:none}.phone{display:block}}@media print{.low{max-height:none}}
 """
 
 

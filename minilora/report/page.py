@@ -170,8 +170,9 @@ def _parameters(run: Mapping[str, Any]) -> str:
         total, trainable = entry["total"], entry["trainable"]
         share = f"{100 * trainable / total:.3g} %" if total else "–"
         rows.append((entry["name"], f"{total:,}", f"{trainable:,}", share, f"{entry['bits']:.4g}"))
-    heads = ["part", "parameters", "trainable", "trainable share", "bits per parameter"]
-    return section("Parameters", rows and html_table(heads, rows, numeric=(1, 2, 3, 4)))
+    heads = ["part", "parameters", "trainable", "share", "bits"]
+    lead = "The share of them that trains, and the bits that one takes in memory."
+    return section("Parameters", rows and html_table(heads, rows, numeric=(1, 2, 3, 4)), lead)
 
 
 def _layers(run: Mapping[str, Any]) -> str:

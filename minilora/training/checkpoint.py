@@ -208,4 +208,4 @@ def with_more_steps(now: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str,
 def is_longer(training: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is the end of its run, and this one goes further."""
     then = checkpoint.meaning["training"].get("steps")
-    return checkpoint.step == then and training.get("steps", 0) > then
+    return type(then) is int and checkpoint.step == then and training.get("steps", 0) > then

@@ -1,6 +1,7 @@
 """Jobs of the tiny model, which the tests of this room run."""
 
 import json
+import signal
 
 import pytest
 
@@ -28,3 +29,12 @@ def make_job(model_folder, tmp_path_factory):
         return Asked(**{"model": model_folder, "data": str(data), "out": str(out), "training": training, **fields})
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def plain_signals():
+    """A shell may start the tests with Ctrl-C ignored, which a run would respect."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

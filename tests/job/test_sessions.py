@@ -71,7 +71,7 @@ def test_no_prompt_is_lost_and_the_first_answers_stay(interrupted, make_job):
     outcome = fine_tune(make_job(interrupted, steps=6, resume=True, prompts=("New?",)), quiet)
     assert [pair["prompt"] for pair in outcome.answers] == ["What?", "Who are you?", "New?"]
     assert outcome.answers[0]["before"] == "of the very first session" and all(
-        pair["after"] for pair in outcome.answers
+        "after" in pair for pair in outcome.answers
     )
     assert list(read_record(interrupted).answers) == outcome.answers
 
