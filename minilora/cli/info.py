@@ -69,7 +69,7 @@ def _of_adapter(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _layers(layers: Mapping[str, Any]) -> str:
     if layers["of"] is None:
-        return f"{layers['covered']} (the base is not on this disk, so not of how many)"
+        return f"{layers['covered']} (of how many is not known: the base is not on this disk)"
     rest = (
         f"; not {', '.join(layers['without'][:4])}{' ...' * (len(layers['without']) > 4)}" if layers["without"] else ""
     )

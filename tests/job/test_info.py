@@ -67,7 +67,7 @@ def test_an_adapter_of_an_unknown_base(adapter, capsys):
     found = look(adapter)
     assert found["kind"] == "adapter" and found["layers"] == {"covered": 4, "of": None, "without": []}
     text = shown(capsys, adapter)
-    assert "4 (the base is not on this disk, so not of how many)" in text and "seal            whole" in text
+    assert "4 (of how many is not known: the base is not on this disk)" in text and "seal            whole" in text
     assert {row["kind"]: row["layers"] for row in found["updates"]} == {"q_proj": 2, "up_proj": 2}
 
 
