@@ -9,6 +9,18 @@ from minilora.errors import for_terminal
 from minilora.job.finetune import fine_tune
 from tests.job.asked import SYSTEM
 
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_bars():
+    """The command turns the bars of transformers off by the environment, which is read once, at the first import."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    if shown:
+        transformers.utils.logging.enable_progress_bar()
+
 
 @pytest.fixture(scope="module")
 def run(make_job, tmp_path_factory):
