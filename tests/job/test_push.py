@@ -9,7 +9,7 @@ import pytest
 
 from minilora import LoraConfig, inject, save_adapter
 from minilora.cli import main
-from minilora.errors import ConfigError, WriteError
+from minilora.errors import ConfigError, WriteError, for_terminal
 from minilora.files.hub import check_upload
 from minilora.job.finetune import fine_tune
 from minilora.job.push import push_run
@@ -142,7 +142,7 @@ def test_the_card_says_how_it_came_about(hub, run, tmp_path):
         and "![Loss by optimizer step](loss.png)" in card
     )
     for pair in outcome.answers:
-        assert all(text in card for text in pair.values())
+        assert all(for_terminal(text) in card for text in pair.values())
     assert "| lora_alpha | 7 |" in card and "| steps | 3 |" in card and "- torch " in card
     for program in ("minilora chat --model", "PeftModel.from_pretrained(", "vllm serve"):
         assert program in card
