@@ -97,7 +97,7 @@ LINES = [
     (["compare", "{empty}", "{run}"], "no run lies there", "wanted the --out"),
     (["compare", "{run}", "{run}"], "has no step yet", "wait for the run"),
     (["compare", "{run}", "{run}", "--html", "{empty}"], "{empty}", "wanted a file"),
-    (["push", "{run}"], "repo: missing", HELP),
+    (["push", "{run}"], "REPO: missing", HELP),
     (["push", "{run}", "a/b/c"], "'a/b/c'", "wanted NAME or OWNER/NAME"),
     ([*TRAIN, "--push-to-hub", "a/b/c"], "'a/b/c'", "wanted NAME or OWNER/NAME"),
     # plan, bench
