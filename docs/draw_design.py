@@ -58,7 +58,19 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "store",
         "adapter folders: save, load, export",
-        ["save", "load", "fill", "tables", "adapter_files", "fingerprint", "tensors", "export", "programs"],
+        [
+            "save",
+            "load",
+            "fill",
+            "tables",
+            "adapter_files",
+            "fingerprint",
+            "tensors",
+            "contents",
+            "export",
+            "servers",
+            "programs",
+        ],
     ),
     (
         "many",
@@ -81,7 +93,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "report",
         "pages, charts and tables",
-        ["page", "figures", "heatmap", "canvas", "frame", "svg", "tables", "inspect"],
+        ["page", "runs_page", "figures", "heatmap", "canvas", "frame", "svg", "tables", "inspect"],
     ),
     (
         "data",
@@ -187,7 +199,25 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "job",
         "a fine-tuning job, from data to report",
-        ["finetune", "settings", "examples", "start", "rehearsal", "trackers", "record", "sessions", "in_hand", "outcome", "described"],
+        [
+            "finetune",
+            "settings",
+            "given",
+            "record",
+            "sessions",
+            "in_hand",
+            "voices",
+            "examples",
+            "start",
+            "rehearsal",
+            "trackers",
+            "outcome",
+            "described",
+            "info",
+            "compare",
+            "push",
+            "card",
+        ],
     ),
     ("cli", "the commands of minilora", []),
 ]

@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "minilora.errors": ("MiniLoraError",),
+        "minilora.job.finetune": ("fine_tune",),
+        "minilora.job.settings": ("Job",),
         "minilora.linear.packed": ("QuantLinear",),
         "minilora.lora.adapter": ("Adapter",),
         "minilora.lora.config": ("LoraConfig",),

@@ -1,5 +1,7 @@
 # What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
 from minilora.errors import MiniLoraError as MiniLoraError
+from minilora.job.finetune import fine_tune as fine_tune
+from minilora.job.settings import Job as Job
 from minilora.linear.packed import QuantLinear as QuantLinear
 from minilora.lora.adapter import Adapter as Adapter
 from minilora.lora.config import LoraConfig as LoraConfig

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. ``minilora demo | train | generate | plan | bench | quantize | merge | export``, a file each.
+"""The command line: parse, call, print. Each of COMMANDS is a file of this folder.
 
 Exit code 2 means the input was wrong, 1 that the work failed, 130 that it was interrupted; a traceback comes only with ``--debug``.
 Parsing and ``--help`` need no torch: a command imports what it works with when it runs.
@@ -19,13 +19,18 @@ from minilora.errors import MiniLoraError, printable
 # Each is a file of this folder, which is imported when its command is called.
 COMMANDS = {
     "demo": "fine-tune SmolLM2-135M in four bits on this machine, in minutes",
+    "init": "write a settings file and ten lines of data to begin with",
     "train": "fine-tune a model on a JSONL file",
     "generate": "ask a model, with or without an adapter",
+    "chat": "talk with a model, with or without an adapter",
+    "info": "say what an adapter folder, a run or a packed model is",
+    "compare": "put runs side by side: settings, losses, answers",
     "plan": "say what a training step will hold in memory, and measure it",
     "bench": "run one fine-tuning job in minilora and in PEFT, and compare",
     "quantize": "pack a model into 4 bits, as bitsandbytes stores it",
     "merge": "fold an adapter into its model and save it",
     "export": "write an adapter for vLLM, llama.cpp or MLX",
+    "push": "put a run with its model card on the Hugging Face Hub",
 }
 _ENDS = """\
 A first run: minilora demo. The flags of a command: minilora COMMAND --help.

@@ -6,6 +6,7 @@ import argparse
 
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
+from minilora.cli.program import command
 from minilora.cli.say import say
 from minilora.demo import DATA, in_voice, prompts
 from minilora.job.settings import Job
@@ -33,6 +34,19 @@ def run(arguments: argparse.Namespace) -> None:
     say(
         f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"
     )
+
+    say(f"\nto try next:\n{next_commands(arguments.out)}")
+
+
+def next_commands(out: str) -> str:
+    """Three commands with their purposes, as they can be typed after a demo in this folder."""
+    lines = {
+        command("chat", "--adapter", out): "talk with it; /base asks the model without the adapter, too",
+        command("init", "mine"): "ten lines of data and a settings file, to train on your own",
+        command("export", "--adapter", out, "--for", "llama.cpp", "--out", f"{out}-llama.cpp"): "also for vllm and mlx",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"  {line.ljust(width)}  # {about}" for line, about in lines.items())
 
 
 def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False) -> Job:

@@ -26,11 +26,21 @@ USAGE = "[--model NAME] [--adapter FOLDER] [options] [PROMPT ...]"
 EXAMPLES = """\
   minilora generate --model smollm2 "How is the weather?"
   minilora generate --adapter runs/mine
+  minilora generate --adapter runs/mine -
   minilora generate --adapter runs/mine --temperature 0.7 "How is the weather?" "Who are you?\""""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora generate`` takes."""
+    length = Flag("max_new_tokens", int, None, "tokens that an answer may have")
+    add_model_flags(parser, as_trained(length, _LENGTH))
+    about = "what the model is asked; each prompt in quotes, - for the lines of standard input"
+    about += " (default: as the run of --adapter was asked)"
+    parser.add_argument("prompt", nargs="*", default=[], help=about)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, length: Flag) -> None:
+    """The flags of a command that asks a model; ``length`` is the one of its answers."""
     add_plugin_flag(parser)
     model = fields_of(Job, ("model", "quant", "device", "dtype", "attention", "trust_remote_code"))
     model["model"] = BASE
@@ -42,24 +52,21 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_adapter_flags(parser, required=False)
     heat = "of drawn tokens, a number >= 0: 0 takes the likeliest token, 1 draws by the model's own odds"
     system = Flag("system", str, None, 'a system turn that is put before each prompt; "" puts none')
-    length = Flag("max_new_tokens", int, None, "tokens that an answer may have")
     asked = [
         as_trained(system, "none"),
-        as_trained(length, _LENGTH),
+        length,
         Flag("temperature", float, 0.0, heat),
         Flag("seed", int, 0, "whole number >= 0 that drawn tokens follow from"),
     ]
     add_flags(parser, "generation", asked)
-    about = "what the model is asked; each prompt in quotes (default: as the run of --adapter was asked)"
-    parser.add_argument("prompt", nargs="*", default=[], help=about)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, ask, print; with several prompts each stands above its answer."""
-    _check_words(arguments)
+    check_words(arguments)
     record = recall(arguments, dtype=AUTO, attention=AUTO, system="", max_new_tokens=_LENGTH)
-    _check(arguments)
-    prompts = arguments.prompt or (record.prompts if record else [])
+    check(arguments)
+    prompts = _prompts(arguments.prompt) or (record.prompts if record else [])
     if not prompts:
         raise ConfigError("prompt: missing; see minilora generate --help")
     import torch
@@ -69,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.training.progress import Progress
 
     with Progress(0, sys.stderr):
-        model, tokenizer, where = _loaded(arguments, record)
+        model, tokenizer, where = loaded(arguments, record)
     if sys.stderr.isatty():  # for a person who waits; what is piped on is the answer alone
         say(where, error=True)
     torch.manual_seed(arguments.seed)
@@ -81,7 +88,17 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"> {prompt}\n{answer}\n" if len(prompts) > 1 else answer)
 
 
-def _loaded(arguments: argparse.Namespace, record: Record | None) -> tuple[Any, Any, str]:
+def _prompts(given: list[str]) -> list[str]:
+    """What was given, with the lines of standard input in the place of ``-``."""
+    prompts: list[str] = []
+    for prompt in given:
+        prompts += [line.strip() for line in sys.stdin if line.strip()] if prompt == "-" else [prompt]
+    if given and not prompts:
+        raise ConfigError("prompt -: standard input holds no line; wanted one prompt a line")
+    return prompts
+
+
+def loaded(arguments: argparse.Namespace, record: Record | None) -> tuple[Any, Any, str]:
     """Model and tokenizer as they are asked, and what they are in words; where they are not those of the run it is said."""
     from minilora import PeftModel
     from minilora.hf import load_model, load_tokenizer
@@ -108,7 +125,7 @@ def _loaded(arguments: argparse.Namespace, record: Record | None) -> tuple[Any, 
     return model, tokenizer, f"{arguments.model} on {place.said}"
 
 
-def _check_words(arguments: argparse.Namespace) -> None:
+def check_words(arguments: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
     if arguments.quant is not None:
         check_quant(arguments.quant)
@@ -118,6 +135,7 @@ def _check_words(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature={arguments.temperature}: wanted a number >= 0; 0 is greedy")
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> None:
+    """What can be refused once it is filled in."""
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: wanted a whole number >= 1")

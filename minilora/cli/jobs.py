@@ -11,13 +11,11 @@ def run_job(job: Any) -> Any:
     """The outcome of ``fine_tune(job)``, after its answers, losses and files have been printed; by the first of several processes."""
     from minilora.job.finetune import fine_tune
     from minilora.training.processes import joined
-    from minilora.training.progress import Progress
 
     with joined() as processes:
+        outcome = fine_tune(job)
         if not processes.first:
-            return fine_tune(job, lambda line: None)
-        with Progress(job.training.steps) as progress:
-            outcome = fine_tune(job, progress.say, progress.watch, progress.begin)
+            return outcome
     if job.dry_run:
         say(f"dry run: nothing was trained, and nothing is written into {outcome.folder}")
         return outcome

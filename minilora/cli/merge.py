@@ -36,8 +36,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Merge in fp32, save, and say how much of the update survived, and what the answers of its run were measured on."""
+    if arguments.dtype is not None:  # before anything is read
+        check_dtype(arguments)
     record = recall(arguments, dtype=DTYPE.default)
-    check_dtype(arguments)
     from minilora.hf.devices import choose
     from minilora.hf.merge import merge_to_folder
     from minilora.training.progress import Progress

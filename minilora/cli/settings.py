@@ -13,7 +13,7 @@ from minilora.job.settings import Job
 from minilora.lora.config import BIAS_CHOICES, LoraConfig
 from minilora.training.settings import OFFLOAD_CHOICES, OPTIMIZERS, PACK_CHOICES, SCHEDULES, TrainConfig
 
-__all__ = ["GROUPS", "LORA_FLAGS", "NO_FLAGS", "groups", "settings"]
+__all__ = ["FLAG_ALONE", "GROUPS", "LORA_FLAGS", "NO_FLAGS", "groups", "settings"]
 
 # Fields of LoraConfig that are no flags, and why.
 NO_FLAGS = {
@@ -24,6 +24,7 @@ NO_FLAGS = {
     "revision": "says in the file what --model is",
     "inference_mode": "says in the file whether an adapter was saved",
 }
+FLAG_ALONE = ("trust_remote_code",)  # what no file may say
 LORA_FLAGS = tuple(entry.name for entry in dataclasses.fields(LoraConfig) if entry.name not in NO_FLAGS)
 _FIRST = (
     "r",
@@ -44,7 +45,7 @@ GROUPS = {
     "training": ("steps", "epochs", "batch_size", "accumulate", "lr", "schedule", "warmup", "decay", "min_lr_ratio", "optimizer"),
     "evaluation": ("eval_every", "patience", "min_delta", "keep_best", "prompts", "max_new_tokens"),
     "speed and memory": ("pack", "gradient_checkpointing", "offload", "compile", "shard", "threads", "profile"),
-    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "report_to", "dry_run"),
+    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "report_to", "dry_run", "push_to_hub", "private"),
 }  # fmt: skip
 _CHOICES = {
     "quant": QUANT_CHOICES,

@@ -32,6 +32,7 @@ _SYNONYMS = {
     "train-file": "data", "max-seq-length": "max-length", "max-seq-len": "max-length", "sequence-len": "max-length",
     "cutoff-len": "max-length", "output": "out", "output-dir": "out", "save-path": "out", "adapter-path": "adapter",
     "adapter-name-or-path": "adapter", "max-tokens": "max-new-tokens", "temp": "temperature",
+    "hub-model-id": "push-to-hub", "hub-private-repo": "private",
 }  # fmt: skip
 # Switches of others that are a value here.
 _SWITCHES = {
@@ -41,8 +42,9 @@ _SWITCHES = {
 # Words that are near, and do not mean the same.
 _NEAR = {
     "packing": "pack", "sample-packing": "pack", "resume-from-checkpoint": "resume", "bits": "quant", "flash-attn": "attention",
-    "finetune": "train", "fine-tune": "train", "ask": "generate", "chat": "generate", "pack": "quantize", "fuse": "merge",
-    "convert": "export", "memory": "plan", "compare": "bench", "epochs": "steps", "num-train-epochs": "steps",
+    "finetune": "train", "fine-tune": "train", "ask": "generate", "talk": "chat", "pack": "quantize", "fuse": "merge",
+    "convert": "export", "upload": "push", "memory": "plan", "benchmark": "bench", "diff": "compare", "epochs": "steps",
+    "num-train-epochs": "steps",
 }  # fmt: skip
 
 

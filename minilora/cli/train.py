@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from typing import Any
 
-from minilora.cli.flags import Flag, add_flags
+from minilora.cli.flags import Flag, add_flags, flag_of
 from minilora.cli.jobs import run_job
 from minilora.cli.plugins import add_plugin_flag
-from minilora.cli.settings import LORA_FLAGS, groups, settings
+from minilora.cli.settings import FLAG_ALONE, groups, settings
 from minilora.cli.toml import REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
+from minilora.job.given import job_from
 from minilora.job.settings import Job
-from minilora.lora.config import LoraConfig
-from minilora.training.settings import TrainConfig
 
 USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\
@@ -41,17 +38,16 @@ def job_of(arguments: argparse.Namespace) -> Job:
     """The job that the flags and the TOML file ask for. Raises ``ConfigError`` for a value that cannot be meant, by name."""
     known = {name: flag.kind for name, flag in settings().items()}
     given = read_toml(arguments.config, known) if arguments.config else {}
-    if given.get("trust_remote_code"):
-        raise ConfigError(
-            f"{arguments.config}: trust_remote_code: a file may not let code run; give --trust-remote-code on the command line"
-        )
+    for name in FLAG_ALONE:
+        if given.get(name):
+            raise ConfigError(
+                f"{arguments.config}: {name}: a file may not let code run; give {flag_of(name)} on the command line"
+            )
     flags = {name: value for name in known if (value := getattr(arguments, name)) is not None}
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in flags and other not in flags:  # the command line says how long the run is, whatever the file says
             given.pop(other, None)
     given |= flags
-    if "steps" in given and "epochs" in given:
-        raise ConfigError("--steps and --epochs both say how long the run is; give one of them")
     for name in ("model", "data", "out"):
         if not given.get(name):
             raise ConfigError(f'--{name} is missing; give it as a flag or as {name} = "..." in the TOML file')
@@ -61,18 +57,4 @@ def job_of(arguments: argparse.Namespace) -> Job:
     alpha = given.get("lora_alpha")
     if isinstance(alpha, float) and alpha.is_integer():
         given["lora_alpha"] = int(alpha)
-    lora = {name: given.pop(name) for name in LORA_FLAGS if name in given}
-    training = {entry.name: given.pop(entry.name) for entry in dataclasses.fields(TrainConfig) if entry.name in given}
-    return Job(**given, lora=_lora_of(lora, given.get("init_from")), training=TrainConfig(**training))
-
-
-def _lora_of(lora: dict[str, Any], init_from: str | None) -> LoraConfig:
-    """What to adapt: as it is given, or as the adapter was saved that the job goes on with."""
-    if init_from:
-        from minilora.job.start import config_of
-
-        return config_of(init_from, lora)
-    start = lora.get("init_lora_weights")
-    if start in ("eva", "corda", "lora_ga"):
-        lora.setdefault(f"{start}_config", {})
-    return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora)
+    return job_from(given)

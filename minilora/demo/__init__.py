@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+__all__ = ["DATA", "STARTER", "in_voice", "prompts"]
+
 HERE = Path(__file__).parent
 DATA = HERE / "keeper.jsonl"
+STARTER = HERE / "starter.jsonl"  # ten lines that ``minilora init`` gives to begin with
 
 
 def prompts(kind: str = "unseen") -> list[str]:

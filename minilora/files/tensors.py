@@ -38,6 +38,10 @@ class Tensors:
         self._places = places
         self.shapes = {name: place.entry.shape for name, place in places.items()}
 
+    def dtype(self, name: str) -> str:
+        """The number format of a tensor, as ``float32``."""
+        return str(self._places[name].entry.dtype).removeprefix("torch.")
+
     def read(self, name: str) -> Tensor:
         """A tensor in memory of its own. Raises ``CheckpointError`` if its file became shorter meanwhile, or cannot be read."""
         place = self._places[name]

@@ -16,9 +16,10 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.targets import check_form
 from minilora.training.settings import TrainConfig
 
-__all__ = ["TRACKER_NAMES", "Job"]
+__all__ = ["FROM_DATA", "TRACKER_NAMES", "Job"]
 
 TRACKER_NAMES = ("tensorboard", "wandb", "trackio", "mlflow")  # ``job/trackers.py``
+FROM_DATA = ("eva", "corda", "lora_ga")  # values of init_lora_weights that look at the examples
 _MOST_THREADS = 4096
 
 
@@ -51,6 +52,8 @@ class Job:
         threads: threads that torch computes with on the CPU; 0 leaves their number to it.
         dry_run: do all up to the first step and say what would come; nothing is trained, and nothing is written into ``out``.
         report_to: trackers that get the numbers of the run: tensorboard, wandb, trackio, mlflow; each is a package of its own.
+        push_to_hub: repository of the Hugging Face Hub, OWNER/NAME or NAME, that the adapter and its card go to at the end; "" is none.
+        private: whether that repository is made private, if it is not there yet.
         lora: what to adapt.
         training: how to train.
 
@@ -82,6 +85,8 @@ class Job:
     threads: int = 0
     dry_run: bool = False
     report_to: Sequence[str] = ()
+    push_to_hub: str = ""
+    private: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -100,10 +105,11 @@ class Job:
             "shard",
             "allow_other_base",
             "dry_run",
+            "private",
         ):
             validate.flag(name, getattr(self, name))
         validate.whole("start_examples", self.start_examples, 1)
-        for name in ("variant", "init_from"):
+        for name in ("variant", "init_from", "push_to_hub"):
             if getattr(self, name) != "":
                 validate.text(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)

@@ -16,7 +16,7 @@ from minilora.data.batches import collate
 from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError
 from minilora.files.validate import shown
-from minilora.job.settings import Job
+from minilora.job.settings import FROM_DATA, Job
 from minilora.lora.adapter import variant
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
@@ -29,9 +29,8 @@ from minilora.training.losses import token_losses
 from minilora.training.processes import Processes
 from minilora.training.sharding import in_turn
 
-__all__ = ["FROM_DATA", "begin", "config_of", "saved_start"]
+__all__ = ["begin", "config_of", "saved_start"]
 
-FROM_DATA = ("eva", "corda", "lora_ga")
 _ABOUT = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 
 

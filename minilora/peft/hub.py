@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, MissingPackageError
-from minilora.files.hub import FETCH, fetched
+from minilora.errors import CheckpointError
+from minilora.files.hub import FETCH, fetched, upload
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 
 __all__ = ["folder_of", "name_of", "push"]
@@ -66,14 +65,6 @@ def push(
     **fields: Any,
 ) -> Any:
     """Save a model's adapters into a folder and upload it. Raises ``MissingPackageError`` without ``huggingface_hub``."""
-    if find_spec("huggingface_hub") is None:
-        raise MissingPackageError("push_to_hub needs huggingface_hub; pip install it")
-    from huggingface_hub import HfApi
-
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **fields)  # before anything is made on the Hub
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
-        )
+        return upload(repo_id, folder, commit_message, private, token, revision=revision, create_pr=create_pr)

@@ -36,6 +36,7 @@ __all__ = [
     "layer_figure",
     "loss_figure",
     "memory_figure",
+    "runs_figure",
     "spectrum_figure",
 ]
 
@@ -116,6 +117,28 @@ def compare_figure(runs: Mapping[str, Sequence[float]], *, width: float = WIDE) 
     with canvas(width, max(2.2, 0.42 * width)) as (figure, axes):
         for place, (name, points) in enumerate(lines.items()):
             add_line(axes, name, points, SERIES[place % len(SERIES)], linestyle="none" if place else "-")
+        finish(figure, axes, STEP, NATS)
+    return figure
+
+
+def runs_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width: float = WIDE) -> Figure:
+    """The losses of several runs by step, a colour each: training as a line (its centred mean where steps are many), held-out as points.
+
+    Args:
+        runs: name to records, as for ``loss_figure``.
+
+    Raises:
+        ConfigError: no record has a finite loss.
+    """
+    lines = {name: (measured(records, "loss"), measured(records, "eval_loss")) for name, records in runs.items()}
+    check("loss", [point for pair in lines.values() for points in pair for point in points])
+    with canvas(width, max(2.2, 0.5 * width)) as (figure, axes):
+        for place, (name, (losses, evals)) in enumerate(lines.items()):
+            colour, span = SERIES[place % len(SERIES)], min(101, max(5, len(losses) // 25 | 1))
+            if losses:
+                add_line(axes, name, smoothed(losses, span) if len(losses) > 2 * span else losses, colour)
+            if evals:
+                add_line(axes, f"{name}, held out", evals, colour, linestyle="none")
         finish(figure, axes, STEP, NATS)
     return figure
 

@@ -27,7 +27,7 @@ from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stor
 from minilora.store.programs import TARGETS
 from minilora.store.save import base_of, saved_config
 
-__all__ = ["TARGETS", "export_adapter", "export_folder"]
+__all__ = ["TARGETS", "export_adapter", "export_folder", "refusal"]
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -61,6 +61,17 @@ def export_folder(
     _check_target(target)
     stored = read_adapter(adapter, expect_sha256=expect_sha256)
     return _write(_stored_factors(stored), stored.config.to_dict(), folder, target, stored.base)
+
+
+def refusal(stored: Stored, target: str) -> str | None:
+    """Why ``export_folder`` would write nothing of this adapter for ``target``; None if it would."""
+    try:
+        factors = _stored_factors(stored)
+        for path in factors if target == "mlx" else ():
+            _inside_layer(path)
+    except (StateError, CheckpointError) as error:
+        return str(error).removeprefix(f"{stored.path}: ")
+    return None
 
 
 def _check_target(target: str) -> None:

@@ -46,7 +46,7 @@ def test_it_is_refused(world, call, kind, thing, way):
 def places(tmp_path_factory, model_folder, make_mlp, make_llama):
     """What stands in braces in the words of a command."""
     base = tmp_path_factory.mktemp("places")
-    for name in ("empty", "run"):
+    for name in ("empty", "run", "kept"):
         (base / name).mkdir()
     texts = {
         "file": "no toml",
@@ -54,7 +54,7 @@ def places(tmp_path_factory, model_folder, make_mlp, make_llama):
         "toml": "stepz = 3",
         "toml2": 'steps = "many"',
     }
-    for name, text in (texts | {"run/log.jsonl": "{}"}).items():
+    for name, text in (texts | {"run/log.jsonl": "{}", "kept/job.toml": ""}).items():
         (base / name).write_text(text)
     save_adapter(inject(make_mlp(), LoraConfig(r=2, target_modules=["first"])), base / "foreign")
     save_adapter(inject(make_llama(), LoraConfig(r=2, target_modules=["q_proj"])), base / "adapter")
@@ -68,7 +68,7 @@ def places(tmp_path_factory, model_folder, make_mlp, make_llama):
     for name, (file, text) in broken.items():
         shutil.copytree(model_folder, base / name)
         (base / name / file).write_text(text)
-    folders = ("empty", "run", "foreign", "adapter", *broken)
+    folders = ("empty", "run", "kept", "foreign", "adapter", *broken)
     return {name: base / name for name in (*texts, *folders)} | {"model": model_folder}
 
 

@@ -392,6 +392,8 @@ SETTINGS = {
     "date": "2025-01-31",
     "resume": True,
     "overwrite": True,
+    "push_to_hub": "me/mine",
+    "private": True,
     "r": 3,
     "lora_alpha": 6.5,
     "target_modules": ("q_proj", "v_proj"),

@@ -26,6 +26,7 @@ from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
 ROOT = Path(minilora.__file__).parents[1]
+FOLDERS_ALONE = {"init", "info", "compare", "push"}  # commands that load no model: what they take is folders
 GROUPS = [
     "positional arguments",
     "options",
@@ -125,13 +126,14 @@ def test_a_flag_that_lacks_something_is_seen(options, default, fault):
 def test_flags_stand_in_groups(name):
     parser = command(name)
     titles = [group.title for group in parser._action_groups if group._group_actions]
-    assert titles == sorted(titles, key=GROUPS.index) and {"model", "training"} & set(titles)
+    assert titles == sorted(titles, key=GROUPS.index)
+    assert {"model", "training"} & set(titles) or name in FOLDERS_ALONE
     (options,) = [group for group in parser._action_groups if group.title == "options"]
     assert {action.dest for action in options._group_actions} <= {"help", "debug", "config", "plugin"}
 
 
 def test_commands_that_write_have_a_group_for_it():
-    for name in set(COMMANDS) - {"generate"}:
+    for name in set(COMMANDS) - {"generate", "chat", "init"}:
         assert "output" in [group.title for group in command(name)._action_groups]
 
 

@@ -94,6 +94,7 @@ def test_help_and_refusals_need_no_torch(tmp_path):
         ["bench", "--lr", "0"],
         ["merge", "--model", "m", "--adapter", "a", "--out", "o", "--dtype", "x"],
     ]
+    calls += [["info"], ["compare"], ["push", "r"], ["init", str(tmp_path)], ["chat", "--model", "m", "--quant", "x"]]
     done = child("-c", textwrap.dedent(LOADED).format(calls=calls))
     assert (done.returncode, done.stderr.count("minilora: ")) == (0, len(calls) - 3 - len(COMMANDS)), done.stderr
 

@@ -127,10 +127,10 @@ def test_an_answer_and_a_prompt_are_shown_as_text(monkeypatch, capsys, tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
     answers = [{"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE + "\ud800"}]
     outcome = SimpleNamespace(answers=answers, losses=[1.0], seconds={"all": 1.0}, peak_mb=0.0, folder=tmp_path)
-    monkeypatch.setattr("minilora.job.finetune.fine_tune", lambda job, say, watch: say(HOSTILE) or outcome)
+    monkeypatch.setattr("minilora.job.finetune.fine_tune", lambda job: outcome)
     run_job(SimpleNamespace(training=SimpleNamespace(steps=1)))
     said = capsys.readouterr().out
-    assert said.count("owned") == 4 and not STEERS & set(said) and "\\ud800" in said
+    assert said.count("owned") == 3 and not STEERS & set(said) and "\\ud800" in said
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])

@@ -20,6 +20,7 @@ from minilora.report.figures import (
     layer_figure,
     loss_figure,
     memory_figure,
+    runs_figure,
     smoothed,
     spectrum_figure,
 )
@@ -137,6 +138,17 @@ def test_runs_side_by_side_are_a_line_and_points():
     assert second.get_xydata().tolist() == [[1, 3], [2, 2.5], [3, 2]]
     assert (first.get_linestyle(), second.get_linestyle()) == ("-", "None")
     assert {"ours", "theirs"} <= set(texts(figure))
+
+
+def test_runs_have_a_colour_each_lines_for_training_and_points_for_what_is_held_out():
+    one = [step(1, 3.0), step(2, 2.0), {"step": 2, "eval_loss": 2.5}]
+    figure = runs_figure({"one": one, "two": [step(1, 4.0), step(3, 1.0)]})
+    assert lines(figure) == {"one": [(1, 3), (2, 2)], "one, held out": [(2, 2.5)], "two": [(1, 4), (3, 1)]}
+    first, held, second = figure.axes[0].get_lines()
+    assert first.get_color() == held.get_color() == SERIES[0] != second.get_color()
+    assert (first.get_linestyle(), held.get_linestyle()) == ("-", "None")
+    long = [step(i, 2.0 + (-1) ** i) for i in range(1, 101)]
+    assert max(value for _, value in lines(runs_figure({"long": long}))["long"][5:-5]) < 2.5
 
 
 # ---- axes
@@ -355,6 +367,7 @@ FIGURES = {
     "loss": lambda: loss_figure([step(i, 2 - i / 20) for i in range(30)] + [{"step": 9, "eval_loss": 1.5}]),
     "curve": lambda: curve_figure([step(i, 1.0) for i in range(20)], "lr"),
     "compare": lambda: compare_figure({"a": [2.0, 1.0], "_b $x$": [2.0, 1.5]}),
+    "runs": lambda: runs_figure({"a": [step(1, 2.0), step(2, 1.0)], "_b $x$": [{"step": 1, "eval_loss": 1.5}]}),
     "spectrum": lambda: spectrum_figure({"_orig_mod.a_b": [1.0, 0.1, 0.01], "$c_d$": [2.0, 0.3]}),
     "layers": lambda: layer_figure({path: 0.01 * i for i, path in enumerate(PATHS)} | {"lm_head": math.nan}),
     "memory": lambda: memory_figure([{"name": "weights", "bytes": 10}, {"name": "$rest$", "bytes": 5}]),
@@ -394,6 +407,7 @@ REFUSED = {
     "loss of no records": lambda: loss_figure([]),
     "curve": lambda: curve_figure([step(1, 1.0)], "accuracy"),
     "compare": lambda: compare_figure({"a": [], "b": [math.inf]}),
+    "runs": lambda: runs_figure({"a": [], "b": [step(1, math.nan)]}),
     "spectrum": lambda: spectrum_figure({"a": [0.0, math.nan]}),
     "layers": lambda: layer_figure({"a.0.b": math.nan}),
     "memory": lambda: memory_figure([]),

@@ -1,0 +1,77 @@
+"""Which programs take an adapter folder as it is, which after ``export``, and which not at all, with the reason.
+
+A program that reads PEFT's layout computes the scaling of a layer in its own way: PEFT from every field of the config; vLLM from ``r``,
+``lora_alpha`` and ``use_rslora`` without the patterns; llama.cpp's converter from ``lora_alpha`` and the rank of each tensor. Next file:
+``store/programs.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minilora.lora.adapter import variant
+from minilora.store.adapter_files import Stored
+from minilora.store.contents import by_factors, others_in
+from minilora.store.export import refusal
+from minilora.store.programs import TARGETS
+
+__all__ = ["Server", "servers_of"]
+
+_CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX"}
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+# Variants that no plain LoRA can stand for.
+_NEVER = {
+    "dora": "DoRA rescales every row of a weight, so its update has full rank",
+    "alora": "an activated adapter changes some tokens and not others",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """What one program makes of an adapter: ``takes`` is "as it is", "after export" or "no"; ``why`` is the reason, or how."""
+
+    name: str
+    takes: str
+    why: str
+
+
+def servers_of(stored: Stored, folder: Path) -> list[Server]:
+    """PEFT and every program that ``export`` knows; ``folder`` is where the adapter lies, for the commands that are named."""
+    return [_peft(stored), *(_server(stored, target, folder) for target in TARGETS)]
+
+
+def _peft(stored: Stored) -> Server:
+    if stored.variant == stored.config.variant or by_factors(variant(stored.variant)):
+        return Server("PEFT", "as it is", "the folder is in its layout")
+    return Server("PEFT", "no", f"its config has no word for {stored.variant}")
+
+
+def _server(stored: Stored, target: str, folder: Path) -> Server:
+    name, why = _CALLED[target], _NEVER.get(stored.variant) or refusal(stored, target)
+    base = stored.config.base_model_name_or_path or "BASE"
+    export = f"minilora export --adapter {folder} --for {target} --out NEW"
+    if why is not None:
+        reason = why.partition(";")[0]
+        if stored.variant != "lora" and stored.variant not in _NEVER and not others_in(stored):
+            return Server(name, "after export", f"{export} --model {base}: {reason}")
+        return Server(name, "no", f"{reason}; minilora merge makes a whole model of it")
+    if reason := _misread(stored, target):
+        return Server(name, "after export", f"{export}: {reason}")
+    start = f"vllm serve {base} --enable-lora --max-lora-rank {_vllm_rank(stored)} --lora-modules mine={folder}"
+    return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
+
+
+def _misread(stored: Stored, target: str) -> str:
+    """What the program would get wrong in the folder as it is; "" for nothing."""
+    config = stored.config
+    if target == "mlx":
+        return "it has a layout of its own"
+    if target == "vllm":
+        return "it passes over rank and alpha patterns" if config.rank_pattern or config.alpha_pattern else ""
+    return "its converter takes lora_alpha / r for every layer" if config.use_rslora or config.alpha_pattern else ""
+
+
+def _vllm_rank(stored: Stored) -> int:
+    most = max((len(t) for key, t in stored.tensors.items() if key.endswith("lora_A.weight")), default=1)
+    return next((rank for rank in _RANKS if rank >= most), most)
