@@ -89,10 +89,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "records",
             "fields",
-            "template",
-            "bounded",
-            "used",
-            "layout",
+            "chat",
             "tokens",
             "encoding",
             "examples",

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from minilora.data.bounded import bounded
+from minilora.data.chat.bounded import bounded
 from minilora.data.fields import conversation
-from minilora.data.layout import Layout, lay_out
+from minilora.data.chat.layout import Layout, lay_out
 from minilora.data.records import Record, check_record
-from minilora.data.template import Template
+from minilora.data.chat.template import Template
 from minilora.data.tokens import IGNORED, Desk, Text
 from minilora.errors import DataError
 

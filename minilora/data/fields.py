@@ -2,7 +2,7 @@
 
 Of a turn: ``role``, ``content``, ``tool_calls``, and ``weight`` (0 or 1) or ``train`` (true or false), which say whether an answer is
 learnt. Beside the turns: ``system`` (a first turn of that role), ``tools``, ``documents``, ``chat_template_kwargs``. Whatever else a turn
-holds is for the chat template; ``template.py`` refuses what the template does not read. Next file: ``data/template.py``.
+holds is for the chat template; ``chat/used.py`` refuses what the template does not read. Next file: ``data/chat/template.py``.
 """
 
 from __future__ import annotations

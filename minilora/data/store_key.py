@@ -22,7 +22,8 @@ def key_of(sha256: str, tokenizer: Any, max_length: int, date: str) -> dict[str,
     Raises:
         DataError: the tokenizer cannot be saved, so that nothing says whether it is the same.
     """
-    own = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py*")}
+    here = Path(__file__).parent
+    own = {str(file.relative_to(here)): file.read_bytes() for file in here.rglob("*.py")}
     return {
         "file": sha256,
         "tokenizer": _tokenizer(tokenizer),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from minilora.data.template import Span, shared_length
+from minilora.data.chat.template import Span, shared_length
 
 __all__ = ["IGNORED", "Desk", "Text"]
 
