@@ -18,7 +18,8 @@ __all__ = ["Flag", "add_flags", "fields_of", "flag_of"]
 # What stands for a value in the help, where the kind of it (N, X, TEXT) would say too little.
 _METAVARS = {
     "model": "NAME", "target": "PROGRAM", "bias": "WORD", "scale": "WORD", "expect_sha256": "DIGEST",
-    "data": "FILE", "config": "FILE", "calibration": "FILE", "html": "FILE", "out": "FOLDER", "adapter": "FOLDER",
+    "data": "FILE", "eval_data": "FILE", "columns": "NAME=FIELD", "config": "FILE", "calibration": "FILE", "html": "FILE",
+    "out": "FOLDER", "adapter": "FOLDER",
     "target_modules": "LAYER", "exclude_modules": "LAYER", "modules_to_save": "MODULE",
 }  # fmt: skip
 _KINDS = {int: "N", float: "X"}

@@ -8,7 +8,7 @@ from typing import Any
 
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.jobs import run_job
-from minilora.cli.toml import REGEX_FLAGS, read_toml
+from minilora.cli.toml import ONE_OR_SEVERAL, REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
 from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
 from minilora.job.settings import Job
@@ -19,6 +19,7 @@ USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\
   minilora train --model smollm2 --data chats.jsonl --out runs/mine --steps 200 --prompts "How is the weather?"
   minilora train --model ./llama --data chats.jsonl --out runs/long --batch-size 1 --accumulate 16 --save-every 50 --resume
+  minilora train --model smollm2 --data chats.jsonl books.parquet:0.5 --eval-data held.csv --out runs/both
   minilora train --config job.toml --lr 2e-4"""
 
 _LORA_FLAGS = (
@@ -34,7 +35,7 @@ _LORA_FLAGS = (
 # What is in no other group is "training".
 _GROUPS = {
     "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "shard", "trust_remote_code"),
-    "data": ("data", "max_length", "eval_share", "date"),
+    "data": ("data", "eval_data", "eval_share", "columns", "system", "max_length", "truncate", "date"),
     "adapter": _LORA_FLAGS,
     "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "prompts", "max_new_tokens"),
 }
@@ -83,6 +84,9 @@ def job_of(arguments: argparse.Namespace) -> Job:
     for name in ("model", "data", "out"):
         if not given.get(name):
             raise ConfigError(f'--{name} is missing; give it as a flag or as {name} = "..." in the TOML file')
+    for name in ONE_OR_SEVERAL:
+        if isinstance(value := given.get(name), list) and len(value) == 1:
+            given[name] = value[0]
     for name in REGEX_FLAGS:
         if isinstance(value := given.get(name), list) and len(value) == 1:
             given[name] = value[0] if value[0] == "all-linear" or not value[0].replace("_", "").isalnum() else value

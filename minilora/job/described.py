@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from minilora.data.sources.names import several
 from minilora.job.outcome import Outcome
 from minilora.job.settings import Job
 from minilora.linear.layers import is_quantized
@@ -48,7 +49,7 @@ def described(
     ]
     return {
         "title": f"minilora: {job.model}",
-        "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}",
+        "subtitle": f"{', '.join(several(job.data))} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}",
         "headline": [
             {"label": "training loss", "value": change},
             {"label": "parameters trained", "value": f"{trainable:,} of {total:,}"},
@@ -73,7 +74,7 @@ def described(
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "eval_share")
+    kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "truncate", "eval_share", "system")
     own = {name: getattr(job, name) for name in kept}
     lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
     return own | lora | vars(job.training)

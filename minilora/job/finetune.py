@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from minilora.data.records import look_at
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
@@ -22,7 +21,7 @@ from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
 from minilora.hf.places import packing
 from minilora.job.described import described, formats, memory
-from minilora.job.examples import encoded
+from minilora.job.examples import encoded, looked_at
 from minilora.job.outcome import Outcome
 from minilora.job.settings import Job
 from minilora.lora.coverage import coverage
@@ -63,17 +62,17 @@ def _fine_tune(
     job = settled(job, place)
     if processes.first:
         claim(folder, job.resume, job.overwrite)
-    source = look_at(job.data)
-    processes.agree({"data file": source.sha256})  # before a model is loaded
+    looked = looked_at(job, say)
+    processes.agree({"data file": looked.sha256})  # before a model is loaded
     trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
     paper = skeleton(job.model, place.dtype, trust)
     found = match(
         paper, job.lora
     )  # a mistyped target shows now, before any weight is read, and so does every line of the data
     size = sum(p.numel() * p.element_size() for p in paper.parameters())
-    say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
+    say(f"{looked.said}; loading {job.model} on {place.said}")
     tokenizer = dated(load_tokenizer(job.model, trust), job.date)
-    examples, evaluation = encoded(job, source, tokenizer, context_length(paper), say)
+    examples, evaluation = encoded(job, looked, tokenizer, context_length(paper), say)
     rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
     options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
     model = load_model(job.model, place.dtype, trust, **options)

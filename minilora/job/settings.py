@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from minilora.data.shapes.recognise import columns_of
 from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.hf.dates import check_date
@@ -26,13 +27,17 @@ class Job:
     Args:
         model: hub id, local folder, or "smollm2".
         trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
-        data: JSONL file; each line has "messages", "prompt" and "completion", or "text".
+        data: JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, folders, or data sets of the Hub; as FILE:0.5 half its examples count.
+        eval_data: the same, to evaluate on instead of a share of ``data``.
+        system: a system turn that is put before conversations that have none; "" puts none.
+        columns: fields by what they are, as in prompt=question completion=answer; without it they are recognised by their names.
         out: run folder, made if it is not there.
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
         double_quant: keep the scales of packed weights in 8 bits (4.127 instead of 4.5 bits per weight with nf4).
         dtype: number format of the weights that are not packed; "auto" is bfloat16 on a GPU that has it, else float32.
         shard: under torchrun, each process keeps only its part of the frozen weights of the model's blocks.
-        max_length: tokens that an example may have; the rest is cut off and counted.
+        max_length: tokens that an example may have; what is longer becomes several examples.
+        truncate: cut off and count what is longer than ``max_length`` tokens, instead of making several examples of it.
         eval_share: share of the examples that is held out for evaluation, in [0, 1).
         prompts: texts that are asked before and after training, for the report.
         max_new_tokens: tokens that an answer to a prompt may have.
@@ -49,12 +54,16 @@ class Job:
     """
 
     model: str
-    data: str
+    data: str | Sequence[str]
     out: str
     quant: str = "nf4"
     double_quant: bool = True
     dtype: str = AUTO
+    eval_data: str | Sequence[str] = ()
+    system: str = ""
+    columns: Sequence[str] = ()
     max_length: int = 512
+    truncate: bool = False
     eval_share: float = 0.1
     prompts: Sequence[str] = ()
     max_new_tokens: int = 48
@@ -71,11 +80,16 @@ class Job:
     def __post_init__(self) -> None:
         check_quant(self.quant)
         check_place(self.device, self.dtype, self.attention)
-        for name in ("model", "data", "out"):
+        for name in ("model", "out"):
             validate.text(name, getattr(self, name))
+        for name in ("data", "eval_data"):
+            validate.one_or_several(name, getattr(self, name), 1 if name == "data" else 0)
+        validate.whole_text("system", self.system)
+        validate.texts("columns", self.columns)
+        columns_of(self.columns)
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
-        for name in ("double_quant", "resume", "overwrite", "trust_remote_code", "shard"):
+        for name in ("double_quant", "resume", "overwrite", "trust_remote_code", "shard", "truncate"):
             validate.flag(name, getattr(self, name))
         validate.number("eval_share", self.eval_share, 0, 1)
         validate.texts("prompts", self.prompts)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from minilora.data import bounded as module
+from minilora.data.chat import bounded as module
 from minilora.data.chat.bounded import allow, bounded
 from minilora.data.encoding import encode_all
 from minilora.data.records import read_jsonl

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.data.fields import Conversation
 from minilora.data.chat.template import Marked, Span, Template, shared_length
 from minilora.data.chat.used import check_answer, check_used
+from minilora.data.fields import Conversation
 from minilora.errors import DataError
 
 __all__ = ["Layout", "lay_out"]

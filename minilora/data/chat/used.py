@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minilora.data.fields import Conversation
 from minilora.data.chat.template import Template
+from minilora.data.fields import Conversation
 from minilora.errors import DataError
 
 __all__ = ["check_answer", "check_used"]
