@@ -94,7 +94,7 @@ def start(way: str, path: str, cache: str) -> dict[str, float]:
     elif way == "lists":
         examples = encode_all(split(read_jsonl(path), 0.1, 0)[0], tokenizer, 512)
     else:
-        data = store.load_data(look_at(path), tokenizer, 512, Path(cache), say=lambda line: None)
+        data = store.load_data(look_at(path), tokenizer, store.Way(512), Path(cache), say=lambda line: None)
         examples = data.of(split(range(len(data)), 0.1, 0)[0])
     digest = _hash(examples)
     seconds, cpu = time.perf_counter() - began, time.process_time() - worked

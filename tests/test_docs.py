@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import io
 import itertools
-import json
 import os
 import re
 import shlex
@@ -202,16 +201,16 @@ def test_a_settings_file_is_a_valid_job(tmp_path):
 
 
 def test_lines_of_data_are_understood(tmp_path):
-    from minilora.data.records import read_jsonl
+    from minilora.data.records import read
 
-    (lines,) = blocks("json")
-    (tmp_path / "chats.jsonl").write_text(lines, encoding="utf-8")
-    assert [set(record) for record in read_jsonl(tmp_path / "chats.jsonl")] == [
-        {"messages"},
-        {"prompt", "completion"},
-        {"text"},
-    ]
-    assert [json.loads(line) for line in lines.splitlines()] == read_jsonl(tmp_path / "chats.jsonl")
+    shapes = set()
+    for number, lines in enumerate(blocks("json")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(lines, encoding="utf-8")
+        records = read(path)
+        assert len(records) == len(lines.splitlines()) and not any(record.notes for record in records)
+        shapes |= {record.shape.partition(" (")[0].partition(",")[0] for record in records}
+    assert {"conversations", "ShareGPT", "prompt and completion", "Alpaca", "question", "text"} <= shapes
 
 
 OTHERS_FLAGS = {

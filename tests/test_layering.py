@@ -29,6 +29,8 @@ RESTRICTED = {
     "bitsandbytes": {"hf", "training"},  # its optimizers, where a run asks for them
     "accelerate": set(),
     "matplotlib": {"report"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
 }
 
 
@@ -152,7 +154,7 @@ TRAINS_ALONE = """
     import sys
 
     optional = ("transformers", "tokenizers", "huggingface_hub", "triton", "peft", "bitsandbytes", "rich", "scipy",
-                "matplotlib")
+                "matplotlib", "datasets", "pyarrow")
     for name in (*optional, "minilora_kernels"):
         sys.modules[name] = None  # importing it raises ImportError
 

@@ -20,7 +20,8 @@ __all__ = ["Flag", "add_flags", "fields_of", "flag_of"]
 # What stands for a value in the help, where the kind of it (N, X, TEXT) would say too little.
 _METAVARS = {
     "model": "NAME", "push_to_hub": "REPO", "target": "PROGRAM", "bias": "WORD", "scale": "WORD", "expect_sha256": "DIGEST",
-    "data": "FILE", "config": "FILE", "calibration": "FILE", "html": "FILE", "out": "FOLDER", "adapter": "FOLDER", "init_from": "FOLDER",
+    "data": "FILE", "eval_data": "FILE", "columns": "NAME=FIELD", "config": "FILE", "calibration": "FILE", "html": "FILE",
+    "out": "FOLDER", "adapter": "FOLDER", "init_from": "FOLDER",
     "target_modules": "LAYER", "exclude_modules": "LAYER", "modules_to_save": "MODULE",
     "report_to": "TRACKER",
 }  # fmt: skip

@@ -40,7 +40,7 @@ _BESIDE = ("variant", "init_from", "allow_other_base", "start_examples")
 # What is in no other group is "training".
 GROUPS = {
     "model": ("model", "quant", "double_quant", "device", "dtype", "attention", "trust_remote_code"),
-    "data": ("data", "max_length", "eval_share", "date"),
+    "data": ("data", "eval_data", "eval_share", "columns", "system", "max_length", "truncate", "date"),
     "adapter": (*_FIRST, *(name for name in LORA_FLAGS if name not in _FIRST), *_BESIDE),
     "training": ("steps", "epochs", "batch_size", "accumulate", "lr", "schedule", "warmup", "decay", "min_lr_ratio", "optimizer"),
     "evaluation": ("eval_every", "patience", "min_delta", "keep_best", "prompts", "max_new_tokens"),

@@ -33,6 +33,8 @@ _SYNONYMS = {
     "cutoff-len": "max-length", "output": "out", "output-dir": "out", "save-path": "out", "adapter-path": "adapter",
     "adapter-name-or-path": "adapter", "max-tokens": "max-new-tokens", "temp": "temperature",
     "hub-model-id": "push-to-hub", "hub-private-repo": "private",
+    "eval-dataset": "eval-data", "eval-file": "eval-data", "validation-file": "eval-data", "test-datasets": "eval-data",
+    "default-system": "system", "system-prompt": "system",
 }  # fmt: skip
 # Switches of others that are a value here.
 _SWITCHES = {

@@ -12,13 +12,15 @@ from minilora.files import disk
 from minilora.files.read import refuse_path
 from minilora.files.validate import shown
 
-__all__ = ["REGEX_FLAGS", "read_toml"]
+__all__ = ["ONE_OR_SEVERAL", "REGEX_FLAGS", "read_toml"]
 
 _LONGEST = 1_000_000  # bytes
 REGEX_FLAGS = (
     "target_modules",
     "exclude_modules",
 )  # names, or one string that is a regular expression or "all-linear"
+
+ONE_OR_SEVERAL = ("data", "eval_data")  # a text, or a list of them
 
 
 def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def read_toml(path: str, known: dict[str, type]) -> dict[str, Any]:
     for name, value in content.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; the closest known ones are {closest(name, known)}")
-        if not (_is_kind(value, known[name]) or (name in REGEX_FLAGS and isinstance(value, str))):
+        alone = name in (*REGEX_FLAGS, *ONE_OR_SEVERAL) and isinstance(value, str)
+        if not (_is_kind(value, known[name]) or alone):
             wanted = _KIND_WORDS.get(known[name]) or fits(value, known[name])
             raise ConfigError(f"{path}: {name} = {shown(value)}; wanted {wanted}")
     return content

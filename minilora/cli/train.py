@@ -8,7 +8,7 @@ from minilora.cli.flags import Flag, add_flags, flag_of
 from minilora.cli.jobs import run_job
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.settings import FLAG_ALONE, groups, settings
-from minilora.cli.toml import REGEX_FLAGS, read_toml
+from minilora.cli.toml import ONE_OR_SEVERAL, REGEX_FLAGS, read_toml
 from minilora.errors import ConfigError
 from minilora.job.given import job_from
 from minilora.job.settings import Job
@@ -17,6 +17,7 @@ USAGE = "--model NAME --data FILE --out FOLDER [options]"
 EXAMPLES = """\
   minilora train --model smollm2 --data chats.jsonl --out runs/mine --epochs 3 --prompts "How is the weather?"
   minilora train --model ./llama --data chats.jsonl --out runs/long --batch-size 1 --accumulate 16 --save-every 50 --resume
+  minilora train --model smollm2 --data chats.jsonl books.parquet:0.5 --eval-data held.csv --out runs/both
   minilora train --config job.toml --lr 2e-4"""
 
 
@@ -51,6 +52,9 @@ def job_of(arguments: argparse.Namespace) -> Job:
     for name in ("model", "data", "out"):
         if not given.get(name):
             raise ConfigError(f'--{name} is missing; give it as a flag or as {name} = "..." in the TOML file')
+    for name in ONE_OR_SEVERAL:
+        if isinstance(value := given.get(name), list) and len(value) == 1:
+            given[name] = value[0]
     for name in REGEX_FLAGS:
         if isinstance(value := given.get(name), list) and len(value) == 1:
             given[name] = value[0] if value[0] == "all-linear" or not value[0].replace("_", "").isalnum() else value

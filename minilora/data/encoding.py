@@ -1,50 +1,33 @@
 """Records as examples: token ids, and labels that say which of them are learnt.
 
-Conversations go through the tokenizer's chat template (``layout.py``), everything through the tokenizer (``tokens.py``).
-Next file: ``data/examples.py``.
+Conversations go through the tokenizer's chat template (``chat/layout.py``), everything through the tokenizer (``tokens.py``), and what is
+longer than ``max_length`` is cut (``cutting.py``).
+Next file: ``data/places.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
 
-from minilora.data.bounded import bounded
-from minilora.data.fields import conversation
-from minilora.data.layout import Layout, lay_out
-from minilora.data.records import Record, check_record
-from minilora.data.template import Template
+from minilora.data.chat.bounded import bounded
+from minilora.data.chat.layout import Layout, lay_out
+from minilora.data.chat.template import Template
+from minilora.data.cutting import Ids, groups, part_of, pieces, units, windows
+from minilora.data.fields import Conversation, conversation
+from minilora.data.lesson import Encoded, Lesson, Tally, none_useful
+from minilora.data.shapes.recognise import OPTIONS
+from minilora.data.shapes.record import Record
+from minilora.data.shapes.understood import understood
 from minilora.data.tokens import IGNORED, Desk, Text
 from minilora.errors import DataError
 
 __all__ = ["IGNORED", "Encoded", "Lesson", "Tally", "encode", "encode_all", "lessons", "none_useful"]
 
+T = TypeVar("T")
 _BATCH = 256  # records that are tokenized together
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example: token ids, and labels of the same length with ``IGNORED`` where nothing is to be learnt.
-
-    ``where`` is the file and line that it comes from, if it does, for messages.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    truncated: bool = False
-    where: str = field(default="", compare=False)
-
-    def __post_init__(self) -> None:
-        if len(self.input_ids) != len(self.labels):
-            raise DataError(
-                f"{self.where or 'example'}: {len(self.input_ids)} tokens and {len(self.labels)} labels; wanted one label a token"
-            )
-
-    @property
-    def supervised(self) -> int:
-        """Tokens that count in the loss (the first token of a sequence is never predicted)."""
-        return sum(label != IGNORED for label in self.labels[1:])
 
 
 def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
@@ -58,7 +41,7 @@ def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
     Raises:
         DataError: as ``encode_all``; or the conversation makes more than one example.
     """
-    lesson = next(lessons([record], tokenizer, max_length))
+    lesson = next(lessons([record], tokenizer, max_length, truncate=True))
     if len(lesson.examples) != 1:
         raise DataError(
             f"{_at(record)}the chat template rewrites earlier turns as a conversation grows, so this one makes an example of each answer; "
@@ -68,18 +51,25 @@ def encode(record: Record, tokenizer: Any, max_length: int) -> Encoded:
 
 
 def encode_all(
-    records: Sequence[Record], tokenizer: Any, max_length: int, say: Callable[[str], None] | None = None
+    records: Sequence[Record],
+    tokenizer: Any,
+    max_length: int,
+    say: Callable[[str], None] | None = None,
+    truncate: bool = False,
 ) -> list[Encoded]:
-    """Every record encoded; examples that ``max_length`` leaves without a token to learn are left out.
+    """Every record encoded, in as many examples as ``max_length`` makes of it.
 
     A conversation of which the chat template renders an answer otherwise once more turns follow makes an example of each answer, behind
-    the text that the model would see; ``say`` gets a line about it.
+    the text that the model would see; ``say`` gets a line about it, and about what was cut.
+
+    Args:
+        truncate: what is longer than ``max_length`` loses its end, and examples that have no token to learn then are left out.
 
     Raises:
         DataError: nothing is left to learn from; a conversation, and the tokenizer has no chat template; the template fails, refuses the
             conversation, does not end, or does not use a part of it; by path and line.
     """
-    made = list(lessons(records, tokenizer, max_length))
+    made = list(lessons(records, tokenizer, max_length, truncate))
     useful = [example for lesson in made for example in lesson.examples if example.supervised]
     if not useful:
         raise none_useful(len(made), max_length)
@@ -89,76 +79,126 @@ def encode_all(
     return useful
 
 
-def none_useful(count: int, max_length: int) -> DataError:
-    """The error of so many records of which none has something to learn."""
-    return DataError(
-        f"none of {count} examples has a token to learn within max_length={max_length}; raise it or shorten the prompts"
-    )
-
-
-class Tally(NamedTuple):
-    """How conversations were encoded.
-
-    Attributes:
-        parted: conversations that make an example of each answer. kept: those examples. lost: answers that max_length leaves out.
-        unended: conversations whose last answer has no end token.
-    """
-
-    parted: int
-    kept: int
-    lost: int
-    unended: int
-
-    def remarks(self, max_length: int) -> Iterator[str]:
-        """What is to be said of it."""
-        if self.parted:
-            yield (
-                f"the chat template renders an answer otherwise once more turns follow: {self.parted} conversations are trained turn by "
-                f"turn, as {self.kept} examples"
-                + (f"; {self.lost} answers more begin after max_length={max_length}" if self.lost else "")
-            )
-        if self.unended:
-            yield f"the chat template ends the last answer of {self.unended} conversations with no end token, so its end is not learnt"
-
-
 @dataclass(frozen=True)
-class Lesson:
-    """The examples of one record, and the layout that they come from."""
+class _Made:
+    """A record, or a part of one, in tokens: of each of its texts."""
 
-    examples: list[Encoded]
-    layout: Layout
+    record: Record
+    layout: Layout | None
+    texts: list[Ids]
 
-    @property
-    def tally(self) -> Tally:
-        """Of this record alone."""
-        if not self.layout.rewrites:
-            return Tally(0, 0, 0, int(self.layout.unended))
-        kept = sum(example.supervised > 0 for example in self.examples)
-        return Tally(1, kept, self.layout.beyond + len(self.examples) - kept, int(self.layout.unended))
+    def is_long(self, most: int) -> bool:
+        """Whether a text of it is too long, or an answer was left out for standing too far from the start."""
+        return any(len(ids) > most for ids, _ in self.texts) or bool(self.layout and self.layout.beyond)
 
 
-def lessons(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iterator[Lesson]:
+def lessons(records: Sequence[Record], tokenizer: Any, max_length: int, truncate: bool = False) -> Iterator[Lesson]:
     """What each record becomes, in order. Raises as ``encode_all``."""
-    for record in records:
-        if not hasattr(record, "where"):
-            check_record(record)
-    desk, laid = Desk(tokenizer), _layouts(records, tokenizer, max_length)
+    records = [record if hasattr(record, "where") else understood(record) for record in records]
+    desk = Desk(tokenizer)
+    made = _made(records, desk, max_length)
+    while batch := list(islice(made, _BATCH)):
+        parts = {} if truncate else _divided(batch, desk, max_length)
+        for at, whole in enumerate(batch):
+            yield _lesson(parts.get(at, [whole]), max_length, truncate)
+
+
+def _made(records: Sequence[Record], desk: Desk, max_length: int) -> Iterator[_Made]:
+    """Records in tokens, however long."""
+    laid = _layouts(records, desk.tokenizer, max_length)
     for start in range(0, len(records), _BATCH):
         some = records[start : start + _BATCH]
-        layouts = [next(laid) if _is_chat(record, tokenizer) else None for record in some]
-        texts = [_texts(layout) if layout else [desk.plain(rec)] for layout, rec in zip(layouts, some, strict=True)]
+        layouts = [next(laid) if _is_chat(record, desk.tokenizer) else None for record in some]
+        texts = [
+            _texts(layout) if layout else [_plain(record, desk)] for layout, record in zip(layouts, some, strict=True)
+        ]
         encoded = iter(desk.encode([text for each in texts for text in each]))
         for record, layout, each in zip(some, layouts, texts, strict=True):
-            examples = [_example(*next(encoded), max_length, getattr(record, "where", "")) for _ in each]
-            yield Lesson(examples, layout or Layout([]))
+            yield _Made(record, layout, [next(encoded) for _ in each])
 
 
 def _texts(layout: Layout) -> list[Text]:
     return [Text(text, spans, False) for text, spans in layout.texts]
 
 
-def _example(ids: list[int], labels: list[int], most: int, where: str) -> Encoded:
-    return Encoded(tuple(ids[:most]), tuple(labels[:most]), truncated=len(ids) > most, where=where)
+def _plain(record: Record, desk: Desk) -> Text:
+    if unused := next((name for name in OPTIONS if record.get(name) is not None), None):
+        raise DataError(
+            f"{_at(record)}the tokenizer has no chat template, so {unused!r} would not be used; leave it out, or use an instruct model"
+        )
+    return desk.plain(record)
+
+
+def _divided(batch: Sequence[_Made], desk: Desk, most: int) -> dict[int, list[_Made]]:
+    """Parts of the conversations of a batch that are too long and have several exchanges, by their place in the batch."""
+    long = [(at, *units(whole.record)) for at, whole in enumerate(batch) if whole.layout and whole.is_long(most)]
+    long = [(at, head, found) for at, head, found in long if len(found) > 1]
+    if not long:
+        return {}
+    lengths = iter(
+        _lengths([part_of(batch[at].record, head, [unit]) for at, head, found in long for unit in found], desk)
+    )
+    todo = []
+    for at, head, found in long:
+        own = [next(lengths) for _ in found]
+        whole = len(batch[at].texts[-1][0]) if batch[at].texts else sum(own)
+        todo += [(at, first, head, found[first:end]) for first, end in groups(own, whole, most)]
+    done: list[tuple[int, int, _Made]] = []
+    while todo:  # again only where a template makes more of exchanges together than of each
+        made = list(_made([part_of(batch[at].record, head, some) for at, _, head, some in todo], desk, most))
+        again = []
+        for (at, first, head, some), part in zip(todo, made, strict=True):
+            if part.is_long(most) and len(some) > 1:
+                again += [(at, first, head, some[:-1]), (at, first + len(some) - 1, head, some[-1:])]
+            else:
+                done.append((at, first, part))
+        todo = again
+    parts: dict[int, list[_Made]] = {}
+    for at, _, part in sorted(done, key=lambda each: each[:2]):
+        parts.setdefault(at, []).append(part)
+    return parts
+
+
+def _lengths(records: Sequence[Record], desk: Desk) -> list[int]:
+    """Tokens of each conversation, as the template renders it."""
+    ends = _special_tokens(desk.tokenizer)
+    texts = bounded(
+        lambda record: _with_arguments(record, desk.tokenizer, ends, lambda talk, own: own.text(talk.turns)), records
+    )
+    return [len(ids) for ids, _ in desk.encode([Text(text, [], False) for text in texts])]
+
+
+def _lesson(parts: Sequence[_Made], most: int, truncate: bool) -> Lesson:
+    """The examples of a record, of all its parts."""
+    examples: list[Encoded] = []
+    count = kept = cut = pieced = 0
+    for part in parts:
+        where, is_text = getattr(part.record, "where", ""), part.record.get("text") is not None
+        for ids, labels in part.texts:
+            own = [Encoded(tuple(ids[:most]), tuple(labels[:most]), truncated=len(ids) > most, where=where)]
+            if len(ids) > most and not truncate:
+                shorter = (pieces if is_text else windows)(ids, labels, most)
+                own = [Encoded(tuple(some), tuple(learnt), where=where) for some, learnt in shorter]
+                cut, pieced = cut + 1, pieced + len(own)
+            examples += own
+            count, kept = count + 1, kept + any(example.supervised for example in own)
+    layouts = [part.layout for part in parts if part.layout]
+    parted = any(layout.rewrites for layout in layouts)
+    lost = sum(layout.beyond for layout in layouts) + count - kept
+    divided = len(parts) > 1
+    return Lesson(
+        examples,
+        Tally(
+            parted=int(parted),
+            kept=kept if parted else 0,
+            lost=lost if parted else 0,
+            unended=int(any(layout.unended for layout in layouts)),
+            divided=int(divided),
+            parts=len(parts) if divided else 0,
+            cut=cut,
+            pieces=pieced,
+        ),
+    )
 
 
 def _at(record: Record) -> str:
@@ -194,15 +234,22 @@ def _layouts(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iter
 
 
 def _laid_out(record: Record, tokenizer: Any, ends: Sequence[str], most: int) -> Layout:
-    """The layout of a record. Arguments of tool calls are objects, or where the template fails over those, their text as JSON."""
+    """The layout of a record."""
+    return _with_arguments(record, tokenizer, ends, lambda talk, template: lay_out(talk, template, most))
+
+
+def _with_arguments(
+    record: Record, tokenizer: Any, ends: Sequence[str], work: Callable[[Conversation, Template], T]
+) -> T:
+    """Work on a conversation. Arguments of tool calls are objects, or where the template fails over those, their text as JSON."""
     talk = conversation(record)
     try:
-        return lay_out(talk, Template(tokenizer, talk.options, ends), most)
+        return work(talk, Template(tokenizer, talk.options, ends))
     except DataError:
         other = conversation(record, arguments_as_text=True)
         if talk == other:
             raise
-    return lay_out(other, Template(tokenizer, other.options, ends), most)
+    return work(other, Template(tokenizer, other.options, ends))
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:

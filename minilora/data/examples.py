@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from minilora.data.encoding import Encoded
 from minilora.data.numbers import Numbers
+from minilora.data.places import Places
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
 
@@ -77,17 +77,14 @@ class Examples(Sequence[Encoded]):
 
     Attributes:
         tokens: int32, of all examples one after the other. table: ``EXAMPLE``, a row each. starts: int64, where each one's tokens begin.
-        lines: int64, the line of each record. chosen: the numbers of the examples of this set, in its order.
-        source: the file of records, for messages. place: the store, if the tables lie in one.
+        chosen: the numbers of the examples of this set, in its order; one may come several times. places: where each record stands.
     """
 
     tokens: Numbers
     table: NDArray[np.void]
     starts: NDArray[np.int64]
-    lines: NDArray[np.int64]
     chosen: NDArray[np.int32]
-    source: str
-    place: Path | None = None
+    places: Places
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -104,12 +101,13 @@ class Examples(Sequence[Encoded]):
             return replace(self, chosen=self.chosen[at])
         number = int(self.chosen[at])
         row = self.table[number]
-        where = f"{self.source}:{self.lines[row['record']]}"
+        where = self.places.where(int(row["record"]))
         kept = self.tokens.read(int(self.starts[number]), int(row["length"])).astype("<i8")
         both = np.stack([np.where(kept < 0, ~kept, kept), np.where(kept < 0, IGNORED, kept)])
         if _digest(both) != row["digest"].tobytes():
+            place = self.places.store(int(row["record"]))
             raise DataError(
-                f"{self.place}: damaged in the tokens of {where}; remove the folder, and the next run makes it anew"
+                f"{place}: damaged in the tokens of {where}; remove the folder, and the next run makes it anew"
             )
         ids, labels = map(tuple, both.tolist())
         return Encoded(ids, labels, bool(row["truncated"]), where)

@@ -2,12 +2,13 @@
 
 Of a turn: ``role``, ``content``, ``tool_calls``, and ``weight`` (0 or 1) or ``train`` (true or false), which say whether an answer is
 learnt. Beside the turns: ``system`` (a first turn of that role), ``tools``, ``documents``, ``chat_template_kwargs``. Whatever else a turn
-holds is for the chat template; ``template.py`` refuses what the template does not read. Next file: ``data/template.py``.
+holds is for the chat template; ``chat/used.py`` refuses what the template does not read. Next file: ``data/chat/template.py``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from minilora.errors import DataError
 
 __all__ = ["Conversation", "check_messages", "check_options", "check_text", "conversation"]
 
+_HALF = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "developer", "tool")
 _OURS = ("weight", "train")  # read here and not given to the template
 # Parameters of ``apply_chat_template``: as chat_template_kwargs they would mean something else than a variable of the template.
@@ -110,7 +112,7 @@ def _check_letters(value: object, name: str) -> None:
         value = left.pop()
         if isinstance(value, (list, dict)):
             left += [*value, *value.values()] if isinstance(value, dict) else value
-        elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        elif isinstance(value, str) and not value.isascii() and _HALF.search(value):
             raise DataError(f"{name} holds half of a surrogate pair, which is no character; write the file as UTF-8")
 
 

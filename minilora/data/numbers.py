@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Numbers"]
+__all__ = ["Numbers", "Shelf"]
 
 _SIZE = 4  # bytes of a number
 
@@ -45,3 +48,18 @@ class Numbers:
             os.lseek(self._handle, at, os.SEEK_SET)
             content = os.read(self._handle, size)
         return np.frombuffer(content[: len(content) // _SIZE * _SIZE], "<i4")
+
+
+class Shelf(Numbers):
+    """Several ``Numbers`` one behind the other. What is read lies within one of them."""
+
+    def __init__(self, each: Sequence[Numbers]) -> None:
+        self._each, self._starts = list(each), [0, *accumulate(map(len, each))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, count: int) -> NDArray[np.int32]:
+        """As ``Numbers.read``."""
+        at = min(bisect_right(self._starts, start), len(self._each)) - 1
+        return self._each[at].read(start - self._starts[at], count)

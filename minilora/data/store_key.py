@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minilora.data.sources.part import Source
 from minilora.errors import DataError
 
 __all__ = ["key_of"]
@@ -16,18 +17,19 @@ __all__ = ["key_of"]
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece", "tiktoken")
 
 
-def key_of(sha256: str, tokenizer: Any, max_length: int, date: str) -> dict[str, Any]:
-    """The key as JSON: the file's hash, the tokenizer, ``max_length`` in tokens, the day, the versions, and the code of this folder.
+def key_of(source: Source, tokenizer: Any, way: dict[str, Any]) -> dict[str, Any]:
+    """The key as JSON: the source's hash and formats, the tokenizer, how it is encoded, the versions, and the code of this folder.
 
     Raises:
         DataError: the tokenizer cannot be saved, so that nothing says whether it is the same.
     """
-    own = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py*")}
+    here = Path(__file__).parent
+    own = {str(file.relative_to(here)): file.read_bytes() for file in here.rglob("*.py")}
     return {
-        "file": sha256,
+        "file": source.sha256,
+        "kinds": source.kinds,
         "tokenizer": _tokenizer(tokenizer),
-        "max_length": max_length,
-        "date": date,
+        "way": way,
         "versions": {name: _version(name) for name in _PACKAGES},
         "code": _hash(own),
     }

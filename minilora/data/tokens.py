@@ -2,7 +2,7 @@
 
 So the ids are those that the tokenizer gives for the whole text, and nothing is cut where a token joins two pieces. Start and end tokens
 are what the chat template prints, or without one what the tokenizer puts; after a ``completion`` comes the end token, once. A ``text``
-is learnt as it is: whoever wants its end learnt writes the end token into it. Next file: ``data/encoding.py``.
+is learnt as it is: whoever wants its end learnt writes the end token into it. Next file: ``data/lesson.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from minilora.data.template import Span, shared_length
+from minilora.data.chat.template import Span, shared_length
 
 __all__ = ["IGNORED", "Desk", "Text"]
 
@@ -47,7 +47,7 @@ class Desk:
         if record.get("text") is not None:
             return Text(self._without_edges(record["text"]), None, True)
         begin = self._without_edges(record["prompt"], end=False)
-        end = self._without_edges(record["completion"], start=False)
+        end = getattr(record, "apart", "") + self._without_edges(record["completion"], start=False)
         eos = self.tokenizer.eos_token or ""
         if not self.puts[1] and not end.endswith(eos):
             end += eos

@@ -63,6 +63,21 @@ def texts(name: str, value: object) -> None:
         raise ConfigError(f"{name}={shown(value)}: wanted a list of texts")
 
 
+def one_or_several(name: str, value: object, least: int) -> None:
+    """A text, or a list of at least ``least`` texts."""
+    each = [value] if isinstance(value, str) else value
+    if not isinstance(each, Sequence) or isinstance(each, bytes) or len(each) < least:
+        raise ConfigError(f"{name}={shown(value)}: wanted text, or a list of texts")
+    for entry in each:
+        text(name, entry)
+
+
+def whole_text(name: str, value: object) -> None:
+    """Text that may be empty."""
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"{name}={shown(value)}: wanted text")
+
+
 def pissa_rounds(init: str) -> int | None:
     """The N of "pissa_niter_N", or None if ``init`` is no such word."""
     found = re.fullmatch(r"pissa_niter_(\d{1,4})", init)

@@ -20,7 +20,7 @@ from torch import nn
 
 from minilora import __version__
 from minilora.data.encoding import encode_all
-from minilora.data.records import read_jsonl
+from minilora.data.records import read
 from minilora.demo import DATA
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.hf.plan import load_config, load_trial, model_on_meta, on_this_machine
@@ -106,7 +106,7 @@ def _batches(job: BenchJob) -> list[list[list[int]]]:
         most = load_config(job).get_text_config().vocab_size
         ids = torch.randint(0, most, (wanted,), generator=torch.Generator().manual_seed(job.seed)).tolist()
     else:
-        records = read_jsonl(DATA if job.data == "demo" else job.data)
+        records = read(DATA if job.data == "demo" else job.data)
         found = [
             i
             for e in encode_all(records, load_tokenizer(job.model, job.trust_remote_code), _EVERY_TOKEN)

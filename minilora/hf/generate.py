@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minilora.data.template import asked
+from minilora.data.chat.template import asked
 from minilora.errors import DataError
 from minilora.training.progress import busy
 

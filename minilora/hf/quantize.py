@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minilora.data.encoding import encode_all
-from minilora.data.records import read_jsonl
+from minilora.data.records import read
 from minilora.errors import ConfigError, TargetError
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer, resolve
@@ -55,11 +55,11 @@ def quantize_to_folder(
         raise TargetError(
             f"model {model!r}: is packed already, no dense linear layer is left to quantize; name the dense model"
         )
-    records = read_jsonl(calibration) if calibration else []
+    records = read(calibration) if calibration else []
     tokenizer = load_tokenizer(model, trust_remote_code)
     if config.scale == "weighted":
         loaded = load_model(model, dtype, trust_remote_code, device=device)
-        examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH)
+        examples = encode_all(records, tokenizer, _CALIBRATION_LENGTH, truncate=True)
         texts = [torch.tensor([example.input_ids], device=loaded.device) for example in examples]
         quantize_model(loaded, config, importance=calibrate(loaded, texts))
     else:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minilora.data.sources.names import several
 from minilora.hf.versions import versions
 from minilora.job.outcome import Outcome
 from minilora.job.settings import Job
@@ -54,7 +55,7 @@ def described(
     ]
     return {
         "title": f"minilora: {job.model}",
-        "subtitle": f"{job.data} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out} · minilora {made['minilora']}",
+        "subtitle": f"{', '.join(several(job.data))} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out} · minilora {made['minilora']}",
         "headline": [
             {"label": "training loss", "value": _change(outcome.losses, "not logged")},
             {"label": "held-out loss", "value": _change(outcome.held_out, "nothing held out")},
@@ -84,7 +85,7 @@ def described(
 
 def report_settings(job: Job) -> dict[str, Any]:
     """The settings that make the run, by name."""
-    kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "eval_share")
+    kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "truncate", "eval_share", "system")
     own = {name: getattr(job, name) for name in kept}
     lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
     usual = LoraConfig()

@@ -1,11 +1,10 @@
 """One fine-tuning job from model name to run folder: what ``minilora train`` and ``minilora demo`` do.
 
-Load, packing on the way, inject, ask, train, ask again, report. Everything a job leaves lies in its folder.
+Look at the data, load, packing on the way, inject, ask, train, ask again, report. Everything a job leaves lies in its folder.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 
-from minilora.data.records import look_at
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
 from minilora.hf.dates import date_of, dated
@@ -23,49 +21,67 @@ from minilora.hf.generate import answers
 from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
 from minilora.hf.packed import is_packed_folder
 from minilora.hf.places import packing
-from minilora.job.described import described, formats, memory, settings_of
-from minilora.job.examples import encoded
+from minilora.job.described import described, formats, memory, report_settings
+from minilora.job.examples import encoded, looked_at
+from minilora.job.given import job_from
 from minilora.job.outcome import Outcome
+from minilora.job.push import check_upload, push_run
 from minilora.job.rehearsal import rehearse
+from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of, template_sha256
 from minilora.job.settings import Job
 from minilora.job.start import begin, saved_start
+from minilora.job.told import rows_to_read, say_adapted, say_packed
 from minilora.job.trackers import Trackers, refuse_missing
-from minilora.lora.coverage import coverage
-from minilora.lora.match import Match, match
-from minilora.many.adapted import count_parameters
+from minilora.lora.match import match
 from minilora.report.inspect import parameter_table, spectra, update_ratios
 from minilora.report.page import render
 from minilora.training.guards import context_length
 from minilora.training.loop import train
-from minilora.training.memory import memory_mb
 from minilora.training.offload import refuse_offload
 from minilora.training.optim import make_optimizer
 from minilora.training.processes import Processes, joined
+from minilora.training.progress import Progress, busy
 from minilora.training.resume import claim
-from minilora.training.rows import Rows, why_read_whole
+from minilora.training.rows import Rows
+from minilora.training.run_folder import RunFolder
 from minilora.training.settings import TrainConfig
 from minilora.training.sharding import in_turn
 
 __all__ = ["Job", "Outcome", "fine_tune"]
 
+_Say = Callable[[str], None]
+_Watch = Callable[[dict[str, Any]], None]
+
 
 def fine_tune(
-    job: Job,
-    say: Callable[[str], None] = print,
-    watch: Callable[[dict[str, Any]], None] | None = None,
-    begun: Callable[[int], None] | None = None,
+    job: Job | None = None, say: _Say | None = None, watch: _Watch | None = None, **settings: Any
 ) -> Outcome:
-    """Run a job; ``say`` gets a line for each phase, ``watch`` every record of the loop. Under torchrun all processes call it alike.
+    """Fine-tune a model: what ``minilora train`` does. Under torchrun all processes call it alike.
 
-    ``begun`` is called with the number of steps as soon as it is known: epochs are counted when the examples have been read.
+    Args:
+        job: what to do, if it is not said by ``settings``.
+        say: gets a line for each phase. watch: gets every record of the loop. Without either, progress is shown on standard output.
+        settings: the flags of ``minilora train`` by name (``model``, ``data``, ``out``, ``r``, ``steps`` ...), or ``lora`` and
+            ``training`` as whole configs.
+
+    Returns:
+        The records and losses of the run, its answers, seconds, peak memory and folder.
 
     Raises:
         MiniLoraError: a device that is not there (before anything is read), bad data (before the model is loaded), a run that lies in
             ``out`` already, config, model or target, in one line; and as ``train``.
     """
+    if job is not None and settings:
+        raise ConfigError(
+            f"{min(settings)}=: stands beside a job; wanted one of the two, or dataclasses.replace(job, ...)"
+        )
+    job = job_from(settings) if job is None else job
     refuse_missing(job.report_to)
     with joined() as processes, computing_with(job.threads):
-        return _fine_tune(job, say, watch, begun, processes)
+        if say or watch or not processes.first:
+            return _Going(job, processes, say or _silent, watch).run()
+        with Progress(job.training.steps) as progress:
+            return _Going(job, processes, progress.say, progress.watch, progress.begin).run()
 
 
 @contextmanager
@@ -79,87 +95,160 @@ def computing_with(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _fine_tune(
-    job: Job,
-    say: Callable[[str], None],
-    watch: Callable[[dict[str, Any]], None] | None,
-    begun: Callable[[int], None] | None,
-    processes: Processes,
-) -> Outcome:
-    clock, folder = _Clock(), Path(job.out)
-    place = choose(job.device, job.dtype, job.attention)
-    job = settled(job, place)
-    _refuse_on(place.device, job.training)
-    if processes.first:
-        claim(folder, job.resume, job.overwrite)
-    source = look_at(job.data)
-    job, stored = saved_start(job, processes)
-    origin = stored.sha256 if stored else ""
-    known = {"data file": source.sha256, "adapter to begin with": origin}
-    processes.agree(known | _settings_of_all(job))  # before a model is loaded
-    trust, quant = job.trust_remote_code, packing(job.quant, job.double_quant)
-    paper = skeleton(job.model, place.dtype, trust)
-    found = match(
-        paper, job.lora
-    )  # a mistyped target shows now, before any weight is read, and so does every line of the data
-    size = sum(p.numel() * p.element_size() for p in paper.parameters())
-    say(f"{source.records} examples in {job.data}; loading {job.model} on {place.said}")
-    tokenizer = dated(load_tokenizer(job.model, trust), job.date)
-    examples, evaluation = encoded(job, source, tokenizer, context_length(paper), say)
-    job = replace(job, training=job.training.for_examples(len(examples)))  # epochs become steps
-    if begun:
-        begun(job.training.steps)
-    if job.shard and processes.size == 1:
-        say("shard: this one process keeps the whole model; torchrun starts several, which share it")
-    rows = _rows(job, paper, Rows(processes, place.dtype), found, say) if job.shard and processes.size > 1 else None
-    options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention, "rows": rows}
-    model = load_model(job.model, place.dtype, trust, **options)
-    clock.lap("load")
-    _say_packed(job, model, say)
-    with processes.exchange():
-        begin(job, model, stored, examples, tokenizer.pad_token_id, say)
-        _say_adapted(job, model, say)
-    clock.lap("inject")
-    if job.dry_run:
-        with processes.exchange():
-            rehearse(job, model, tokenizer, examples, evaluation, say)
-        return Outcome([], [], clock.laps, memory_mb(peak=True), folder)
-    if job.prompts:  # of the model that is trained, packed if it is, so that training alone makes the difference
-        say(f"asking {len(job.prompts)} prompt{'s' * (len(job.prompts) > 1)} before training")
-    tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
-    asks = processes.first or job.shard  # of a model in shards all must ask
-    asks_now = processes.first or rows is not None
-    before = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks_now else []
-    clock.lap("answers before")
+def _silent(line: str) -> None:
+    """What a process says that is not the first."""
 
-    def sample() -> tuple[str, str]:
-        return job.prompts[0], answers(model, tokenizer, job.prompts[:1], job.max_new_tokens)[0]
 
-    asked, pad = (sample if job.prompts else None), tokenizer.pad_token_id
-    options = {"resume": job.resume, "overwrite": job.overwrite, "say": say, "shard": job.shard, "origin": origin}
-    options["notes"] = {"date": date} if (date := date_of(tokenizer, job.date)) else {}
-    trackers = Trackers(job.report_to if processes.first else (), folder, settings_of(job), say)
+class _Going:
+    """A job while it goes. Each method is a phase, and what it finds out is kept for those behind it.
 
-    def tell(record: dict[str, Any]) -> None:
-        trackers.log(record)
-        if watch:
-            watch(record)
+    Args:
+        begun: called with the number of steps as soon as it is known: epochs are counted when the examples have been read.
+    """
 
-    try:
-        steps = train(model, examples, job.training, folder, pad, evaluation, asked, tell, **options)
-    finally:
-        trackers.finish()
-    clock.lap("train")
-    after = answers(model, tokenizer, job.prompts, job.max_new_tokens) if asks else []
-    clock.lap("answers after")
-    pairs = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(job.prompts, before, after, strict=False)]
-    outcome = Outcome(steps, pairs, clock.laps, memory_mb(peak=True), folder)
-    with in_turn(model) as around:
-        ratios = update_ratios(model, around=around) if asks else {}
-        values = spectra(model, ratios=ratios, around=around) if asks else {}
-    if processes.first:
-        write_file(folder / "report.html", render(described(job, outcome, size, tables, ratios, values)))
-    return outcome
+    def __init__(
+        self, job: Job, processes: Processes, say: _Say, watch: _Watch | None, begun: Callable[[int], None] | None = None
+    ) -> None:
+        self.processes, self.say, self.watch, self.begun = processes, say, watch, begun
+        self.clock, self.folder = Phases(), Path(job.out)
+        self.place = choose(job.device, job.dtype, job.attention)
+        self.job = settled(job, self.place)
+
+    def run(self) -> Outcome:
+        """All of it, or all up to the first step."""
+        self.look()
+        self.load()
+        self.adapt()
+        if self.job.dry_run:
+            with self.processes.exchange():
+                rehearse(self.job, self.model, self.tokenizer, self.examples, self.evaluation, self.say)
+            return Outcome([], [], self.clock.seconds, self.clock.peak_mb, self.folder)
+        self.ask()
+        outcome = self.train()
+        self.report(outcome)
+        return outcome
+
+    def look(self) -> None:
+        """At the folder, the data and the adapter to begin with: what can be refused before a model is loaded."""
+        job, processes = self.job, self.processes
+        _refuse_on(self.place.device, job.training)
+        if processes.first:
+            if job.push_to_hub and not job.dry_run:
+                self.say(f"{job.push_to_hub}: {check_upload(job.push_to_hub)} may write there")
+            claim(self.folder, job.resume, job.overwrite)
+        self.sessions = Sessions(self.folder, job.resume)
+        self.looked = looked_at(job, self.say)
+        self.job, self.stored = saved_start(job, processes)
+        self.origin = self.stored.sha256 if self.stored else ""
+        known = {"data file": self.looked.sha256, "adapter to begin with": self.origin}
+        processes.agree(known | _settings_of_all(self.job))
+
+    def load(self) -> None:
+        """The examples, and then the model, packed on the way."""
+        job, place, trust = self.job, self.place, self.job.trust_remote_code
+        paper = skeleton(job.model, place.dtype, trust)
+        found = match(paper, job.lora)  # a mistyped target shows now, before any weight is read
+        self.size = sum(p.numel() * p.element_size() for p in paper.parameters())
+        self.say(f"{self.looked.said}; loading {job.model} on {place.said}")
+        tokenizer = load_tokenizer(job.model, trust)
+        self.template, self.tokenizer = template_sha256(tokenizer), dated(tokenizer, job.date)
+        self.date = date_of(self.tokenizer, job.date)
+        self.examples, self.evaluation = encoded(job, self.looked, self.tokenizer, context_length(paper), self.say)
+        self.job = job = replace(job, training=job.training.for_examples(len(self.examples)))  # epochs become steps
+        if self.begun:
+            self.begun(job.training.steps)
+        if job.shard and self.processes.size == 1:
+            self.say("shard: this one process keeps the whole model; torchrun starts several, which share it")
+        shares = job.shard and self.processes.size > 1
+        self.rows = rows_to_read(job, paper, Rows(self.processes, place.dtype), found, self.say) if shares else None
+        quant = packing(job.quant, job.double_quant)
+        options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention}
+        with busy(f"loading {job.model}"):
+            self.model: Any = load_model(job.model, place.dtype, trust, rows=self.rows, **options)
+        self.clock.lap("load")
+
+    def adapt(self) -> None:
+        """The model gets its adapter; what it is packed to, what trains and what is covered is said."""
+        say_packed(self.job, self.model, self.say)
+        with self.processes.exchange():
+            begin(self.job, self.model, self.stored, self.examples, self.tokenizer.pad_token_id, self.say)
+            say_adapted(self.job, self.model, self.say)
+        self.clock.lap("inject")
+
+    def ask(self) -> None:
+        """Before training: the model that is trained, packed if it is, so that training alone makes the difference."""
+        job, model = self.job, self.model
+        self.tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
+        self.asks = self.processes.first or job.shard  # of a model in shards all must ask
+        known = self.processes.share(self.sessions.known(job))[0]  # the first process has the folder
+        self.prompts = list(dict.fromkeys([*known, *job.prompts]))
+        new = [prompt for prompt in self.prompts if prompt not in known]
+        if new:
+            self.say(f"asking {len(new)} prompt{'s' * (len(new) > 1)} before training")
+        asks_now = self.processes.first or self.rows is not None
+        said = self.answered(new) if asks_now else [""] * len(new)
+        self.before = known | dict(zip(new, said, strict=True))
+        self.clock.lap("answers before")
+
+    def answered(self, prompts: list[str]) -> list[str]:
+        """What the model says now."""
+        return answers(self.model, self.tokenizer, prompts, self.job.max_new_tokens, system=self.job.system)
+
+    def ready(self, here: RunFolder) -> None:
+        """The first step comes next: the run folder gets its record."""
+        first = [{"prompt": prompt, "before": self.before[prompt]} for prompt in self.prompts]
+        packed = packing_of(self.model, is_packed_folder(resolve(self.job.model)))
+        files = data_files(*self.looked.learn, *self.looked.held)
+        record = new_record(self.job, here, packed, self.template, self.date, files, first)
+        self.sessions.begin(here, record, self.clock)
+
+    def train(self) -> Outcome:
+        """Step by step, and then the same questions again."""
+        job, folder, pad = self.job, self.folder, self.tokenizer.pad_token_id
+        trackers = Trackers(
+            job.report_to if self.processes.first else (), folder, report_settings(job), self.say
+        )
+
+        def tell(record: dict[str, Any]) -> None:
+            trackers.log(record)
+            if self.watch:
+                self.watch(record)
+
+        def sample() -> tuple[str, str]:
+            return self.prompts[0], self.answered(self.prompts[:1])[0]
+
+        options: dict[str, Any] = {"resume": job.resume, "overwrite": job.overwrite, "shard": job.shard}
+        options |= {"say": self.say, "origin": self.origin, "ready": self.ready}
+        options["notes"] = {"date": self.date} if self.date else {}
+        asked = sample if self.prompts else None
+        with self.sessions.closed_by(self.clock):
+            try:
+                steps = train(
+                    self.model, self.examples, job.training, folder, pad, self.evaluation, asked, tell, **options
+                )
+            finally:
+                trackers.finish()
+            self.clock.lap("train")
+            after = self.answered(self.prompts) if self.asks else []
+            self.clock.lap("answers after")
+            pairs = [
+                {"prompt": prompt, "before": self.before[prompt], "after": answer}
+                for prompt, answer in zip(self.prompts, after, strict=False)
+            ]
+            self.sessions.answers = pairs
+        return Outcome(steps, pairs, *self.sessions.totals(self.clock), folder, self.sessions.count)
+
+    def report(self, outcome: Outcome) -> None:
+        """The page, written by the first process, and the upload."""
+        job, model = self.job, self.model
+        with in_turn(model) as around:
+            ratios = update_ratios(model, around=around) if self.asks else {}
+            values = spectra(model, ratios=ratios, around=around) if self.asks else {}
+        if self.processes.first:
+            page = render(described(job, outcome, self.size, self.tables, ratios, values))
+            write_file(self.folder / "report.html", page)
+            if job.push_to_hub:
+                self.say(f"{self.folder}: now at {push_run(self.folder, job.push_to_hub, job.private or None)}")
 
 
 def _refuse_on(device: torch.device, config: TrainConfig) -> None:
@@ -171,51 +260,5 @@ def _refuse_on(device: torch.device, config: TrainConfig) -> None:
 
 def _settings_of_all(job: Job) -> dict[str, str]:
     """What must be the same in all processes of a job; what is compared later, and what a machine may call otherwise, is left out."""
-    own = {"model", "data", "out", "device", "lora"}
+    own = {"model", "data", "eval_data", "out", "device", "lora"}
     return {entry.name: repr(getattr(job, entry.name)) for entry in fields(job) if entry.name not in own}
-
-
-def _rows(job: Job, paper: Any, rows: Rows, found: Match, say: Callable[[str], None]) -> Rows | None:
-    """The rows to keep of the model while it is read; None where all of it must be at hand before it is shared out, which is said."""
-    why = why_read_whole(paper, job.lora, found)
-    if why is None and hasattr(paper.config, "quantization_config") and not is_packed_folder(resolve(job.model)):
-        why = f"{job.model} was packed by another method"
-    if why is None:
-        return rows
-    say(f"shard: each process reads the whole model before it keeps its part, because {why}")
-    return None
-
-
-def _say_packed(job: Job, model: Any, say: Callable[[str], None]) -> None:
-    """What the model is packed to. Raises ``ConfigError`` where it came packed to something else."""
-    found, nested = formats(model), ", double quantization" if job.double_quant else ""
-    if is_packed_folder(resolve(job.model)):
-        if job.quant not in ("none", Job.quant, found):
-            raise ConfigError(
-                f"quant={job.quant!r}: {job.model} is packed as {found} already; leave it out, or name the dense model"
-            )
-        say(f"{job.model} is packed already ({found}), and stays as it is")
-    elif found:
-        say(f"linear layers packed to {job.quant}{nested} (--quant none keeps them as they are)")
-
-
-def _say_adapted(job: Job, model: Any, say: Callable[[str], None]) -> None:
-    """What trains, and which layers it covers."""
-    trainable, total = count_parameters(model)
-    say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
-    covered, others = coverage(model)
-    left = sorted({path.rsplit(".", 1)[-1] for path in others})
-    rest = f"; not {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
-    say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear layers and convolutions{rest}")
-
-
-class _Clock:
-    """Seconds of each phase, in order."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self._last = now - self._last, now

@@ -56,7 +56,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 def data_files(*sources: Source) -> tuple[DataFile, ...]:
     """The files that the examples come from."""
-    return tuple(DataFile(str(source.path), source.sha256) for source in sources)
+    return tuple(DataFile(source.name, source.sha256) for source in sources)
 
 
 class Phases:
@@ -94,7 +94,7 @@ def new_record(
         device=job.device,
         dtype=job.dtype,
         attention=job.attention,
-        system=getattr(job, "system", ""),
+        system=job.system,
         date=date,
         template=template,
         data=data,
@@ -126,7 +126,7 @@ class Sessions:
             self.folder
         ):  # without a checkpoint the run begins anew, perhaps with another model
             return {}
-        alike = past.system == getattr(job, "system", "")
+        alike = past.system == job.system
         alike = alike and past.settings.get("max_new_tokens") == job.max_new_tokens
         return {answer["prompt"]: answer["before"] for answer in past.answers} if alike else {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from minilora.data.shapes.recognise import columns_of
 from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.hf.dates import check_date
@@ -30,13 +31,17 @@ class Job:
     Args:
         model: hub id, local folder, or "smollm2".
         trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
-        data: JSONL file; each line has "messages", "prompt" and "completion", or "text".
+        data: JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, folders, or data sets of the Hub; as FILE:0.5 half its examples count.
+        eval_data: the same, to evaluate on instead of a share of ``data``.
+        system: a system turn that is put before conversations that have none; "" puts none.
+        columns: fields by what they are, as in prompt=question completion=answer; without it they are recognised by their names.
         out: run folder, made if it is not there.
         quant: format that the frozen linear layers are packed to, 4 bits (nf2, nf3, int8: 2, 3, 8); "none" leaves them dense.
         double_quant: keep the scales of packed weights in 8 bits (4.127 instead of 4.5 bits per weight with nf4).
         dtype: number format of the weights that are not packed; "auto" is bfloat16 on a GPU that has it, else float32.
         shard: under torchrun, each process keeps only its part of the frozen weights of the model's blocks.
-        max_length: tokens that an example may have; the rest is cut off and counted.
+        max_length: tokens that an example may have; what is longer becomes several examples.
+        truncate: cut off and count what is longer than ``max_length`` tokens, instead of making several examples of it.
         eval_share: share of the examples that is held out for evaluation, in [0, 1).
         prompts: texts that are asked before and after training, for the report.
         max_new_tokens: tokens that an answer to a prompt may have.
@@ -62,7 +67,7 @@ class Job:
     """
 
     model: str
-    data: str
+    data: str | Sequence[str]
     out: str
     quant: str = "nf4"
     double_quant: bool = True
@@ -85,6 +90,10 @@ class Job:
     threads: int = 0
     dry_run: bool = False
     report_to: Sequence[str] = ()
+    eval_data: str | Sequence[str] = ()
+    system: str = ""
+    columns: Sequence[str] = ()
+    truncate: bool = False
     push_to_hub: str = ""
     private: bool = False
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -93,8 +102,13 @@ class Job:
     def __post_init__(self) -> None:
         check_quant(self.quant)
         check_place(self.device, self.dtype, self.attention)
-        for name in ("model", "data", "out"):
+        for name in ("model", "out"):
             validate.text(name, getattr(self, name))
+        for name in ("data", "eval_data"):
+            validate.one_or_several(name, getattr(self, name), 1 if name == "data" else 0)
+        validate.whole_text("system", self.system)
+        validate.texts("columns", self.columns)
+        columns_of(self.columns)
         for name in ("max_length", "max_new_tokens"):
             validate.whole(name, getattr(self, name), 2)
         for name in (
@@ -106,6 +120,7 @@ class Job:
             "allow_other_base",
             "dry_run",
             "private",
+            "truncate",
         ):
             validate.flag(name, getattr(self, name))
         validate.whole("start_examples", self.start_examples, 1)

@@ -53,7 +53,7 @@ LINES = [
     ([*TRAIN, "--out", "{run}"], "holds a run already", "--resume"),
     ([*TRAIN, "--resume", "--overwrite"], "resume and overwrite", "wanted one"),
     ([*TRAIN, "--resume", "--out", "{adapter}"], "no checkpoint", "--overwrite"),
-    ([*TRAIN, "--max-length", "2"], "max_length=2", "raise it"),
+    ([*TRAIN, "--max-length", "2", "--truncate"], "max_length=2", "raise it"),
     ([*TRAIN, "--lr", "1"], "lr=1.0", "wanted a number in"),
     ([*TRAIN, "--steps", "1e3"], "--steps: '1e3'", "whole number"),
     ([*TRAIN, "--lora-dropout", "much"], "--lora-dropout: 'much'", "such as 0.5"),

@@ -11,7 +11,7 @@ import torch
 import minilora
 from minilora import LoraConfig, PeftModel, QuantConfig, hotswap_adapter, load_adapter, quantize, save_adapter
 from minilora.data.encoding import encode_all
-from minilora.data.records import read_jsonl
+from minilora.data.records import look_at, read, read_jsonl
 from minilora.errors import (
     CheckpointError,
     ConfigError,
@@ -341,6 +341,13 @@ class Bare:
         return type("Ids", (), {"input_ids": [ord(letter) % 64 for letter in text]})()
 
 
+def _made(w, name, text="x"):
+    path = w.tmp / "given" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
 def _taken(w):
     (w.tmp / "out").mkdir()
     (w.tmp / "out" / "log.jsonl").write_text("{}\n")
@@ -371,7 +378,15 @@ DATA = [
     ("no answer", turns(("user", "a")), DataError, "no assistant turn", "add the answer"),
     ("answer first", turns(("assistant", "a"), ("user", "b")), DataError, "begins with the assistant", "put what was asked before"),
     ("a chat without template", lambda w: encode_all([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], Bare(), 9), DataError, "no chat template", "use an instruct model"),
-    ("nothing within the length", lambda w: encode_all([{"prompt": "abcd", "completion": "e"}], Bare(), 3), DataError, "max_length=3", "raise it or shorten"),
+    ("nothing within the length", lambda w: encode_all([{"prompt": "abcd", "completion": "e"}], Bare(), 3, truncate=True), DataError, "max_length=3", "raise it or shorten"),
+    ("a folder of other files", lambda w: read(_made(w, "a.png").parent), DataError, "a folder with no text file in it (a.png)", "wanted files ending in .txt"),
+    ("a folder of data", lambda w: read(_made(w, "a.csv").parent), DataError, "a folder with files of data in it", "name them: --data"),
+    ("a cut Parquet", lambda w: read(_made(w, "a.parquet", "PAR1")), DataError, "a.parquet: damaged, or no Parquet", "copy or write it again"),
+    ("a text called Parquet", lambda w: read(_made(w, "a.parquet")), DataError, "a.parquet: is no Parquet, though", "write it again"),
+    ("a PDF", lambda w: read(_made(w, "a.txt", "%PDF-\0")), DataError, "a.txt: is a PDF", "save it as text"),
+    ("a CSV of other columns", lambda w: read(_made(w, "a.csv", "a,b\n1,2\n")), DataError, "a.csv:2: has the keys ['a', 'b']", "--columns"),
+    ("an object as JSON", lambda w: read(_made(w, "a.json", "{\n}")), DataError, "a.json:1: is one object over several lines", "wanted a list of objects"),
+    ("a weight of nothing", lambda w: look_at(f"{_made(w, 'a.txt')}:0"), ConfigError, "a.txt:0: weight 0", "0.5 takes half"),
     ("a run in the folder", _taken, CheckpointError, "holds a run already (log.jsonl)", "--resume"),
     ("a file as folder", lambda w: claim(w.folder() / CONFIG_FILE, False, False), ConfigError, "is a file", "wanted a folder"),
     ("resume and overwrite", lambda w: claim(w.tmp, True, True), ConfigError, "resume and overwrite", "wanted one"),

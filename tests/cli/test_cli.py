@@ -385,6 +385,10 @@ SETTINGS = {
     "attention": "eager",
     "shard": True,
     "pack": "off",
+    "eval_data": ["e.jsonl", "f.csv"],
+    "system": "be brief",
+    "columns": ["prompt=src", "completion=tgt"],
+    "truncate": True,
     "max_length": 99,
     "eval_share": 0.25,
     "prompts": ["a b", "c"],
@@ -677,12 +681,13 @@ def test_train_leaves_a_whole_run_folder(trained, model_folder):
 def test_train_says_what_it_does(trained, data_file):
     lines = trained[1].splitlines()
     assert lines[0].startswith(f"4 examples in {data_file}; loading ")
-    assert lines[1] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
-    assert lines[2].startswith("linear layers packed to nf4, double quantization (--quant none keeps")
-    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[3])
-    assert lines[4] == "the adapter covers 14 of 15 linear layers and convolutions; not lm_head"
-    assert lines[5] == "asking 2 prompts before training"
-    assert lines[6].startswith("step 1/50  loss ")
+    assert lines[1] == f"{data_file}: prompt and completion"
+    assert lines[2] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
+    assert lines[3].startswith("linear layers packed to nf4, double quantization (--quant none keeps")
+    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[4])
+    assert lines[5] == "the adapter covers 14 of 15 linear layers and convolutions; not lm_head"
+    assert lines[6] == "asking 2 prompts before training"
+    assert lines[7].startswith("step 1/50  loss ")
     assert any(line.startswith("step 50/50  loss ") and line.endswith("  0 s left") for line in lines)
     at = lines.index("> hi")
     assert lines[at + 1].startswith("  before: ") and lines[at + 2] == "  after:  yo"
@@ -737,9 +742,55 @@ def test_cut_and_dropped_examples_are_counted(model_folder, tmp_path):
     data.write_text("".join(json.dumps({"prompt": "a", "completion": "b" * n}) + "\n" for n in (1, 1, 200)))
     with data.open("a") as file:
         file.write(json.dumps({"prompt": "a" * 200, "completion": "b"}) + "\n")
-    code, text = run_train(model_folder, data, tmp_path / "o", "--steps", "1")
+    code, text = run_train(model_folder, data, tmp_path / "o", "--steps", "1", "--truncate")
     assert code == 0
     assert "max_length=64: 1 examples lose their end, 1 are left out" in text
+    code, text = run_train(model_folder, data, tmp_path / "p", "--steps", "1")
+    assert code == 0 and "left out" not in text and "lose" not in text
+    assert re.search(r"max_length=64: 2 texts or single exchanges are longer, and cut into [4-9] examples", text)
+
+
+def test_files_of_several_formats_are_one_job(capsys, model_folder, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "hi", "input": "", "output": "yo"}] * 3))
+    (tmp_path / "b.csv").write_text("question,answer\nhi,yo\nwho,me\n")
+    (tmp_path / "e.txt").write_text("the fog is thick tonight")
+    data = [str(tmp_path / "a.json"), f"{tmp_path / 'b.csv'}:2"]
+    flags = [
+        "train",
+        "--model",
+        model_folder,
+        "--out",
+        str(tmp_path / "o"),
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert main([*flags, "--data", *data, "--eval-data", str(tmp_path / "e.txt"), "--eval-every", "2"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        f"5 examples in {tmp_path / 'a.json'}, {tmp_path / 'b.csv'}, 1 examples to evaluate on in {tmp_path / 'e.txt'}; loading"
+        in text
+    )
+    assert f"{tmp_path / 'a.json'}: Alpaca (instruction, input, output) as one turn each\n" in text
+    assert f"{tmp_path / 'b.csv'}: weight 2: 4 examples an epoch, of 2\n" in text
+    assert "7 to learn from, 2 a step" in text
+    records = [json.loads(line) for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in record for record in records)
+    assert "a.json, " in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+
+
+def test_data_may_be_one_or_several(job, tmp_path):
+    assert job("--model", "m", "--out", "o", "--data", "a.jsonl", "b.csv:0.5").data == ["a.jsonl", "b.csv:0.5"]
+    for written, wanted in (
+        ('"a.jsonl"', "a.jsonl"),
+        ('["a.jsonl"]', "a.jsonl"),
+        ('["a.jsonl", "b"]', ["a.jsonl", "b"]),
+    ):
+        (tmp_path / "job.toml").write_text(f'model = "m"\nout = "o"\ndata = {written}\n')
+        assert job("--config", str(tmp_path / "job.toml")).data == wanted
 
 
 def test_one_process_says_that_it_shares_the_model_with_nobody(model_folder, data_file, tmp_path):
@@ -880,7 +931,7 @@ def test_a_length_over_the_context_is_the_context_and_said(model_folder, tmp_pat
     code, text = run_train(model_folder, data, tmp_path / "o", "--steps", "1", "--max-length", "4096")
     assert code == 0, text
     assert f"max_length=4096 is more than the context of {model_folder}: 256 tokens are the most" in text
-    assert "max_length=256: 1 examples lose their end, 0 are left out" in text
+    assert "max_length=256: 1 texts or single exchanges are longer, and cut into 2 examples" in text
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from minilora import demo
 from minilora.cli import demo as demo_command
-from minilora.cli import main, make_parser, train
+from minilora.cli import main, make_parser, settings, train
 from minilora.cli.program import command, program
 from minilora.cli.template import settings_file
 from minilora.data.records import read_jsonl

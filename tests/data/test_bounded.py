@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from minilora.data import bounded as module
-from minilora.data.bounded import allow, bounded
+from minilora.data.chat import bounded as module
+from minilora.data.chat.bounded import allow, bounded
 from minilora.data.encoding import encode_all
 from minilora.data.records import read_jsonl
 from minilora.errors import DataError
@@ -75,7 +75,7 @@ def test_a_template_that_takes_all_memory_is_stopped(tokenizer, tmp_path, case):
 
 
 def test_a_template_that_prints_without_end_is_stopped(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.data.template.LONGEST", 10_000)
+    monkeypatch.setattr("minilora.data.chat.template.LONGEST", 10_000)
     assert "more than 10,000 letters" in refusal(tokenizer, "{% for i in range(9999) %}{{ i }}{% endfor %}", tmp_path)
 
 

@@ -161,7 +161,7 @@ def test_the_whole_file_is_looked_at_first(tmp_path):
 
 @pytest.mark.parametrize(("over", "fits"), [(0, True), (1, False), (10_000, False)])
 def test_a_giant_line_is_read_no_further_than_the_cap(tmp_path, monkeypatch, over, fits):
-    monkeypatch.setattr("minilora.data.records.LONGEST_LINE", 1000)
+    monkeypatch.setattr("minilora.data.sources.lines.LONGEST", 1000)
     path = tmp_path / "giant.jsonl"
     line = json.dumps({"text": "a" * (1000 - len('{"text": ""}') + over)}).encode()
     path.write_bytes(GOOD + line)
@@ -389,14 +389,14 @@ def test_truncation_cuts_the_end_and_says_so(tokenizer, less):
 
 def test_encode_all_leaves_out_what_has_nothing_left_to_learn(tokenizer):
     short, long = {"prompt": "a", "completion": "b"}, {"prompt": "a" * 200, "completion": "b"}
-    kept = encode_all([long, short, long, short], tokenizer, 100)
+    kept = encode_all([long, short, long, short], tokenizer, 100, truncate=True)
     assert kept == [encode(short, tokenizer, 100)] * 2
 
 
 def test_encode_all_refuses_when_nothing_is_left(tokenizer):
     records = [{"prompt": "a" * 200, "completion": "b"}] * 3
     with pytest.raises(DataError, match=r"none of 3 examples has a token to learn within max_length=100; raise it"):
-        encode_all(records, tokenizer, 100)
+        encode_all(records, tokenizer, 100, truncate=True)
 
 
 def test_a_single_token_is_nothing_to_learn(make_tokenizer):

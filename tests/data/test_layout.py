@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from minilora.data import encoding, layout
+from minilora.data import encoding
+from minilora.data.chat import layout
 from minilora.data.encoding import encode_all
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError
@@ -91,7 +92,7 @@ def test_the_rule_is_asked_for_some_and_those_must_agree(tokenizer, monkeypatch)
 
 def test_answers_beyond_the_length_are_not_rendered_and_counted(tokenizer):
     tokenizer.chat_template, lines = kinds.QWEN3, []
-    found = encode_all([talk(60)], tokenizer, 300, lines.append)
+    found = encode_all([talk(60)], tokenizer, 300, lines.append, truncate=True)
     assert 0 < len(found) < 15
     assert f"as {len(found)} examples; {60 - len(found)} answers more begin after max_length=300" in lines[0]
 

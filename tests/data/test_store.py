@@ -21,7 +21,7 @@ from minilora.data.batches import micro_batches, split
 from minilora.data.encoding import Encoded, encode_all
 from minilora.data.examples import Examples, digest_of
 from minilora.data.numbers import Numbers
-from minilora.data.records import look_at, read_jsonl, records_of
+from minilora.data.records import Source, look_at, read_jsonl, records_of
 from minilora.data.store_key import key_of
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, WriteError
@@ -69,9 +69,8 @@ def mapped(monkeypatch):
 
 def load(path, tokenizer, cache, say=None, **options):
     said = [] if say is None else say
-    return store.load_data(
-        look_at(path), tokenizer, options.pop("max_length", LENGTH), cache, say=said.append, **options
-    )
+    way = store.Way(**({"max_length": LENGTH, "truncate": True} | options))
+    return store.load_data(look_at(path), tokenizer, way, cache, say=said.append)
 
 
 def place_of(cache):
@@ -91,11 +90,11 @@ def same(examples, wanted):
 def test_it_holds_what_encode_all_gives(path, tokenizer, tmp_path, mapped):
     records, heard = read_jsonl(path), []
     learn, held = split(records, 0.2, 5)
-    wanted = encode_all(learn, tokenizer, LENGTH, heard.append)
+    wanted = encode_all(learn, tokenizer, LENGTH, heard.append, truncate=True)
     data = load(path, tokenizer, tmp_path / "cache")
     chosen, rest = split(range(len(data)), 0.2, 5)
     examples = data.of(chosen)
-    assert same(examples, wanted) and same(data.of(rest), encode_all(held, tokenizer, LENGTH))
+    assert same(examples, wanted) and same(data.of(rest), encode_all(held, tokenizer, LENGTH, truncate=True))
     assert any(e.truncated for e in wanted) and any(IGNORED in e.labels for e in wanted) and data.left_out > 0
     assert list(data.tally(chosen).remarks(LENGTH)) == heard
     assert data.unused == {"source": 43}
@@ -110,7 +109,8 @@ def test_in_memory_and_from_the_store_a_run_is_the_same_one(path, tokenizer, tmp
     learn, _ = split(range(len(small)), 0.2, 5)
     some = [data.of(learn) for data in (small, large)]
     prints = {
-        _hash(examples) for examples in (*some, list(some[0]), tuple(encode_all(read_jsonl(path), tokenizer, LENGTH)))
+        _hash(examples)
+        for examples in (*some, list(some[0]), tuple(encode_all(read_jsonl(path), tokenizer, LENGTH, truncate=True)))
     }
     assert len(prints) == 2  # of the share, and of all
     assert _hash(some[0]) == _hash(some[1]) == _hash(list(some[1])) != _hash(some[1][::-1])
@@ -182,7 +182,7 @@ def test_what_changes_the_tokens_makes_another_store(change, path, tmp_path, map
     data = load(path, tokenizer, tmp_path / "cache", **(options if isinstance(options, dict) else {}))
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
     most = options["max_length"] if change == "max_length" else LENGTH
-    assert list(data.examples) == encode_all(read_jsonl(path), tokenizer, most)
+    assert list(data.examples) == encode_all(read_jsonl(path), tokenizer, most, truncate=True)
 
 
 def test_the_key_is_the_same_in_another_process(tmp_path):
@@ -190,16 +190,17 @@ def test_the_key_is_the_same_in_another_process(tmp_path):
         from minilora.data.store_key import key_of
         from tests.data import kinds
         tokenizer = kinds.tokenizer_of("bytes")
-        print(key_of("0", tokenizer, 9, "")["code"])
+        from minilora.data.records import Source
+        print(key_of(Source("d", []), tokenizer, {})["code"])
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     tokenizer = kinds.tokenizer_of("bytes")
-    keys = [key_of("0", tokenizer, 9, "") for _ in "12"]
+    keys = [key_of(Source("d", []), tokenizer, {}) for _ in "12"]
     assert keys[0] == keys[1] and keys[0]["code"] == done.stdout.strip()
     tokenizer("used in between", padding=False)
-    assert key_of("0", tokenizer, 9, "") == keys[0]
+    assert key_of(Source("d", []), tokenizer, {}) == keys[0]
 
 
 def test_several_at_once(path, tokenizer, tmp_path, mapped):
@@ -212,7 +213,7 @@ def test_several_at_once(path, tokenizer, tmp_path, mapped):
         store.SMALL = 0
         tokenizer = kinds.tokenizer_of("bytes")
         tokenizer.chat_template = kinds.CHATML
-        data = store.load_data(look_at(sys.argv[1]), tokenizer, 40, Path(sys.argv[2]), say=lambda line: None)
+        data = store.load_data(look_at(sys.argv[1]), tokenizer, store.Way(40), Path(sys.argv[2]), say=lambda line: None)
         print(data.examples.rows["digest"].tobytes().hex())
     """  # fmt: skip
     command = [sys.executable, "-c", textwrap.dedent(code), str(path), str(cache)]
@@ -243,7 +244,7 @@ def test_a_file_that_changes_meanwhile_is_refused(path, tokenizer, tmp_path, map
     source = look_at(path)
     path.write_text(path.read_text().replace("hi 7", "hi 8", 1))
     with pytest.raises(DataError, match="changed while it was read; start again"):
-        store.load_data(source, tokenizer, LENGTH, tmp_path / "cache", say=lambda line: None)
+        store.load_data(source, tokenizer, store.Way(LENGTH), tmp_path / "cache", say=lambda line: None)
     assert not list((tmp_path / "cache" / "tokens").iterdir())
     with pytest.raises(DataError, match="changed while it was read"):
         list(records_of(source))

@@ -2,7 +2,7 @@
 
 An answer is what stands between the prompt that the model is shown (the turns before, rendered with the generation prompt) and the end
 token of its turn, which is learnt too; the newline after that token is nobody's. A template with ``{% generation %}`` says itself what its
-answers are. Next file: ``data/layout.py``.
+answers are. Next file: ``data/chat/layout.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from minilora.data.bounded import LONGEST, allow, bounded
+from minilora.data.chat.bounded import LONGEST, allow, bounded
 from minilora.errors import DataError
 
 __all__ = ["Marked", "Span", "Template", "asked", "shared_length"]

@@ -4,7 +4,7 @@ The rule is exact and slow: for each answer the turns up to it are rendered, wit
 whole. A template that renders an answer otherwise once more turns follow (thinking is taken out of earlier ones) has each answer trained
 in an example of its own, behind the text that the model would see. In a conversation of many answers the rule is asked for some of them,
 of every kind and from all over it; marks that the template's own loop prints give the places of all, and must agree. So the time grows
-with the length. Next file: ``data/bounded.py``.
+with the length. Next file: ``data/chat/bounded.py``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minilora.data.chat.template import Marked, Span, Template, shared_length
+from minilora.data.chat.used import check_answer, check_used
 from minilora.data.fields import Conversation
-from minilora.data.template import Marked, Span, Template, shared_length
-from minilora.data.used import check_answer, check_used
 from minilora.errors import DataError
 
 __all__ = ["Layout", "lay_out"]

@@ -1,7 +1,7 @@
 """Whether a chat template uses what a conversation says: what it passes over would be learnt without, and is refused by name.
 
 A name is looked for in the template's source, a text in what was rendered; where it does not stand there as it was given, the text is
-changed, and must change the rendering. Next file: ``data/layout.py``.
+changed, and must change the rendering. Next file: ``data/chat/layout.py``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from minilora.data.chat.template import Template
 from minilora.data.fields import Conversation
-from minilora.data.template import Template
 from minilora.errors import DataError
 
 __all__ = ["check_answer", "check_used"]
