@@ -210,6 +210,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "in_hand",
             "voices",
             "examples",
+            "told",
             "start",
             "rehearsal",
             "trackers",

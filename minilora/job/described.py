@@ -55,7 +55,8 @@ def described(
     ]
     return {
         "title": f"minilora: {job.model}",
-        "subtitle": f"{', '.join(several(job.data))} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out} · minilora {made['minilora']}",
+        "subtitle": f"{', '.join(several(job.data))} · {time.strftime('%Y-%m-%d %H:%M')} · adapter in {job.out}"
+        f" · minilora {made['minilora']}",
         "headline": [
             {"label": "training loss", "value": _change(outcome.losses, "not logged")},
             {"label": "held-out loss", "value": _change(outcome.held_out, "nothing held out")},

@@ -53,9 +53,7 @@ _Say = Callable[[str], None]
 _Watch = Callable[[dict[str, Any]], None]
 
 
-def fine_tune(
-    job: Job | None = None, say: _Say | None = None, watch: _Watch | None = None, **settings: Any
-) -> Outcome:
+def fine_tune(job: Job | None = None, say: _Say | None = None, watch: _Watch | None = None, **settings: Any) -> Outcome:
     """Fine-tune a model: what ``minilora train`` does. Under torchrun all processes call it alike.
 
     Args:
@@ -107,7 +105,12 @@ class _Going:
     """
 
     def __init__(
-        self, job: Job, processes: Processes, say: _Say, watch: _Watch | None, begun: Callable[[int], None] | None = None
+        self,
+        job: Job,
+        processes: Processes,
+        say: _Say,
+        watch: _Watch | None,
+        begun: Callable[[int], None] | None = None,
     ) -> None:
         self.processes, self.say, self.watch, self.begun = processes, say, watch, begun
         self.clock, self.folder = Phases(), Path(job.out)
@@ -205,9 +208,7 @@ class _Going:
     def train(self) -> Outcome:
         """Step by step, and then the same questions again."""
         job, folder, pad = self.job, self.folder, self.tokenizer.pad_token_id
-        trackers = Trackers(
-            job.report_to if self.processes.first else (), folder, report_settings(job), self.say
-        )
+        trackers = Trackers(job.report_to if self.processes.first else (), folder, report_settings(job), self.say)
 
         def tell(record: dict[str, Any]) -> None:
             trackers.log(record)
