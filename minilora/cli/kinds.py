@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["GATHERED", "Gather", "Numbers", "NumbersOrTable", "Table", "Word", "fits", "word"]
+__all__ = ["EXAMPLES", "GATHERED", "Gather", "Numbers", "NumbersOrTable", "Table", "Word", "fits", "word"]
 
 
 class Numbers(list[int]):
@@ -94,6 +94,18 @@ def _whole(text: str) -> int:
         raise ValueError(f"{text[:100]!r} is no whole number; wanted one such as 8") from None
 
 
+# What stands for a value of each kind in a settings file, where there is none by default.
+EXAMPLES: dict[type, Any] = {
+    bool: True,
+    int: 1,
+    float: 0.1,
+    str: "...",
+    list: ["..."],
+    Numbers: [1, 2],
+    Table: {},
+    NumbersOrTable: [1, 2],
+    Word: "true",
+}
 # How the words of a flag become its value.
 GATHERED: dict[type, Callable[[Sequence[str]], Any]] = {
     Numbers: _numbers,

@@ -12,6 +12,7 @@ from typing import Any
 
 from minilora.cli import settings, train
 from minilora.cli.flags import Flag
+from minilora.cli.kinds import EXAMPLES
 from minilora.cli.parser import Parser
 
 __all__ = ["settings_file"]
@@ -20,8 +21,6 @@ _WIDTH = 100
 _HEAD = """\
 Settings of a fine-tuning job, for minilora train --config FILE. A flag on the command line wins over this file, and paths are taken from
 where the command is run. A setting that begins with # is at its default: take the # away and change it."""
-# What stands for a value where there is none by default.
-_EXAMPLES: dict[type, Any] = {bool: True, int: 1, float: 0.1, str: "...", list: ["..."]}
 
 
 def settings_file(chosen: Mapping[str, Any]) -> str:
@@ -43,7 +42,7 @@ def _entry(flag: Flag, chosen: Mapping[str, Any]) -> str:
     if flag.name in chosen:
         return f"{about}\n{flag.name} = {_value(chosen[flag.name])}\n"
     unset = flag.default is None
-    shown = _EXAMPLES[flag.kind] if unset else flag.default
+    shown = EXAMPLES[flag.kind] if unset else flag.default
     return f"{about}\n#{flag.name} = {_value(shown)}{'  # not set' if unset else ''}\n"
 
 
@@ -53,5 +52,7 @@ def _comment(text: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """As TOML writes it, which is as JSON does for what a flag can be."""
+    """As TOML writes it, which is as JSON does for all but tables."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(name)} = {_value(own)}' for name, own in value.items())}}}"
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -84,7 +84,7 @@ class TrainConfig:
         patience: number of evaluations in a row without a lower loss that ends the run; 0 is never. Those after the first step count.
         min_delta: number of nats a token by which a loss must be lower, for ``patience``.
         keep_best: end with the adapter of the lowest evaluation loss, not of the last step; its checkpoint stays.
-        save_every: optimizer steps between checkpoints; 0 is none.
+        save_every: optimizer steps between checkpoints; 0 is the one after the last step alone.
         keep_checkpoints: newest checkpoints that stay, a whole number >= 1.
         max_skipped: optimizer steps in a row without a finite loss and gradient that end the run.
         pack: whether examples share rows, one behind the other, so that little is padding; a step's examples and its loss stay the same.

@@ -138,7 +138,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["tarin"], "command 'tarin' is unknown; the closest are 'train', all are demo, train"),
+        (["tarin"], "command 'tarin' is unknown; the closest are 'train', all are demo, init, train"),
         (["--stepz"], "--stepz: unknown flag; the closest are '--help'; minilora --help shows all"),
         (["train", "--stepz", "3"], "--stepz: unknown flag; the closest are '--steps'"),
         (["train", "--step", "3"], "--step: unknown flag; the closest are '--steps'"),
@@ -159,7 +159,7 @@ def test_version(capsys):
             "--prompt: unknown flag; a prompt stands without one, in quotes",
         ),
         (["--steps=3"], "--steps: comes after the command; write minilora demo --steps"),
-        (["fine-tune"], "command 'fine-tune' is unknown; the closest are 'train', all are demo, train"),
+        (["fine-tune"], "command 'fine-tune' is unknown; the closest are 'train', all are demo, init, train"),
         (["generate", "--modle", "m", "hi"], "--modle: unknown flag; the closest are '--model'"),
         (["train", "--steps", "many"], "--steps: 'many' is no whole number; wanted one such as 8"),
         (["train", "--steps", "1.5"], "--steps: '1.5' is no whole number"),
@@ -342,7 +342,7 @@ def test_bad_input_is_refused_and_nothing_is_left(capsys, tmp_path, model_folder
     [
         (["--target-modules", "q_porj", "v_proj"], "'q_porj'"),
         (["--target-modules", "q_porj"], "'q_porj'"),
-        (["--max-length", "2"], "max_length=2"),
+        (["--max-length", "2", "--truncate"], "max_length=2"),
     ],
 )
 def test_what_only_the_model_can_refuse(capsys, tmp_path, model_folder, data_file, flags, word):
@@ -550,7 +550,7 @@ def test_a_run_is_as_long_as_is_said_once(job, tmp_path, capsys):
     (tmp_path / "job.toml").write_text("epochs = 3\n")
     assert job(*BASIC, *config, "--steps", "9").training == TrainConfig(steps=9)
     for more in (["--steps", "60", "--epochs", "1"], [*config, "--steps", "60", "--epochs", "1"]):
-        assert refused(capsys, "train", *BASIC, *more).startswith("--steps and --epochs both say how long the run is")
+        assert refused(capsys, "train", *BASIC, *more).startswith("steps and epochs both say how long the run is")
 
 
 def test_epochs_become_steps_when_the_examples_are_known(model_folder, data_file, tmp_path):

@@ -55,7 +55,7 @@ def test_the_counts_are_those_of_the_first_step_of_the_run(capsys, model_folder,
     assert (
         f": {step['tokens']} tokens, " in text
         and f"{step['lr']:.2g} in step 1" in text
-        and "packed: examples share" in text
+        and "examples are packed: " in text
     )
 
 

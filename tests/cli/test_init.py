@@ -14,6 +14,7 @@ from minilora.cli.program import command, program
 from minilora.cli.template import settings_file
 from minilora.data.records import read_jsonl
 from minilora.job.given import job_from
+from minilora.job.sessions import settings_of as recorded
 
 CHOSEN = {"model": "smollm2", "data": "chats.jsonl", "out": "runs/mine", "prompts": ["How is the weather?"]}
 
@@ -64,7 +65,7 @@ def test_a_setting_that_is_taken_out_of_its_comment_holds(here):
         name = line[1:].partition(" = ")[0]
         if line.startswith("#") and name in settings.settings() and not line.endswith("# not set"):
             (here / "job.toml").write_text("\n".join([*lines[:place], line[1:], *lines[place + 1 :]]))
-            assert job_in("job.toml") == job_from(CHOSEN), name
+            assert recorded(job_in("job.toml")) == recorded(job_from(CHOSEN)), name
 
 
 def test_no_line_of_it_is_too_long_for_a_terminal():

@@ -118,7 +118,7 @@ def test_a_missing_package_is_refused_before_anything_is_read(capsys, monkeypatc
         importlib.util, "find_spec", lambda wanted, *more: None if wanted == name else real(wanted, *more)
     )
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(finetune, "look_at", lambda *a: pytest.fail("it reads"))
+    monkeypatch.setattr(finetune, "looked_at", lambda *a: pytest.fail("it reads"))
     with pytest.raises(MissingPackageError):
         refuse_missing([name])
     code, text = run(capsys, "m", "d", tmp_path / "run", "--report-to", name)
