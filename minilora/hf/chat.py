@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from minilora.data.bounded import bounded
-from minilora.data.template import Template
+from minilora.data.chat.bounded import bounded
+from minilora.data.chat.template import Template
 from minilora.errors import DataError
 from minilora.training.guards import context_length
 
