@@ -69,7 +69,7 @@ def start(way: str, path: str, cache: str) -> dict[str, float]:
     from minilora.data.encoding import encode_all
     from minilora.data.records import look_at, read_jsonl
     from minilora.hf.load import load_tokenizer
-    from minilora.training.resume import _hash
+    from minilora.training.meaning import _hash
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer("smollm2")

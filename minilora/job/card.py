@@ -20,7 +20,7 @@ from minilora.report.figures import loss_figure
 from minilora.report.tables import Row, as_markdown
 from minilora.store.adapter_files import Stored, read_adapter
 from minilora.store.servers import servers_of
-from minilora.training.resume import kept_records
+from minilora.training.left import kept_records
 
 __all__ = ["FIGURE", "card_files"]
 

@@ -17,7 +17,7 @@ from minilora.job.given import setting_names
 from minilora.job.record import Record, read_record
 from minilora.report.tables import human_bytes
 from minilora.store.adapter_files import WEIGHTS_FILE
-from minilora.training.resume import LOG_FILE, kept_records
+from minilora.training.left import LOG_FILE, kept_records
 
 __all__ = ["Comparison", "Run", "compare"]
 

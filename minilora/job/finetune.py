@@ -36,12 +36,12 @@ from minilora.lora.match import match
 from minilora.report.inspect import parameter_table, spectra, update_ratios
 from minilora.report.page import render
 from minilora.training.guards import context_length
+from minilora.training.left import claim
 from minilora.training.loop import train
 from minilora.training.offload import refuse_offload
 from minilora.training.optim import make_optimizer
 from minilora.training.processes import Processes, joined
 from minilora.training.progress import Progress, busy
-from minilora.training.resume import claim
 from minilora.training.rows import Rows
 from minilora.training.run_folder import RunFolder
 from minilora.training.settings import TrainConfig

@@ -26,7 +26,7 @@ from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, S
 from minilora.store.contents import Layer, layers_in, others_in
 from minilora.store.servers import servers_of
 from minilora.training.checkpoint import STATE_FILE, steps
-from minilora.training.resume import LOG_FILE, kept_records
+from minilora.training.left import LOG_FILE, kept_records
 
 __all__ = ["look"]
 

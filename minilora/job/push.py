@@ -12,7 +12,7 @@ from minilora.files.read import read_files
 from minilora.files.write import write_files
 from minilora.job.card import card_files
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from minilora.training.resume import LOG_FILE
+from minilora.training.left import LOG_FILE
 
 __all__ = ["check_upload", "push_run"]
 

@@ -25,7 +25,7 @@ from minilora.files.write import write_file
 from minilora.hf.dates import check_date
 from minilora.hf.places import DTYPE_NAMES, check_place
 from minilora.store.fingerprint import is_fingerprint
-from minilora.training.resume import RECORD_FILE
+from minilora.training.left import RECORD_FILE
 
 __all__ = ["RECORD_FILE", "DataFile", "Packing", "Record", "Session", "read_record", "write_record"]
 

@@ -21,8 +21,8 @@ from minilora.job.record import RECORD_FILE, DataFile, Packing, Record, Session,
 from minilora.job.settings import Job
 from minilora.linear.packed import QuantLinear
 from minilora.training.checkpoint import steps
+from minilora.training.left import kept_records
 from minilora.training.memory import memory_mb, new_peak
-from minilora.training.resume import kept_records
 from minilora.training.run_folder import RunFolder
 
 __all__ = ["Phases", "Sessions", "data_files", "new_record", "packing_of", "settings_of", "template_sha256"]

@@ -1,8 +1,8 @@
 """A checkpoint of a run: an adapter folder with two files more, written in one step and read only where all of it is whole.
 
-They are the optimizer's tensors, and ``training.json`` with the step, what the run depends on (``resume.meaning``), and the SHA-256 of
+They are the optimizer's tensors, and ``training.json`` with the step, what the run depends on (``meaning.meaning``), and the SHA-256 of
 every file. The hashes find damage, and no intent: whoever changes a file can hash it anew. So what a reader computes with is looked at,
-whatever its hash. Next file: ``training/resume.py``.
+whatever its hash. Next file: ``training/meaning.py``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 STATE_FILE = "training.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_MEANING = ("training", "adapter", "data", "bits")  # and "base", and "notes" of late: what ``resume.meaning`` writes
+_MEANING = ("training", "adapter", "data", "bits")  # and "base", and "notes" of late: what ``meaning.meaning`` writes
 ENDS = "ends of earlier schedules"  # in the training part of a meaning: a run that went on after its last step has some
 _FOLDER = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
 _PURPOSES = {
@@ -60,7 +60,7 @@ _PURPOSES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was read and verified: ``step`` steps are done; ``meaning`` as ``resume.meaning``; ``owner``: the process that has it.
+    """One that was read and verified: ``step`` steps are done; ``meaning`` as ``meaning.meaning``; ``owner``: the process that has it.
 
     ``evaluations``: those up to here, as ``best.Evaluation``, of a run that asks for them.
     """
@@ -163,7 +163,7 @@ def _is_int(value: Any, wanted: int) -> bool:
 
 
 def _is_meaning(value: Any, step: int) -> bool:
-    """Whether a JSON value has the form of ``resume.meaning``."""
+    """Whether a JSON value has the form of ``meaning.meaning``."""
     notes = value.get("notes", {}) if isinstance(value, dict) else None
     return (
         isinstance(notes, dict)

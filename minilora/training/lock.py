@@ -1,6 +1,6 @@
 """One run in a folder at a time: a file in it that is locked while the run lives, and has the number of its process in it.
 
-The system frees the lock when the process ends, however it does; what then lies there stops nobody. Next file: ``training/resume.py``.
+The system frees the lock when the process ends, however it does; what then lies there stops nobody. Next file: ``training/left.py``.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from minilora.data.batches import Collate, collate, micro_batches
 from minilora.data.encoding import Encoded
-from minilora.errors import Interrupted, MiniLoraError, OutOfMemory, StateError, TrainingError
+from minilora.errors import MiniLoraError, StateError, TrainingError
 from minilora.lora.bare import Around
 from minilora.lora.slots import adapters_of
 from minilora.qlora.kbit import checkpoint_activations
@@ -27,12 +27,15 @@ from minilora.store.save import file_base
 from minilora.training.best import Best, refuse_without_evaluations
 from minilora.training.check import refuse_dead
 from minilora.training.compiling import as_written, compiled, refuse_without_compiler
+from minilora.training.endings import leave, skip, stop_without_memory
 from minilora.training.flops import flops_a_token, peak_flops
 from minilora.training.guards import check_examples, check_parameters
 from minilora.training.head import NO_HEAD, why_all_logits
+from minilora.training.left import claim
 from minilora.training.lifeline import Elsewhere
 from minilora.training.lock import held
 from minilora.training.losses import evaluate, token_losses
+from minilora.training.meaning import meaning
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.offload import refuse_offload
 from minilora.training.optim_choice import optimizer_of
@@ -41,7 +44,6 @@ from minilora.training.probe import refuse_reading_ahead
 from minilora.training.processes import Processes, joined
 from minilora.training.profile import Profile
 from minilora.training.progress import busy
-from minilora.training.resume import claim, meaning
 from minilora.training.run_folder import RunFolder
 from minilora.training.schedule import learning_rate, step_seed
 from minilora.training.settings import SCHEDULE, TrainConfig
@@ -82,7 +84,7 @@ def train(
         sample: returns (prompt, answer), asked at every evaluation. watch: called with every record that is logged.
         resume: go on from the newest checkpoint that verifies, to the same bits (from the start if there is none yet).
         overwrite: remove the run that lies in the folder first. say: gets a line for what is skipped, and for where a run goes on.
-        notes: as ``resume.meaning``: what may be why the examples are others when the run is gone on with.
+        notes: as ``meaning.meaning``: what may be why the examples are others when the run is gone on with.
         shard: each process keeps its part of the frozen weights of the model's blocks alone (``sharding.py``).
         origin: the digest of the saved adapter that this one was before the run (``store.adapter_files.adapter_sha256``), "" for none.
         ready: called by the first process when all is ready for the first step, with the folder and how far the run is.
@@ -186,7 +188,7 @@ class _Run:
             )
 
     def means(self, adapter: str, around: Around) -> dict[str, Any]:
-        """As ``resume.meaning``."""
+        """As ``meaning.meaning``."""
         config = self.config
         schedule = {name: getattr(config, name) for name in SCHEDULE}
         if self.origin:
@@ -233,7 +235,7 @@ class _Run:
         while here.step < config.steps and not self.best.over:
             wish.signal = next(filter(None, self.processes.share(wish.signal)), None)  # all leave after the same step
             if wish.signal is not None:
-                self.leave(wish)
+                leave(here, wish)
             with self.profile.step(here.step + 1):
                 self.in_memory(self.advance)
             if self.due():
@@ -287,7 +289,8 @@ class _Run:
         if not here.good:
             self.look_for_dead(batches[0])
         if problem:
-            self.skip(problem)
+            self.optimizer.zero_grad()
+            skip(here, config.max_skipped, problem)
             return
         self.update(rate, norm)
         spent, each = time.monotonic() - started, [example for batch in batches for example in batch]
@@ -329,25 +332,6 @@ class _Run:
         if found.zero or found.unreached:
             self.say(str(found))
 
-    def skip(self, problem: str) -> None:
-        """Leave a step out, say so, and stop when there were too many in a row."""
-        here = self.here
-        self.optimizer.zero_grad()
-        here.step += 1
-        here.log({"step": here.step, "skipped": problem, "seconds": here.seconds})
-        if here.step - here.good >= self.config.max_skipped:
-            raise TrainingError(
-                f"step {here.step}: {problem}; {here.step - here.good} steps in a row (max_skipped); {here.save()}; "
-                "lower lr, or look for broken examples"
-            )
-
-    def leave(self, wish: Wish) -> NoReturn:
-        here, number = self.here, cast(int, wish.signal)
-        raise Interrupted(
-            f"{wish.name} after step {here.step} of {self.config.steps}: {here.save()}; go on with --resume (resume=True)",
-            number,
-        )
-
     def in_memory(self, work: Callable[[], None]) -> None:
         """Do it; where there is no memory for it, save the last step and say what would fit."""
         failed = None
@@ -358,15 +342,6 @@ class _Run:
                 raise
             failed = " ".join(str(error).split())[:200]
         if failed is not None:  # outside of the handler, whose traceback holds the step's tensors
-            self.stop_without_memory(failed)
-
-    def stop_without_memory(self, reason: str) -> NoReturn:
-        here = self.here
-        self.optimizer.zero_grad()
-        longest = max(len(example.input_ids) for example in self.examples)
-        size, accumulate = self.config.batch_size, self.config.accumulate
-        smaller = f"batch_size={size // 2} with accumulate={accumulate * 2}, " if size % 2 == 0 else ""
-        raise OutOfMemory(
-            f"step {here.step + 1}: no memory for batch_size={size} and up to {longest} tokens ({reason}); {here.save()}; go on with "
-            f"--resume and {smaller}gradient_checkpointing, or begin anew with a smaller max_length"
-        )
+            self.optimizer.zero_grad()
+            longest = max(len(example.input_ids) for example in self.examples)
+            stop_without_memory(self.here, longest, failed)

@@ -1,7 +1,7 @@
 """The folder of a run while it goes: its log, its checkpoints and, at the end, the adapter; and where the run is.
 
 The first process alone writes. A checkpoint is of the last good state: after a step that was skipped, or one that broke, that is an
-earlier one. Next file: ``training/loop.py``.
+earlier one. Next file: ``training/endings.py``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from minilora.files.write import append_line, remove, write_file, write_files
 from minilora.store.save import adapter_files
 from minilora.training.best import Best, fetch
 from minilora.training.checkpoint import ENDS, prune, save_checkpoint, with_more_steps
+from minilora.training.left import LOG_FILE, RECORD_FILE, kept_records
 from minilora.training.processes import Processes
-from minilora.training.resume import LOG_FILE, RECORD_FILE, kept_records, newest, put_weights, restore
+from minilora.training.resume import newest, put_weights, restore
 from minilora.training.together import refuse_apart
 
 __all__ = ["RunFolder"]
@@ -34,7 +35,7 @@ class RunFolder:
     """What of a run lies on disk, and how far it is.
 
     Attributes:
-        named: the parameters that train. adapter: the name of the one that they belong to. meaning: as ``resume.meaning``.
+        named: the parameters that train. adapter: the name of the one that they belong to. meaning: as ``meaning.meaning``.
         keep: newest checkpoints that stay. watch: called with every record. base: what the adapter's file says of the base model, where
             that cannot be read later.
         step: steps that are done. good: steps that were done when the weights changed last. saved: the step of the last checkpoint.

@@ -16,8 +16,8 @@ from torch import nn
 
 from minilora.errors import ConfigError, TrainingError
 from minilora.store.save import adapter_state_dict
+from minilora.training.left import clear, refuse_left
 from minilora.training.processes import Processes
-from minilora.training.resume import clear, refuse_left
 
 __all__ = ["make_room", "order_of_sums", "refuse_apart", "refuse_different"]
 
@@ -49,7 +49,7 @@ def order_of_sums(processes: Processes, accumulate: int) -> str:
 def refuse_different(
     processes: Processes, meaning: Mapping[str, Any], command: str, model: nn.Module, adapter: str
 ) -> None:
-    """Raise ``ConfigError`` on all where one would train something else: nothing is written yet. ``meaning`` as ``resume.meaning``."""
+    """Raise ``ConfigError`` on all where one would train something else: nothing is written yet. ``meaning`` as ``meaning.meaning``."""
     known = {name: _hash(meaning[part]) for name, part in _PARTS.items()} | {"command": command}
     known |= {_BITS.get(name, name): value for name, value in meaning["bits"].items()}
     processes.agree(known | {"start of the adapter (its seed)": _digest(processes, model, adapter)})

@@ -26,7 +26,7 @@ from minilora.peft import set_peft_model_state_dict
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.store.export import export_adapter, export_folder
-from minilora.training.resume import claim
+from minilora.training.left import claim
 
 NAN = float("nan")
 FIRST = "base_model.model.first.lora_A.weight"

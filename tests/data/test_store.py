@@ -26,7 +26,7 @@ from minilora.data.store_key import key_of
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, WriteError
 from minilora.training.guards import check_examples
-from minilora.training.resume import _hash
+from minilora.training.meaning import _hash
 from tests.data import kinds
 from tests.models import Words
 

@@ -12,8 +12,8 @@ from minilora.data.records import read_jsonl
 from minilora.errors import MiniLoraError, StateError
 from minilora.files.write import append_line, new_folder, remove, write_file, write_files
 from minilora.store.export import export_folder
+from minilora.training.left import claim
 from minilora.training.lock import held
-from minilora.training.resume import claim
 
 IMPOSSIBLE = {
     "NUL": "a\x00b",

@@ -19,8 +19,9 @@ from minilora.files.parse import LONGEST_JSON, parse_tensors, tensor_bytes
 from minilora.report.page import render
 from minilora.training import checkpoint
 from minilora.training.checkpoint import OPTIMIZER_FILE, STATE_FILE, WEIGHTS_FILE, read_checkpoint
+from minilora.training.left import LOG_FILE, kept_records
 from minilora.training.loop import TrainConfig, train
-from minilora.training.resume import LOG_FILE, kept_records, newest
+from minilora.training.resume import newest
 from tests.hostile import nested
 from tests.models import Words
 

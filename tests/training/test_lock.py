@@ -12,8 +12,8 @@ import pytest
 
 from minilora.errors import CheckpointError, WriteError
 from minilora.files import disk
+from minilora.training.left import claim
 from minilora.training.lock import LOCK_FILE, held, refuse_held
-from minilora.training.resume import claim
 
 HOLDER = """
 import sys, time
