@@ -190,7 +190,7 @@ def test_a_dash_may_begin_a_text_or_a_number(job):
 def test_without_a_command_the_help_is_shown(capsys):
     assert main([]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("usage: minilora") and "fine-tune a model on a JSONL file" in shown
+    assert shown.startswith("usage: minilora") and "fine-tune a model on your own data" in shown
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"], ["plan", "--model", "{}", "--no-measure"]])
