@@ -21,7 +21,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "quant",
         "weights stored in a few bits",
-        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "finite", "bnb"],
+        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "finite", "bnb", "on_disk"],
     ),
     (
         "linear",

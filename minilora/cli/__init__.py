@@ -27,7 +27,7 @@ COMMANDS = {
     "compare": "put runs side by side: settings, losses, answers",
     "plan": "say what a training step will hold in memory, and measure it",
     "bench": "run one fine-tuning job in minilora and in PEFT, and compare",
-    "quantize": "pack a model into 4 bits, as bitsandbytes stores it",
+    "quantize": "pack a model into few bits, and save it",
     "merge": "fold an adapter into its model and save it",
     "export": "write an adapter for vLLM, llama.cpp or MLX",
     "push": "put a run with its model card on the Hugging Face Hub",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.cli.flags import Flag, add_flags, fields_of
+from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.hf.places import DTYPE_CHOICES, QUANT_CHOICES
@@ -25,6 +26,7 @@ _CHOICES = {"quant": QUANT_CHOICES, "dtype": DTYPE_CHOICES}
 
 def add_job_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``plan`` and ``bench`` alike."""
+    add_plugin_flag(parser)
     every = fields_of(PlanJob, model="smollm2", target_modules=("all-linear",))
     every |= {name: dataclasses.replace(every[name], choices=words) for name, words in _CHOICES.items()}
     for group, names in _GROUPS.items():

@@ -1,6 +1,7 @@
-"""Packed models on disk: saved as bitsandbytes' 4-bit checkpoints, read without bitsandbytes, weight by weight.
+"""Packed models on disk: saved as bitsandbytes' 4-bit checkpoints where it has the format, read without it, weight by weight.
 
 A folder is an ordinary transformers folder whose config says ``quant_method: bitsandbytes``; transformers with bitsandbytes opens it too.
+What bitsandbytes lacks (other codebooks, 2, 3 and 8 bits, blocks of 32) is kept under ``quant_method: minilora``, which minilora opens.
 """
 
 from __future__ import annotations
@@ -14,24 +15,35 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import CheckpointError, StateError
+from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.files.tensors import Tensors, open_tensors
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
 from minilora.linear.layers import QuantLinear, is_conv1d, is_linear, is_quantized
 from minilora.lora.bases import refuse_nested
 from minilora.lora.slots import has_adapters
 from minilora.qlora.kbit import dtype_on_disk
-from minilora.quant.bnb import from_bitsandbytes, is_state, to_bitsandbytes, weight_of
-from minilora.quant.codebooks import codebook
+from minilora.quant.bnb import is_state, storable, weight_of
+from minilora.quant.codebooks import CODEBOOKS, OF_BITSANDBYTES, Codebook, codebook
 from minilora.quant.config import QuantConfig
+from minilora.quant.on_disk import from_disk, to_disk
 from minilora.training.guards import refuse_nonfinite
 from minilora.training.rows import Rows
 
-__all__ = ["is_packed_folder", "load_packed", "packed_state_dict", "save_packed"]
+__all__ = [
+    "METHOD",
+    "is_packed_folder",
+    "load_packed",
+    "packed_entry",
+    "packed_state_dict",
+    "packing_said",
+    "save_packed",
+]
+
+METHOD = "minilora"  # ``quant_method`` of the own entry
 
 
 def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with every packed layer under bitsandbytes' names; what is shared is named once."""
+    """The model's state with the parts of every packed layer under its names on disk; what is shared is named once."""
     if has_adapters(model):
         raise StateError(
             "the model carries adapters; save them with save_adapter, and the packed base before injecting"
@@ -42,7 +54,7 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise StateError("the model has no packed layer; call quantize_model first")
     tensors: dict[str, Tensor] = {}
     for path, layer in packed.items():
-        tensors |= {f"{path}.weight{suffix}": tensor for suffix, tensor in to_bitsandbytes(layer.quantized()).items()}
+        tensors |= {f"{path}.weight{suffix}": tensor for suffix, tensor in to_disk(layer.quantized()).items()}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, own = name.rpartition(".")
@@ -59,17 +71,27 @@ def dense_linears(model: nn.Module) -> list[str]:
     return sorted(path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
 
 
-def bitsandbytes_entry(config: QuantConfig, dense: list[str]) -> dict[str, Any]:
-    """What bitsandbytes writes into ``config.json``: the format, and the linear layers that stay dense."""
+def packed_entry(config: QuantConfig, dense: list[str]) -> dict[str, Any]:
+    """The entry of ``config.json``: the format, and the linear layers that stay dense; bitsandbytes' own, if it has the format."""
+    name = codebook(config.format).name
+    if storable(config.format, config.blocksize):
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": name,
+            "bnb_4bit_use_double_quant": config.double_quant,
+            "bnb_4bit_compute_dtype": "float32",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": dense or None,
+        }
     return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": codebook(config.format).name,
-        "bnb_4bit_use_double_quant": config.double_quant,
-        "bnb_4bit_compute_dtype": "float32",
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": dense or None,
+        "quant_method": METHOD,
+        "format": name,
+        "bits": codebook(config.format).bits,
+        "blocksize": config.blocksize,
+        "double_quant": config.double_quant,
+        "dense_modules": dense or None,
     }
 
 
@@ -78,7 +100,7 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: the folder holds something, or cannot be written; nothing is left then. StateError: nothing is packed, or
-            adapters are in the model, or a tensor holds NaN or infinity. QuantizationError: a format that bitsandbytes does not have.
+            adapters are in the model, or a tensor holds NaN or infinity.
     """
     in_new_folder(refuse_occupied(folder), lambda staged: write_packed(model, staged))
 
@@ -87,8 +109,11 @@ def write_packed(model: Any, folder: Path) -> None:
     tensors = packed_state_dict(model)
     refuse_nonfinite(tensors.items(), "the packed model")
     layers = [module for module in model.modules() if is_quantized(module)]
+    layers.sort(
+        key=lambda layer: storable(layer.book, layer.blocksize)
+    )  # one that bitsandbytes lacks makes the folder our own
     nested = any(layer.double_quant for layer in layers)
-    quantization = bitsandbytes_entry(QuantConfig(layers[0].book, layers[0].blocksize, nested), dense_linears(model))
+    quantization = packed_entry(QuantConfig(layers[0].book, layers[0].blocksize, nested), dense_linears(model))
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
@@ -99,13 +124,47 @@ def write_packed(model: Any, folder: Path) -> None:
 
 
 def is_packed_folder(folder: str) -> bool:
-    """Whether a local folder's config says that bitsandbytes packed it in four bits."""
+    """Whether a local folder's config says that it is packed, by bitsandbytes in four bits or by minilora."""
+    said = _entry(folder)
+    return said.get("quant_method") == METHOD or (
+        said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
+    )
+
+
+def packing_said(folder: str) -> QuantConfig:
+    """How a packed folder's config says that it is packed. A codebook that is not known here has levels of no meaning.
+
+    Raises:
+        CheckpointError: the config says what no packed folder does.
+    """
+    said = _entry(folder)
+    if said.get("quant_method") == METHOD:
+        name, bits, size = said.get("format"), said.get("bits"), said.get("blocksize")
+        nested = said.get("double_quant")
+    else:
+        name, bits, size, nested = said.get("bnb_4bit_quant_type"), 4, 64, said.get("bnb_4bit_use_double_quant", False)
+        name = name if name in OF_BITSANDBYTES else None
+    try:
+        if not (isinstance(name, str) and name.isidentifier() and type(bits) is int and bits in (2, 3, 4, 8)):
+            raise ConfigError("format")
+        if type(nested) is not bool:
+            raise ConfigError("double_quant")
+        book = CODEBOOKS.get(name) or Codebook(name, (0.0,) * 2**bits, "only its width is known")
+        return QuantConfig(book, size, nested)  # type: ignore[arg-type]
+    except ConfigError:
+        raise CheckpointError(
+            f"model {folder!r}: its config.json says that it is packed as {str(said)[:200]}; wanted a format, its bits, a blocksize, and "
+            "double quantization true or false, as a packed folder has them"
+        ) from None
+
+
+def _entry(folder: str) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     try:
         said = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False
-    return isinstance(said, dict) and said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def load_packed(
@@ -149,7 +208,7 @@ def _fill(
     for weight, suffixes in groups.items():
         own = {suffix: tensors.read(weight + suffix) for suffix in suffixes}
         path = weight.removesuffix(".weight")
-        layer = _packed_layer(model, path, from_bitsandbytes(own, weight), tensors, left, dtype)
+        layer = _packed_layer(model, path, from_disk(own, weight), tensors, left, dtype)
         if rows is not None:
             rows.keep_packed(path, layer)
         model.set_submodule(path, layer.to(device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import ConfigError
 from minilora.hf.devices import Place, choose, settled
 from minilora.hf.folders import read_config
 from minilora.hf.load import load_model, resolve
-from minilora.hf.packed import is_packed_folder
+from minilora.hf.packed import is_packed_folder, packing_said
 from minilora.hf.places import AUTO, packing
 from minilora.hf.trials import PlanJob
 from minilora.lora.inject import inject
@@ -25,7 +24,6 @@ from minilora.measure.plan import Memory, measure, pack_on_paper, predict, while
 from minilora.measure.worker import Worker
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.qlora.quantize_model import quantizable_paths, quantize_model
-from minilora.quant.codebooks import ON_DISK
 from minilora.quant.config import QuantConfig
 from minilora.training.losses import token_losses
 
@@ -120,14 +118,7 @@ def _quantization(job: PlanJob) -> QuantConfig | None:
     """How the weights will be packed; a folder that is packed already says so itself."""
     place = resolve(job.model)
     if is_packed_folder(place):
-        said = json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        kind, nested = said.get("bnb_4bit_quant_type"), said.get("bnb_4bit_use_double_quant", False)
-        if kind not in ON_DISK or not isinstance(nested, bool):
-            raise CheckpointError(
-                f"model {job.model!r}: its config.json says that it is packed as {str(kind)[:100]!r}, double quantization "
-                f"{str(nested)[:100]}; wanted {' or '.join(ON_DISK)}, and true or false"
-            )
-        return QuantConfig(kind, double_quant=nested)
+        return packing_said(place)
     return packing(job.quant, job.double_quant)
 
 

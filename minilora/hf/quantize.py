@@ -1,4 +1,4 @@
-"""``minilora quantize``: a model read dense, packed, and written as a folder that bitsandbytes' users can open too."""
+"""``minilora quantize``: a model read dense, packed, and written as a folder; of nf4 and fp4 one that bitsandbytes' users can open too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from minilora.hf.load import load_model, load_tokenizer, resolve
 from minilora.hf.packed import is_packed_folder, write_packed
 from minilora.qlora.calibrate import calibrate
 from minilora.qlora.quantize_model import quantize_model
-from minilora.quant.bnb import storable
-from minilora.quant.codebooks import codebook
 from minilora.quant.config import QuantConfig
 
 __all__ = ["quantize_to_folder"]
@@ -40,15 +38,10 @@ def quantize_to_folder(
         trust_remote_code, device: as for ``load_model``.
 
     Raises:
-        ConfigError: weighted scales without calibration text, or a format that the folder cannot hold. CheckpointError: ``out`` holds
+        ConfigError: weighted scales without calibration text. CheckpointError: ``out`` holds
             something already.
     """
     target = refuse_occupied(out)
-    if not storable(config.format, config.blocksize):
-        raise ConfigError(
-            f"format={codebook(config.format).name!r}, blocksize={config.blocksize}: bitsandbytes' files cannot hold that; wanted nf4 or "
-            "fp4, blocksize 64 to 4096"
-        )
     if config.scale == "weighted" and calibration is None:
         raise ConfigError("scale='weighted' wants text to calibrate on; give --calibration FILE.jsonl")
     if is_packed_folder(resolve(model)):

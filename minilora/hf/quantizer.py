@@ -4,7 +4,7 @@
 
 Weights are packed one by one while they are read, so memory holds the packed model and a few dense tensors, never the dense model.
 Every linear layer but the output head becomes the same ``QuantLinear`` that ``quantize_model`` makes. ``save_pretrained`` writes
-bitsandbytes' format (``packed.py``). transformers 5.24 is what the tests run with.
+bitsandbytes' format where it has one (``packed.py``). transformers 5.24 is what the tests run with.
 """
 
 from __future__ import annotations
@@ -24,22 +24,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from minilora.errors import CheckpointError, ConfigError, MiniLoraError, QuantizationError, TargetError, nearest
 from minilora.files import validate
-from minilora.hf.packed import bitsandbytes_entry, dense_linears, packed_state_dict
+from minilora.hf.packed import METHOD, dense_linears, packed_entry, packed_state_dict
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
 from minilora.lora.match import ALL_LINEAR
 from minilora.lora.slots import has_adapters
 from minilora.lora.targets import Selection, check_form
 from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
-from minilora.quant.bnb import storable
-from minilora.quant.codebooks import Codebook, codebook
+from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import empty_quantized
 from minilora.training.rows import Rows
 
 __all__ = ["NF4Config", "NF4Quantizer"]
 
-_METHOD = "minilora"
 logger = logging.get_logger(__name__)
 
 
@@ -52,7 +50,7 @@ class Failure:
         return self
 
 
-@register_quantization_config(_METHOD)
+@register_quantization_config(METHOD)
 class NF4Config(QuantizationConfigMixin):
     """How ``from_pretrained`` packs linear layers; the fields of ``QuantConfig`` (NF4, blocksize 64, single, absmax by default).
 
@@ -84,7 +82,7 @@ class NF4Config(QuantizationConfigMixin):
         chosen = validate.names("skip_modules", skip_modules)
         if scale == "weighted" and not importance:
             raise ConfigError("scale='weighted': wanted importance=minilora.calibrate(model, batches)")
-        self.quant_method = _METHOD
+        self.quant_method = METHOD
         self.skip_modules = None if chosen is None else list(chosen)
         self.importance = importance
         if target_modules is not None:
@@ -95,9 +93,14 @@ class NF4Config(QuantizationConfigMixin):
         self.rows: Rows | None = None
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """transformers asks for it where a folder's config says ``quant_method: minilora``. Raises ``ConfigError``."""
+        raise ConfigError("this folder is packed in minilora's own layout; open it with minilora.hf.load_model(folder)")
+
     def to_dict(self) -> dict[str, Any]:
-        """The entry of ``config.json``: bitsandbytes', so that any program that reads its checkpoints reads this one."""
-        return bitsandbytes_entry(self.quant, self.dense or self.skip_modules or [])
+        """The entry of ``config.json``: bitsandbytes' where it has the format, for any program that reads its checkpoints."""
+        return packed_entry(self.quant, self.dense or self.skip_modules or [])
 
 
 def packing_config(quant: QuantConfig | None, rows: Rows | None = None) -> NF4Config:
@@ -161,7 +164,7 @@ class _Pack(ConversionOps):
         return {f"{path}.{part}": values for part, values in packed.state_dict().items()}
 
 
-@register_quantizer(_METHOD)
+@register_quantizer(METHOD)
 class NF4Quantizer(HfQuantizer):
     """What transformers asks while it loads, saves and trains a model."""
 
@@ -246,13 +249,8 @@ class NF4Quantizer(HfQuantizer):
         return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
 
     def is_serializable(self) -> bool:
-        """Whether ``save_pretrained`` can write the model: only formats that bitsandbytes has."""
-        quant = self.quantization_config.quant
-        if storable(quant.format, quant.blocksize):
-            return True
-        name = codebook(quant.format).name
-        logger.warning(f"{name}, blocksize {quant.blocksize}: bitsandbytes stores nf4 and fp4, blocksize 64 to 4096")
-        return False
+        """Whether ``save_pretrained`` can write the model."""
+        return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         if not any(is_quantized(layer) for layer in model.modules()):  # all merged: an ordinary dense model

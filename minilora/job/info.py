@@ -19,9 +19,10 @@ from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes, refuse_path
 from minilora.files.tensors import open_tensors
 from minilora.hf.known_base import linear_layers
-from minilora.hf.packed import is_packed_folder
+from minilora.hf.packed import METHOD, is_packed_folder, packing_said
 from minilora.job.record import read_record
 from minilora.quant.bnb import is_state, weight_of
+from minilora.quant.codebooks import codebook
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, Stored, read_adapter
 from minilora.store.contents import Layer, layers_in, others_in
 from minilora.store.servers import servers_of
@@ -175,15 +176,18 @@ def _model(place: Path) -> dict[str, Any]:
         found["dtypes"] = _counted(tensors.dtype(name) for name in rest)
         found["dense_parameters"] = sum(math.prod(tensors.shapes[name]) for name in rest)
     if packed:
-        said = config["quantization_config"]
+        packing = packing_said(str(place))
+        own = config["quantization_config"]["quant_method"] == METHOD
         found |= {
-            "format": said.get("bnb_4bit_quant_type"),
-            "double_quant": bool(said.get("bnb_4bit_use_double_quant")),
+            "format": codebook(packing.format).name,
+            "double_quant": packing.double_quant,
             "packed_layers": len(weights),
         }
         found["servers"] = [
             {"name": "minilora", "takes": "as it is", "why": f"--model {place}"},
-            {"name": "transformers", "takes": "as it is", "why": "with bitsandbytes, whose layout it is"},
+            {"name": "transformers", "takes": "no", "why": "the layout is minilora's own; it opens nf4 and fp4"}
+            if own
+            else {"name": "transformers", "takes": "as it is", "why": "with bitsandbytes, whose layout it is"},
             {"name": "llama.cpp", "takes": "no", "why": "it packs weights in its own way, from a dense model"},
         ]
     return found

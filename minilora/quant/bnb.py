@@ -1,8 +1,8 @@
-"""A quantized weight as bitsandbytes stores it, and back: the one format in which packed base models are kept on disk.
+"""A quantized weight as bitsandbytes stores it, and back. What it has no layout for: ``quant/on_disk.py``.
 
 Beside ``W`` (codes, first weight in the high nibble) lie ``W.absmax``, ``W.quant_map``, with double quantization ``W.nested_absmax``
 and ``W.nested_quant_map``, and ``W.quant_state.bitsandbytes__nf4``, a JSON object as bytes. Nothing of a file is believed: every size
-is compared before a weight is built from it. bitsandbytes need not be installed.
+is compared before a weight is built from it. bitsandbytes need not be installed. Next file: ``quant/on_disk.py``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,27 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError, QuantizationError
 from minilora.files.parse import parse_json
-from minilora.quant.codebooks import CODEBOOKS, ON_DISK, Codebook, codebook, dynamic_map
+from minilora.quant.codebooks import CODEBOOKS, OF_BITSANDBYTES, Codebook, codebook, dynamic_map
 from minilora.quant.finite import is_finite
 from minilora.quant.nested import NESTED_BLOCKSIZE
 from minilora.quant.quantized import QuantizedTensor
 
-__all__ = ["from_bitsandbytes", "is_state", "storable", "to_bitsandbytes", "weight_of"]
+__all__ = [
+    "from_bitsandbytes",
+    "is_state",
+    "laid_out",
+    "named_state",
+    "restored",
+    "state_content",
+    "storable",
+    "table_of",
+    "to_bitsandbytes",
+    "weight_of",
+]
 
-_STATE = "quant_state.bitsandbytes__"
-_BOOKS = {name: CODEBOOKS[name] for name in ON_DISK}
+_STATE = ".quant_state.bitsandbytes__"
+STATES = (_STATE, ".quant_state.minilora__")  # the second one's layout is in ``quant/on_disk.py``
+_BOOKS = {name: CODEBOOKS[name] for name in OF_BITSANDBYTES}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
 _STORAGES = (torch.uint8, *_FLOATS)  # bnb_4bit_quant_storage
@@ -40,13 +52,14 @@ _LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes about 200
 
 def is_state(name: str) -> bool:
     """Whether this tensor's name marks a packed weight: the file decides, weight by weight, not the config."""
-    return f".{_STATE}" in name
+    return any(mark in name for mark in STATES)
 
 
 def weight_of(name: str) -> str:
     """The weight that a tensor of this name would belong to; the name itself where nothing is appended to it."""
-    whole = name.partition(f".{_STATE}")[0]
-    return next((whole.removesuffix(part) for part in _PARTS if whole.endswith(part)), whole)
+    for mark in STATES:
+        name = name.partition(mark)[0]
+    return next((name.removesuffix(part) for part in _PARTS if name.endswith(part)), name)
 
 
 def storable(format: str | Codebook, blocksize: int) -> bool:
@@ -67,11 +80,18 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
             f"{kind}, {len(weight.shape)}-D, blocksize {weight.blocksize}: bitsandbytes cannot store that; it stores nf4 and fp4, 2-D, "
             "blocksize 64 to 4096"
         )
+    return laid_out(weight, _STATE, {})
+
+
+def laid_out(weight: QuantizedTensor, mark: str, more: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a weight, with ``mark`` before its format in the name of the state, which says ``more`` beside what it always does."""
+    kind = weight.book.name
     state: dict[str, Any] = {
         "quant_type": kind,
         "blocksize": weight.blocksize,
         "dtype": next((name for name, kind in _DTYPES.items() if kind == weight.dtype), "float32"),
         "shape": list(weight.shape),
+        **more,
     }
     tensors = {"": weight.packed.reshape(-1, 1), ".absmax": weight.absmax, ".quant_map": weight.book.table()}
     if weight.nested_absmax is not None and weight.nested_offset is not None:
@@ -81,7 +101,7 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
             "nested_offset": float(weight.nested_offset),
         }
         tensors |= {".nested_absmax": weight.nested_absmax, ".nested_quant_map": dynamic_map()}
-    tensors[f".{_STATE}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
+    tensors[f"{mark}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
     return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -95,18 +115,29 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTens
         CheckpointError: something is missing, of a wrong size, or not what bitsandbytes writes; the message names it.
     """
     kind, state = _read_state(tensors, name)
-    book, shape = _BOOKS[kind], torch.Size(state["shape"])
+    book = _BOOKS[kind]
+    if not torch.equal(table_of(tensors, name, 16), book.table()):
+        raise CheckpointError(f"{name}.quant_map: is not the table of {kind}; the file was not written by bitsandbytes")
+    return restored(tensors, name, book, state)
+
+
+def table_of(tensors: Mapping[str, Tensor], name: str, count: int) -> Tensor:
+    """The levels that are stored beside a weight, so many of them, in fp32. Raises ``CheckpointError`` for another number."""
+    table = _wanted(tensors, ".quant_map", name)
+    _sized(table, count, name + ".quant_map", "levels")
+    return table.float().cpu().reshape(-1)
+
+
+def restored(tensors: Mapping[str, Tensor], name: str, book: Codebook, state: Mapping[str, Any]) -> QuantizedTensor:
+    """The weight of a state that ``state_content`` has checked, in codes of ``book``. Raises as ``from_bitsandbytes``."""
+    shape = torch.Size(state["shape"])
     blocks = math.ceil(shape.numel() / state["blocksize"])
     packed = _of(_STORAGES, _wanted(tensors, "", name), name).contiguous().view(-1).view(torch.uint8)
-    _sized(packed, math.ceil(shape.numel() / 2), name, "bytes of codes")
-    table = _wanted(tensors, ".quant_map", name)
-    _sized(table, 16, name + ".quant_map", "levels")
-    if not torch.equal(table.float().cpu(), book.table()):
-        raise CheckpointError(f"{name}.quant_map: is not the table of {kind}; the file was not written by bitsandbytes")
+    _sized(packed, math.ceil(shape.numel() * book.bits / 8), name, "bytes of codes")
     absmax = _wanted(tensors, ".absmax", name).reshape(-1)
     _sized(absmax, blocks, name + ".absmax", "scales")
-    if shape[-1] % 2 == 0:
-        packed = packed.view(*shape[:-1], shape[-1] // 2)
+    if shape[-1] * book.bits % 8 == 0:
+        packed = packed.view(*shape[:-1], shape[-1] * book.bits // 8)
     dtype = _DTYPES[state["dtype"]]
     if "nested_blocksize" not in state:
         scales = _finite(_of(_FLOATS, absmax, name + ".absmax").float(), name + ".absmax")
@@ -126,13 +157,26 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> QuantizedTens
 
 def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str, Any]]:
     """Kind and content of the JSON object, every field of it checked."""
-    found = [suffix for suffix in tensors if suffix.startswith(f".{_STATE}")]
+    kind, where = named_state(tensors, name, _STATE)
+    if kind not in _BOOKS:
+        raise CheckpointError(f"{where}: is no quant_state of nf4 or fp4; wanted JSON as bytes")
+    return kind, state_content(tensors, name, _STATE + kind)
+
+
+def named_state(tensors: Mapping[str, Tensor], name: str, mark: str) -> tuple[str, str]:
+    """The format in the name of a weight's one state, and that name. Raises ``CheckpointError`` if there is not one."""
+    found = [suffix for suffix in tensors if suffix.startswith(mark)]
     if len(found) != 1:
         raise CheckpointError(f"{name}: has {len(found)} quant_state tensors; wanted one")
-    raw, where = tensors[found[0]], name + found[0]
-    kind = found[0].removeprefix(f".{_STATE}")
-    if kind not in _BOOKS or raw.dtype != torch.uint8 or raw.numel() > _LONGEST_STATE:
-        raise CheckpointError(f"{where}: is no quant_state of nf4 or fp4; wanted JSON as bytes")
+    return found[0].removeprefix(mark), name + found[0]
+
+
+def state_content(tensors: Mapping[str, Tensor], name: str, suffix: str) -> dict[str, Any]:
+    """The JSON object of a state, every field of it checked that both layouts have."""
+    raw, where = tensors[suffix], name + suffix
+    kind = suffix.rpartition("__")[2]
+    if raw.dtype != torch.uint8 or raw.numel() > _LONGEST_STATE:
+        raise CheckpointError(f"{where}: is no quant_state of {kind[:64]}; wanted JSON as bytes")
     try:
         state = parse_json(bytes(raw.flatten().tolist()))
     except ValueError as error:
@@ -142,7 +186,7 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
             f"{where}: {str(state)[:120]} is not a state that minilora reads; wanted 2-D, blocksize a power of two from 32 to 4096, "
             "nested by 256 in float32"
         )
-    return kind, state
+    return state
 
 
 def _is_state(state: Mapping[str, Any], kind: str) -> bool:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 __all__ = [
     "CODEBOOKS",
     "NF4",
-    "ON_DISK",
+    "OF_BITSANDBYTES",
     "Codebook",
     "codebook",
     "dynamic_map",
@@ -182,7 +182,7 @@ NF2 = Codebook(
 
 CODEBOOKS: dict[str, Codebook] = {book.name: book for book in (NF4, FP4, E2M1, INT4, SF4, AF4, BOF4S, NF3, NF2, INT8)}
 _OURS = frozenset(CODEBOOKS)
-ON_DISK = ("nf4", "fp4")  # the formats that bitsandbytes' files hold; the others live in memory only
+OF_BITSANDBYTES = ("nf4", "fp4")  # the formats that its files hold
 
 
 def quantile_float(quantile: Callable[[float], float], bits: int, tail: float | None = None) -> list[float]:

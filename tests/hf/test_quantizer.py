@@ -103,9 +103,12 @@ def test_save_pretrained_is_bitsandbytes_format(saved, fields, tmp_path):
     assert torch.equal(load_model(str(tmp_path))(TOKENS).logits, packed(TOKENS).logits)
 
 
-def test_other_formats_are_not_saved_as_something_else(saved, tmp_path):
-    with pytest.raises(ValueError, match="not serializable"):
-        load(saved[1], format="nf3").save_pretrained(tmp_path)
+def test_what_bitsandbytes_lacks_is_saved_as_our_own(saved, tmp_path):
+    packed = load(saved[1], format="nf3", blocksize=32, double_quant=True)
+    packed.save_pretrained(tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (entry["quant_method"], entry["format"], entry["bits"], entry["blocksize"]) == ("minilora", "nf3", 3, 32)
+    assert torch.equal(load_model(str(tmp_path))(TOKENS).logits, packed(TOKENS).logits)
 
 
 def test_dequantize_gives_the_dense_model(saved):

@@ -215,33 +215,18 @@ def test_partly_packed_models_are_read_weight_by_weight(make, tmp_path, ids):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_job_leaves_a_packed_model_as_it_is(tmp_path, monkeypatch):
-    from minilora.job import finetune
-    from minilora.training.loop import TrainConfig
+def test_a_job_leaves_a_packed_model_as_it_is(monkeypatch):
+    from minilora.job import told
+    from minilora.job.settings import Job
 
-    class Stop(Exception):
-        pass
-
-    said, seen = [], []
+    said = []
     model = packed(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 48), "v_proj": torch.nn.Linear(64, 64)}).eval())
-    layer = model.q_proj
-    monkeypatch.setattr(finetune, "load_model", lambda *_, **__: model)
-    monkeypatch.setattr(finetune, "skeleton", lambda *_, **__: model)
-    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_, **__: None)
-    monkeypatch.setattr(finetune, "is_packed_folder", lambda place: True)
-    monkeypatch.setattr(finetune, "encoded", lambda *_: ([], []))
-    monkeypatch.setattr(
-        finetune, "inject", lambda adapted, _, **__: seen.append(adapted.q_proj) or (_ for _ in ()).throw(Stop)
-    )
-    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    job = finetune.Job(
-        "m", str(tmp_path / "d.jsonl"), str(tmp_path / "out"), eval_share=0.0, training=TrainConfig(steps=1)
-    )
-    with pytest.raises(Stop):
-        finetune.fine_tune(job, said.append)
-    assert seen == [layer] and any("packed already (nf4)" in line for line in said)
+    monkeypatch.setattr(told, "is_packed_folder", lambda place: True)
+    job = Job("m", "d.jsonl", "out")
+    told.say_packed(job, model, said.append)
+    assert said == ["m is packed already (nf4), and stays as it is"]
     with pytest.raises(ConfigError, match="quant='nf3': m is packed as nf4 already"):
-        finetune.fine_tune(dataclasses.replace(job, quant="nf3"), said.append)
+        told.say_packed(dataclasses.replace(job, quant="nf3"), model, said.append)
 
 
 def test_what_cannot_be_saved_packed_says_so(make, tmp_path):
@@ -274,7 +259,7 @@ def test_a_folder_that_does_not_fit_is_named(make, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "sf4"], "--format='sf4': wanted nf4 or fp4"),
+        (["--format", "sf5"], "sf5"),
         (["--scale", "weighted"], "give --calibration FILE.jsonl"),
         (["--scale", "best"], "scale='best'"),
         (["--blocksize", "48"], "blocksize=48"),
