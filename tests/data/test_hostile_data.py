@@ -128,7 +128,7 @@ def test_an_answer_and_a_prompt_are_shown_as_text(monkeypatch, capsys, tmp_path)
     answers = [{"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE + "\ud800"}]
     outcome = SimpleNamespace(answers=answers, losses=[1.0], seconds={"all": 1.0}, peak_mb=0.0, folder=tmp_path)
     monkeypatch.setattr("minilora.job.finetune.fine_tune", lambda job: outcome)
-    run_job(SimpleNamespace(training=SimpleNamespace(steps=1)))
+    run_job(SimpleNamespace(training=SimpleNamespace(steps=1), dry_run=False))
     said = capsys.readouterr().out
     assert said.count("owned") == 3 and not STEERS & set(said) and "\\ud800" in said
 

@@ -94,7 +94,7 @@ def test_who_may_not_is_told_in_a_line(hub, repo, change, said):
 
 
 def test_a_run_that_may_not_be_pushed_does_not_begin(hub, make_job, tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.job.finetune.look_at", lambda path: pytest.fail("the data was read"))
+    monkeypatch.setattr("minilora.job.finetune.looked_at", lambda *_: pytest.fail("the data was read"))
     hub.fails = {"whoami": ConnectionError("offline")}
     with pytest.raises(ConfigError, match="does not say who you are"):
         fine_tune(make_job(tmp_path / "run", push_to_hub="me/mine"), lambda line: None)

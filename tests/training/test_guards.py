@@ -308,6 +308,7 @@ def test_a_merged_model_that_is_not_finite_elsewhere_is_not_written(adapted, mak
         each.model.norm.weight.data[5] = value
     save_adapter(trained, tmp_path / "adapter")
     monkeypatch.setattr(merging, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(merging, "load_tokenizer", lambda *_: None)
     with pytest.raises(
         StateError, match=r"model\.norm\.weight holds NaN or infinity, so the merged model is not written"
     ):
