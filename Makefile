@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 COUNT ?= 10000000
 SHELL := bash
 
@@ -23,16 +24,16 @@ PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c co
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, ARGS goes to demo, test, test-all, coverage, mutants, fuzz, kernels and gpu"
+	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, WORKERS=$(WORKERS) processes run the tests, ARGS goes to demo, test, test-all, coverage, mutants, fuzz, kernels and gpu"
 
 demo: $(VENV)/.installed-demo $(VENV)/.installed-$(MODEL) ## fine-tune a small language model on this computer (ARGS="--help" for options)
 	@$(BIN)/minilora demo $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (ARGS="tests/laws -x" for some of them)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
 
 docs: $(VENV)/.installed-docs ## the documentation as a site, build/docs/index.html; a warning or a dead link fails
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs

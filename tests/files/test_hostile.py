@@ -10,7 +10,7 @@ from minilora import LoraConfig, inject, load_adapter, save_adapter
 from minilora.errors import WriteError
 from minilora.files import read, staging, write
 from minilora.files.disk import Disk
-from minilora.training import checkpoint, resume
+from minilora.training import checkpoint, left
 
 
 def contents(folder):
@@ -165,5 +165,5 @@ def test_checkpoints_of_another_program_and_links_named_so_are_not_removed(tmp_p
     checkpoint.prune(tmp_path, 1)
     kept = {"checkpoint-7", "checkpoint-500", "checkpoint-3", "log.jsonl", "docs"}
     assert {path.name for path in tmp_path.iterdir()} == kept
-    resume.clear(tmp_path)
+    left.clear(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept - {"checkpoint-3", "log.jsonl"}
