@@ -100,7 +100,9 @@ def test_fields_of_peft_are_taken_at_their_defaults():
         LoraConfig(nonsense=1)
 
 
-@pytest.mark.parametrize("names", [["v", "q", "v"], ("q", "v"), {"v", "q"}, frozenset("qv")], ids=lambda names: type(names).__name__)
+@pytest.mark.parametrize(
+    "names", [["v", "q", "v"], ("q", "v"), {"v", "q"}, frozenset("qv")], ids=lambda names: type(names).__name__
+)
 def test_names_become_a_sorted_tuple(names):
     assert LoraConfig(target_modules=names).target_modules == ("q", "v")
 
