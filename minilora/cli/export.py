@@ -11,6 +11,7 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.folders import new_folder
 from minilora.cli.parser import one_of
 from minilora.cli.plugins import add_plugin_flag
+from minilora.cli.remembered import tell_system
 from minilora.cli.say import say
 from minilora.job.settings import Job
 from minilora.store.programs import TARGETS
@@ -38,6 +39,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write it, and say with which rank."""
     from minilora.hf.folders import refuse_occupied
+    from minilora.job.record import read_record
     from minilora.store.export import export_adapter, export_folder
 
     refuse_occupied(arguments.out)
@@ -53,25 +55,30 @@ def run(arguments: argparse.Namespace) -> None:
         rank = export_adapter(model, arguments.out, arguments.target)
     else:
         rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)
+    record = read_record(arguments.adapter)
     hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
     say(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
+    if record is not None:
+        tell_system(record)
 
 
 def _base(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How ``load_model`` loads the base, where one is needed: the one that is named, or the one that the run remembers. {} without."""
-    if arguments.model:
-        return {"name": arguments.model}
+    """How ``load_model`` loads the base, where one is needed: as the run had it, and dense where no run remembers. {} without.
+
+    What the adapter is hangs on its base, packed or not, so a model that is named is packed as the run's was.
+    """
     from minilora.job.record import read_record
     from minilora.store.adapter_files import read_adapter
 
     record = read_record(arguments.adapter)
-    if record is None or read_adapter(arguments.adapter).variant == "lora":
+    if not arguments.model and (record is None or read_adapter(arguments.adapter).variant == "lora"):
         return {}
+    if record is None:
+        return {"name": arguments.model}
     import torch
 
     from minilora.job.in_hand import to_pack
 
-    say(
-        f"a variant that depends on its base: {record.model}, {record.packing}, as the run of {arguments.adapter} had it"
-    )
-    return {"name": record.model, "dtype": getattr(torch, record.dtype), "quant": to_pack(record.packing)}
+    name = arguments.model or record.model
+    say(f"the base: {name}, {record.packing}, in {record.dtype}, as the run of {arguments.adapter} had it")
+    return {"name": name, "dtype": getattr(torch, record.dtype), "quant": to_pack(record.packing)}

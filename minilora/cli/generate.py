@@ -42,7 +42,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser, length: Flag) -> None:
     """The flags of a command that asks a model; ``length`` is the one of its answers."""
     add_plugin_flag(parser)
-    model = fields_of(Job, ("model", "quant", "device", "dtype", "attention", "trust_remote_code"))
+    model = fields_of(Job, ("model", "quant", "double_quant", "device", "dtype", "attention", "trust_remote_code"))
     model["model"] = BASE
     for name, words in (("quant", QUANT_CHOICES), ("dtype", DTYPE_CHOICES)):
         model[name] = dataclasses.replace(model[name], choices=words)
@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments.prompt) or (record.prompts if record else [])
     if not prompts:
         raise ConfigError("prompt: missing; see minilora generate --help")
+    validate.texts("prompt", prompts)
     import torch
 
     from minilora.hf import answers
@@ -109,7 +110,7 @@ def loaded(arguments: argparse.Namespace, record: Record | None) -> tuple[Any, A
     from minilora.training.progress import busy
 
     place = choose(arguments.device, arguments.dtype, arguments.attention)
-    trust, quant = arguments.trust_remote_code, packing(arguments.quant or "none", True)
+    trust, quant = arguments.trust_remote_code, packing(arguments.quant or "none", arguments.double_quant)
     if arguments.quant is None and record is not None:
         quant = to_pack(record.packing)
     tokenizer = load_tokenizer(arguments.model, trust)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minilora.cli.flags import Flag, add_flags
+from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.say import say
 
 USAGE = "FOLDER [--json]"
@@ -20,6 +21,7 @@ _WIDTH = 16  # of the names of facts
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora info`` takes."""
+    add_plugin_flag(parser)
     what = "an adapter (ours or PEFT's), a run, a checkpoint of one, or a packed model (required)"
     parser.add_argument("folder", help=what)
     add_flags(parser, "output", [Flag("json", bool, False, "print all of it as JSON, for a program to read")])

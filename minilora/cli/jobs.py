@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from minilora.cli.program import command
 from minilora.cli.say import say
 
 
@@ -29,4 +30,5 @@ def run_job(job: Any) -> Any:
     say(
         f"{outcome.folder}: adapter_model.safetensors, adapter_config.json, log.jsonl; open {outcome.folder / 'report.html'}"
     )
+    say(f"next: {command('chat', '--adapter', str(outcome.folder))}")
     return outcome

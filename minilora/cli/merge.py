@@ -11,7 +11,7 @@ from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import add_flags, fields_of
 from minilora.cli.folders import DTYPE, check_dtype, new_folder
 from minilora.cli.plugins import add_plugin_flag
-from minilora.cli.remembered import BASE, as_trained, recall, tell_differences
+from minilora.cli.remembered import BASE, as_trained, recall, tell_differences, tell_system
 from minilora.cli.say import say
 from minilora.job.settings import Job
 
@@ -57,21 +57,23 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"merged model in {folder}, merged on {place.said}")
     if record is not None:
         say(_measured(arguments, record))
+        tell_system(record)
 
 
 def _look(arguments: argparse.Namespace, record: Record, model: Any, tokenizer: Any) -> None:
     from minilora.job.in_hand import differences
+    from minilora.job.record import Packing
     from minilora.job.sessions import template_sha256
 
-    dense = dataclasses.replace(
-        record, packing=dataclasses.replace(record.packing, quant="none"), dtype=arguments.dtype
-    )
+    packing = record.packing if record.packing.by_folder else Packing("none")
+    dense = dataclasses.replace(record, packing=packing, dtype=arguments.dtype)
     tell_differences(arguments.adapter, differences(dense, model, template_sha256(tokenizer), arguments.dtype))
 
 
 def _measured(arguments: argparse.Namespace, record: Record) -> str:
     """What base the answers in the report of the run are those of, and whether that is what they were merged into."""
-    packed, merged = record.packing.quant != "none", f"the dense {arguments.model} in {arguments.dtype}"
+    packed = record.packing.quant != "none" and not record.packing.by_folder
+    merged = f"{'the dense ' * packed}{arguments.model} in {arguments.dtype}"
     base = f"{record.model}, {record.packing}, in {record.dtype}"
     apart = packed or record.dtype != arguments.dtype or record.model != arguments.model
     rest = f"; this is merged into {merged}, whose answers can be others: ask it before you rely on it" if apart else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minilora.cli.flags import Flag, add_flags
+from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.say import say
 
 USAGE = "RUN REPO [--private]"
@@ -15,6 +16,7 @@ EXAMPLES = """\
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora push`` takes."""
+    add_plugin_flag(parser)
     parser.add_argument("folder", metavar="RUN", help="a run, or the folder of an adapter (required)")
     parser.add_argument(
         "repo", metavar="REPO", help="repository on the Hub: OWNER/NAME, or NAME of your own (required)"

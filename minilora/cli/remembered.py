@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from minilora.errors import ConfigError
 if TYPE_CHECKING:
     from minilora.job.record import Record
 
-__all__ = ["BASE", "as_trained", "recall", "tell_differences"]
+__all__ = ["BASE", "as_trained", "recall", "tell_differences", "tell_system"]
 
 BASE = Flag("model", str, None, 'hub id, local folder, or "smollm2"', otherwise="as the run of --adapter was trained")
 
@@ -44,11 +45,21 @@ def recall(arguments: argparse.Namespace, **otherwise: Any) -> Record | None:
             value = known.get(name)
             setattr(arguments, name, otherwise.get(name) if value is None else value)
     if arguments.model is None:
+        if arguments.adapter and not os.path.exists(arguments.adapter) and arguments.adapter.count("/") != 1:
+            raise ConfigError(
+                f"--adapter={arguments.adapter!r}: no such folder; wanted a run, or the folder of an adapter"
+            )
         where = (
             f"{arguments.adapter} holds no job.json of a run that remembers it" if arguments.adapter else "no --adapter"
         )
         raise ConfigError(f"--model: missing, and {where}; wanted a hub id, a local folder, or smollm2")
     return record
+
+
+def tell_system(record: Record) -> None:
+    """Say what no folder for another program holds: the system turn of the run."""
+    if record.system:
+        say(f"the run had the system turn {record.system!r}: ask with it, for the new folder does not have it")
 
 
 def tell_differences(adapter: str, found: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ _SWITCHES = {
 # Words that are near, and do not mean the same.
 _NEAR = {
     "packing": "pack", "sample-packing": "pack", "resume-from-checkpoint": "resume", "bits": "quant", "flash-attn": "attention",
+    "qlora": "quant",
     "finetune": "train", "fine-tune": "train", "ask": "generate", "talk": "chat", "pack": "quantize", "fuse": "merge",
     "convert": "export", "upload": "push", "memory": "plan", "benchmark": "bench", "diff": "compare", "epochs": "steps",
     "num-train-epochs": "steps",
@@ -124,7 +125,7 @@ def closest(word: str, known: Iterable[str]) -> str:
     names = list(known)
     own = {_bare(name): name for name in names}
     tables = (_NEAR, _SYNONYMS, {other: name for other, (name, _) in _SWITCHES.items()})
-    others = {other: own[name] for table in tables for other, name in table.items() if name in own}
+    others = {other: own[name] for table in tables for other, name in table.items() if name in own and other not in own}
     best = difflib.get_close_matches(_bare(word[:100]), [*own, *others], n=1, cutoff=0.75)
     return repr(others[best[0]]) if best and best[0] in others else nearest(word, names)
 

@@ -20,7 +20,7 @@ __all__ = ["settings_file"]
 _WIDTH = 100
 _HEAD = """\
 Settings of a fine-tuning job, for minilora train --config FILE. A flag on the command line wins over this file, and paths are taken from
-where the command is run. A setting that begins with # is at its default: take the # away and change it."""
+where the command is run. A setting that begins with # is at its default, or not set: take the # away and change it."""
 
 
 def settings_file(chosen: Mapping[str, Any]) -> str:

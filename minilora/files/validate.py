@@ -61,6 +61,8 @@ def texts(name: str, value: object) -> None:
         raise ConfigError(f"{name}={shown(value)}: wanted a list of texts; write [{shown(value)}]")
     if not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value):
         raise ConfigError(f"{name}={shown(value)}: wanted a list of texts")
+    for entry in value:
+        whole_text(name, entry)
 
 
 def one_or_several(name: str, value: object, least: int) -> None:
@@ -75,7 +77,7 @@ def one_or_several(name: str, value: object, least: int) -> None:
 def whole_text(name: str, value: object) -> None:
     """Text that may be empty."""
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ConfigError(f"{name}={shown(value)}: wanted text")
+        raise ConfigError(f"{name}={shown(value)}: wanted text that can be written as UTF-8")
 
 
 def pissa_rounds(init: str) -> int | None:

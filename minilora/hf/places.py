@@ -31,7 +31,11 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
 
 def check_quant(quant: str) -> None:
     """Raise ``ConfigError`` for a word that is no format."""
-    _one_of("quant", quant, ("none", *CODEBOOKS))  # with those that were registered since
+    if quant not in ("none", *CODEBOOKS):  # with those that were registered since
+        known = ", ".join(("none", *CODEBOOKS))
+        raise ConfigError(
+            f"quant={validate.shown(quant)}: wanted one of {known}; a codebook of your own is known once --plugin FILE names its file"
+        )
 
 
 def check_place(device: str, dtype: str, attention: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import for_terminal
+from minilora.errors import CheckpointError, for_terminal
 from minilora.job.given import setting_names
 from minilora.job.record import Record, read_record
 from minilora.peft.card import card_of
@@ -31,6 +31,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PRIVATE = {
     "model",
     "data",
+    "eval_data",
+    "init_from",
     "out",
     "resume",
     "overwrite",
@@ -49,9 +51,10 @@ def card_files(folder: Path, repo_id: str) -> dict[str, bytes]:
     """``README.md`` and, where matplotlib is installed, the curve of the losses as ``loss.png``.
 
     Raises:
-        CheckpointError: the folder holds no whole adapter, or a damaged record.
+        CheckpointError: the folder holds no whole adapter, or a damaged record; or its run goes on, or broke off.
     """
     stored, record, records = read_adapter(folder), read_record(folder), kept_records(folder, _ALL)
+    _refuse_unfinished(folder, record)
     drawn = _figure(records)
     parts = [
         _title(stored, record, repo_id),
@@ -63,6 +66,16 @@ def card_files(folder: Path, repo_id: str) -> dict[str, bytes]:
     ]
     text = card_of("\n\n".join(filter(None, parts)) + "\n", _base(stored), stored.config.task_type)
     return {"README.md": text.encode()} | ({FIGURE: drawn} if drawn else {})
+
+
+def _refuse_unfinished(folder: Path, record: Record | None) -> None:
+    """The adapter of a run that goes on is that of its last end, and the log is further: no card tells both."""
+    if record and record.sessions and record.sessions[-1].stop != record.settings.get("steps"):
+        ended = any("after" in answer for answer in record.answers) or not record.answers
+        if record.sessions[-1].stop is None or not ended:
+            raise CheckpointError(
+                f"{folder}: its run has not ended, and the adapter is not that of its last step; go on with it by --resume, then push it"
+            )
 
 
 def _base(stored: Stored) -> str | None:
@@ -118,7 +131,9 @@ def _loading(stored: Stored, record: Record | None, repo_id: str) -> str:
     """Commands that load the adapter in minilora, PEFT and vLLM."""
     base = _base(stored) or "BASE"
     packed = record.packing if record and record.packing.quant != "none" else None
-    flags = f" --quant {packed.quant}" if packed else ""
+    flags = f" --quant {packed.quant}{'' if packed.double_quant else ' --no-double-quant'}" if packed else ""
+    if packed and packed.by_folder:  # its own folder brings the packing
+        base, flags = (base if record and record.model == base else "FOLDER_OF_THE_PACKED_BASE"), ""
     (vllm,) = [server for server in servers_of(stored, Path(repo_id)) if server.name == "vLLM"]
     how = vllm.why.replace(stored.config.base_model_name_or_path or "BASE", base)
     serve = f"```sh\n{how}\n```" if vllm.takes == "as it is" else f"Not as it is: {_plain(how)}."

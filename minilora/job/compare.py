@@ -14,7 +14,7 @@ from typing import Any
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.read import refuse_path
 from minilora.job.given import setting_names
-from minilora.job.record import Record, read_record
+from minilora.job.record import DataFile, Record, read_record
 from minilora.report.tables import human_bytes
 from minilora.store.adapter_files import WEIGHTS_FILE
 from minilora.training.left import LOG_FILE, kept_records
@@ -33,6 +33,7 @@ _APART = {
     "private",
     "prompts",
     "data",
+    "eval_data",
     "model",
     "keep_checkpoints",
     "save_every",
@@ -117,11 +118,16 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: texts for name, texts in rows.items() if len(set(texts)) > 1}
 
 
+def _file(file: DataFile) -> str:
+    weight = "" if file.weight == 1 else f" x {file.weight:g}"
+    return f"{Path(file.path).name} ({file.sha256[:8]}){weight}{' to evaluate on' * (file.purpose != 'learn')}"
+
+
 def _said(record: Record | None) -> dict[str, str]:
     """Every setting in words; of the data what it holds, and not where it lay."""
     if record is None:
         return {}
-    files = ", ".join(f"{Path(file.path).name} ({file.sha256[:8]})" for file in record.data)
+    files = ", ".join(map(_file, record.data))
     names = setting_names() - _APART
     own = {"model": record.model, "packing": str(record.packing), "data": files, "system": record.system or "none"}
     rest = {name: _word(value) for name, value in record.settings.items() if name in names}

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from minilora.data.batches import split
 from minilora.data.encoding import Encoded
+from minilora.data.examples import Examples
 from minilora.data.records import Reading, Source, look_at_all
+from minilora.data.shapes.recognise import NAMED
 from minilora.data.sources.part import hash_of
 from minilora.data.store import Data, Way, load_data
 from minilora.errors import ConfigError
@@ -70,7 +73,10 @@ def encoded(
         raise ConfigError(
             "system: the data holds texts, and no conversation that a system turn could begin; leave it out"
         )
-    learn, held = split(range(len(data)), 0.0 if looked.held else job.eval_share, job.training.seed)
+    useful = np.flatnonzero(data.records["useful"]).tolist() or range(
+        len(data)
+    )  # nothing is held out of which nothing counts
+    learn, held = split(useful, 0.0 if looked.held else job.eval_share, job.training.seed)
     examples = data.of(_weighted(learn, looked.learn, each, job.training.seed, say))
     _say_cut(data, learn, length, say)
     evaluation: Sequence[Encoded] = data.of(held) if held else []
@@ -78,11 +84,26 @@ def encoded(
         other = Data.together([_loaded(source, tokenizer, way, say) for source in looked.held])
         _say_cut(other, range(len(other)), length, say)
         evaluation = other.of(range(len(other)))
+    if twins := _twins(examples, evaluation):
+        say(f"{twins} of {len(evaluation)} examples to evaluate on are learnt from as well, so their loss is no test")
+    if job.columns and not any(shape.startswith(NAMED) for shape in data.shapes):
+        raise ConfigError(
+            f"columns: no line has {' and '.join(column.partition('=')[2] for column in job.columns)[:200]}; look at the names of the "
+            "fields, or leave it out"
+        )
     step, steps = job.training.batch_size * job.training.accumulate, job.training.for_examples(len(examples)).steps
     say(
         f"{len(examples)} to learn from, {step} a step: {steps} steps are {steps * step / max(1, len(examples)):.1f} epochs"
     )
     return examples, evaluation
+
+
+def _twins(learn: Examples, held: Sequence[Encoded]) -> int:
+    """How many examples that are held out have the very tokens of one that is learnt from."""
+    if not isinstance(held, Examples):
+        return 0
+    known, asked = (each.table["digest"][each.chosen] for each in (learn, held))
+    return int(np.isin(asked, known).sum())
 
 
 def _loaded(source: Source, tokenizer: Any, way: Way, say: Callable[[str], None]) -> Data:

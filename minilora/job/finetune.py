@@ -49,6 +49,13 @@ from minilora.training.sharding import in_turn
 
 __all__ = ["Job", "Outcome", "fine_tune"]
 
+_OF_DATA = (
+    "eval_share",
+    "system",
+    "columns",
+    "max_length",
+    "truncate",
+)  # settings that make other examples of the same files
 _Say = Callable[[str], None]
 _Watch = Callable[[dict[str, Any]], None]
 
@@ -183,8 +190,9 @@ class _Going:
         job, model = self.job, self.model
         self.tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
         self.asks = self.processes.first or job.shard  # of a model in shards all must ask
-        known = self.processes.share(self.sessions.known(job))[0]  # the first process has the folder
-        self.prompts = list(dict.fromkeys([*known, *job.prompts]))
+        # The first process has the folder. A prompt that was asked in another way (--system) is asked anew.
+        earlier, known = self.processes.share((self.sessions.prompts, self.sessions.known(job)))[0]
+        self.prompts = list(dict.fromkeys([*earlier, *job.prompts]))
         new = [prompt for prompt in self.prompts if prompt not in known]
         if new:
             self.say(f"asking {len(new)} prompt{'s' * (len(new) > 1)} before training")
@@ -201,7 +209,7 @@ class _Going:
         """The first step comes next: the run folder gets its record."""
         first = [{"prompt": prompt, "before": self.before[prompt]} for prompt in self.prompts]
         packed = packing_of(self.model, is_packed_folder(resolve(self.job.model)))
-        files = data_files(*self.looked.learn, *self.looked.held)
+        files = data_files(self.looked.learn, self.looked.held)
         record = new_record(self.job, here, packed, self.template, self.date, files, first)
         self.sessions.begin(here, record, self.clock)
 
@@ -220,7 +228,9 @@ class _Going:
 
         options: dict[str, Any] = {"resume": job.resume, "overwrite": job.overwrite, "shard": job.shard}
         options |= {"say": self.say, "origin": self.origin, "ready": self.ready}
-        options["notes"] = {"date": self.date} if self.date else {}
+        options["notes"] = {name: str(getattr(job, name)) for name in _OF_DATA} | (
+            {"date": self.date} if self.date else {}
+        )
         asked = sample if self.prompts else None
         with self.sessions.closed_by(self.clock):
             try:

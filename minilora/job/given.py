@@ -43,13 +43,13 @@ def job_from(given: Mapping[str, Any]) -> Job:
     known = {entry.name for entry in dataclasses.fields(Job)}
     if strange := sorted(rest.keys() - known):
         raise ConfigError(f"{strange[0]}: no setting of a job; the closest are {nearest(strange[0], setting_names())}")
+    rest = {name: _as_text(value) for name, value in rest.items()}
     for name in ("model", "data", "out"):
         if name not in rest:
             raise ConfigError(f"{name} is missing; give {name}=...")
-        if isinstance(rest[name], os.PathLike):
-            rest[name] = os.fspath(rest[name])
     lora, training = rest.pop("lora", None), rest.pop("training", None)
-    if {"steps", "epochs"} <= own["training"].keys():
+    whole = isinstance(training, TrainConfig) and training.epochs is not None
+    if {"steps", "epochs"} <= own["training"].keys() | ({"epochs"} if whole else set()):
         raise ConfigError("steps and epochs both say how long the run is; give one of them")
     return Job(
         **rest,
@@ -58,6 +58,13 @@ def job_from(given: Mapping[str, Any]) -> Job:
         if training is None
         else _changed("training", training, own["training"]),
     )
+
+
+def _as_text(value: Any) -> Any:
+    """Paths as their texts, in a list too."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return [_as_text(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _lora_of(fields: dict[str, Any], init_from: Any) -> LoraConfig:

@@ -9,9 +9,11 @@ from minilora.hf.generate import answers
 from minilora.hf.places import packing
 from minilora.job.record import Packing, Record
 from minilora.job.sessions import packing_of
+from minilora.lora.slots import adapters_in
 from minilora.quant.config import QuantConfig
 from minilora.store.fingerprint import differs, strange_tensors
 from minilora.store.save import base_of
+from minilora.store.tensors import PACKED
 
 __all__ = ["answers_again", "differences", "to_pack"]
 
@@ -34,11 +36,23 @@ def differences(record: Record, model: Any, template: str, dtype: str) -> list[s
         found.append(f"in the base {strange}")
     if str(here) != str(record.packing):
         found.append(f"the base is {here}, and was {record.packing}")
+    elif here.levels != record.packing.levels:
+        found.append(f"the levels of {here.quant} are others here than they were")
+    elif not found and here.quant != "none" and _is_repacked(record, model):
+        found.append("the base holds other packed weights than it did")
     if dtype != record.dtype:
         found.append(f"its weights are {dtype}, and were {record.dtype}")
     if template != record.template:
         found.append("the chat template is another one")
     return found
+
+
+def _is_repacked(record: Record, model: Any) -> bool:
+    """Whether packed weights that were sampled are others, to the bit; of a base that an adapter has replaced nothing is known."""
+    if any(adapter.base_replaced for adapter in adapters_in(model)):
+        return False
+    then, now = record.fingerprint["samples"], base_of(model)["samples"]
+    return any(now.get(path, sample) != sample for path, sample in then.items() if sample[0] == PACKED)
 
 
 def answers_again(

@@ -42,26 +42,31 @@ class Packing:
 
     Attributes:
         quant: their format, "none" if they are dense. double_quant: whether their scales are in 8 bits. by_folder: whether the base's
-            own folder holds them so, and nothing had to be packed.
+            own folder holds them so, and nothing had to be packed. blocksize: weights that share a scale. levels: SHA-256 of the levels of
+            the format, "" where nothing is packed.
     """
 
     quant: str
     double_quant: bool = False
     by_folder: bool = False
+    blocksize: int = 64
+    levels: str = ""
 
     def __str__(self) -> str:
         if self.quant == "none":
             return "not packed"
-        return f"packed to {self.quant}" + ", double quantization" * self.double_quant
+        blocks = "" if self.blocksize == 64 else f", blocks of {self.blocksize}"
+        return f"packed to {self.quant}" + ", double quantization" * self.double_quant + blocks
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of the data: ``path`` as it was given, its SHA-256, and its weight beside the others."""
+    """One file of the data: ``path`` as it was given, its SHA-256, its weight beside the others, and what it is for: learn, or evaluate."""
 
     path: str
     sha256: str
     weight: float = 1.0
+    purpose: str = "learn"
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def _merged(how: Any, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def write_record(folder: str | os.PathLike[str], record: Record) -> None:
     """Write ``job.json`` in one step. Raises ``WriteError``."""
     content = {"version": _VERSION, **dataclasses.asdict(record)}
-    write_file(Path(folder) / RECORD_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(Path(folder) / RECORD_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read_record(folder: str | os.PathLike[str]) -> Record | None:
@@ -183,6 +188,9 @@ def _record(content: dict[str, Any]) -> Record:
     for name in ("double_quant", "by_folder"):
         validate.flag(f"packing.{name}", parts[name])
     _plain("packing.quant", packing.quant)
+    validate.whole("packing.blocksize", packing.blocksize, 32, 4096)
+    if packing.levels != "":
+        _digest("packing.levels", packing.levels)
     _place(content)
     if not is_fingerprint(content["fingerprint"]):
         raise ConfigError("fingerprint: none of a base model")
@@ -208,8 +216,7 @@ def _place(content: Mapping[str, Any]) -> None:
     if content["dtype"] not in DTYPE_NAMES:
         raise ConfigError(f"dtype: wanted one of {', '.join(DTYPE_NAMES)}")
     _plain("attention", content["attention"])
-    if not isinstance(content["system"], str):
-        raise ConfigError("system: wanted a text")
+    validate.whole_text("system", content["system"])
 
 
 def _data_file(entry: Any) -> DataFile:
@@ -217,6 +224,7 @@ def _data_file(entry: Any) -> DataFile:
     validate.text("data.path", file.path)
     _digest("data.sha256", file.sha256)
     validate.number("data.weight", file.weight, 0, _LONGEST)
+    _plain("data.purpose", file.purpose)
     return file
 
 
@@ -237,6 +245,7 @@ def _answer(entry: Any) -> dict[str, str]:
     _words("answers", entry)
     if not {"prompt", "before"} <= entry.keys() <= {"prompt", "before", "after"}:
         raise ConfigError("answers: wanted prompt, before and after")
+    validate.whole_text("answers.prompt", entry["prompt"])
     return dict(entry)
 
 

@@ -33,8 +33,17 @@ _ALL = 2**63  # steps of a log that are read
 def packing_of(model: Any, by_folder: bool = False) -> Packing:
     """How the linear layers of a model in memory are packed."""
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    formats = "-".join(sorted({module.format for module in packed}))
-    return Packing(formats or "none", any(module.double_quant for module in packed), by_folder and bool(packed))
+    if not packed:
+        return Packing("none")
+    books = {module.book.name: module.book for module in packed}
+    tables = repr([(name, books[name].signed, books[name].table().tolist()) for name in sorted(books)])
+    return Packing(
+        "-".join(sorted(books)),
+        any(module.double_quant for module in packed),
+        by_folder,
+        max(module.blocksize for module in packed),
+        hashlib.sha256(tables.encode()).hexdigest(),
+    )
 
 
 def template_sha256(tokenizer: Any) -> str:
@@ -54,9 +63,10 @@ def settings_of(job: Job) -> dict[str, Any]:
     return json.loads(json.dumps(every))
 
 
-def data_files(*sources: Source) -> tuple[DataFile, ...]:
+def data_files(learn: Sequence[Source], held: Sequence[Source]) -> tuple[DataFile, ...]:
     """The files that the examples come from."""
-    return tuple(DataFile(source.name, source.sha256) for source in sources)
+    every = [(source, "learn") for source in learn] + [(source, "evaluate") for source in held]
+    return tuple(DataFile(source.name, source.sha256, source.weight, purpose) for source, purpose in every)
 
 
 class Phases:
@@ -118,6 +128,11 @@ class Sessions:
         self.record: Record | None = None
         self.answers: Sequence[Mapping[str, str]] = ()
         self._here: RunFolder | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """What earlier sessions were asked, oldest first."""
+        return self.past.prompts if self.past else []
 
     def known(self, job: Job) -> dict[str, str]:
         """The answers before training that an earlier session was given, by prompt, if the model would give them again."""

@@ -123,6 +123,10 @@ class Job:
             "truncate",
         ):
             validate.flag(name, getattr(self, name))
+        if self.dry_run and self.resume:
+            raise ConfigError(
+                "dry_run: looks at a run from its first step, and not at one that lies there; leave resume out"
+            )
         validate.whole("start_examples", self.start_examples, 1)
         for name in ("variant", "init_from", "push_to_hub"):
             if getattr(self, name) != "":

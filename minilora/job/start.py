@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,11 @@ def saved_start(job: Job, processes: Processes) -> tuple[Job, Stored | None]:
         return job, None
     if shared_out:
         raise ConfigError("shard: an adapter that was saved goes into a whole model; leave shard or init_from out")
+    if Path(job.init_from).resolve().is_relative_to(Path(job.out).resolve()):
+        raise ConfigError(
+            f"init_from={shown(job.init_from)}: lies in {job.out}, where this run is written; go on with a run by --resume, or name "
+            "another out"
+        )
     stored = read_adapter(job.init_from)
     refuse_regexes(stored)
     if job.variant not in ("", stored.variant):

@@ -25,6 +25,8 @@ from minilora.training.settings import SINCE
 
 __all__ = ["meaning", "refuse_other"]
 
+# What a run that goes on after its end may have otherwise, because a new schedule begins.
+_OF_A_SCHEDULE = {"steps", ENDS, "lr", "schedule", "warmup", "decay", "min_lr_ratio"}
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
 
 
@@ -42,7 +44,8 @@ def meaning(
     Args:
         name: of the adapter. training: settings that change a step. data: sets of examples by what they are for.
         bits: settings that change the order of its sums alone: another value is told, and allowed.
-        notes: what may be why the data are others: ``date``, the day that the chat template printed. around: as in ``fingerprint``.
+        notes: what may be why the data are others: settings by name, and ``date``, the day that the chat template printed.
+        around: as in ``fingerprint``.
     """
     here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     here["device"] = next(model.parameters()).device.type
@@ -68,7 +71,7 @@ def refuse_other(checkpoint: Checkpoint, now: Mapping[str, Any], say: Callable[[
     """Raise ``CheckpointError`` if a checkpoint is of another run than this one, whose ``meaning`` is ``now``."""
     then, where = checkpoint.meaning, checkpoint.path
     then = then | {"training": SINCE | then["training"]}
-    longer = {"steps", ENDS} if is_longer(now["training"], checkpoint) else set()
+    longer = _OF_A_SCHEDULE if is_longer(now["training"], checkpoint) else set()
     for part, words in (("training", "schedule"), ("adapter", "adapter"), ("data", "data set")):
         keys = sorted((now[part].keys() | then[part].keys()) - longer)
         if changed := [key for key in keys if _text(now[part].get(key)) != _text(then[part].get(key))]:
@@ -104,6 +107,8 @@ def _text(value: Any) -> str:
 
 def _cause(now: Mapping[str, str], then: Mapping[str, str]) -> str:
     """Why the data may be others, and the way out."""
+    if changed := [name for name in now if name != "date" and name in then and now[name] != then[name]]:
+        return f"--{changed[0].replace('_', '-')} was {_short(then[changed[0]])} and is {_short(now[changed[0]])} ({changed[0]}=...): "
     if now.get("date") == then.get("date"):
         return ""
     was = _short(then.get("date", ""))

@@ -71,7 +71,7 @@ class Progress:
         """The run will have so many steps."""
         self.steps = steps
         if self._bar is not None and self._task is None:
-            self._task = self._bar.add_task("training", total=steps, figures="")
+            self._task = self._bar.add_task("training", total=steps, figures="", left="left")
         elif self._bar is not None:
             self._bar.update(self._task, total=steps)
 
@@ -79,7 +79,9 @@ class Progress:
     def busy(self, name: str, total: int = 0) -> Iterator[Callable[[], None]]:
         """As the function of this name."""
         if self._bar is not None:
-            task = self._bar.add_task(for_terminal(name, self.stream.encoding), total=total or None, figures="")
+            task = self._bar.add_task(
+                for_terminal(name, self.stream.encoding), total=total or None, figures="", left="left" * (total > 0)
+            )
             try:
                 yield lambda: self._bar.advance(task)
             finally:
@@ -153,7 +155,7 @@ def _rich_bar(stream: TextIO, transient: bool) -> Any:
         from rich.progress import Progress as Bar
     except ImportError:
         return None
-    left = TextColumn("left")
+    left = TextColumn("{task.fields[left]}")  # behind the time; nothing where that is not known
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -48,6 +48,9 @@ class Shape:
     rivals: tuple[str, ...] = ()
 
 
+NAMED = "columns: "  # how the shape of a record begins whose fields were named
+
+
 def columns_of(columns: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """``prompt=src`` taken apart. Raises ``ConfigError`` for what is no such pair."""
     found: dict[str, str] = {}
@@ -102,7 +105,7 @@ def _named(said: frozenset[str], columns: Mapping[str, str]) -> Shape:
             if name in said - used and name not in columns:
                 fields[name] = name
     shown = ", ".join(f"{key} as {name}" if key != name else name for name, key in columns.items() if key in said)
-    return Shape(form, shown, fields, tuple(sorted(said - set(fields.values()))))
+    return Shape(form, f"{NAMED}{shown}", fields, tuple(sorted(said - set(fields.values()))))
 
 
 # ---- shapes that a set of keys has

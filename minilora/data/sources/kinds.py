@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
 from minilora.data.sources import array, arrow, hub, lines, table, texts
@@ -37,8 +39,17 @@ def look(name: Named, say: Callable[[str], None] = lambda line: None) -> list[Pa
         return found
     if not path.is_file():
         missing = "a pipe or a device, and no file" if path.exists() else "no such file or folder"
-        raise DataError(f"{path}: {missing}; {WANTED}")
+        near = get_close_matches(path.name, _names_beside(path), 1)
+        meant = f"{near[0]} lies there, is it meant?" if near else WANTED
+        raise DataError(f"{path}: {missing}; {meant}")
     return [_look(path)]
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path.parent))
+    except OSError:
+        return []
 
 
 def _look(path: Path) -> Part:
