@@ -80,5 +80,5 @@ def _base(arguments: argparse.Namespace) -> dict[str, Any]:
     from minilora.job.in_hand import to_pack
 
     name = arguments.model or record.model
-    say(f"the base: {name}, {record.packing}, in {record.dtype}, as the run of {arguments.adapter} had it")
+    say(f"the base: {name}, {record.packing}, in {record.dtype}, as the run of {arguments.adapter} had it", error=True)
     return {"name": name, "dtype": getattr(torch, record.dtype), "quant": to_pack(record.packing)}

@@ -25,8 +25,8 @@ from minilora.training.settings import SINCE
 
 __all__ = ["meaning", "refuse_other"]
 
-# What a run that goes on after its end may have otherwise, because a new schedule begins.
-_OF_A_SCHEDULE = {"steps", ENDS, "lr", "schedule", "warmup", "decay", "min_lr_ratio"}
+# What a run that goes on after its end may have otherwise: the parts of the new schedule must fit into its steps.
+_OF_A_SCHEDULE = {"steps", ENDS, "warmup", "decay"}
 _NAMES = ("base_model_name_or_path", "auto_mapping")  # of the base, whose fingerprint says more
 
 

@@ -468,6 +468,7 @@ GOES_WITH = {
 }
 # What cannot be there together with others.
 ALONE = {
+    "dry_run",
     "epochs",
     "init_lora_weights",
     "use_dora",

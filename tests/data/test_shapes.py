@@ -136,7 +136,9 @@ def test_columns_name_what_is_meant(tmp_path):
     rows = [{"src": "hi", "tgt": "yo", "text": "x", "label": 3}, {"text": "of its own"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pair, text = records_of(look_at(path), Reading(["prompt=src", "completion=tgt"]))
-    assert pair == PAIR and pair.shape == "src as prompt, tgt as completion" and pair.notes == ("label", "text")
+    assert (
+        pair == PAIR and pair.shape == "columns: src as prompt, tgt as completion" and pair.notes == ("label", "text")
+    )
     assert text == {"text": "of its own"}
 
 

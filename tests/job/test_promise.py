@@ -176,6 +176,6 @@ def test_export_loads_the_base_as_it_was_trained_on(capsys, make_job, tmp_path):
     fine_tune(replace(job, lora=replace(job.lora, init_lora_weights="olora")), lambda line: None)
     given = ["export", "--adapter", str(tmp_path / "out"), "--for", "vllm", "--out", str(tmp_path / "exported")]
     assert main(given) == 0
-    said = capsys.readouterr().out
-    assert f"{job.model}, packed to nf4, double quantization, as the run of" in said
+    said = capsys.readouterr().err
+    assert f"{job.model}, packed to nf4, double quantization, in float32, as the run of" in said
     assert (tmp_path / "exported" / "adapter_model.safetensors").is_file()
