@@ -1,4 +1,4 @@
-"""What nothing would show: another packing under the same name, weights of the data, a card of another step, held-out data that is learnt."""
+"""What nothing would show: another packing under the same name, weights of the data, a card of another step, twins of held-out data."""
 
 import json
 import shutil
