@@ -25,7 +25,6 @@ from minilora.training.left import kept_records
 __all__ = ["FIGURE", "card_files"]
 
 FIGURE = "loss.png"
-_ALL = 2**63  # steps of a log that are read
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Settings that say where files lie on one machine, or what to do with an earlier run.
 _PRIVATE = {
@@ -53,7 +52,7 @@ def card_files(folder: Path, repo_id: str) -> dict[str, bytes]:
     Raises:
         CheckpointError: the folder holds no whole adapter, or a damaged record; or its run goes on, or broke off.
     """
-    stored, record, records = read_adapter(folder), read_record(folder), kept_records(folder, _ALL)
+    stored, record, records = read_adapter(folder), read_record(folder), kept_records(folder)
     _refuse_unfinished(folder, record)
     drawn = _figure(records)
     parts = [

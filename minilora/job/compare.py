@@ -21,7 +21,6 @@ from minilora.training.left import LOG_FILE, kept_records
 
 __all__ = ["Comparison", "Run", "compare"]
 
-_ALL = 2**63  # steps of a log that are read
 # What says where a run lies, or how it was begun, and nothing of what it does.
 _APART = {
     "quant",
@@ -92,7 +91,7 @@ def _read(place: Path, name: str) -> Run:
     refuse_path(place)
     if not (place / LOG_FILE).is_file():
         raise CheckpointError(f"{place}: no run lies there ({LOG_FILE} is missing); wanted the --out of minilora train")
-    records = kept_records(place, _ALL)
+    records = kept_records(place)
     if not any("loss" in record for record in records):
         raise CheckpointError(f"{place}: its {LOG_FILE} has no step yet; wait for the run, or leave it out")
     return Run(place, name, records, read_record(place))

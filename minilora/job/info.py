@@ -31,8 +31,6 @@ from minilora.training.left import LOG_FILE, kept_records
 
 __all__ = ["look"]
 
-_ALL = 2**63  # steps of a log that are read
-
 
 def look(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What the folder is (``kind``), and everything that is known of it, as JSON values.
@@ -135,7 +133,7 @@ def _counted(values: Iterable[Any]) -> dict[str, int]:
 
 def _run(place: Path) -> dict[str, Any]:
     """Steps and losses that the log tells, and what the run remembers of its base."""
-    records = kept_records(place, _ALL)
+    records = kept_records(place)
     losses = [record["loss"] for record in records if "loss" in record]
     held = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     record = read_record(place)

@@ -27,8 +27,6 @@ from minilora.training.run_folder import RunFolder
 
 __all__ = ["Phases", "Sessions", "data_files", "new_record", "packing_of", "settings_of", "template_sha256"]
 
-_ALL = 2**63  # steps of a log that are read
-
 
 def packing_of(model: Any, by_folder: bool = False) -> Packing:
     """How the linear layers of a model in memory are packed."""
@@ -193,7 +191,7 @@ def _closed(past: Record | None, folder: Path) -> Record | None:
     """The record, with what the log says of a last session that nobody closed."""
     if past is None or not past.sessions or past.sessions[-1].stop is not None:
         return past
-    last, lines = past.sessions[-1], kept_records(folder, _ALL)
+    last, lines = past.sessions[-1], kept_records(folder)
     told = max((line["seconds"] for line in lines if "seconds" in line), default=last.logged)
     reached = max((line["step"] for line in lines), default=last.start)
     seconds = {**last.seconds, "train": max(0.0, told - last.logged)}

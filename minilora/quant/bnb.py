@@ -160,7 +160,7 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
     kind, where = named_state(tensors, name, _STATE)
     if kind not in _BOOKS:
         raise CheckpointError(f"{where}: is no quant_state of nf4 or fp4; wanted JSON as bytes")
-    return kind, state_content(tensors, name, _STATE + kind)
+    return kind, state_content(tensors, name, _STATE, kind)
 
 
 def named_state(tensors: Mapping[str, Tensor], name: str, mark: str) -> tuple[str, str]:
@@ -171,10 +171,9 @@ def named_state(tensors: Mapping[str, Tensor], name: str, mark: str) -> tuple[st
     return found[0].removeprefix(mark), name + found[0]
 
 
-def state_content(tensors: Mapping[str, Tensor], name: str, suffix: str) -> dict[str, Any]:
-    """The JSON object of a state, every field of it checked that both layouts have."""
-    raw, where = tensors[suffix], name + suffix
-    kind = suffix.rpartition("__")[2]
+def state_content(tensors: Mapping[str, Tensor], name: str, mark: str, kind: str) -> dict[str, Any]:
+    """The JSON object of the state of this format, every field of it checked that both layouts have."""
+    raw, where = tensors[mark + kind], f"{name}{mark}{kind}"
     if raw.dtype != torch.uint8 or raw.numel() > _LONGEST_STATE:
         raise CheckpointError(f"{where}: is no quant_state of {kind[:64]}; wanted JSON as bytes")
     try:

@@ -47,7 +47,7 @@ def from_disk(tensors: Mapping[str, Tensor], name: str) -> QuantizedTensor:
     if not any(suffix.startswith(_MARK) for suffix in tensors):
         return from_bitsandbytes(tensors, name)
     kind, where = named_state(tensors, name, _MARK)
-    state = state_content(tensors, name, _MARK + kind)
+    state = state_content(tensors, name, _MARK, kind)
     bits, signed = state.get("bits"), state.get("signed")
     if type(bits) is not int or bits not in (2, 3, 4, 8) or type(signed) is not bool or not kind.isidentifier():
         raise CheckpointError(f"{where}: says bits={str(bits)[:20]}, signed={str(signed)[:20]}; the file is damaged")

@@ -5,6 +5,7 @@ Next file: ``training/meaning.py``.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,15 +65,17 @@ def _files_left(folder: Path) -> list[str]:
     return [name for name in _LEFT if os.path.lexists(folder / name)]
 
 
-def kept_records(folder: Path, step: int, processes: Processes = ALONE, owner: int = 0) -> list[dict[str, Any]]:
-    """The lines of the log up to a step; what came after it will come again, and a line that a power cut tore is left out.
+def kept_records(
+    folder: Path, step: float = math.inf, processes: Processes = ALONE, owner: int = 0
+) -> list[dict[str, Any]]:
+    """The lines of the log, up to a step; what came after it will come again, and a line that a power cut tore is left out.
 
     Of several processes the one that has the checkpoint, ``owner``, tells its lines to all.
     """
     return processes.share(_records(folder, step) if processes.rank == owner else None)[owner]
 
 
-def _records(folder: Path, step: int) -> list[dict[str, Any]]:
+def _records(folder: Path, step: float) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if not (folder / LOG_FILE).is_file():
         return records

@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
+from minilora.job.settings import Job
 from minilora.training.loop import TrainConfig
-from tests.job.asked import LORA, SYSTEM, Asked
+from tests.job.asked import LORA, SYSTEM
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def make_job(model_folder, tmp_path_factory):
     def make(out, steps=3, training=None, **fields):
         training = TrainConfig(**{"steps": steps, "batch_size": 2, "lr": 0.02, "seed": 5, **(training or {})})
         fields = {"prompts": ("What?", "Who are you?"), "max_new_tokens": 9, "device": "cpu", "lora": LORA, **fields}
-        return Asked(**{"model": model_folder, "data": str(data), "out": str(out), "training": training, **fields})
+        return Job(**{"model": model_folder, "data": str(data), "out": str(out), "training": training, **fields})
 
     return make
 

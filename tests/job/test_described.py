@@ -7,8 +7,9 @@ import pytest
 import minilora
 from minilora.job.described import _count, described
 from minilora.job.outcome import Outcome
+from minilora.job.settings import Job
 from minilora.report.page import render
-from tests.job.asked import LORA, Asked
+from tests.job.asked import LORA
 
 TABLES = {"memory": [], "parameters": [{"name": "a", "total": 100, "trainable": 5, "bits": 32.0}], "formats": "nf4"}
 STEPS = [{"step": step, "loss": 4.0 / step, "seconds": 1.0 * step} for step in (1, 2, 4)]
@@ -21,7 +22,7 @@ PEAKS = {"load": 810.0, "inject": 800.0, "train": 1230.0, "answers after": 900.0
 def told():
     """What the report draws of a run, and its headline by label."""
     pytest.importorskip("transformers")  # whose version is told
-    job = Asked("m", "d.jsonl", "runs/x", lora=LORA)
+    job = Job("m", "d.jsonl", "runs/x", lora=LORA)
 
     def tell(records=(*STEPS, *EVALS), peaks=PEAKS, sessions=1):
         outcome = Outcome(list(records), [], SECONDS, peaks, Path("runs/x"), sessions)

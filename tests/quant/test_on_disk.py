@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 import minilora
+import minilora.hf.quantizer  # which makes the own entry known to transformers
 from minilora import Codebook, QuantConfig, quantize
 from minilora.cli import main
 from minilora.errors import CheckpointError, QuantizationError
@@ -18,7 +19,7 @@ from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.on_disk import from_disk, to_disk
 from tests.models import llama
 
-OWN = Codebook("sevenths", tuple(max(k, -7) / 7 for k in range(-8, 8)), "for a test")
+OWN = Codebook("my__sevenths", tuple(max(k, -7) / 7 for k in range(-8, 8)), "for a test")
 SIGNED = Codebook("quarters", (-0.5, 0.0, 0.25, 1.0), "for a test", signed=True)
 KINDS = [*(name for name in CODEBOOKS), OWN, SIGNED]
 
@@ -44,9 +45,9 @@ def test_what_bitsandbytes_has_is_kept_as_it_does():
 
 def test_the_name_of_a_known_codebook_with_other_levels_is_refused(monkeypatch):
     tensors = to_disk(quantize(torch.randn(8, 64), QuantConfig(OWN)))
-    other = Codebook("sevenths", tuple(k / 16 for k in range(16)), "another")
-    monkeypatch.setitem(CODEBOOKS, "sevenths", other)
-    with pytest.raises(CheckpointError, match="was packed with other levels than the codebook 'sevenths' has here"):
+    other = Codebook(OWN.name, tuple(k / 16 for k in range(16)), "another")
+    monkeypatch.setitem(CODEBOOKS, OWN.name, other)
+    with pytest.raises(CheckpointError, match="was packed with other levels than the codebook 'my__sevenths' has here"):
         from_disk(tensors, "w")
 
 

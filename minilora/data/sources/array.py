@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.sources.part import Part, Rows
-from minilora.data.sources.stream import LONGEST, Stream, changed, no_utf8
+from minilora.data.sources.stream import LONGEST, Stream, again, counted, no_utf8
 from minilora.errors import DataError
 from minilora.files.parse import once
 
@@ -24,20 +24,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=once)
 
 def look(path: Path) -> Part:
     """Read a file once, and parse it."""
-    with Stream(path) as stream:
-        count = sum(1 for _ in _elements(stream))
-        found = stream.rest()
+    count, size, found = counted(path, _elements)
     if not count:
         raise DataError(f"{path}: holds an empty list; wanted [{{...}}, ...], an object for each example")
-    return Part(str(path), "JSON", stream.size, found, count, lambda: rows(path, found))
+    return Part(str(path), "JSON", size, found, count, lambda: rows(path, found))
 
 
 def rows(path: Path, sha256: str) -> Rows:
     """The elements of the list, each with the line that it begins in."""
-    with Stream(path) as stream:
-        yield from _elements(stream)
-        if stream.rest() != sha256:
-            raise changed(path)
+    return again(path, sha256, _elements)
 
 
 def _elements(stream: Stream) -> Rows:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from minilora.data.sources.part import Rows
 from minilora.errors import DataError
 
-__all__ = ["LONGEST", "Stream", "changed", "decoded", "hashed", "no_utf8", "unread"]
+__all__ = ["LONGEST", "Stream", "again", "changed", "counted", "decoded", "hashed", "no_utf8", "unread"]
 
 LONGEST = 16_000_000  # bytes of one example; some four million tokens, more than any context
 _CHUNK = 1 << 20
@@ -61,6 +62,22 @@ class Stream:
         while self.read():
             pass
         return self.digest.hexdigest()
+
+
+def counted(path: Path, read: Callable[[Stream], Rows]) -> tuple[int, int, str]:
+    """How many rows ``read`` finds in a file, its size and its hash."""
+    with Stream(path) as stream:
+        count = sum(1 for _ in read(stream))
+        digest = stream.rest()
+        return count, stream.size, digest
+
+
+def again(path: Path, sha256: str, read: Callable[[Stream], Rows]) -> Rows:
+    """The rows of a file that was counted. Raises ``DataError`` at its end where it is another one by now."""
+    with Stream(path) as stream:
+        yield from read(stream)
+        if stream.rest() != sha256:
+            raise changed(path)
 
 
 def hashed(path: Path) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minilora.data.sources.part import Part, Rows
-from minilora.data.sources.stream import LONGEST, Stream, changed, decoded
+from minilora.data.sources.stream import LONGEST, Stream, again, counted, decoded
 from minilora.errors import DataError
 
 __all__ = ["look", "rows"]
@@ -21,20 +21,15 @@ _SIGNS = {"CSV": ",;|\t", "TSV": "\t"}  # what may stand between cells
 
 def look(path: Path, kind: str) -> Part:
     """Read a file once, and all its rows."""
-    with Stream(path) as stream:
-        count = sum(1 for _ in _rows(stream, kind))
-        found = stream.rest()
+    count, size, found = counted(path, lambda stream: _rows(stream, kind))
     if not count:
         raise DataError(f"{path}: holds no example; wanted a header with the names of the columns, and rows under it")
-    return Part(str(path), kind, stream.size, found, count, lambda: rows(path, kind, found))
+    return Part(str(path), kind, size, found, count, lambda: rows(path, kind, found))
 
 
 def rows(path: Path, kind: str, sha256: str) -> Rows:
     """The rows as objects, each with the line that it begins in."""
-    with Stream(path) as stream:
-        yield from _rows(stream, kind)
-        if stream.rest() != sha256:
-            raise changed(path)
+    return again(path, sha256, lambda stream: _rows(stream, kind))
 
 
 def _rows(stream: Stream, kind: str) -> Rows:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minilora.data.sources.part import Part, Rows
-from minilora.data.sources.stream import LONGEST, Stream, changed, decoded
+from minilora.data.sources.stream import LONGEST, Stream, again, counted, decoded
 from minilora.errors import DataError
 
 __all__ = ["BLOCK", "SUFFIXES", "files", "look", "rows"]
@@ -21,18 +21,13 @@ BLOCK = 64_000  # bytes
 
 def look(path: Path) -> Part | None:
     """Read a file once; None if it is blank."""
-    with Stream(path) as stream:
-        count = sum(1 for _ in _blocks(stream))
-        found = stream.rest()
-    return Part(str(path), "text", stream.size, found, count, lambda: rows(path, found)) if count else None
+    count, size, found = counted(path, _blocks)
+    return Part(str(path), "text", size, found, count, lambda: rows(path, found)) if count else None
 
 
 def rows(path: Path, sha256: str) -> Rows:
     """The blocks of a file as ``{"text"}``, each with the line that it begins in."""
-    with Stream(path) as stream:
-        yield from _blocks(stream)
-        if stream.rest() != sha256:
-            raise changed(path)
+    return again(path, sha256, _blocks)
 
 
 def _blocks(stream: Stream) -> Rows:
