@@ -20,7 +20,7 @@ from minilora_kernels.lookup import levels_of, load_scales, load_shift
 from minilora_kernels.weight import NESTED_BLOCKSIZE, Weight, table
 
 WEIGHTS = 4096  # decoded by one program
-BUFFER = 16 << 20  # bytes of dense rows held at a time by the products that decode first
+BUFFER = 512 << 20  # bytes of dense rows held at a time by the products that decode first
 
 
 def scales_reference(w: Weight) -> Tensor:

@@ -82,7 +82,7 @@ def nf4_dgrad(dy: Tensor, w: Weight, dyb: Tensor | None = None, a: Tensor | None
         raise ValueError(
             f"path='fused': found W {w.shape}, blocksize {w.blocksize}, {dy.dtype} / wanted whole tiles {tile}"
         )
-    if path == "dequant" or not fused or m == 0:
+    if path == "dequant" or not fused or m == 0 or (path is None and not launch.fused_wins(arch, m, False)):
         return _decoded_first(dy, w, dyb, a)
     out = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     r = 0 if dyb is None else dyb.shape[1]
@@ -96,10 +96,13 @@ def nf4_dgrad(dy: Tensor, w: Weight, dyb: Tensor | None = None, a: Tensor | None
 
 
 def _decoded_first(dy: Tensor, w: Weight, dyb: Tensor | None, a: Tensor | None) -> Tensor:
-    """The same with dense rows in a small buffer; the sum over slices is kept in fp32, or it would be rounded once a slice."""
-    total = torch.zeros(dy.shape[0], w.shape[1], dtype=torch.float32, device=dy.device)
+    """The same with dense rows in a buffer; a sum over several of them is kept in fp32, or it would be rounded once a buffer."""
+    total = torch.zeros((), dtype=torch.float32, device=dy.device)
     for first, last, rows in row_slices(w, dy.dtype):
-        total += dy[:, first:last] @ rows
+        part = dy[:, first:last] @ rows
+        if last - first == w.shape[0]:
+            return part if dyb is None else part.addmm_(dyb.to(dy.dtype), a.to(dy.dtype))
+        total = total + part
     if dyb is not None:
         total += dyb.to(dy.dtype) @ a.to(dy.dtype)
     return total.to(dy.dtype)

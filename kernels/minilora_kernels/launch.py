@@ -1,7 +1,8 @@
 """Which tile sizes a kernel is launched with: a table by architecture, no search at run time.
 
-Every entry is compiled and checked by ``kernels/aot.py``; none has been timed on hardware yet. No search at run time means that a launch
-inside a CUDA graph capture is like any other. Next file: ``dequant.py``.
+Every entry is compiled and checked by ``kernels/aot.py``; those of sm_90 have been timed (an H200,
+``benchmarks/results/gpu_nvidia_h200.csv``), the others not yet. No search at run time means that a launch inside a CUDA graph capture is
+like any other. Next file: ``dequant.py``.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ GEMV: dict[str, list[Tile]] = dict.fromkeys(ARCHS, _SMALL) | {
     "gfx942": [Tile(16, 128, 64, 4, 2), Tile(32, 128, 64, 4, 2), Tile(64, 128, 64, 8, 2)],  # 64 KB of shared memory
     "cpu": [Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)],
 }
+# Rows of the input up to which a fused kernel is taken, forward and backward; above, the weight is decoded first and the library multiplies.
+# On an H200 the fused forward is 1.2 to 2 times as fast as that at 64 rows and 0.5 to 0.8 times at 512, the fused backward never faster.
+FUSED_ROWS: dict[str, tuple[int, int]] = {"sm_90": (64, 0)}
 GROUP = 8  # rows of tiles that are walked together, so that they share the second-level cache
 RANKS = (16, 32, 64)  # ranks are padded to one of these; a larger one is multiplied apart
 
@@ -68,6 +72,11 @@ def pick(tiles: list[Tile], arch: str, rows: int, columns: int, side: str) -> Ti
     good = (tile for tile in reversed(tiles) if 2 * rows > tile.BM
             and -(-rows // tile.BM) * -(-columns // getattr(tile, side)) >= enough)  # fmt: skip
     return next(good, tiles[0])
+
+
+def fused_wins(arch: str, rows: int, forward: bool) -> bool:
+    """Whether decoding inside the product is faster than before it; where nobody has measured it, yes, since it holds nothing dense."""
+    return arch not in FUSED_ROWS or rows <= FUSED_ROWS[arch][0 if forward else 1]
 
 
 def padded_rank(r: int) -> int | None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -22,7 +23,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from minilora.errors import CheckpointError, ConfigError, MiniLoraError, QuantizationError, TargetError, nearest
+from minilora.errors import (
+    CheckpointError,
+    ConfigError,
+    MiniLoraError,
+    MissingPackageError,
+    QuantizationError,
+    TargetError,
+    nearest,
+)
 from minilora.files import validate
 from minilora.hf.packed import METHOD, dense_linears, packed_entry, packed_state_dict
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
@@ -37,6 +46,8 @@ from minilora.quant.quantized import empty_quantized
 from minilora.training.rows import Rows
 
 __all__ = ["NF4Config", "NF4Quantizer"]
+
+OLDEST = (5, 21)  # of transformers
 
 logger = logging.get_logger(__name__)
 
@@ -175,6 +186,15 @@ class NF4Quantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._waiting: set[str] = set()  # packed layers that the file has not filled yet
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ``MissingPackageError`` for a transformers that casts each weight to the dtype of the codes before it is packed."""
+        found = transformers.__version__
+        if tuple(int(number) for number in found.split(".")[:2]) < OLDEST:
+            raise MissingPackageError(
+                f"packing while a model is loaded needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, found {found}; "
+                "run 'pip install --upgrade minilora[hf]'"
+            )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether it goes through ``_Pack``; of what does, transformers does not compare shapes, and of rows it must not."""

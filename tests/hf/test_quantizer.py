@@ -153,6 +153,14 @@ def test_bad_fields_are_refused(saved):
         load(saved[1], scale="weighted", importance={"elsewhere": torch.ones(64)})
 
 
+def test_a_transformers_that_casts_before_it_packs_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(
+        minilora.errors.MissingPackageError, match=r"needs transformers 5\.21 or newer, found 5\.17\.0; run 'pip"
+    ):
+        load(saved[1])
+
+
 def test_the_trainer_takes_it_once_it_has_adapters(saved, tmp_path):
     kind, folder = saved
     packed = load(folder)

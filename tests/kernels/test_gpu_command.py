@@ -25,7 +25,7 @@ def test_checks_and_timings_run_and_are_written(tmp_path):
     assert first.startswith("# interpreter; copy ") and "triton" in first
     rows = list(csv.DictReader(rows))
     assert {row["pass"] for row in rows} == {"dequant", "forward", "dgrad"}
-    assert len({(row["pass"], row["M"], row["method"]) for row in rows}) == len(rows) == 1 + 2 * 2 * 5
+    assert len({(row["pass"], row["M"], row["method"]) for row in rows}) == len(rows) == 1 + 2 * 2 * 6
     assert all(float(row["us"]) > 0 for row in rows)
 
 

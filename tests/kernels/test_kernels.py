@@ -217,6 +217,19 @@ def test_both_paths_agree():
     close(mk.nf4_dgrad(dy, w, path="dequant"), mk.nf4_dgrad(dy, w, path="fused").double())
 
 
+def test_many_rows_are_decoded_first_where_that_was_measured_to_be_faster(monkeypatch):
+    _, w = packed((64, 128), double=True)
+    monkeypatch.setitem(launch.FUSED_ROWS, "cpu", (8, 2))
+    real, decoded = dequant.nf4_dequant, []
+    monkeypatch.setattr(dequant, "nf4_dequant", lambda w, *rest: decoded.append(1) or real(w, *rest))
+    for rows, forward, first in [(8, True, False), (9, True, True), (2, False, False), (3, False, True)]:
+        decoded.clear()
+        x = draw(rows, 128 if forward else 64)
+        got = (mk.nf4_linear if forward else mk.nf4_dgrad)(x, w)
+        close(got, (mk.linear_reference if forward else mk.dgrad_reference)(x.double(), w))
+        assert bool(decoded) == first
+
+
 def test_fp16_goes_through_with_its_own_rounding():
     _, w = packed((64, 128), double=True)
     x = draw(9, 128, dtype=torch.float16)
