@@ -54,6 +54,7 @@ def calls(arch: str) -> dict[str, Any]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     plain, double = weight(), weight(nested=True)
+    linear, dgrad = (functools.partial(call, path="fused") for call in (mk.nf4_linear, mk.nf4_dgrad))
     found: dict[str, Any] = {
         "dequant": lambda: mk.nf4_dequant(plain, bf16),
         "dequant nested": lambda: mk.nf4_dequant(double, bf16),
@@ -62,7 +63,7 @@ def calls(arch: str) -> dict[str, Any]:
         "lora_down r16": lambda: mk.lora_down(of(4096, 4096), of(16, 4096), 2.0),
         "lora_bwd_b r16": lambda: mk.lora_bwd_b(of(4096, 4096), of(4096, 16), of(4096, 16), 2.0),
         "lora_bwd_a r16": lambda: mk.lora_bwd_a(of(4096, 16), of(4096, 4096)),
-        "linear M4096 2 bits": lambda: mk.nf4_linear(of(4096, 4096), weight(bits=2)),
+        "linear M4096 2 bits": lambda: linear(of(4096, 4096), weight(bits=2)),
         "lora_down r64": lambda: mk.lora_down(of(4096, 4096), of(64, 4096), 2.0),
         "lora_bwd_b r64": lambda: mk.lora_bwd_b(of(4096, 4096), of(4096, 64), of(4096, 64), 2.0),
         "lora_bwd_a r64": lambda: mk.lora_bwd_a(of(4096, 64), of(4096, 4096)),
@@ -73,16 +74,16 @@ def calls(arch: str) -> dict[str, Any]:
         "gemv M64 nested r16": lambda: mk.nf4_gemv(of(64, 4096), double, of(64, 16), of(4096, 16)),
     }
     for m in (64, 512, 4096):  # each takes another tile where there are three
-        found[f"linear M{m}"] = lambda m=m: mk.nf4_linear(of(m, 4096), plain)
-        found[f"linear M{m} nested r16"] = lambda m=m: mk.nf4_linear(of(m, 4096), double, of(m, 16), of(4096, 16))
-        found[f"dgrad M{m}"] = lambda m=m: mk.nf4_dgrad(of(m, 4096), plain)
-        found[f"dgrad M{m} nested r16"] = lambda m=m: mk.nf4_dgrad(of(m, 4096), double, of(m, 16), of(16, 4096))
-    found["linear M4096 r64"] = lambda: mk.nf4_linear(of(4096, 4096), plain, of(4096, 64), of(4096, 64))
-    found["dgrad M4096 r64"] = lambda: mk.nf4_dgrad(of(4096, 4096), plain, of(4096, 64), of(64, 4096))
-    found["linear M4096 fp16 r16"] = lambda: mk.nf4_linear(
+        found[f"linear M{m}"] = lambda m=m: linear(of(m, 4096), plain)
+        found[f"linear M{m} nested r16"] = lambda m=m: linear(of(m, 4096), double, of(m, 16), of(4096, 16))
+        found[f"dgrad M{m}"] = lambda m=m: dgrad(of(m, 4096), plain)
+        found[f"dgrad M{m} nested r16"] = lambda m=m: dgrad(of(m, 4096), double, of(m, 16), of(16, 4096))
+    found["linear M4096 r64"] = lambda: linear(of(4096, 4096), plain, of(4096, 64), of(4096, 64))
+    found["dgrad M4096 r64"] = lambda: dgrad(of(4096, 4096), plain, of(4096, 64), of(64, 4096))
+    found["linear M4096 fp16 r16"] = lambda: linear(
         of(4096, 4096, dtype=f16), plain, of(4096, 16, dtype=f16), of(4096, 16)
     )
-    found["linear M4096 bias"] = lambda: mk.nf4_linear(of(4096, 4096), plain, bias=of(4096))
+    found["linear M4096 bias"] = lambda: linear(of(4096, 4096), plain, bias=of(4096))
     found["total"] = lambda: total(of(8, 16, 4096, dtype=torch.float32), bf16)
     return found
 

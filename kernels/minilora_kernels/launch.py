@@ -55,7 +55,7 @@ GEMV: dict[str, list[Tile]] = dict.fromkeys(ARCHS, _SMALL) | {
     "gfx942": [Tile(16, 128, 64, 4, 2), Tile(32, 128, 64, 4, 2), Tile(64, 128, 64, 8, 2)],  # 64 KB of shared memory
     "cpu": [Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)],
 }
-# Rows of the input up to which a fused kernel is taken, forward and backward; above, the weight is decoded first and the library multiplies.
+# Rows of the input up to which a fused kernel is taken, forward and backward; above, it is decoded first and the library multiplies.
 # On an H200 the fused forward is 1.2 to 2 times as fast as that at 64 rows and 0.5 to 0.8 times at 512, the fused backward never faster.
 FUSED_ROWS: dict[str, tuple[int, int]] = {"sm_90": (64, 0)}
 GROUP = 8  # rows of tiles that are walked together, so that they share the second-level cache
