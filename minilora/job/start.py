@@ -28,9 +28,10 @@ from minilora.store.adapter_files import Stored, read_adapter, read_config, refu
 from minilora.store.load import load_adapter
 from minilora.training.losses import token_losses
 from minilora.training.processes import Processes
+from minilora.training.settings import TrainConfig
 from minilora.training.sharding import in_turn
 
-__all__ = ["begin", "config_of", "saved_start"]
+__all__ = ["begin", "begin_new", "config_of", "saved_start"]
 
 _ABOUT = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 
@@ -111,26 +112,40 @@ def begin(
         load_adapter(model, job.init_from, is_trainable=True, **options)  # type: ignore[arg-type]
         say(f"goes on from the adapter in {job.init_from}")
         return
-    start, config = job.lora.init_lora_weights, job.lora
-    batches = _batches(job, model, examples, pad_id) if start in FROM_DATA else []
-    if batches:
-        say(f"{start} looks at {sum(len(batch['input_ids']) for batch in batches)} examples for its start")
-    torch.manual_seed(job.training.seed)
+    start, train = job.lora.init_lora_weights, job.training
+    if start in FROM_DATA:
+        say(f"{start} looks at {min(job.start_examples, len(examples))} examples for its start")
+    begin_new(model, job.lora, train, job.variant or None, examples, pad_id, job.start_examples)
+
+
+def begin_new(
+    model: Any,
+    config: LoraConfig,
+    train: TrainConfig,
+    variant: str | None,
+    examples: Sequence[Encoded],
+    pad_id: int,
+    count: int,
+) -> None:
+    """A new adapter; one that starts from the data looks at the first ``count`` examples. Raises as ``inject``."""
+    start = config.init_lora_weights
+    batches = _batches(model, train.batch_size, examples, pad_id, count) if start in FROM_DATA else []
+    torch.manual_seed(train.seed)
     if start == "corda":
         preprocess_corda(model, config, lambda: _forward(model, batches))
     elif start == "lora_ga":
         preprocess_loraga(model, config, lambda: _backward(model, batches))
-    torch.manual_seed(job.training.seed)
+    torch.manual_seed(train.seed)
     with in_turn(model) as around:
-        inject(model, config, variant=job.variant or None, around=around)
+        inject(model, config, variant=variant, around=around)
     if start == "eva":
         initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
 
-def _batches(job: Job, model: Any, examples: Sequence[Encoded], pad_id: int) -> list[dict[str, Any]]:
+def _batches(model: Any, batch_size: int, examples: Sequence[Encoded], pad_id: int, count: int) -> list[dict[str, Any]]:
     """The first examples to learn from, as the model is called with them; none of the batches is smaller than a micro-batch."""
-    device, count = next(model.parameters()).device, min(job.start_examples, len(examples))
-    pieces = max(1, count // job.training.batch_size)
+    device, count = next(model.parameters()).device, min(count, len(examples))
+    pieces = max(1, count // batch_size)
     cuts = [count * number // pieces for number in range(pieces + 1)]
     made = [collate([examples[at] for at in range(*cut)], pad_id) for cut in pairwise(cuts)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in made]

@@ -8,7 +8,7 @@
 * bf16 and fp16 are multiplied in fp32 where the processor cannot multiply them (``ops.product_dtype``).
 
 Kept for the backward pass: ``x``, ``A x`` (r numbers a token) and what is there anyway. No second derivative.
-Next file: ``many/adapted.py``.
+Next file: ``linear/stacked.py``.
 """
 
 from __future__ import annotations
@@ -59,14 +59,19 @@ def lora_linear(
         out = F.linear(x, weight, bias)  # type: ignore[arg-type]  # the same with little around it: one token, one layer after the other
         out.view(-1, out.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.t(), alpha=scaling)
         return out
-    x, drop = x.to(flowing_dtype(x)), min(round(p * _STEPS), _STEPS - 1)
+    x, drop = x.to(flowing_dtype(x)), parts_dropped(p)
     kept = scaling * _STEPS / (_STEPS - drop)
     if grad:
         flat = _LoRALinear.apply(x, bias, A, B, weight, kept, drop, backend)
     else:
-        flat = _forward(x, bias, A, B, weight, kept, drop, _new_seed(drop), backend)[0]
+        flat = _forward(x, bias, A, B, weight, kept, drop, new_seed(drop), backend)[0]
     # Shaped out here: what a Function returns as a view of its own must not be written to, and models do (ReLU(inplace=True)).
     return flat.view(*x.shape[:-1], flat.shape[1])
+
+
+def parts_dropped(p: float) -> int:
+    """A probability of dropout in parts of 1/65536."""
+    return min(round(p * _STEPS), _STEPS - 1)
 
 
 def lora_linear_reference(
@@ -108,13 +113,13 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, weight: Weight,
                 scaling: float, drop: int, backend: str | None) -> Tensor:  # fmt: skip
         need_x, ctx.need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-        ctx.scaling, ctx.drop, ctx.seed, ctx.backend = scaling, drop, _new_seed(drop), backend
+        ctx.scaling, ctx.drop, ctx.seed, ctx.backend = scaling, drop, new_seed(drop), backend
         ctx.shape, ctx.dtype = x.shape, product_dtype(x.dtype, x.device)
         ctx.bias_dtype = None if bias is None else bias.dtype
         out, h = _forward(x, bias, A, B, weight, scaling, drop, ctx.seed, backend)
         ctx.weight = weight if isinstance(weight, QuantizedTensor) else None
         kept = [x if need_A else None, A, B, h if need_B else None]
-        ctx.save_for_backward(*kept, *(_tensors(weight) if need_x else ()))
+        ctx.save_for_backward(*kept, *(tensors_of(weight) if need_x else ()))
         return out
 
     @staticmethod
@@ -123,7 +128,7 @@ class _LoRALinear(torch.autograd.Function):
         x, A, B, h, *parts = ctx.saved_tensors
         need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
         grad_x = grad_bias = grad_A = grad_B = gh = values = None
-        with _as_written(grad):
+        with as_written(grad):
             out = grad.reshape(-1, grad.shape[-1])
             g = out.to(ctx.dtype) if A is not None else out
             if A is not None and (need_x or need_A):
@@ -134,9 +139,9 @@ class _LoRALinear(torch.autograd.Function):
                 values = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             if need_x:
                 thin = None if gh is None or ctx.drop else gh.t()
-                grad_x = matmul(g, _rebuilt(ctx, parts), False, thin, A, out_dtype=ctx.dtype, backend=ctx.backend)
+                grad_x = matmul(g, rebuilt(ctx.weight, parts), False, thin, A, out_dtype=ctx.dtype, backend=ctx.backend)
             if gh is not None:
-                grad_A = _through_A(ctx, gh, A, values, grad_x)
+                grad_A = through_A(gh, A, values, grad_x, ctx.dtype, ctx.drop, ctx.seed)
             grad_x = None if grad_x is None else grad_x.to(grad.dtype).view(ctx.shape)
             if ctx.need_bias:
                 grad_bias = bias_gradient(out, ctx.bias_dtype)
@@ -147,10 +152,12 @@ def _forward(x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None,
              seed: int, backend: str | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The output ``[M, out]``, and ``h = scaling * A dropout(x)`` as ``[r, M]``; ``scaling`` makes up for what is dropped."""
     dtype, h = product_dtype(x.dtype, x.device), None
-    with _as_written(x):
+    with as_written(x):
         values = x.reshape(-1, x.shape[-1]).to(dtype)
         if A is not None:
-            h = (_thin(values, A.to(dtype), drop, seed) if drop else torch.mm(A.to(dtype), values.t())).mul_(scaling)
+            h = (thin_product(values, A.to(dtype), drop, seed) if drop else torch.mm(A.to(dtype), values.t())).mul_(
+                scaling
+            )
         out = matmul(values, weight, True, None if h is None else h.t(), B, bias, x.dtype, backend)
     return out, h
 
@@ -162,12 +169,12 @@ def _all_alike(x: Tensor, weight: Weight, *parts: Tensor | None) -> bool:
     return all(part is None or part.dtype is torch.float32 for part in (weight, *parts))
 
 
-def _new_seed(drop: int) -> int:
+def new_seed(drop: int) -> int:
     """From torch's generator, so that ``torch.manual_seed`` and gradient checkpointing reach it; none is drawn without dropout."""
     return int(torch.randint(2**62, (), device="cpu")) if drop else 0
 
 
-def _thin(values: Tensor, A: Tensor, drop: int, seed: int) -> Tensor:
+def thin_product(values: Tensor, A: Tensor, drop: int, seed: int) -> Tensor:
     """``A (mask * x)``, ``[r, M]``."""
     h = values.new_empty(len(A), len(values))
     for rows, mask in keep_masks(values, drop, seed):
@@ -176,34 +183,37 @@ def _thin(values: Tensor, A: Tensor, drop: int, seed: int) -> Tensor:
     return h
 
 
-def _through_A(ctx: Any, gh: Tensor, A: Tensor, values: Tensor | None, grad_x: Tensor | None) -> Tensor | None:
+def through_A(
+    gh: Tensor, A: Tensor, values: Tensor | None, grad_x: Tensor | None, dtype: torch.dtype, drop: int, seed: int
+) -> Tensor | None:
     """The gradient of A, if ``values`` are given; with dropout also, in place, its part of that of x: one mask is drawn for both."""
-    if not ctx.drop:
+    if not drop:
         return None if values is None else torch.mm(gh, values).to(A.dtype)
-    grad_A = None if values is None else torch.zeros_like(A, dtype=ctx.dtype)
+    grad_A = None if values is None else torch.zeros_like(A, dtype=dtype)
     like = grad_x if values is None else values
     assert like is not None
-    for rows, mask in keep_masks(like, ctx.drop, ctx.seed):
-        room = buffer("kept", mask.shape, like.device, ctx.dtype)
+    for rows, mask in keep_masks(like, drop, seed):
+        room = buffer("kept", mask.shape, like.device, dtype)
         if values is not None and grad_A is not None:
             grad_A.addmm_(gh[:, rows], torch.mul(values[rows], mask, out=room))
         if grad_x is not None:
-            grad_x[rows].addcmul_(torch.mm(gh[:, rows].t(), A.to(ctx.dtype), out=room), mask)
+            grad_x[rows].addcmul_(torch.mm(gh[:, rows].t(), A.to(dtype), out=room), mask)
     return None if grad_A is None else grad_A.to(A.dtype)
 
 
-def _tensors(weight: Weight) -> Sequence[Tensor | None]:
+def tensors_of(weight: Weight) -> Sequence[Tensor | None]:
     return [getattr(weight, name) for name in _PARTS] if isinstance(weight, QuantizedTensor) else [weight]
 
 
-def _rebuilt(ctx: Any, parts: Sequence[Tensor | None]) -> Weight:
-    """The inverse of ``_tensors``."""
-    if ctx.weight is not None:
-        return replace(ctx.weight, **dict(zip(_PARTS, parts, strict=True)))
+def rebuilt(weight: QuantizedTensor | None, parts: Sequence[Tensor | None]) -> Weight:
+    """The inverse of ``tensors_of``."""
+    if weight is not None:
+        own: dict[str, Any] = dict(zip(_PARTS, parts, strict=True))
+        return replace(weight, **own)
     return parts[0]  # type: ignore[return-value]
 
 
-def _as_written(like: Tensor) -> AbstractContextManager[Any]:
+def as_written(like: Tensor) -> AbstractContextManager[Any]:
     """Products in the dtypes that they are written in, ``torch.autocast`` or not."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -84,7 +84,7 @@ class LoRALinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self._modules["base_layer"]  # nn.Module's own look-up is slow
         dropout: Any = self._modules["lora_dropout"]
-        if type(self).update is LoRALinear.update and _is_known(dropout) and carries(base, x):
+        if type(self).update is LoRALinear.update and is_known_dropout(dropout) and carries(base, x):
             p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
             bias = base.bias if self.lora_bias is None else self._whole_bias()  # the same in one function: ``fused.py``
             return lora_linear(x, frozen_weight(base), bias, self.lora_A, self.lora_B, self.scaling, p)
@@ -125,7 +125,7 @@ class LoRALinear(Adapter):
         return f"r={self.r}, scaling={self.scaling:g}"
 
 
-def _is_known(dropout: Any) -> bool:
+def is_known_dropout(dropout: Any) -> bool:
     """Whether ``lora_linear`` can drop as this module does; a subclass, another kind or one that drops all is called instead."""
     kind = type(dropout)
     return (kind is nn.Identity or (kind is nn.Dropout and 0 <= dropout.p < 1)) and calls_only_forward(dropout)

@@ -49,7 +49,7 @@ from minilora.training.schedule import learning_rate, step_seed
 from minilora.training.settings import SCHEDULE, TrainConfig
 from minilora.training.sharding import in_turn, shard_blocks
 from minilora.training.signals import Wish, caught
-from minilora.training.step import gradients, why_not_begun
+from minilora.training.step import descend, gradients, why_not_begun
 from minilora.training.together import make_room, order_of_sums, refuse_different
 
 __all__ = ["TrainConfig", "train"]
@@ -306,14 +306,8 @@ class _Run:
     def update(self, rate: float, norm: Tensor) -> None:
         """Change the weights by the gradients, whose norm it is."""
         here = self.here
-        if self.config.clip:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_ratio"]
         here.whole = False  # until the last weight is changed, there is nothing to save
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not math.isfinite(float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))):
+        if not descend(self.optimizer, self.parameters, norm, self.config.clip, rate):
             raise TrainingError(
                 f"step {here.step + 1}: a weight of the adapter became infinite at learning rate {rate:g}; {here.save()}; "
                 "lower lr, or train it in float32"

@@ -22,7 +22,7 @@ from minilora.training.losses import token_losses
 from minilora.training.offload import offloaded
 from minilora.training.processes import ALONE, Processes
 
-__all__ = ["gradients", "why_not_begun"]
+__all__ = ["descend", "gradients", "not_finite", "why_not_begun"]
 
 
 def gradients(
@@ -88,11 +88,7 @@ def gradients(
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
     processes.add(found, processes.is_exact(len(batches)))
     norm = nn.utils.get_total_norm(found)
-    if math.isfinite(float(norm)):
-        return total, norm, None
-    first = first_nonfinite_gradient(named.items())
-    said = f"the gradient of {first} is not finite" if first else "the gradients are finite, their norm overflows"
-    return total, norm, f"{said} (loss {total:.4g})"
+    return total, norm, not_finite(total, norm, named)
 
 
 def _pairwise(parameters: Sequence[nn.Parameter], part: range, backward: Callable[[int], None]) -> list[Tensor | None]:
@@ -117,6 +113,32 @@ def _why_loss(model: nn.Module, batch: dict[str, Tensor]) -> str:
     with as_written(model):
         first = first_nonfinite_output(model, lambda: token_losses(model, batch))
     return f"{first} is the first to return NaN or infinity" if first else "every module returns finite values"
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: Tensor, clip: float, rate: float
+) -> bool:
+    """Change the weights by their gradients, whose norm it is, and forget these; whether all weights are finite then.
+
+    Args:
+        clip: largest norm of the gradient, 0 for any. rate: of this step, which each group multiplies by its ``lr_ratio``.
+    """
+    if clip:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_ratio"]
+    optimizer.step()
+    optimizer.zero_grad()
+    return math.isfinite(float(nn.utils.get_total_norm([parameter.detach() for parameter in parameters])))
+
+
+def not_finite(total: float, norm: Tensor, named: Mapping[str, nn.Parameter]) -> str | None:
+    """What of a step's gradients is not finite, in words; None if nothing is."""
+    if math.isfinite(float(norm)):
+        return None
+    first = first_nonfinite_gradient(named.items())
+    said = f"the gradient of {first} is not finite" if first else "the gradients are finite, their norm overflows"
+    return f"{said} (loss {total:.4g})"
 
 
 def why_not_begun(problem: str | None) -> str:
