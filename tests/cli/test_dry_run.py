@@ -66,6 +66,9 @@ def test_the_counts_are_those_of_the_first_step_of_the_run(capsys, model_folder,
         (["--eval-share", "0", "--patience", "2", "--eval-every", "1"], "patience: there is no data to evaluate on"),
         (["--target-modules", "q_porj"], "'q_proj'"),
         (["--variant", "vera", "--loraplus-lr-ratio", "4"], "loraplus_lr_ratio=4.0: no lora_B trains here"),
+        (["--variant", "vera", "--optimizer", "muon"], "optimizer='muon': no matrix lora_A or lora_B trains here"),
+        (["--variant", "lora_xs", "--optimizer", "lora_fa"], "optimizer='lora_fa': no lora_B trains beside a lora_A"),
+        (["--variant", "lora_xs", "--r", "99"], "LoRA-XS takes r of the weight's singular directions, and r=99"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(capsys, model_folder, data_file, tmp_path, flags, words):
