@@ -59,6 +59,17 @@ def test_the_counts_are_those_of_the_first_step_of_the_run(capsys, model_folder,
     )
 
 
+def test_what_lora_fa_freezes_is_not_counted_as_trained(capsys, model_folder, data_file, tmp_path):
+    counts, states = {}, {}
+    for name in ("adamw", "lora_fa"):
+        out = tmp_path / name
+        code, text = run(capsys, model_folder, data_file, out, "--optimizer", name, "--steps", "1", "--r", "3")
+        assert code == 0, text
+        counts[name] = int(re.search(r"training ([\d,]+) of", text)[1].replace(",", ""))
+        states[name] = sum(p.stat().st_size for p in out.glob("checkpoint-1/optimizer.safetensors"))
+    assert 0 < counts["lora_fa"] < counts["adamw"] and 0 < states["lora_fa"] < states["adamw"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
