@@ -133,6 +133,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "optim",
             "optim_adamw8",
             "optim_bnb",
+            "optim_muon",
             "optim_lora_fa",
             "optim_riemannian",
             "optim_state",

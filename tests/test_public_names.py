@@ -114,6 +114,7 @@ KINDS = [
     "lora",
     "lora_fa",
     "lora_ga",
+    "lora_xs",
     "mica",
     "olora",
     "orthogonal",

@@ -15,7 +15,7 @@ from minilora.job.start import vars_of
 from minilora.linear.layers import is_quantized
 from minilora.lora.config import LoraConfig
 from minilora.report.inspect import memory_table
-from minilora.training.optim import make_optimizer
+from minilora.training.optim_choice import optimizer_of
 from minilora.training.optim_state import state_bytes
 
 __all__ = ["described", "formats", "memory", "report_settings"]
@@ -29,7 +29,8 @@ _PEAKS = {
 
 def memory(job: Job, model: Any) -> list[dict[str, Any]]:
     """What a model holds, and what the state of its optimizer will."""
-    optimizer = make_optimizer(job.training, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = optimizer_of(model, named, job.training)
     return memory_table(model, (f"state of {job.training.optimizer}", state_bytes(optimizer)))
 
 

@@ -39,7 +39,7 @@ from minilora.training.guards import context_length
 from minilora.training.left import claim
 from minilora.training.loop import train
 from minilora.training.offload import refuse_offload
-from minilora.training.optim import make_optimizer
+from minilora.training.optim_choice import as_trained, refuse_optimizer
 from minilora.training.processes import Processes, joined
 from minilora.training.progress import Progress, busy
 from minilora.training.rows import Rows
@@ -182,13 +182,19 @@ class _Going:
         say_packed(self.job, self.model, self.say)
         with self.processes.exchange():
             begin(self.job, self.model, self.stored, self.examples, self.tokenizer.pad_token_id, self.say)
-            say_adapted(self.job, self.model, self.say)
+            with as_trained(self.model, self.job.training):
+                say_adapted(self.job, self.model, self.say)
         self.clock.lap("inject")
 
     def ask(self) -> None:
         """Before training: the model that is trained, packed if it is, so that training alone makes the difference."""
         job, model = self.job, self.model
-        self.tables = {"parameters": parameter_table(model), "memory": memory(job, model), "formats": formats(model)}
+        with as_trained(model, job.training):
+            self.tables = {
+                "parameters": parameter_table(model),
+                "memory": memory(job, model),
+                "formats": formats(model),
+            }
         self.asks = self.processes.first or job.shard  # of a model in shards all must ask
         # The first process has the folder. A prompt that was asked in another way (--system) is asked anew.
         earlier, known = self.processes.share((self.sessions.prompts, self.sessions.known(job)))[0]
@@ -264,7 +270,7 @@ class _Going:
 
 def _refuse_on(device: torch.device, config: TrainConfig) -> None:
     """Raise what ``train`` would raise of the device, now and not after the model is loaded: an optimizer or a memory that it lacks."""
-    make_optimizer(config, [torch.nn.Parameter(torch.zeros(1, device=device))])
+    refuse_optimizer(config, device)
     if config.offload != "none":
         refuse_offload(device)
 

@@ -20,7 +20,7 @@ from minilora.report.tables import as_text
 from minilora.training.best import refuse_without_evaluations
 from minilora.training.guards import check_examples, check_parameters
 from minilora.training.losses import token_losses
-from minilora.training.optim_choice import optimizer_of
+from minilora.training.optim_choice import as_trained, optimizer_of
 from minilora.training.packed import choose_collate
 from minilora.training.probe import refuse_reading_ahead
 from minilora.training.schedule import learning_rate
@@ -51,7 +51,8 @@ def rehearse(
         check_examples(model, evaluation, pad, "evaluation")
     refuse_without_evaluations(config, evaluation)
     refuse_reading_ahead(model, examples, pad)
-    optimizer_of(model, named, config)
+    with as_trained(model, config):
+        optimizer_of(model, {name: p for name, p in named.items() if p.requires_grad}, config)
     tensors = choose_collate(model, examples, config, pad, say)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
@@ -62,7 +63,8 @@ def rehearse(
     say(
         f"learning rate: {first:.2g} in step 1, {highest:.2g} in step {peak}, {least:.2g} in step {last} ({config.schedule})"
     )
-    _say_memory(model, tensors(_longest(examples, config.batch_size), pad), say)
+    with as_trained(model, config):
+        _say_memory(model, tensors(_longest(examples, config.batch_size), pad), say)
     step = list(islice(micro_batches(examples, config.batch_size, config.seed), config.accumulate))
     batch = step[0]
     rows, length = tensors(batch, pad)["input_ids"].shape

@@ -50,7 +50,7 @@ class Job:
         overwrite: remove the run that lies in ``out``, and begin anew.
         device: where the model goes: auto, cpu, cuda, cuda:N or mps; "auto" takes a CUDA GPU where one works, else the CPU.
         attention: implementation of attention in transformers: eager, sdpa, flash_attention_2 ...; "auto" leaves it to the model.
-        variant: a registered variant of LoRA, such as vera or lora_fa; "" is the one that the settings of the adapter mean.
+        variant: a registered variant of LoRA, such as vera, lora_fa or lora_xs; "" is the one that the settings of the adapter mean.
         init_from: folder of a saved adapter to go on training, with the settings that it was saved with; "" begins anew.
         allow_other_base: go on with ``init_from`` on another base model than it was trained on.
         start_examples: examples that a start from data (eva, corda, lora_ga) looks at, a whole number >= 1.

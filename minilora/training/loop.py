@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from minilora.training.losses import evaluate, token_losses
 from minilora.training.meaning import meaning
 from minilora.training.memory import is_out_of_memory, memory_mb
 from minilora.training.offload import refuse_offload
-from minilora.training.optim_choice import optimizer_of
+from minilora.training.optim_choice import as_trained, optimizer_of
 from minilora.training.packed import choose_collate
 from minilora.training.probe import refuse_reading_ahead
 from minilora.training.processes import Processes, joined
@@ -102,10 +102,12 @@ def train(
         TrainingError: ``max_skipped`` steps in a row were skipped. OutOfMemory: a step does not fit. Interrupted: by a signal. The last
         good state is saved then.
     """
-    with joined() as processes:
+    with joined() as processes, ExitStack() as until_the_end:
         if processes.first:
             claim(Path(folder), resume, overwrite)
         named = check_parameters(model)
+        until_the_end.enter_context(as_trained(model, config))
+        named = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         check_examples(model, examples, pad_id)
         config = config.for_examples(len(examples))
         if evaluation:

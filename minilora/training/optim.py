@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from minilora.errors import ConfigError, StateError
 from minilora.lora.slots import adapters_in
@@ -19,7 +19,9 @@ from minilora.training.optim_adamw8 import AdamW8bit
 from minilora.training.optim_bnb import BNB, bnb_optimizer
 from minilora.training.settings import TrainConfig
 
-__all__ = ["create_loraplus_optimizer", "lora_plus_groups", "make_optimizer", "output_side"]
+__all__ = ["create_loraplus_optimizer", "lora_plus_groups", "make_optimizer", "output_side", "rate_groups"]
+
+_MOMENTUM = 0.9  # the usual one: a step of LoRA sees few examples, and without it goes where the last of them point
 
 
 def make_optimizer(
@@ -27,7 +29,8 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer that ``config.optimizer`` names, for these parameters.
 
-    "adamw" is torch's, one kernel for all parameters where they are on a GPU; "adamw8" is ``AdamW8bit``; the others are bitsandbytes'.
+    "adamw" is torch's, one kernel for all parameters where they are on a GPU; "adamw8" is ``AdamW8bit``; "sgd" is torch's with momentum
+    0.9; the others are bitsandbytes'. What has to know names or the model ("muon", "lora_fa") is made in ``training/optim_choice.py``.
 
     Args:
         fast: those of the parameters whose rate is ``config.loraplus_lr_ratio`` times ``lr``; each group has its "lr_ratio".
@@ -35,18 +38,26 @@ def make_optimizer(
     Raises:
         MissingPackageError: bitsandbytes is asked for and not installed. ConfigError: it has no code for this device.
     """
-    taken, groups = {id(parameter) for parameter in fast}, []
-    slow = [parameter for parameter in parameters if id(parameter) not in taken]
-    for own, ratio in ((slow, 1.0), (list(fast), config.loraplus_lr_ratio)):
-        if own:
-            groups.append({"params": own, "lr": config.lr * ratio, "lr_ratio": ratio})
-    lr, decay = config.lr, config.weight_decay
+    groups, lr, decay = rate_groups(config, parameters, fast), config.lr, config.weight_decay
     if config.optimizer in BNB:
         return bnb_optimizer(config.optimizer, groups, lr=lr, weight_decay=decay)
     if config.optimizer == "adamw8":
         return AdamW8bit(groups, lr=lr, weight_decay=decay)
+    if config.optimizer == "sgd":
+        return SGD(groups, lr=lr, momentum=_MOMENTUM, weight_decay=decay)
     fused = True if all(parameter.is_cuda for parameter in parameters) else None  # None: as torch chooses
     return AdamW(groups, lr=lr, weight_decay=decay, fused=fused)
+
+
+def rate_groups(
+    config: TrainConfig, parameters: Sequence[nn.Parameter], fast: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Groups of these parameters by their rate, none of them empty. ``fast`` is as for ``make_optimizer``, and may name others too."""
+    taken = {id(parameter) for parameter in fast}
+    slow = [parameter for parameter in parameters if id(parameter) not in taken]
+    own = [parameter for parameter in parameters if id(parameter) in taken]
+    ratios = ((slow, 1.0), (own, config.loraplus_lr_ratio))
+    return [{"params": some, "lr": config.lr * ratio, "lr_ratio": ratio} for some, ratio in ratios if some]
 
 
 def output_side(named: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 A paged optimizer keeps its state where the driver may move it to the computer's memory while the GPU's is full, and back for the step;
 a sequence that is longer than all before it then slows a run down and does not end it (QLoRA, Dettmers et al. 2023, section 3). It needs
-CUDA: on a CPU bitsandbytes would leave the paging out, which is refused here. Next file: ``training/optim_state.py``.
+CUDA: on a CPU bitsandbytes would leave the paging out, which is refused here. Next file: ``training/optim_muon.py``.
 """
 
 from __future__ import annotations

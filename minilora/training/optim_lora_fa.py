@@ -6,12 +6,15 @@ Of all steps that B can take, AdamW gets the one whose change of ``s B A`` is cl
 
 On an embedding A starts at zero and B random, so B is the frozen one there and A the trained: ``(1 / s^2) (B^T B)^-1 (dL/dA)``. (PEFT
 freezes neither and steps B only, whose gradient is zero as long as A is; so nothing of an embedding ever trains in it.)
+
+In a run (``optimizer="lora_fa"``) A is frozen until the run ends. Next file: ``training/optim_riemannian.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from torch.optim import Optimizer
 from minilora.errors import ConfigError, warn
 from minilora.lora.slots import adapters_in, adapters_of
 
-__all__ = ["LoraFAOptimizer", "create_lorafa_optimizer"]
+__all__ = ["LoraFAOptimizer", "create_lorafa_optimizer", "frozen_beside", "lorafa_group"]
 
 _DAMPING = 1e-8  # on the diagonal of A A^T
 # The factor that trains to the one that is frozen beside it.
@@ -142,18 +145,64 @@ def create_lorafa_optimizer(
             )
     if use_rslora is not None:
         warn("use_rslora of create_lorafa_optimizer is deprecated; the adapter's config says it", FutureWarning)
-    scaling: dict[int, float] = {}
+    pairs = list(_pairs(model))
+    for _, beside, _ in pairs:
+        beside.requires_grad_(False)
+    return LoraFAOptimizer([_group(model.named_parameters(), pairs)], lr=lr, weight_decay=weight_decay)
+
+
+# ---- in a run
+
+
+@contextmanager
+def frozen_beside(model: nn.Module) -> Iterator[None]:
+    """Inside the block A does not train where B does (of an embedding the other way round); after it, it is as before."""
+    frozen = [beside for _, beside, _ in _pairs(model) if beside.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def lorafa_group(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """The group of ``LoraFAOptimizer`` for the parameters that train, by name, and those that are frozen beside them.
+
+    Raises:
+        ConfigError: no factor trains beside one that is frozen.
+    """
+    own = {id(parameter) for parameter in named.values()}
+    pairs = [pair for pair in _pairs(model) if id(pair[0]) in own]
+    if not pairs:
+        raise ConfigError(
+            "optimizer='lora_fa': no lora_B trains beside a lora_A here, whose gradient it corrects; take adamw"
+        )
+    own |= {id(beside) for _, beside, _ in pairs}
+    return _group(((name, p) for name, p in model.named_parameters() if id(p) in own), pairs)
+
+
+Pair = tuple[nn.Parameter, nn.Parameter, float]
+
+
+def _pairs(model: nn.Module) -> Iterator[Pair]:
+    """``(trained, frozen, scaling)`` of the active adapters' layers: the factors that train beside another one, in one layer."""
     for module in adapters_in(model):
-        if isinstance(getattr(module, "scaling", None), (int, float)):
-            for trained, frozen in _FROZEN_BESIDE.items():
-                own = module._parameters
-                if own.get(trained) is not None and (beside := own.get(frozen)) is not None:
-                    beside.requires_grad_(False)
-                    scaling |= dict.fromkeys((id(own[trained]), id(beside)), float(module.scaling))
-    named = list(model.named_parameters())
-    group = {
-        "params": [parameter for _, parameter in named],
-        "names": [name for name, _ in named],
-        "scaling_factors": [scaling.get(id(parameter)) for _, parameter in named],
+        if not isinstance(scaling := getattr(module, "scaling", None), (int, float)):
+            continue
+        own = module._parameters
+        for trained, frozen in _FROZEN_BESIDE.items():
+            factor, beside = own.get(trained), own.get(frozen)
+            if factor is not None and beside is not None and factor.requires_grad:
+                yield factor, beside, float(scaling)
+
+
+def _group(named: Iterable[tuple[str, nn.Parameter]], pairs: Iterable[Pair]) -> dict[str, Any]:
+    scaling = {id(factor): each for trained, frozen, each in pairs for factor in (trained, frozen)}
+    held = list(named)
+    return {
+        "params": [parameter for _, parameter in held],
+        "names": [name for name, _ in held],
+        "scaling_factors": [scaling.get(id(parameter)) for _, parameter in held],
     }
-    return LoraFAOptimizer([group], lr=lr, weight_decay=weight_decay)

@@ -4,7 +4,7 @@ Before each step::
 
     dL/dA <- (B^T B + reg I)^-1 dL/dA          dL/dB <- dL/dB (A A^T + reg I)^-1          A [r, in], B [out, r]
 
-so that a step means the same whichever of the two factors holds the size of the update.
+so that a step means the same whichever of the two factors holds the size of the update. Next file: ``training/optim_state.py``.
 """
 
 from __future__ import annotations

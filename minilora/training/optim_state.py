@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from minilora.training.optim_adamw8 import AdamW8bit
 from minilora.training.optim_bnb import bnb_form, bnb_state, put_bnb_state
+from minilora.training.optim_lora_fa import LoraFAOptimizer
+from minilora.training.optim_muon import MuonWithAdamW
 
 __all__ = ["NEVER_NEGATIVE", "form_of", "put_state", "state_bytes", "state_form", "state_tensors"]
 
@@ -34,6 +36,10 @@ def state_tensors(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> di
     for path, parameter in named.items():
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         kept = bnb_state(state) if _is_bnb(optimizer) else state
+        if isinstance(optimizer, LoraFAOptimizer) and kept:
+            kept = kept | {
+                "step": torch.tensor(float(kept["step"]))
+            }  # which it counts as PEFT's does, in a plain number
         found |= {f"{what}/{path}": kept[what].cpu().contiguous() for what in sorted(kept)}
     return found
 
@@ -45,7 +51,11 @@ def state_form(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Form]
     if _is_bnb(optimizer):
         return bnb_form(optimizer, parameter)
     own = form_of(parameter)
-    return {"exp_avg": own, "exp_avg_sq": own, "step": (torch.Size(), torch.float32)}  # torch's AdamW
+    if not parameter.requires_grad:
+        return {}  # LoRA-FA's A, which is only read
+    if isinstance(optimizer, SGD) or (isinstance(optimizer, MuonWithAdamW) and optimizer.is_muons(parameter)):
+        return {"momentum_buffer": own}
+    return {"exp_avg": own, "exp_avg_sq": own, "step": (torch.Size(), torch.float32)}  # AdamW's, and LoRA-FA's
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -70,6 +80,9 @@ def put_state(optimizer: Optimizer, named: Mapping[str, nn.Parameter], tensors: 
     index = {parameter: number for number, parameter in enumerate(own)}
     held = {index[id(named[path])]: state for path, state in kept.items()}
     optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
+    if isinstance(optimizer, LoraFAOptimizer):
+        for state in optimizer.state.values():
+            state["step"] = int(state["step"])
 
 
 def _is_bnb(optimizer: Optimizer) -> bool:

@@ -15,7 +15,7 @@ from minilora.files import validate
 __all__ = ["OFFLOAD_CHOICES", "OPTIMIZERS", "PACK_CHOICES", "SCHEDULE", "SCHEDULES", "SINCE", "TrainConfig"]
 
 # The first is the default. What each is stands in ``training/optim.py``.
-OPTIMIZERS = ("adamw", "adamw8", "adamw8bit_bnb", "paged_adamw8bit", "paged_adamw32bit")
+OPTIMIZERS = ("adamw", "adamw8", "sgd", "muon", "lora_fa", "adamw8bit_bnb", "paged_adamw8bit", "paged_adamw32bit")
 
 # The first is the default. What each is stands in ``training/schedule.py``.
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -74,8 +74,10 @@ class TrainConfig:
         warmup: steps over which the rate rises: a share of all steps in [0, 1), or a whole number >= 1 of them.
         decay: of "wsd", the steps over which the rate falls at the end: a share in [0, 1), or a whole number >= 1.
         min_lr_ratio: share of ``lr`` that the rate falls to, in [0, 1).
-        weight_decay: AdamW's, a number in [0, 1).
-        optimizer: AdamW, or with its state in 8 bits (adamw8): 2 bytes a trained number, not 8; the last three are bitsandbytes'.
+        weight_decay: as AdamW's, a number in [0, 1); sgd adds that share of a weight to its gradient.
+        optimizer: AdamW, or with its state in 8 bits (adamw8): 2 bytes a trained number, not 8. sgd has momentum 0.9 and wants a larger
+            lr; muon steps A and B by their orthogonalized momentum, and all else as AdamW does; lora_fa freezes A and corrects the
+            gradient of B. The last three are bitsandbytes'.
         loraplus_lr_ratio: LoRA+: the rate of B is this number times that of A; 16 is the paper's, 1 is plain.
         riemannian_reg: number that is added to the diagonals of Riemannian preconditioned LoRA, which any > 0 turns on; 0.01 is usual.
         clip: largest norm of the gradient; 0 turns clipping off.
@@ -150,6 +152,7 @@ class TrainConfig:
         if self.offload == "activations" and not self.gradient_checkpointing:
             raise ConfigError("offload='activations': it moves what gradient_checkpointing keeps; set that as well")
         self._check_rates()
+        self._check_optimizer()
         for name in ("patience", "keep_best"):
             if getattr(self, name) and not self.eval_every:
                 raise ConfigError(f"{name}: looks at the evaluations in between; set eval_every=10, for example")
@@ -202,6 +205,15 @@ class TrainConfig:
             raise ConfigError(
                 f"{said}: {sum(parts.values())} steps, and the run has {self.steps}; give less, or shares of the steps"
             )
+
+    def _check_optimizer(self) -> None:
+        """What looks at A and B together, where A does not train."""
+        for name, plain in (("loraplus_lr_ratio", 1.0), ("riemannian_reg", 0.0)):
+            if self.optimizer == "lora_fa" and getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: wants an A that trains, and optimizer='lora_fa' freezes it; leave it at {plain}, or "
+                    "take another optimizer"
+                )
 
     def steps_of(self, name: str) -> int:
         """The steps of ``warmup`` or ``decay``, at least 1."""

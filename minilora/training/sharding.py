@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minilora.errors import StateError
+from minilora.lora.slots import adapters_in
 from minilora.training.processes import Processes
 
 __all__ = ["blocks_of", "in_turn", "refuse_skipping", "shard_blocks"]
@@ -56,7 +57,7 @@ def refuse_skipping(model: nn.Module) -> None:
 
 
 def shard_blocks(model: nn.Module, processes: Processes) -> None:
-    """Keep only this process's rows of the frozen weights of each block; what trains stays whole. In place, and once.
+    """Keep only this process's rows of the frozen weights of each block; what trains, and all of an adapter, stays whole. In place, once.
 
     Raises:
         StateError: the model has no blocks, or leaves some out at random.
@@ -67,11 +68,14 @@ def shard_blocks(model: nn.Module, processes: Processes) -> None:
     blocks = blocks_of(model)
     if any(_is_sharded(block) for block in blocks):  # while it was loaded
         return
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole |= {
+        p for adapter in adapters_in(model) for p in adapter._parameters.values() if p is not None
+    }  # a frozen A too
     device = next(parameter for parameter in model.parameters() if not parameter.is_meta).device
     mesh = torch.distributed.init_device_mesh(device.type, (processes.size,))
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
 @contextmanager

@@ -59,6 +59,17 @@ def test_the_counts_are_those_of_the_first_step_of_the_run(capsys, model_folder,
     )
 
 
+def test_what_lora_fa_freezes_is_not_counted_as_trained(capsys, model_folder, data_file, tmp_path):
+    counts, states = {}, {}
+    for name in ("adamw", "lora_fa"):
+        out = tmp_path / name
+        code, text = run(capsys, model_folder, data_file, out, "--optimizer", name, "--steps", "1", "--r", "3")
+        assert code == 0, text
+        counts[name] = int(re.search(r"training ([\d,]+) of", text)[1].replace(",", ""))
+        states[name] = sum(p.stat().st_size for p in out.glob("checkpoint-1/optimizer.safetensors"))
+    assert 0 < counts["lora_fa"] < counts["adamw"] and 0 < states["lora_fa"] < states["adamw"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -66,6 +77,9 @@ def test_the_counts_are_those_of_the_first_step_of_the_run(capsys, model_folder,
         (["--eval-share", "0", "--patience", "2", "--eval-every", "1"], "patience: there is no data to evaluate on"),
         (["--target-modules", "q_porj"], "'q_proj'"),
         (["--variant", "vera", "--loraplus-lr-ratio", "4"], "loraplus_lr_ratio=4.0: no lora_B trains here"),
+        (["--variant", "vera", "--optimizer", "muon"], "optimizer='muon': no matrix lora_A or lora_B trains here"),
+        (["--variant", "lora_xs", "--optimizer", "lora_fa"], "optimizer='lora_fa': no lora_B trains beside a lora_A"),
+        (["--variant", "lora_xs", "--r", "99"], "LoRA-XS takes r of the weight's singular directions, and r=99"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(capsys, model_folder, data_file, tmp_path, flags, words):

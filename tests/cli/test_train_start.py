@@ -122,7 +122,7 @@ def test_a_job_in_python_takes_its_config_and_refuses_another(model_folder, file
     fine_tune(Job(**job, out=str(tmp_path / "b"), lora=same), lambda line: None)
 
 
-@pytest.mark.parametrize("name", ["vera", "lora_fa"])
+@pytest.mark.parametrize("name", ["vera", "lora_fa", "lora_xs"])
 def test_a_variant_is_named_and_goes_on_as_one(capsys, model_folder, files, tmp_path, name):
     more = ("--steps", "2", "--r", "3")
     assert run(capsys, model_folder, files[0], tmp_path / "a", "--variant", name, *more)[0] == 0

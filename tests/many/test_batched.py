@@ -111,7 +111,7 @@ def test_packed_layers_and_half_precision(make_mlp, add, x, double, dtype):
     close(got, want, 3e-2 if dtype == BF16 else 1e-5)
 
 
-@pytest.mark.parametrize("variant", ["pissa", "olora", "mica", "vera", "orthogonal", "loftq", "lora_fa"])
+@pytest.mark.parametrize("variant", ["pissa", "olora", "mica", "vera", "orthogonal", "loftq", "lora_fa", "lora_xs"])
 def test_every_low_rank_variant_can_be_mixed(make_mlp, add, x, variant):
     model = make_mlp()
     add(model, "v", variant=variant, r=4)

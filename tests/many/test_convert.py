@@ -23,7 +23,12 @@ def made(make_mlp, randomize, variant=None, **fields):
     return randomize(inject(make_mlp(), lora(**fields), variant=variant))
 
 
-VARIANTS = {"vera": ("vera", {}), "dora": (None, {"use_dora": True}), "pissa": (None, {"init_lora_weights": "pissa"})}
+VARIANTS = {
+    "vera": ("vera", {}),
+    "lora_xs": ("lora_xs", {}),
+    "dora": (None, {"use_dora": True}),
+    "pissa": (None, {"init_lora_weights": "pissa"}),
+}
 
 
 @pytest.mark.parametrize(("variant", "fields"), VARIANTS.values(), ids=VARIANTS)

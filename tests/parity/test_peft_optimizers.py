@@ -17,8 +17,10 @@ from torch import nn
 import minilora
 from minilora.errors import ConfigError, KindError, StateError
 from minilora.training.optim import create_loraplus_optimizer
+from minilora.training.optim_choice import as_trained, optimizer_of
 from minilora.training.optim_lora_fa import LoraFAOptimizer, create_lorafa_optimizer
 from minilora.training.optim_riemannian import create_riemannian_optimizer
+from minilora.training.settings import TrainConfig
 from tests.compare import close
 from tests.models import standing
 
@@ -120,6 +122,24 @@ def test_lora_fa(rslora, decay, monkeypatch):
         1e-4,
     )
     assert still == [key for key in states(ours, theirs)[0] if "lora_A" in key] != []
+
+
+def test_lora_fa_by_name_in_a_run(monkeypatch):
+    """What ``TrainConfig(optimizer="lora_fa")`` makes takes PEFT's steps."""
+    monkeypatch.setattr(peft.optimizers.lorafa, "is_bf16_available", lambda: False)
+    ours, theirs = pair(bias="all", use_rslora=True)
+    train = TrainConfig(optimizer="lora_fa", lr=1e-2, weight_decay=0.3)
+    with as_trained(ours, train):
+        named = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+        mine = optimizer_of(ours, named, train)
+        other = peft.optimizers.create_lorafa_optimizer(theirs, r=3, lora_alpha=12, lr=1e-2, weight_decay=0.3)
+        before = {key: value.clone() for key, value in states(ours, theirs)[0].items()}
+        run(ours, mine, 20)
+        run(theirs, other, 20)
+    got, want = states(ours, theirs)
+    for key in want:
+        close(got[key], want[key], 1e-3)
+        assert torch.equal(got[key], before[key]) == ("lora_A" in key), key
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}], ids=str)

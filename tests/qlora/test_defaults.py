@@ -18,6 +18,7 @@ KINDS = {
     "pissa": {"init_lora_weights": "pissa_niter_2"},
     "rows": {"trainable_token_indices": [1, 5]},
     "vera": {},
+    "lora_xs": {},
 }
 IDS = torch.tensor([[5, 9, 2, 7, 1]])
 
@@ -27,7 +28,7 @@ def made(base, kind, folder, bits=4):
     model = minilora.quantize_model(copy.deepcopy(base), QuantConfig(f"nf{bits}", double_quant=True, scale="mse"))
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], **KINDS[kind])
-    minilora.inject(model, config, variant="vera" if kind == "vera" else None)
+    minilora.inject(model, config, variant=kind if kind in ("vera", "lora_xs") else None)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1)

@@ -128,6 +128,8 @@ def test_mlx_adapts_numbered_layers_only(tmp_path):
 def test_a_variant_that_peft_has_no_word_for(tmp_path):
     stored, _ = saved(tmp_path / "a", variant="vera")
     assert takes(stored)["PEFT"] == "no" and takes(stored)["vLLM"] == "after export"
+    small, _ = saved(tmp_path / "c", variant="lora_xs")
+    assert takes(small)["PEFT"] == "no" and takes(small)["vLLM"] == "after export"
     fixed, _ = saved(tmp_path / "b", variant="lora_fa")
     assert takes(fixed)["PEFT"] == "as it is"
 

@@ -108,6 +108,7 @@ CASES = {
     "orthogonal": ({"init_lora_weights": "orthogonal"}, None),
     "vera": ({}, "vera"),
     "lora_fa": ({}, "lora_fa"),
+    "lora_xs": ({"use_rslora": True, "lora_alpha": 7}, "lora_xs"),
 }  # fmt: skip
 # The rank that every layer has in the file: PiSSA and OLoRA need twice theirs, others are filled up to the largest.
 RANKS = {"rank_pattern": 7, "pissa": 8, "pissa, rslora": 8, "olora": 8}
@@ -230,7 +231,7 @@ def test_a_folder_in_half_precision_is_written_in_fp32(adapted, tmp_path, target
 
 
 @every_target
-@pytest.mark.parametrize("case", ["pissa", "olora", "orthogonal", "vera", "lora_fa"])
+@pytest.mark.parametrize("case", ["pissa", "olora", "orthogonal", "vera", "lora_fa", "lora_xs"])
 def test_a_variant_that_needs_its_base_is_refused_from_the_folder(adapted, tmp_path, target, case):
     save_adapter(adapted(*CASES[case]), tmp_path / "adapter")
     with pytest.raises(StateError, match=rf"a {case} adapter depends on its base model; give it with --model"):

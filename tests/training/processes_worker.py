@@ -29,7 +29,8 @@ from minilora.training.loop import TrainConfig, train
 from minilora.training.processes import Processes, joined
 
 SETTINGS = {"steps": 5, "accumulate": 4, "save_every": 2, "dropout": 0.1, "checkpointing": False, "shard": False,
-            "resume": False, "harm": None, "folders": None, "experts": False, "lr": 0.02, "best": False}  # fmt: skip
+            "resume": False, "harm": None, "folders": None, "experts": False, "lr": 0.02, "best": False,
+            "optimizer": "adamw"}  # fmt: skip
 
 
 class Block(nn.Module):
@@ -136,6 +137,7 @@ def work(run):
     config = TrainConfig(
         run["steps"], 2, run["accumulate"], lr=run["lr"], save_every=run["save_every"], eval_every=2, seed=1,
         gradient_checkpointing=run["checkpointing"], keep_best=run["best"], patience=3 * run["best"],
+        optimizer=run["optimizer"],
     )  # fmt: skip
     said = code = None
     repair = prepare(what, when) if ill else lambda: None

@@ -121,6 +121,7 @@ VARIANTS = {
     "dora": (None, {"use_dora": True}),
     "vera": ("vera", {}),
     "lora_fa": ("lora_fa", {}),
+    "lora_xs": ("lora_xs", {}),
     "pissa": (None, {"init_lora_weights": "pissa"}),
     "olora": (None, {"init_lora_weights": "olora"}),
     "bias": (None, {"bias": "all"}),
