@@ -176,7 +176,7 @@ class _Sweep:
     def _why_none_together(self) -> str:
         """Why the model lets no trials share a pass, in words; "" if it does."""
         config = getattr(self.model, "config", None)
-        named = getattr(config, "to_dict", dict)()
+        named: dict[str, Any] = getattr(config, "to_dict", dict)()
         if found := next((n for n, v in named.items() if ("drop" in n) and isinstance(v, float) and v > 0), None):
             return f"the model itself drops while it trains ({found}={named[found]})"
         module = next((n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0), None)

@@ -1,7 +1,10 @@
 """The law of sweeps: every trial ends with the adapter that it would have by itself."""
 
+import csv
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -201,9 +204,6 @@ def test_resumed_to_the_same_bits(together, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
-    import os
-    import signal
-
     def stop(name, record):
         if (name, record["step"]) == ("t1", 4):
             os.kill(os.getpid(), signal.SIGINT)
@@ -218,10 +218,11 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 
 def test_the_folder(tmp_path):
     trials = trials_of("r=2,4 lr=1e-3,5e-3", lora=lora(), train=plan(steps=3))
-    measure = lambda model, result: {"norm": float(sum(p.norm() for p in model.parameters() if p.requires_grad))}  # noqa: E731
-    results = sweep(base(), EXAMPLES, trials, evaluation=HELD_OUT, folder=tmp_path / "s", measure=measure, say=quiet)
-    import csv
 
+    def measure(model, result):
+        return {"norm": sum(float(p.detach().norm()) for p in model.parameters() if p.requires_grad)}
+
+    results = sweep(base(), EXAMPLES, trials, evaluation=HELD_OUT, folder=tmp_path / "s", measure=measure, say=quiet)
     table = list(csv.DictReader((tmp_path / "s" / "runs.csv").open()))
     assert [row["run"] for row in table] == ["t1", "t2", "t3", "t4"] and [row["r"] for row in table] == [
         "2",
