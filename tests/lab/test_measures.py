@@ -495,6 +495,16 @@ def test_alignment_under_dora_and_through_an_activation_in_place():
     assert alignment(model, texts())["mid"] == pytest.approx(want, abs=1e-6)
 
 
+def test_alignment_gives_no_gradient_to_a_base_that_trains():
+    model = words()
+    want = alignment(model, texts())
+    for parameter in (model.embed.weight, model.mid.innermost.weight, model.head.bias):
+        parameter.requires_grad_(True)
+    assert alignment(model, texts()) == pytest.approx(want, abs=1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.embed.weight.requires_grad and model.mid.innermost.weight.requires_grad
+
+
 def test_alignment_refuses_what_has_no_gradient():
     model = randomize(inject(Words().eval(), lora(["embed"])))
     with pytest.raises(TargetError, match="no linear layer"):

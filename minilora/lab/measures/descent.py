@@ -95,7 +95,7 @@ def _weight_gradients(
                 handles.append(called.register_forward_hook(_listener(path, sums)))
             for batch in batched(examples, batch_size):
                 with torch.enable_grad():
-                    loss = token_losses(model, collate(batch, 0)).sum() / supervised
+                    loss = token_losses(model, collate(batch, 0)).sum() / supervised  # a sum might overflow fp16
                 if loss.requires_grad:
                     loss.backward()
     finally:
