@@ -38,6 +38,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "config_file",
             "starts",
             "factors",
+            "update",
             "slot",
             "slots",
             "change",
@@ -93,7 +94,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "report",
         "pages, charts and tables",
-        ["page", "runs_page", "figures", "heatmap", "canvas", "frame", "svg", "tables", "inspect"],
+        ["page", "runs_page", "figures", "lab_figures", "heatmap", "canvas", "frame", "svg", "tables", "inspect"],
     ),
     (
         "data",
@@ -226,6 +227,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "card",
         ],
     ),
+    ("lab", "many fine-tunings in one pass, and claims with a verdict", ["measures"]),
     ("cli", "the commands of minilora", []),
 ]
 LIGHT = {"page": "#ffffff", "ink": "#1b1e22", "soft": "#5b636d", "frozen": "#0072b2", "trained": "#c25400", "row": "#f3f4f3"}  # fmt: skip

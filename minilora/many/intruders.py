@@ -22,7 +22,7 @@ from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding
 
-__all__ = ["reduce_intruder_dimension"]
+__all__ = ["closest_directions", "reduce_intruder_dimension"]
 
 
 @torch.no_grad()
@@ -96,13 +96,26 @@ def _fill(new: Any, old: Any, path: str, how: tuple[int, float, float], say: Cal
     getattr(new, names[1]).zero_()[:, :kept] = B
 
 
+def closest_directions(weight: Tensor, update: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The SVD ``(U, S, Vh)`` of ``weight + update``, and how close its first directions come to any of the weight's own.
+
+    Args:
+        weight, update: ``[out, in]``, fp32 or wider.
+
+    Returns:
+        The last is ``[min(top_k, in, out)]``: of each left singular vector, largest singular value first, the largest absolute cosine to
+        the left singular vectors of ``weight``. Below a threshold it is an intruder.
+    """
+    base = torch.linalg.svd(weight, full_matrices=False).U
+    U, S, Vh = torch.linalg.svd(weight + update, full_matrices=False)
+    return U, S, Vh, (U[:, :top_k].T @ base).abs().amax(1)
+
+
 def _without_intruders(
     weight: Tensor, update: Tensor, top_k: int, threshold: float, share: float
 ) -> tuple[Tensor, int] | None:
     """The update with its intruders' part made smaller, and how many there are; None where there are none."""
-    base = torch.linalg.svd(weight, full_matrices=False).U
-    U, S, Vh = torch.linalg.svd(weight + update, full_matrices=False)
-    closest = (U[:, :top_k].T @ base).abs().amax(1)
+    U, S, Vh, closest = closest_directions(weight, update, top_k)
     found = (closest < threshold).nonzero().flatten()
     if not len(found):
         return None

@@ -99,8 +99,11 @@ def _alone(there: Sequence[bool], at: int) -> bool:
     return not any(there[max(0, at - 1) : at]) and not any(there[at + 1 : at + 2])
 
 
-def finish(figure: Figure, axes: Axes, x: str, y: str) -> None:
-    """Label the axes, end them where the data do, put round numbers on them; a legend if there are several lines."""
+def finish(figure: Figure, axes: Axes, x: str, y: str, *, whole: bool = True, legend: bool = True) -> None:
+    """Label the axes, end them where the data do, put round numbers on them; a legend if there are several lines.
+
+    ``whole``: what is counted along the x axis, such as steps, has no fractions. ``legend``: False where the caller adds another.
+    """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     lines = axes.get_lines()
@@ -108,12 +111,12 @@ def finish(figure: Figure, axes: Axes, x: str, y: str) -> None:
     alone = 0.5 * (min(at) == max(at))
     axes.set_xlim(min(at) - alone, max(at) + alone)
     _height(axes, [float(value) for line in lines for value in line.get_ydata() if math.isfinite(value)])
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=whole, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if whole else short_number(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, *axes.get_ylim())))
     axes.set_xlabel(x)
     axes.set_title(y, loc="left")
-    if len(lines) > 1:
+    if legend and len(lines) > 1:
         add_legend(figure, lines)
 
 

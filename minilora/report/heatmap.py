@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minilora.report.canvas import CHARACTER, NARROW, PAGE, SOFT, canvas
 from minilora.report.svg import SERIES, hover
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["beyond_scale", "grid_of", "has_index", "heat_map", "scale_of"]
+__all__ = ["beyond_scale", "grid_of", "has_index", "heat_map", "scale_of", "shades"]
 
 MANY = 12  # layers whose quarters say how they are spread
 SHADES, PALEST = 16, 0.06  # levels of the scale, and the share of the colour that the lowest has
@@ -83,6 +83,14 @@ def scale_of(values: Sequence[float]) -> float:
     return max(value for value in seen if value <= fence) or seen[-1] or 1.0
 
 
+def shades() -> Any:
+    """The colours of a heat map, from pale to full: a matplotlib colour map of few levels."""
+    from matplotlib.colors import ListedColormap, to_rgba
+
+    alphas = [PALEST + (1 - PALEST) * level / (SHADES - 1) for level in range(SHADES)]
+    return ListedColormap([to_rgba(SERIES[0], alpha) for alpha in alphas])
+
+
 def _cells(
     figure: Figure,
     axes: Axes,
@@ -93,16 +101,13 @@ def _cells(
 ) -> None:
     """A rectangle for each layer, and the scale of their colours under ``share`` of the axes."""
     from matplotlib.collections import PatchCollection
-    from matplotlib.colors import ListedColormap, to_rgba
     from matplotlib.patches import Rectangle
 
     known = [math.isfinite(value) for _, value in layers]
     top, beyond = scale_of([value for _, value in layers]), bool(beyond_scale(layers))
-    alphas = [PALEST + (1 - PALEST) * level / (SHADES - 1) for level in range(SHADES)]
-    shades = ListedColormap([to_rgba(SERIES[0], alpha) for alpha in alphas])
     cells = PatchCollection(
         [Rectangle((column + 0.04, row + 0.04), 0.92, 0.92) for row, column in places],
-        cmap=shades.with_extremes(over=SERIES[1], bad="none"),
+        cmap=shades().with_extremes(over=SERIES[1], bad="none"),
         edgecolors=["none" if here else SOFT for here in known],
         linestyles=["-" if here else (0, (3, 3)) for here in known],
         clip_on=False,

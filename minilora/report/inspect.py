@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.linear.layers import dense_weight, is_linear, is_quantized
+from minilora.linear.layers import is_linear, is_quantized
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Around
-from minilora.lora.layer import LoRALinear
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of, has_adapters
+from minilora.lora.update import spectrum, update_norm, weight_norm
 
 __all__ = ["adapters_in", "memory_table", "parameter_table", "spectra", "spectrum", "update_ratios"]
 
@@ -23,7 +22,6 @@ def adapters_in(model: nn.Module, adapter_name: str = "default") -> dict[str, Ad
     return {path: value for path, value in adapters_of(model).named(adapter_name).items() if isinstance(value, Adapter)}
 
 
-@torch.no_grad()
 def update_ratios(model: nn.Module, adapter_name: str = "default", *, around: Around = nullcontext) -> dict[str, float]:
     """``||delta W|| / ||W||`` (Frobenius) of every adapted layer, by path; of those that are the same for every input.
 
@@ -33,22 +31,8 @@ def update_ratios(model: nn.Module, adapter_name: str = "default", *, around: Ar
     for path, adapter in adapters_in(model, adapter_name).items():
         if not adapter.depends_on_input:
             with around(path):
-                whole = dense_weight(adapter.innermost).float().norm()
-                found[path] = float(adapter.delta_weight().norm() / whole.clamp(min=1e-30))
+                found[path] = update_norm(adapter) / max(weight_norm(adapter), 1e-30)
     return found
-
-
-@torch.no_grad()
-def spectrum(adapter: Adapter) -> Tensor:
-    """Singular values of the update, largest first, fp32.
-
-    For LoRA from the small factors alone, ``svd(R_B R_A^T)`` after two QR decompositions, O((in + out) r^2); a dense SVD otherwise.
-    """
-    if isinstance(adapter, LoRALinear) and type(adapter).delta_weight is LoRALinear.delta_weight:
-        A, B = adapter.factors()
-        right, left = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
-        return torch.linalg.svdvals(adapter.scaling * left @ right.T)
-    return torch.linalg.svdvals(adapter.delta_weight().float())
 
 
 def spectra(

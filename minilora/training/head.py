@@ -22,7 +22,7 @@ from minilora.linear.layers import calls_only_forward, is_plain
 from minilora.lora.slots import unwrapped
 from minilora.training.chunked import head_losses
 
-__all__ = ["NO_HEAD", "ask", "ask_for_losses", "why_all_logits"]
+__all__ = ["NO_HEAD", "ask", "ask_for_hidden", "ask_for_losses", "why_all_logits"]
 
 NO_HEAD = "the model names no output head"
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
@@ -63,6 +63,16 @@ def ask_for_losses(model: nn.Module, batch: Mapping[str, Tensor], wanted: Tensor
 
     with _in_the_place_of(head, losses):
         return ask(model, batch, wanted)[counts].squeeze(1)
+
+
+def ask_for_hidden(model: nn.Module, batch: Mapping[str, Tensor], wanted: Tensor) -> tuple[Tensor, nn.Linear]:
+    """What goes into the head at the positions in ``wanted``, ``[batch, wanted, in]`` in the head's dtype, and the head.
+
+    For a model for which ``why_all_logits`` is None: its logits are ``head(hidden)``.
+    """
+    head = _head(model)
+    with _in_the_place_of(head, lambda hidden: hidden):
+        return ask(model, batch, wanted).to(head.weight.dtype), head
 
 
 def why_all_logits(model: nn.Module) -> str | None:
