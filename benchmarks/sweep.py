@@ -137,7 +137,11 @@ def rows_of(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     counts = [int(count) for count in options.counts.split(",")]
     found: dict[Any, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
-        for side, trials in [("ours", 1), *([("peft", 1)] if not options.no_peft else []), *(("sweep", k) for k in counts)]:
+        for side, trials in [
+            ("ours", 1),
+            *([("peft", 1)] if not options.no_peft else []),
+            *(("sweep", k) for k in counts),
+        ]:
             found.setdefault((side, trials), []).append(measured(side, model, trials, options))
             print(side, trials, found[side, trials][-1], flush=True)
     rows = []

@@ -76,6 +76,7 @@ class Stage:
     again: bool = False
     shares: Sequence[Share] = ()
     length: int = 0
+    places: dict[Any, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def calling(self, asks: Sequence[Ask]) -> Iterator[list[Tensor]]:
@@ -90,6 +91,15 @@ class Stage:
             yield list(token_losses(self.model, batch).split(counts))
         finally:
             self.shares = ()
+            self.places.clear()
+
+    def place(self, first: int, rows: int, width: int, device: torch.device) -> Tensor:
+        """Where the first ``width`` positions of these rows lie among all positions, int64; made once a call."""
+        key = (first, rows, width, device)
+        if key not in self.places:
+            own = torch.arange(first, first + rows)[:, None] * self.length + torch.arange(width)
+            self.places[key] = own.flatten().to(device)
+        return self.places[key]
 
 
 def _joined(asks: Sequence[Ask]) -> tuple[dict[str, Tensor], list[int]]:
@@ -177,8 +187,7 @@ class Together(nn.Module):
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         place: slice | Tensor = slice(at * length, (at + count) * length)
         if share.width < length:
-            own = torch.arange(at, at + count)[:, None] * length + torch.arange(share.width)
-            place = own.flatten().to(x.device)
+            place = self.stage.place(at, count, share.width, x.device)
         seed = 0
         if p:
             known = share.seeds.get(id(self)) if self.stage.again else None
