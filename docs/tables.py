@@ -174,6 +174,52 @@ def kernels(triton: str) -> str:
     return markdown(["launch", *archs], [[name, *(cell.get((name, arch), "") for arch in archs)] for name in launches])
 
 
+def on_a_gpu(card: str) -> str:
+    """Times of a product with a low-rank part on a card, in microseconds, and what is taken over the dense product."""
+    first, *lines = (RESULTS / f"gpu_{card}.csv").read_text(encoding="utf-8").splitlines()
+    times: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in csv.DictReader(lines):
+        if row["M"]:
+            times.setdefault((row["pass"], row["N"], row["K"], row["M"]), {})[row["method"]] = row["us"]
+    rows = []
+    for (which, n, k, m), own in times.items():
+        cells = [three_digits(float(own[method])) for method in GPU_METHODS]
+        over = float(own["as chosen, with low rank"]) / float(own["bf16 product"])
+        rows.append([which, f"{n} x {k}", m, *cells, f"{over:.2f}"])
+    heads = [
+        "",
+        "weight",
+        "rows",
+        "dense bf16 (µs)",
+        "kernel",
+        "decoded first",
+        "sequence",
+        "as taken",
+        "as taken / dense",
+    ]
+    return f"{first.removeprefix('# ')}.\n\n{markdown(heads, rows)}"
+
+
+GPU_METHODS = (
+    "bf16 product",
+    "kernel with low rank",
+    "decoded first, with low rank",
+    "sequence with low rank",
+    "as chosen, with low rank",
+)
+
+
+def sweeps(files: Sequence[str]) -> str:
+    """K fine-tunings in one pass beside K runs."""
+    rows = []
+    for row in (row for file in files if (RESULTS / f"{file}.csv").exists() for row in read(file)):
+        peer = [row.get(f"K of PEFT / {what}", "") for what in ("steps", "memory")]
+        rows.append([row["model"], row["K"], row["steps / K runs"], row["memory / K runs"], *peer])
+    return markdown(
+        ["model", "K", "time of the steps / K runs", "memory / K runs", "K of PEFT / time", "K of PEFT / memory"], rows
+    )
+
+
 def cost() -> str:
     """Time at n and at 4n of what must not grow with the square."""
     rows = [
@@ -247,7 +293,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "head loss": head_loss,
     "job": lambda: job("job"),
     "job, packed by both": lambda: job("job_packed"),
+    "kernels, H200": lambda: on_a_gpu("nvidia_h200"),
     "packing": packing,
+    "sweep": lambda: sweeps(["sweep"]),
+    "sweep, H200": lambda: sweeps(["sweep_nvidia_h200"]),
     "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
 }

@@ -45,7 +45,8 @@ def new_peak() -> None:
 
 
 def _on_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    """Whether this process holds or held memory there: a run on the CPU of a computer with a GPU may have woken it only."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
