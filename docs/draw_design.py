@@ -227,7 +227,26 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "card",
         ],
     ),
-    ("lab", "many fine-tunings in one pass, and claims with a verdict", ["measures"]),
+    (
+        "lab",
+        "many fine-tunings in one pass, and claims with a verdict",
+        [
+            "sweep",
+            "trial",
+            "grid",
+            "together",
+            "calls",
+            "going",
+            "folder",
+            "table",
+            "interval",
+            "measures",
+            "byte_model",
+            "ground",
+            "claim",
+            "claims",
+        ],
+    ),
     ("cli", "the commands of minilora", []),
 ]
 LIGHT = {"page": "#ffffff", "ink": "#1b1e22", "soft": "#5b636d", "frozen": "#0072b2", "trained": "#c25400", "row": "#f3f4f3"}  # fmt: skip

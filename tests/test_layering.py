@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [name for name, _, _ in runpy.run_path(str(ROOT / "docs" / "draw_design.py"))["ROOMS"]]
 # Package to the rooms that may import it.
 RESTRICTED = {
-    "transformers": {"hf", "peft", "cli"},
+    "transformers": {"hf", "peft", "lab", "cli"},
     "tokenizers": {"hf", "cli"},
     "huggingface_hub": {"files", "hf", "peft", "cli"},
     "minilora_kernels": {"linear"},
@@ -115,6 +115,8 @@ def test_arrows(graph):
         ("lora.layer", "minilora_kernels.linear"),
         ("store.load", "peft"),
         ("hf.load", "accelerate"),
+        ("lab.byte_model.texts", "minilora.cli.train"),
+        ("lab.byte_model.model", "tokenizers"),
     ],
 )
 def test_a_wrong_arrow_is_seen(graph, importer, imported):
@@ -132,6 +134,7 @@ def test_a_wrong_arrow_is_seen(graph, importer, imported):
         ("peft.peft_model", "minilora.many.hotswap"),
         ("hf.load", "transformers"),
         ("hf.load", "minilora"),
+        ("lab.byte_model.model", "transformers"),
     ],
 )
 def test_a_right_arrow_passes(graph, importer, imported):

@@ -1,0 +1,1 @@
+"""The field's claims, a file each (``lab/claim.py``)."""

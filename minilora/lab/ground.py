@@ -1,0 +1,191 @@
+"""What claims stand on: a small model, a text to learn and one to forget, and runs of them that are tuned, and done once.
+
+    ground = Ground()
+    tuned = ground.tune({"r=4": {"r": 4}, "r=16": {"r": 16}}, rates=RATES)
+    tuned["r=4"].rate, tuned["r=4"].losses        # the best rate, and the held-out loss there by seed
+
+Each trial is done once in a process: claims that ask for the same one share it. Next file: ``lab/claims``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minilora.data.encoding import Encoded
+from minilora.lab.byte_model import byte_model, code, docs, text_examples
+from minilora.lab.interval import Interval, interval
+from minilora.lab.sweep import sweep
+from minilora.lab.table import described
+from minilora.lab.trial import Result, Trial
+from minilora.lora.config import LoraConfig
+from minilora.training.losses import token_losses
+from minilora.training.settings import TrainConfig
+
+__all__ = ["RATES", "SEEDS", "Ground", "Tuned", "kl"]
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+LENGTH, BATCH, STEPS = 128, 8, 80
+ALPHA = 32  # of every adapter, if nothing else is said
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A family of trials that differ in rate and seed.
+
+    Attributes:
+        results: by rate and seed.
+    """
+
+    name: str
+    results: Mapping[float, Mapping[int, Result]]
+
+    def losses_at(self, rate: float) -> dict[int, float]:
+        """The held-out loss by seed, nats a byte; infinite for a trial that diverged."""
+        return {seed: _loss(result) for seed, result in self.results[rate].items()}
+
+    @property
+    def rate(self) -> float:
+        """The rate of the lowest mean loss."""
+        return min(self.results, key=lambda rate: math.fsum(self.losses_at(rate).values()))
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The held-out loss at the best rate, by seed."""
+        return self.losses_at(self.rate)
+
+    def measured(self, name: str, rate: float | None = None) -> dict[int, float]:
+        """What was measured at a rate (default the best), by seed."""
+        return {
+            seed: result.measured[name] for seed, result in self.results[rate or self.rate].items() if not result.ended
+        }
+
+    def curve(self) -> list[tuple[float, float, float, float]]:
+        """``(rate, mean, low, high)`` of every rate at which no seed diverged; the ends are the least and the largest seed."""
+        points = []
+        for rate in sorted(self.results):
+            values = list(self.losses_at(rate).values())
+            if all(map(math.isfinite, values)):
+                points.append((rate, math.fsum(values) / len(values), min(values), max(values)))
+        return points
+
+    @property
+    def log_rate(self) -> Interval:
+        """The natural logarithm of the best rate of each seed, as an interval; the grid makes it coarse."""
+        seeds = next(iter(self.results.values()))
+        return interval([math.log(min(self.results, key=lambda rate: self.losses_at(rate)[seed])) for seed in seeds])
+
+
+class Ground:
+    """The model, the texts, and the trials that were done.
+
+    Args:
+        steps: of every trial. say: gets a line for every set of trials that is begun.
+    """
+
+    def __init__(self, steps: int = STEPS, say: Callable[[str], None] = print) -> None:
+        self.steps, self.say = steps, say
+        self.done: dict[str, Result] = {}
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The byte model, frozen, in fp32."""
+        return byte_model()
+
+    @functools.cached_property
+    def lesson(self) -> list[Encoded]:
+        """What is learnt: Python's source, which the model has not read."""
+        return text_examples(code(), LENGTH)[:4096]
+
+    @functools.cached_property
+    def held_out(self) -> list[Encoded]:
+        """Source of other modules, on which learning is judged."""
+        return _spread(text_examples(code(held_out=True), LENGTH), 48)
+
+    @functools.cached_property
+    def prose(self) -> list[Encoded]:
+        """Held-out text of the kind that the model was trained on: what it may forget."""
+        return _spread(text_examples(docs(held_out=True), LENGTH), 32)
+
+    def trial(self, rate: float, seed: int, **fields: Any) -> Trial:
+        """A trial of ``fields``: of ``LoraConfig``, of ``TrainConfig``, and ``variant`` ("full" for full fine-tuning)."""
+        kind = fields.pop("variant", None)
+        plan = {"steps": self.steps, "batch_size": BATCH, "warmup": 0.1, "schedule": "constant", "clip": 1.0}
+        plan |= {"lr": rate, "seed": seed}
+        plan |= {name: fields.pop(name) for name in list(fields) if name in TrainConfig.__dataclass_fields__}
+        lora = {"r": 8, "lora_alpha": ALPHA, "target_modules": "all-linear"} | fields
+        return Trial(
+            None if kind == "full" else LoraConfig(**lora), TrainConfig(**plan), None if kind == "full" else kind
+        )
+
+    def results(
+        self, trials: Sequence[Trial], model: Any = None, lesson: Sequence[Encoded] | None = None, key: str = ""
+    ) -> list[Result]:
+        """What came of trials, those of before included.
+
+        Args:
+            model: another than ``self.model``. lesson: other examples to learn from, judged on themselves. key: says which, for the memory.
+        """
+        keys = [key + repr(described(trial)) for trial in trials]
+        new = {name: trial for name, trial in zip(keys, trials, strict=True) if name not in self.done}
+        if new:
+            self.say(f"{len(new)} fine-tunings{f' ({key})' if key else ''}")
+            base, judged = model or self.model, self.held_out if lesson is None else lesson
+            before = [loss.clone() for loss in _log_probabilities(base, self.prose)]
+
+            def measure(adapted: Any, result: Result) -> dict[str, float]:
+                return {"forgetting": kl(before, adapted, self.prose)}
+
+            options: dict[str, Any] = {"evaluation": judged, "measure": measure, "say": lambda line: None}
+            found = sweep(base, self.lesson if lesson is None else lesson, list(new.values()), **options)
+            self.done |= dict(zip(new, found, strict=True))
+        return [self.done[name] for name in keys]
+
+    def tune(
+        self,
+        families: Mapping[str, Mapping[str, Any]],
+        rates: Sequence[float] = RATES,
+        seeds: Sequence[int] = SEEDS,
+        **options: Any,
+    ) -> dict[str, Tuned]:
+        """Every family at every rate, for every seed; ``options`` as ``results``."""
+        asked = {
+            (name, rate, seed): self.trial(rate, seed, **fields)
+            for name, fields in families.items() for rate in rates for seed in seeds
+        }  # fmt: skip
+        found = dict(zip(asked, self.results(list(asked.values()), **options), strict=True))
+        return {
+            name: Tuned(name, {rate: {seed: found[name, rate, seed] for seed in seeds} for rate in rates})
+            for name in families
+        }
+
+
+def _loss(result: Result) -> float:
+    return math.inf if result.eval_loss is None else result.eval_loss
+
+
+def _spread(examples: list[Encoded], count: int) -> list[Encoded]:
+    """So many of them, evenly from all."""
+    return [examples[at * len(examples) // count] for at in range(count)]
+
+
+@torch.no_grad()
+def _log_probabilities(model: Any, examples: Sequence[Encoded]) -> list[torch.Tensor]:
+    """The model's log-probabilities after every token, ``[tokens, vocabulary]`` for each batch."""
+    ids = torch.tensor([example.input_ids for example in examples], device=model.device)
+    return [model(batch, use_cache=False).logits[:, :-1].log_softmax(-1).flatten(0, 1) for batch in ids.split(16)]
+
+
+def kl(before: Sequence[torch.Tensor], model: Any, examples: Sequence[Encoded]) -> float:
+    """KL(base || model) in nats a token, the base's log-probabilities given; as ``measures.forgetting``, of a model by itself."""
+    total = count = 0.0
+    for was, now in zip(before, _log_probabilities(model, examples), strict=True):
+        total += float((was.exp() * (was - now)).sum(dtype=torch.float64))
+        count += len(was)
+    return total / count
