@@ -6,8 +6,8 @@ Every run is a process of its own, one thread, and does the same steps: rank 8 o
 the K. "bytes" is a Llama of 0.8 million weights with 16 x 128 tokens a step; "smollm2" is SmolLM2-135M in NF4 (PEFT: bitsandbytes' NF4)
 with 4 x 128 tokens. Time is the processor's, of loading and of the steps apart; memory is the process's peak that no file stands behind.
 K separate runs take K times the time of one, and as much memory together as K of them. Of K runs the pass's ratio is given to each: below
-1, the pass is cheaper. With ``--device cuda`` the model is random, of the given size, in bf16 on NF4, a row of 128 tokens a step; time is the
-wall's. Writes ``results/sweep.csv`` (``sweep_<card>.csv``).
+1, the pass is cheaper. With ``--device cuda`` the model is random, of the given size, in bf16 on NF4, a row of 128 tokens a step, and
+time the wall's. Writes ``results/sweep.csv`` (``sweep_<card>.csv``).
 """
 
 from __future__ import annotations

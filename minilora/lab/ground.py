@@ -24,14 +24,13 @@ from minilora.lab.sweep import sweep
 from minilora.lab.table import described
 from minilora.lab.trial import Result, Trial
 from minilora.lora.config import LoraConfig
-from minilora.training.losses import token_losses
 from minilora.training.settings import TrainConfig
 
 __all__ = ["RATES", "SEEDS", "Ground", "Tuned", "kl"]
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
-LENGTH, BATCH, STEPS = 128, 8, 80
+LENGTH, BATCH, STEPS = 128, 8, 60
 ALPHA = 32  # of every adapter, if nothing else is said
 
 
@@ -106,7 +105,7 @@ class Ground:
     @functools.cached_property
     def held_out(self) -> list[Encoded]:
         """Source of other modules, on which learning is judged."""
-        return _spread(text_examples(code(held_out=True), LENGTH), 48)
+        return _spread(text_examples(code(held_out=True), LENGTH), 32)
 
     @functools.cached_property
     def prose(self) -> list[Encoded]:
