@@ -2,7 +2,7 @@
 
 from minilora.lab.claim import Claim, Curve, Finding, Picture, all_of, within
 from minilora.lab.ground import RATES, Ground
-from minilora.lab.interval import told_apart
+from minilora.lab.interval import interval, told_apart
 
 CLAIM = Claim(
     name="rank-lr",
