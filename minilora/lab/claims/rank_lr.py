@@ -17,17 +17,14 @@ COST = 0.01  # nats a byte: what taking the rate of another rank may cost and st
 def run(ground: Ground) -> Finding:
     tuned = ground.tune({f"r={r}": {"r": r} for r in RANKS}, (*RATES, 3e-2))
     usual = tuned["r=16"].rate
-    rows, verdicts = [], []
+    costs = {name: told_apart(family.losses, family.losses_at(usual)).interval for name, family in tuned.items()}
+    rows = []
     for name, family in tuned.items():
-        cost = told_apart(family.losses, family.losses_at(usual)).interval
-        verdicts.append(within(cost, COST))
-        rows.append(
-            {"rank": name, "best rate": family.rate, "loss there": family.losses, "cost of the rate of r=16": cost}
-        )
-    rates = ", ".join(f"{row['rank']}: {row['best rate']:g}" for row in rows)
-    worst = max(row["cost of the rate of r=16"].mean for row in rows)
+        there = {"best rate": family.rate, "loss there": interval(family.losses.values())}
+        rows.append({"rank": name} | there | {"cost of the rate of r=16": costs[name]})
+    rates = ", ".join(f"{name}: {family.rate:g}" for name, family in tuned.items())
+    worst = max(cost.mean for cost in costs.values())
     said = f"Best rates: {rates}; training every rank at that of r=16 costs at most {worst:.4f} nats a byte."
     curves = [Curve(name, family.curve()) for name, family in tuned.items()]
-    return Finding(
-        all_of(verdicts), said, rows, Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True)
-    )
+    picture = Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True)
+    return Finding(all_of([within(cost, COST) for cost in costs.values()]), said, rows, picture)
