@@ -8,14 +8,10 @@ the claim says, all else is ``undecided here``. Next file: ``lab/ground.py``.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from minilora.errors import ConfigError, nearest
 from minilora.lab.interval import Interval
 
 __all__ = [
@@ -29,8 +25,6 @@ __all__ = [
     "above",
     "all_of",
     "below",
-    "claim",
-    "claims",
     "within",
 ]
 
@@ -105,24 +99,3 @@ def within(found: Interval, bound: float) -> str:
 def all_of(verdicts: Sequence[str]) -> str:
     """The verdict on several at once: one that fails fails all."""
     return FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
-
-
-def claims() -> dict[str, ModuleType]:
-    """The files of ``lab/claims`` by the names of their claims, in the order of their files."""
-    import minilora.lab.claims as folder
-
-    found = {}
-    for entry in sorted(pkgutil.iter_modules(folder.__path__), key=lambda entry: entry.name):
-        module = importlib.import_module(f"{folder.__name__}.{entry.name}")
-        found[module.CLAIM.name] = module
-    return found
-
-
-def claim(name: str) -> ModuleType:
-    """The file of one claim. Raises ``ConfigError`` with the closest names."""
-    known = claims()
-    if name not in known:
-        raise ConfigError(
-            f"claim {name!r} is not known; the closest are {nearest(name, known)}; minilora lab lists them"
-        )
-    return known[name]
