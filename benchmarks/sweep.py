@@ -57,7 +57,7 @@ def model_of(options: argparse.Namespace) -> Any:
         return quantize_model(model, QuantConfig(double_quant=True))
     from cpu_steps import smollm2
 
-    return smollm2(30, torch.float32, "bitsandbytes" if options.side == "peft" else "ours")
+    return smollm2(30, torch.float32, "peer" if options.side == "peft" else "ours")
 
 
 def examples_of(rows: int, length: int, vocabulary: int, steps: int) -> list[Encoded]:

@@ -71,7 +71,7 @@ def sweep(
         folder: for ``runs.csv``, ``log.jsonl``, an adapter for each trial, and the state to go on from; None keeps all in memory.
         resume: go on from the state in the folder, to the same bits. overwrite: remove the sweep that lies there.
         save_every: steps between states; 0 is at the end and at Ctrl-C.
-        together: False runs the trials one after another. tokens_at_once: most tokens of a call, unless one trial has more; 0 is 2,048 on a
+        together: False runs the trials one after another. tokens_at_once: most tokens of a call, unless one trial has more; 0 is 512 on a
             CPU, 16,384 on a GPU.
         start_examples: that EVA, CorDA and LoRA-GA look at. measure: called with the model, a trial's adapter active, and its result.
         watch: called with a trial's name and every record of it.
@@ -92,7 +92,7 @@ def sweep(
     if evaluation:
         check_examples(model, evaluation, pad_id, "evaluation")
     refuse_reading_ahead(model, examples, pad_id)
-    room = tokens_at_once or (16384 if next(model.parameters()).is_cuda else 2048)
+    room = tokens_at_once or (16384 if next(model.parameters()).is_cuda else 512)
     here = SweepFolder(folder, named, (examples, evaluation), model, save_every, watch)
     going = _Sweep(model, examples, evaluation, pad_id, room, start_examples, measure, say, here, list(named.values()))
     with here.held(resume, overwrite, say), _as_it_was(model), caught() as wish:
