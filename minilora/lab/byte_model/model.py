@@ -1,8 +1,8 @@
 """The byte model: a causal language model of 0.8 million parameters that comes with the package, a token a byte.
 
-It is transformers' ``LlamaForCausalLM`` (Touvron et al. 2023, arXiv 2302.13971), small enough that a fine-tuning step takes a tenth of a
-second on one core, and it has read enough English and Python names that an adapter has something to build on. Its key and value
-projections are narrower than the query's (grouped heads, Ainslie et al. 2023, arXiv 2305.13245), so not every layer is square.
+It is transformers' ``LlamaForCausalLM`` (Touvron et al. 2023, arXiv 2302.13971), small enough for one core, and it has read enough English
+and names of Python that an adapter has something to build on. Its key and value projections are narrower than the query's (grouped
+heads, Ainslie et al. 2023, arXiv 2305.13245), so not every layer is square.
 Next file: ``lab/byte_model/train.py``.
 """
 
