@@ -4,6 +4,7 @@
     state.safetensors  weights and optimizer state of the trials that go; state.json: where each trial is, and the digest of the former
     runs.csv           a row a trial: its settings, losses, what was measured
     log.jsonl          a line a step and an evaluation, with the name of the trial
+    report.html        figures, table and verdict, and sweep-*.svg where figures were asked for: written by ``lab/report.py``
     <trial>/           its adapter, which minilora and PEFT open
 
 The state is written as one step, so all trials in it are at the same one. Next file: ``lab/table.py``.
@@ -41,11 +42,13 @@ from minilora.training.lock import held, refuse_held
 from minilora.training.optim_state import form_of, put_state, state_form, state_tensors
 from minilora.training.signals import Wish
 
-__all__ = ["CSV_FILE", "SWEEP_FILE", "SweepFolder"]
+__all__ = ["CSV_FILE", "FIGURES", "KINDS", "REPORT_FILE", "SWEEP_FILE", "SweepFolder"]
 
 SWEEP_FILE, STATE_FILE, WHERE_FILE, CSV_FILE, LOG_FILE = (
     "sweep.json", "state.safetensors", "state.json", "runs.csv", "log.jsonl")  # fmt: skip
-_OWN = (SWEEP_FILE, STATE_FILE, WHERE_FILE, CSV_FILE, LOG_FILE, "report.html")
+REPORT_FILE, FIGURES, KINDS = "report.html", ("sweep-rates", "sweep-regret", "sweep-frontier"), ("png", "svg", "pdf")
+_DRAWN = [f"{name}.{kind}" for name in FIGURES for kind in KINDS]  # by ``lab/report.py``
+_OWN = (SWEEP_FILE, STATE_FILE, WHERE_FILE, CSV_FILE, LOG_FILE, REPORT_FILE, *_DRAWN)
 _ANEW = "restore it, or begin anew with --overwrite (overwrite=True)"
 _KNOWN = ("ended", "seconds", "measured", "alone", "parameters")  # of a result, in the state
 _ADAPTER = (WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
@@ -167,6 +170,7 @@ class SweepFolder:
         """Whether the state that is gone on from has its end; its weights are read then, where it left some."""
         if not self.kept.get(result.name, {}).get("finished"):
             return False
+        result.finished = True
         if self.path is not None and result.trial.lora is not None and not result.ended:
             place = self.path / result.name / WEIGHTS_FILE
             result.weights, _ = parse_tensors(read_bytes(place, "an adapter"), place)

@@ -121,6 +121,7 @@ class Going:
         if self.spare and not self.result.ended:
             for name, value in self.named.items():
                 value.copy_(self.spare[name])
+        self.result.finished = True
         self.optimizer.state.clear()  # two numbers for every weight
         self.spare = {}
         self.train(False)

@@ -1,4 +1,4 @@
-"""The trials of a sweep as a table: one row each, for a CSV file, a report and a terminal. Next file: ``lab/verdict.py``."""
+"""The trials of a sweep as a table: one row each, for a CSV file, a report and a terminal. Next file: ``lab/groups.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from minilora.lab.trial import Result, Trial
 
-__all__ = ["as_csv", "described", "differing", "label", "rows"]
+__all__ = ["GOES", "as_csv", "described", "differing", "label", "rows"]
+
+GOES = "has not ended"  # what the table says of a trial that goes
 
 _ALWAYS = ("variant", "r", "lora_alpha", "target_modules", "lr", "seed")
 
@@ -40,17 +42,23 @@ def label(trial: Trial, names: Sequence[str]) -> str:
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row a trial: name, settings, what came out. Losses are nats a token; ``loss`` is the mean over the last tenth of the steps."""
+    """A row a trial: name, settings, what came out.
+
+    Losses are nats a token; ``loss`` is the mean over the last tenth of the steps. ``steps`` are asked for, ``done`` changed the weights.
+    ``ended`` says why a trial ended early, and of one that goes that it has not ended.
+    """
     names, made = differing([result.trial for result in results]), []
     measured = list(dict.fromkeys(name for result in results for name in result.measured))
     for result in results:
         own, losses = described(result.trial), result.losses
         last = losses[-max(1, len(losses) // 10) :]
         row = {"run": result.name} | {name: _short(own[name]) if name in own else "" for name in names}
-        row |= {"steps": len(losses), "loss": sum(last) / len(last) if last else None, "eval_loss": result.eval_loss}
+        row |= {"steps": own["steps"], "done": len(losses), "loss": sum(last) / len(last) if last else None}
+        row |= {"eval_loss": result.eval_loss}
         row |= {name: result.measured.get(name) for name in measured}
         row |= {"parameters": result.parameters, "seconds": round(result.seconds, 3)}
-        made.append(row | {"together": "no: " + result.alone if result.alone else "yes", "ended": result.ended})
+        ended = result.ended or ("" if result.finished else GOES)
+        made.append(row | {"together": "no: " + result.alone if result.alone else "yes", "ended": ended})
     return made
 
 

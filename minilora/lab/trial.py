@@ -88,7 +88,7 @@ class Result:
 
     Attributes:
         alone: why it ran after the others, "" for one that ran with them.
-        ended: why it ended before its last step, in words; "" for one that came to its end.
+        ended: why it ended before its last step, in words; "" for one that came to its end. finished: nothing of it is left to do.
         records: as ``training.train`` returns them, without the memory. weights: the adapter as a file has it (all that trained, for
             full fine-tuning), on the CPU.
         seconds: its part of the time that steps took: by its tokens, where several ran in one pass.
@@ -104,6 +104,7 @@ class Result:
     parameters: int = 0
     seconds: float = 0.0
     measured: dict[str, float] = field(default_factory=dict)
+    finished: bool = False
 
     @property
     def losses(self) -> list[float]:
@@ -117,8 +118,12 @@ class Result:
 
     @property
     def eval_loss(self) -> float | None:
-        """The last evaluation loss of a trial that came to its end, or the lowest of one that keeps its best."""
-        found = [loss for loss in self.evaluations.values() if loss is not None]
-        if self.ended or not found:
+        """The last evaluation loss of a trial that came to its end, or the lowest of one that keeps its best; None if not finite.
+
+        As in ``training.best``, the evaluation before the first step is none that is kept.
+        """
+        losses = [loss for step, loss in self.evaluations.items() if step]
+        if self.ended or not losses:
             return None
-        return min(found) if self.trial.train.keep_best else found[-1]
+        finite = [loss for loss in losses if loss is not None]
+        return min(finite, default=None) if self.trial.train.keep_best else losses[-1]
