@@ -8,7 +8,7 @@
 * bf16 and fp16 are multiplied in fp32 where the processor cannot multiply them (``ops.product_dtype``).
 
 Kept for the backward pass: ``x``, ``A x`` (r numbers a token) and what is there anyway. No second derivative.
-Next file: ``linear/stacked.py``.
+Next file: ``many/adapted.py``.
 """
 
 from __future__ import annotations
