@@ -26,7 +26,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "linear",
         "multiplying with a frozen weight",
-        ["layers", "convolution", "foreign", "packed", "shown", "fronts", "ops", "fused", "cuda"],
+        ["layers", "convolution", "foreign", "packed", "shown", "fronts", "ops", "stacked", "fused", "cuda"],
     ),
     (
         "lora",

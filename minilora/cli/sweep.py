@@ -84,8 +84,7 @@ def _reworded(flag: Flag) -> Flag:
 
 def run(arguments: argparse.Namespace) -> None:
     """Look, sweep, and rank the trials; or say what a sweep would do."""
-    given = _given(arguments)
-    asked, workers = asked_for(given)
+    asked, workers = asked_for(given(arguments))
     from minilora.lab.job import look
     from minilora.lab.progress import SweepProgress
     from minilora.lab.shared import foretold
@@ -104,19 +103,20 @@ def run(arguments: argparse.Namespace) -> None:
     _say_where(asked, results)
 
 
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags and the TOML file say, by name. Raises ``ConfigError``."""
     known = {flag.name: flag.kind for of_it in _groups().values() for flag in of_it}
     return given_of(arguments, known)
 
 
 def job_of(arguments: argparse.Namespace) -> Any:
     """The job whose settings all trials have where the grid says nothing. Raises ``ConfigError``."""
-    return asked_for(_given(arguments))[0].job
+    return asked_for(given(arguments))[0].job
 
 
-def asked_for(given: dict[str, Any]) -> tuple[Any, int | str]:
+def asked_for(said: dict[str, Any]) -> tuple[Any, int | str]:
     """The sweep that is asked for, and among how many workers. Raises ``ConfigError`` for a value that cannot be meant, by name."""
-    rest = dict(given)
+    rest = dict(said)
     own = {flag.name: rest.pop(flag.name, flag.default) for flag in OWN}
     save_every = rest.pop("save_every", 0)
     job = job_from(rest)
@@ -127,7 +127,7 @@ def asked_for(given: dict[str, Any]) -> tuple[Any, int | str]:
     from minilora.lab.job import SweepJob
 
     for name in axes_of(own["grid"]):
-        if name in given and name in setting_names():
+        if name in said and name in setting_names():
             raise ConfigError(f"{name} stands in the grid and as {flag_of(name)}; give it once")
     seeds = list(range(job.training.seed, job.training.seed + own["seeds"]))
     trials = trials_of(own["grid"], seeds, job.lora, job.training, job.variant or None)

@@ -50,7 +50,7 @@ class SweepProgress(Progress):
         if not self.losses:
             return ""
         name = min(self.losses, key=lambda one: self.losses[one])
-        return f"best {'evaluation' if self.evaluated else 'loss'} {self.losses[name]:.3f} ({name})"
+        return f"best {self.losses[name]:.3f} ({name})"
 
     def note(self, name: str, record: dict[str, Any]) -> None:
         """Show one record of a trial."""
@@ -77,7 +77,8 @@ class SweepProgress(Progress):
         done, total = sum(self.done.values()), self.total
         failed = sum(bool(why) for why in self.over.values())
         going = len(self.lengths) - len(self.over)
-        figures = f"{going} trials going, {len(self.over) - failed} at their end, {failed} ended early  {self.best}"
+        early = f" ({failed} early)" if failed else ""
+        figures = f"{going} going, {len(self.over)} ended{early}  {self.best}".rstrip()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, figures=figures)
         elif done < total and time.monotonic() - self.said >= _PLAIN_EVERY:
