@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from minilora import cli
-from minilora.cli import train
+from minilora.cli import sweep, train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -187,6 +187,12 @@ def test_every_train_is_a_valid_job():
             ["How is the weather?"],
         )
     assert any(one.resume and one.training.save_every == 50 and one.training.keep_checkpoints == 3 for one in jobs)
+
+
+def test_every_sweep_is_a_valid_one():
+    pytest.importorskip("transformers")
+    asked = [sweep.asked_for(sweep.given(parse(words)))[0] for words in commands("minilora") if words[0] == "sweep"]
+    assert len(asked) >= 5 and max(len(one.trials) for one in asked) == 18
 
 
 def test_a_settings_file_is_a_valid_job(tmp_path):

@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "fine-tune SmolLM2-135M in four bits on this machine, in minutes",
     "init": "write a settings file and ten lines of data to begin with",
     "train": "fine-tune a model on your own data",
+    "sweep": "fine-tune a model in many ways at the same time, and rank them",
     "generate": "ask a model, with or without an adapter",
     "chat": "talk with a model, with or without an adapter",
     "info": "say what an adapter folder, a run or a packed model is",

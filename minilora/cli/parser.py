@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=_Formatter, allow_abbrev=False, **more)
         self.commands: dict[str, Parser] = {}
         self.module = module
+        self.refused: dict[str, str] = {}  # flags of other commands, and why they are none of this one
         self.register("type", int, _whole)
         self.register("type", float, _number)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
@@ -74,6 +75,8 @@ class Parser(argparse.ArgumentParser):
             return
         action = self._option_string_actions.get(flag)
         if action is None:
+            if why := self.refused.get(flag.replace("--no-", "--", 1)):
+                raise ConfigError(f"{flag}: {why}")
             owners = [name for name, command in self.commands.items() if flag in command.load()._option_string_actions]
             if owners:
                 verb = next((word for word in words if word in owners), owners[0])

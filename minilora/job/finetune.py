@@ -5,8 +5,7 @@ Look at the data, load, packing on the way, inject, ask, train, ask again, repor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,33 +14,30 @@ import torch
 
 from minilora.errors import ConfigError
 from minilora.files.write import write_file
-from minilora.hf.dates import date_of, dated
 from minilora.hf.devices import choose, settled
 from minilora.hf.generate import answers
-from minilora.hf.load import load_model, load_tokenizer, resolve, skeleton
+from minilora.hf.load import resolve
 from minilora.hf.packed import is_packed_folder
-from minilora.hf.places import packing
 from minilora.job.described import described, formats, memory, report_settings
-from minilora.job.examples import encoded, looked_at
+from minilora.job.examples import looked_at
 from minilora.job.given import job_from
+from minilora.job.loading import computing_with, load, prepare
 from minilora.job.outcome import Outcome
 from minilora.job.push import check_upload, push_run
 from minilora.job.rehearsal import rehearse
-from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of, template_sha256
+from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of
 from minilora.job.settings import Job
 from minilora.job.start import begin, saved_start
 from minilora.job.told import rows_to_read, say_adapted, say_packed
 from minilora.job.trackers import Trackers, refuse_missing
-from minilora.lora.match import match
 from minilora.report.inspect import parameter_table, spectra, update_ratios
 from minilora.report.page import render
-from minilora.training.guards import context_length
 from minilora.training.left import claim
 from minilora.training.loop import train
 from minilora.training.offload import refuse_offload
 from minilora.training.optim_choice import as_trained, refuse_optimizer
 from minilora.training.processes import Processes, joined
-from minilora.training.progress import Progress, busy
+from minilora.training.progress import Progress
 from minilora.training.rows import Rows
 from minilora.training.run_folder import RunFolder
 from minilora.training.settings import TrainConfig
@@ -87,17 +83,6 @@ def fine_tune(job: Job | None = None, say: _Say | None = None, watch: _Watch | N
             return _Going(job, processes, say or _silent, watch).run()
         with Progress(job.training.steps) as progress:
             return _Going(job, processes, progress.say, progress.watch, progress.begin).run()
-
-
-@contextmanager
-def computing_with(threads: int) -> Iterator[None]:
-    """So many threads of torch until the end of the block; 0 leaves their number as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _silent(line: str) -> None:
@@ -155,26 +140,21 @@ class _Going:
 
     def load(self) -> None:
         """The examples, and then the model, packed on the way."""
-        job, place, trust = self.job, self.place, self.job.trust_remote_code
-        paper = skeleton(job.model, place.dtype, trust)
-        found = match(paper, job.lora)  # a mistyped target shows now, before any weight is read
-        self.size = sum(p.numel() * p.element_size() for p in paper.parameters())
-        self.say(f"{self.looked.said}; loading {job.model} on {place.said}")
-        tokenizer = load_tokenizer(job.model, trust)
-        self.template, self.tokenizer = template_sha256(tokenizer), dated(tokenizer, job.date)
-        self.date = date_of(self.tokenizer, job.date)
-        self.examples, self.evaluation = encoded(job, self.looked, self.tokenizer, context_length(paper), self.say)
+        job, place = self.job, self.place
+        found = prepare(job, place, self.looked, [job.lora], self.say)
+        self.size = sum(p.numel() * p.element_size() for p in found.paper.parameters())
+        self.template, self.tokenizer, self.date = found.template, found.tokenizer, found.date
+        self.examples, self.evaluation = found.examples, found.evaluation
         self.job = job = replace(job, training=job.training.for_examples(len(self.examples)))  # epochs become steps
         if self.begun:
             self.begun(job.training.steps)
         if job.shard and self.processes.size == 1:
             self.say("shard: this one process keeps the whole model; torchrun starts several, which share it")
-        shares = job.shard and self.processes.size > 1
-        self.rows = rows_to_read(job, paper, Rows(self.processes, place.dtype), found, self.say) if shares else None
-        quant = packing(job.quant, job.double_quant)
-        options: dict[str, Any] = {"device": place.device, "quant": quant, "attention": job.attention}
-        with busy(f"loading {job.model}"):
-            self.model: Any = load_model(job.model, place.dtype, trust, rows=self.rows, **options)
+        self.rows = None
+        if job.shard and self.processes.size > 1:
+            own = Rows(self.processes, place.dtype)
+            self.rows = rows_to_read(job, found.paper, own, found.matches[0], self.say)
+        self.model: Any = load(job, place, self.rows)
         self.clock.lap("load")
 
     def adapt(self) -> None:

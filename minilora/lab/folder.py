@@ -6,15 +6,15 @@
     log.jsonl          a line a step and an evaluation, with the name of the trial
     report.html        figures, table and verdict, and sweep-*.svg where figures were asked for: written by ``lab/report.py``
     <trial>/           its adapter, which minilora and PEFT open
+    workers.json       while several processes share the trials out: which has which, each in its own worker-N/ (``lab/workers.py``)
 
-The state is written as one step, so all trials in it are at the same one. Next file: ``lab/table.py``.
+The state is written as one step, so all trials in it are at the same one. Next file: ``lab/left.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,32 +26,35 @@ from torch import Tensor, nn
 
 from minilora.data.encoding import Encoded
 from minilora.data.examples import digests
-from minilora.errors import CheckpointError, ConfigError, Interrupted, MiniLoraError
-from minilora.files.parse import parse_json, parse_tensors
-from minilora.files.read import read_bytes, refuse_path
-from minilora.files.write import append_line, remove, write_file, write_files
+from minilora.errors import CheckpointError, ConfigError, Interrupted
+from minilora.files.parse import parse_tensors
+from minilora.files.read import read_bytes
+from minilora.files.write import append_line, write_file, write_files
 from minilora.lab.going import Going
+from minilora.lab.left import (
+    CSV_FILE,
+    KNOWN,
+    LOG_FILE,
+    STATE_FILE,
+    SWEEP_FILE,
+    WHERE_FILE,
+    claim,
+    clear,
+    read_json,
+    read_state,
+)
 from minilora.lab.table import as_csv, described
 from minilora.lab.trial import Result
 from minilora.linear.layers import kind_of
 from minilora.lora.slots import adapters_of
-from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
+from minilora.store.adapter_files import WEIGHTS_FILE
 from minilora.store.fingerprint import fingerprint
 from minilora.store.save import adapter_files
-from minilora.training.lock import held, refuse_held
+from minilora.training.lock import held
 from minilora.training.optim_state import form_of, put_state, state_form, state_tensors
 from minilora.training.signals import Wish
 
-__all__ = ["CSV_FILE", "FIGURES", "KINDS", "REPORT_FILE", "SWEEP_FILE", "SweepFolder"]
-
-SWEEP_FILE, STATE_FILE, WHERE_FILE, CSV_FILE, LOG_FILE = (
-    "sweep.json", "state.safetensors", "state.json", "runs.csv", "log.jsonl")  # fmt: skip
-REPORT_FILE, FIGURES, KINDS = "report.html", ("sweep-rates", "sweep-regret", "sweep-frontier"), ("png", "svg", "pdf")
-_DRAWN = [f"{name}.{kind}" for name in FIGURES for kind in KINDS]  # by ``lab/report.py``
-_OWN = (SWEEP_FILE, STATE_FILE, WHERE_FILE, CSV_FILE, LOG_FILE, REPORT_FILE, *_DRAWN)
-_ANEW = "restore it, or begin anew with --overwrite (overwrite=True)"
-_KNOWN = ("ended", "seconds", "measured", "alone", "parameters")  # of a result, in the state
-_ADAPTER = (WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
+__all__ = ["SweepFolder"]
 
 
 class SweepFolder:
@@ -74,6 +77,7 @@ class SweepFolder:
         self.results, self.every, self.watch = results, every, watch
         self.steps = 0
         self.said: set[str] = set()
+        self.over: set[str] = set()  # trials whose end was told
         self.told: dict[str, int] = {}  # records of a trial that are in the log
         self.kept: dict[str, Any] = {}  # where each trial was in the state that is gone on from
         self.tensors: dict[str, Tensor] = {}
@@ -97,74 +101,33 @@ class SweepFolder:
                 raise ConfigError("resume and overwrite are about a folder; name one (folder=...)")
             yield
             return
-        self._claim(self.path, resume, overwrite)
+        claim(self.path, resume, overwrite)
         with held(self.path, say):
             if resume and (self.path / WHERE_FILE).exists():
                 self._take_up(self.path)
                 say(f"going on after step {self.steps}: {self.path}")
             else:
-                self._clear(self.path)
+                clear(self.path)
             write_file(self.path / SWEEP_FILE, json.dumps(self.meaning, indent=1))
             lines = [{"run": name} | record for name, result in self.results.items() for record in result.records]
             write_file(self.path / LOG_FILE, "".join(f"{json.dumps(line)}\n" for line in lines))
             self.told = {name: len(result.records) for name, result in self.results.items()}
             yield
 
-    def _claim(self, path: Path, resume: bool, overwrite: bool) -> None:
-        if resume and overwrite:
-            raise ConfigError("resume and overwrite are both set; wanted one: go on with the sweep, or begin anew")
-        refuse_path(path)
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"out={str(path)!r} is a file; wanted a folder for the sweep")
-        refuse_held(path)
-        lies = next((name for name in _OWN if os.path.lexists(path / name)), None)
-        if lies and not (resume or overwrite):
-            raise CheckpointError(
-                f"{path}: holds a sweep already ({lies}); go on with it by --resume (resume=True), replace it by --overwrite "
-                "(overwrite=True), or choose another folder"
-            )
-
-    def _clear(self, path: Path) -> None:
-        """Remove what a sweep left there: its own files, and the adapters of the trials that it names."""
-        known = _read(path / SWEEP_FILE) if (path / SWEEP_FILE).exists() else {}
-        for name in known.get("trials", {}):
-            if (path / name).is_dir():
-                remove(path / name, [file for file in _ADAPTER if os.path.lexists(path / name / file)])
-        remove(path, [name for name in _OWN if os.path.lexists(path / name)])
-
     def _take_up(self, path: Path) -> None:
-        then = _read(path / SWEEP_FILE)
+        then = read_json(path / SWEEP_FILE)
         for part, words in (("trials", "trials"), ("data", "data"), ("base", "base model")):
             if then.get(part) != self.meaning[part]:
                 raise CheckpointError(
                     f"{path}: a sweep of other {words} lies there; set them back, or begin anew with --overwrite (overwrite=True)"
                 )
-        where, content = _read(path / WHERE_FILE), read_bytes(path / STATE_FILE, "the state of a sweep")
-        if hashlib.sha256(content).hexdigest() != where["sha256"]:
-            raise CheckpointError(f"{path / STATE_FILE}: damaged; {_ANEW}")
+        where, self.tensors = read_state(path, self.results)
         self.steps, self.kept = where["steps"], where["trials"]
-        self.tensors = safetensors.torch.load(bytes(content))
-        logged = self._logged(path)
-        for name, position in self.kept.items():
-            result = self.results[name]
-            result.records = logged.get(name, [])[: position["records"]]
-            if len(result.records) < position["records"]:
-                raise CheckpointError(
-                    f"{path / LOG_FILE}: lacks lines of {name}; restore it, or begin anew with --overwrite (overwrite=True)"
-                )
-            for key in _KNOWN:
-                setattr(result, key, position[key])
-
-    def _logged(self, path: Path) -> dict[str, list[dict[str, Any]]]:
-        """The records in the log by trial, up to the first line that is none."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for line in read_bytes(path / LOG_FILE, "a log").decode("utf-8", "replace").splitlines():
-            try:
-                record = json.loads(line)
-                found.setdefault(record.pop("run"), []).append(record)
-            except (ValueError, KeyError, AttributeError):
-                break
-        return found
+        for name, result in self.results.items():
+            if self.watch:
+                self.watch(name, {"step": _step_of(result), "before": True})
+            if self.kept.get(name, {}).get("finished"):
+                self._tell_over(result)
 
     def finished(self, result: Result) -> bool:
         """Whether the state that is gone on from has its end; its weights are read then, where it left some."""
@@ -228,6 +191,13 @@ class SweepFolder:
                 if self.watch:
                     self.watch(result.name, record)
             self.told[result.name] = len(result.records)
+            if not going.ready:
+                self._tell_over(result)
+
+    def _tell_over(self, result: Result) -> None:
+        if self.watch and result.name not in self.over:
+            self.over.add(result.name)
+            self.watch(result.name, {"step": _step_of(result), "ended": result.ended})
 
     def after_step(self, goings: Sequence[Going]) -> None:
         """A step is done: count it, and save the state where it is time to."""
@@ -258,7 +228,7 @@ class SweepFolder:
         self._write_table()
 
     def _rest_of(self, result: Result, finished: bool = False) -> dict[str, Any]:
-        return {key: getattr(result, key) for key in _KNOWN} | {"records": len(result.records), "finished": finished}
+        return {key: getattr(result, key) for key in KNOWN} | {"records": len(result.records), "finished": finished}
 
     def leave(self, goings: Sequence[Going], wish: Wish) -> NoReturn:
         """Raise ``Interrupted``, with what is done saved."""
@@ -272,6 +242,7 @@ class SweepFolder:
 
     def end(self, result: Result, model: nn.Module | None = None) -> None:
         """A trial is at its end: write its adapter, if it has one, and its row."""
+        self._tell_over(result)
         if self.path is None:
             return
         if model is not None and result.trial.lora is not None and not result.ended:
@@ -288,11 +259,5 @@ class SweepFolder:
         write_file(self.path / CSV_FILE, as_csv(list(self.results.values())))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A file of a sweep that says what it is. Raises ``CheckpointError``."""
-    try:
-        return parse_json(read_bytes(path, "a sweep"))
-    except MiniLoraError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); {_ANEW}") from None
+def _step_of(result: Result) -> int:
+    return max((record["step"] for record in result.records), default=0)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from minilora.errors import ConfigError, nearest
+from minilora.job.settings import FROM_DATA
 from minilora.lab.trial import Trial
 from minilora.lora.adapter import VARIANTS
 from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
-__all__ = ["trials_of"]
+__all__ = ["axes_of", "trials_of"]
 
 _LORA = {field.name for field in dataclasses.fields(LoraConfig)}
 _TRAIN = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -26,18 +27,20 @@ def trials_of(
     seeds: int | Sequence[int] = 1,
     lora: LoraConfig | None = None,
     train: TrainConfig | None = None,
+    variant: str | None = None,
 ) -> list[Trial]:
-    """Every combination of a grid's values, for every seed.
+    """Every combination of a grid's values, for every seed, once: full fine-tuning has no rank, so it comes once for all of them.
 
     Args:
         grid: fields of ``LoraConfig`` and ``TrainConfig`` with values, ``name=a,b,c``, with blanks between them; also ``variant``, whose
             values are registered variants and "full". ``+`` joins names of modules: ``target_modules=q_proj+v_proj,all-linear``.
         seeds: how many (0, 1, ...), or which. lora, train: what the grid does not say; by default all linear layers.
+        variant: of the trials, where the grid has no ``variant``; None is the one that ``lora`` means.
 
     Raises:
         ConfigError: a name or a value that is not known, a name that stands twice, or more than 1,000 trials.
     """
-    axes = _axes(grid)
+    axes = axes_of(grid)
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ConfigError(f"seeds={seeds!r}: wanted a number >= 1, or seeds that differ")
@@ -51,10 +54,15 @@ def trials_of(
     if count > _MOST:
         raise ConfigError(f"the grid has {count} trials; wanted {_MOST} at most")
     base, plan = lora or LoraConfig(target_modules="all-linear"), train or TrainConfig()
-    return [_trial(dict(zip(axes, values, strict=True)), base, plan) for values in itertools.product(*axes.values())]
+    usual = {"variant": variant} if variant else {}
+    made = (
+        _trial(usual | dict(zip(axes, values, strict=True)), base, plan) for values in itertools.product(*axes.values())
+    )
+    return list({repr(trial): trial for trial in made}.values())
 
 
-def _axes(grid: str) -> dict[str, list[Any]]:
+def axes_of(grid: str) -> dict[str, list[Any]]:
+    """The values of a grid by name, as ``trials_of`` reads it. Raises ``ConfigError``."""
     axes: dict[str, list[Any]] = {}
     for word in grid.split():
         name, equals, values = word.partition("=")
@@ -92,7 +100,9 @@ def _value(name: str, text: str) -> Any:
 
 def _trial(values: dict[str, Any], lora: LoraConfig, train: TrainConfig) -> Trial:
     """Raises ``ConfigError`` with the trial's settings before the reason."""
-    kind = values.pop("variant", None)
+    kind, start = values.pop("variant", None), values.get("init_lora_weights")
+    if start in FROM_DATA and getattr(lora, f"{start}_config") is None:
+        values[f"{start}_config"] = {}  # as in a job
     try:
         of_lora = {name: value for name, value in values.items() if name in _LORA}
         plan = dataclasses.replace(train, **{name: value for name, value in values.items() if name in _TRAIN})

@@ -19,9 +19,9 @@ from typing import Any
 from minilora.errors import CheckpointError, ConfigError
 from minilora.files.read import read_bytes
 from minilora.files.write import write_file
-from minilora.lab.folder import CSV_FILE, FIGURES, KINDS, REPORT_FILE
 from minilora.lab.groups import Family, Group, Outcome, Outcomes, families_of, rank, read_table
 from minilora.lab.interval import told_apart
+from minilora.lab.left import CSV_FILE, FIGURES, KINDS, REPORT_FILE
 from minilora.lab.table import as_csv
 from minilora.lab.trial import Result
 from minilora.lab.verdict import closing, shown_difference, shown_ends, shown_loss, verdict

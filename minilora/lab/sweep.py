@@ -41,7 +41,7 @@ from minilora.training.packed import choose_collate
 from minilora.training.probe import refuse_reading_ahead
 from minilora.training.signals import Wish, caught
 
-__all__ = ["sweep"]
+__all__ = ["names_of", "sweep"]
 
 Measure = Callable[[nn.Module, Result], Mapping[str, float]]
 
@@ -61,6 +61,7 @@ def sweep(
     tokens_at_once: int = 0,
     start_examples: int = 64,
     measure: Measure | None = None,
+    all_refused: bool = False,
     say: Callable[[str], None] = print,
     watch: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> list[Result]:
@@ -74,7 +75,9 @@ def sweep(
         together: False runs the trials one after another. tokens_at_once: most tokens of a call, unless one trial has more; 0 is 512 on a
             CPU, 16,384 on a GPU.
         start_examples: that EVA, CorDA and LoRA-GA look at. measure: called with the model, a trial's adapter active, and its result.
-        watch: called with a trial's name and every record of it.
+        all_refused: what to do if no trial can begin: False raises the first one's reason, True returns results that all ended by one.
+        watch: called with a trial's name and every record of it; with ``{"step", "before": True}`` for what an earlier attempt did of it,
+            and with ``{"step", "ended": why}`` where it ends, ``why`` being "" for one that came to its end.
 
     Returns:
         A result for each trial, in their order.
@@ -83,7 +86,7 @@ def sweep(
         ConfigError: two trials of one name, or none. StateError: the model has adapters. DataError: as ``training.train``.
         CheckpointError: a sweep lies in the folder, or the state there is another sweep's. Interrupted: by a signal; what is done is saved.
     """
-    named = _named(trials)
+    named = {name: Result(trial, name) for name, trial in zip(names_of(trials), trials, strict=True)}
     if has_adapters(model):
         raise StateError(
             "the model has adapters already; wanted a bare one, whose sweep each trial begins from: unload(model) first"
@@ -96,18 +99,18 @@ def sweep(
     here = SweepFolder(folder, named, (examples, evaluation), model, save_every, watch)
     going = _Sweep(model, examples, evaluation, pad_id, room, start_examples, measure, say, here, list(named.values()))
     with here.held(resume, overwrite, say), _as_it_was(model), caught() as wish:
-        going.run(wish, together)
+        going.run(wish, together, all_refused)
     return going.results
 
 
-def _named(trials: Sequence[Trial]) -> dict[str, Result]:
-    """Results to be filled, by name. Raises ``ConfigError``."""
+def names_of(trials: Sequence[Trial]) -> list[str]:
+    """A name for each trial: its own, or its number. Raises ``ConfigError`` for none at all, and for two of one name."""
     if not trials:
         raise ConfigError("no trial; give one at least")
     names = [trial.name or f"t{number:0{len(str(len(trials)))}d}" for number, trial in enumerate(trials, 1)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two trials are called {twice[0]!r}; give each a name of its own, or none a name")
-    return {name: Result(trial, name) for name, trial in zip(names, trials, strict=True)}
+    return names
 
 
 @contextmanager
@@ -141,8 +144,9 @@ class _Sweep:
     results: list[Result]
     held: list[Going] = field(default_factory=list)
 
-    def run(self, wish: Wish, together: bool) -> None:
+    def run(self, wish: Wish, together: bool, all_refused: bool) -> None:
         """All of it."""
+        refused = []
         why = self._why_none_together() if together else "as asked for"
         for result in self.results:
             if self.here.finished(result):
@@ -150,7 +154,8 @@ class _Sweep:
             result.alone = why or result.trial.why_alone
             if not result.alone:
                 self._try(result, self._place)
-        if all(result.ended for result in self.results):
+                refused += [result] * bool(result.ended)
+        if len(refused) == len(self.results) and not all_refused:
             raise ConfigError(self.results[0].ended)
         with_reason = [r for r in self.results if r.alone and not r.ended and not self.here.finished(r)]
         for reason in dict.fromkeys(result.alone for result in with_reason):
@@ -252,6 +257,9 @@ class _Sweep:
                 self.here.leave(all_of, wish)
             caller.model.train()
             step(caller, ready, *rest)
+            for going in ready:
+                if going.result.ended:
+                    self.say(f"{going.result.name} ends: {going.result.ended}")
             self.here.log(ready)
             self.here.after_step(all_of)
 

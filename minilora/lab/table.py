@@ -28,7 +28,7 @@ def differing(trials: Sequence[Trial]) -> list[str]:
     """The settings in which trials differ, and those that everybody asks for, in the order of the latter."""
     every = [described(trial) for trial in trials]
     names = list(dict.fromkeys(name for each in every for name in each))
-    apart = [name for name in names if len({repr(each.get(name)) for each in every}) > 1]
+    apart = [name for name in names if len({repr(each[name]) for each in every if name in each}) > 1]
     return [*_ALWAYS, *(name for name in apart if name not in _ALWAYS)]
 
 

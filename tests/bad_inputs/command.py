@@ -5,6 +5,7 @@
 GEN = ["generate", "--model", "{model}"]
 MERGE = ["merge", "--model", "{model}", "--out", "{out}"]
 PACK = ["quantize", "--model", "{model}", "--out", "{out}"]
+SWEEP = ["sweep", "--model", "{model}", "--data", "{data}", "--out", "{out}"]
 TRAIN = ["train", "--model", "{model}", "--data", "{data}", "--out", "{out}"]
 EXPORT = ["export", "--out", "{out}", "--adapter"]
 PLAN = ["plan", "--model", "{model}", "--no-measure"]
@@ -16,8 +17,8 @@ LINES = [
     (["tarin"], "'tarin'", "'train'"),
     (["--vresion"], "--vresion", "'--version'"),
     (["-x"], "-x: unknown flag", HELP),
-    *(([verb, "--modle", "m"], "--modle: unknown flag", f"{verb} --help") for verb in ("demo", "init", "train", "generate", "chat", "info", "compare", "plan", "bench", "quantize", "merge", "export", "push")),
-    *(([verb, "--mod", "m"], "--mod: unknown flag", "'--model'") for verb in ("train", "generate", "chat", "plan", "bench", "quantize", "merge", "export")),
+    *(([verb, "--modle", "m"], "--modle: unknown flag", f"{verb} --help") for verb in ("demo", "init", "train", "sweep", "generate", "chat", "info", "compare", "plan", "bench", "quantize", "merge", "export", "push")),
+    *(([verb, "--mod", "m"], "--mod: unknown flag", "'--model'") for verb in ("train", "sweep", "generate", "chat", "plan", "bench", "quantize", "merge", "export")),
     *(([verb, "--seed", "x"], "--seed: 'x' is no whole number", "such as 8") for verb in ("demo", "train", "generate", "bench")),
     *(([*words, "--quant"], "--quant: its value is missing", "--quant VALUE") for words in (TRAIN, GEN, PLAN, BENCH)),
     *(([*words, "--dtype", "float8"], "dtype='float8'", "bfloat16") for words in (TRAIN, PLAN, BENCH, PACK, [*MERGE, "--adapter", "{adapter}"])),
@@ -72,6 +73,24 @@ LINES = [
     ([*TRAIN, "--exclude-modules", "q_porj"], "'q_porj'", "'q_proj'"),
     ([*TRAIN, "--no-resume=1"], "--no-resume: takes no value", "write --no-resume alone"),
     ([*TRAIN, "more"], "'more' belongs to no flag", HELP),
+    # sweep
+    (["sweep", "--data", "d", "--out", "o"], "--model is missing", "as a flag"),
+    ([*SWEEP, "--grid", "lr=1e-3 rr=4"], "grid: 'rr' is no setting", "closest"),
+    ([*SWEEP, "--grid", "lr"], "grid: 'lr' has no value", "wanted name=value"),
+    ([*SWEEP, "--grid", "lr=0"], "lr=0", "wanted a number in"),
+    ([*SWEEP, "--grid", "variant=dorra"], "variant='dorra'", "'dora'"),
+    ([*SWEEP, "--grid", "r=4 r=8"], "r stands there twice", "r=a,b"),
+    ([*SWEEP, "--grid", "r=4", "--r", "8"], "r stands in the grid and as --r", "give it once"),
+    ([*SWEEP, "--grid", "target_modules=q_porj"], "'q_porj'", "'q_proj'"),
+    ([*SWEEP, "--seeds", "0"], "seeds=0", "wanted a whole number"),
+    ([*SWEEP, "--workers", "some"], "workers='some'", "or auto"),
+    ([*SWEEP, "--workers", "3"], "workers=3", "no more workers than trials"),
+    ([*SWEEP, "--compile"], "--compile: says how one run is computed", "leave it out"),
+    ([*SWEEP, "--prompts", "hi"], "--prompts: belongs to one run", "minilora train"),
+    ([*SWEEP, "--keep-checkpoints", "3"], "--keep-checkpoints: a sweep keeps one state", "--save-every"),
+    ([*SWEEP, "--forget", "/nowhere.txt"], "/nowhere.txt", "wanted"),
+    ([*SWEEP, "--out", "{file}"], "{file}", "wanted a folder"),
+    ([*SWEEP, "--out", "{run}"], "holds a sweep already", "--resume"),
     # generate
     (["generate", "hi"], "--model: missing", "wanted a hub id"),
     (GEN, "prompt: missing", HELP),

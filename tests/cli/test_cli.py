@@ -28,7 +28,7 @@ from minilora.training.loop import TrainConfig
 from minilora.training.progress import Progress
 
 transformers = pytest.importorskip("transformers")
-from minilora.job import finetune  # noqa: E402
+from minilora.job import finetune, loading  # noqa: E402
 
 LEARNT = {"hi": "yo", "1 < 2?": "true", "who?": "me", "where?": "here"}
 PROMPTS = list(LEARNT)[:2]
@@ -708,7 +708,7 @@ def test_before_and_after_are_answers_of_one_packed_model(monkeypatch, model_fol
 
 
 def test_a_mistyped_target_is_told_before_any_weight_is_read(capsys, monkeypatch, model_folder, data_file, tmp_path):
-    monkeypatch.setattr(finetune, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
+    monkeypatch.setattr(loading, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
     flags = ["--data", data_file, "--out", str(tmp_path / "run"), "--target-modules", "q_porj", "v_proj"]
     assert "'q_proj'" in refused(capsys, "train", "--model", model_folder, *flags)
 
@@ -723,7 +723,7 @@ def test_a_mistyped_target_is_told_before_any_weight_is_read(capsys, monkeypatch
 def test_what_the_device_lacks_is_told_before_any_weight_is_read(
     capsys, monkeypatch, model_folder, data_file, tmp_path, flags, words
 ):
-    monkeypatch.setattr(finetune, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
+    monkeypatch.setattr(loading, "load_model", mock.Mock(side_effect=AssertionError("loaded")))
     given = ["--model", model_folder, "--data", data_file, "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert words in refused(capsys, "train", *given, *flags)
     assert not (tmp_path / "run").exists()
@@ -820,8 +820,8 @@ def test_one_seed_is_one_adapter(model_folder, data_file, tmp_path, quant):
     ],
 )
 def test_train_quantizes_as_it_is_told(monkeypatch, model_folder, data_file, tmp_path, flags, asked):
-    seen, load = [], finetune.load_model
-    monkeypatch.setattr(finetune, "load_model", lambda *_, **o: seen.append(o["quant"]) or load(*_, **o))
+    seen, load = [], loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *_, **o: seen.append(o["quant"]) or load(*_, **o))
     assert run_train(model_folder, data_file, tmp_path / "o", "--steps", "1", *flags)[0] == 0
     assert seen == asked
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import minilora
-from minilora.cli import COMMANDS, main, make_parser, train
+from minilora.cli import COMMANDS, main, make_parser, sweep, train
 from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.kinds import GATHERED, Numbers, NumbersOrTable, Table
 from minilora.cli.parser import Parser
@@ -81,7 +81,10 @@ def faults(action, default):
 
 def true_default(name, action):
     """What holds if the flag is not given; SUPPRESS if it must be."""
-    if name == "train" and action.dest not in ("config", "debug", "plugin"):
+    own = {flag.name: flag.default for flag in sweep.OWN} if name == "sweep" else {}
+    if action.dest in own:
+        return own[action.dest]
+    if name in ("train", "sweep") and action.dest not in ("config", "debug", "plugin"):
         if action.dest in ("model", "data", "out"):
             return argparse.SUPPRESS
         job = train.job_of(make_parser().parse_args(["train", "--model", "m", "--data", "d", "--out", "o"]))
@@ -177,8 +180,8 @@ def test_every_example_is_understood(name):
     for program, *words in examples:
         assert program == "minilora" and words[0] == name
         parsed = make_parser().parse_args(words)
-        if name == "train" and not parsed.config:
-            assert isinstance(train.job_of(parsed), Job)
+        if name in ("train", "sweep") and not parsed.config:
+            assert isinstance((train if name == "train" else sweep).job_of(parsed), Job)
 
 
 @pytest.mark.parametrize("words", [["help"], ["help", "train"]])
@@ -193,6 +196,12 @@ def test_the_list_of_commands_says_what_each_does():
 
 
 # ---- flags from dataclasses
+
+
+def test_a_sweep_has_every_flag_of_a_job_or_refuses_it_with_a_reason():
+    known = {action.dest for action in flags_of(command("sweep"))}
+    assert set(settings()) == (known & set(settings())) | set(sweep.REFUSED) and not known & set(sweep.REFUSED)
+    assert set(sweep.TEXTS) <= known & set(settings())
 
 
 def test_the_texts_of_a_config_are_those_of_its_docstring():

@@ -11,9 +11,9 @@ import warnings
 
 import torch
 
-import minilora.job.finetune as finetune
 from minilora import LoraConfig
 from minilora.errors import MiniLoraError
+from minilora.job import loading
 from minilora.job.finetune import Job, fine_tune
 from minilora.training.loop import TrainConfig
 from minilora.training.processes import joined
@@ -41,20 +41,20 @@ def work(fields):
     lora = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.1, "target_modules": "all-linear"} | fields.pop("lora", {})
     training = TRAINING | fields.pop("training", {})
     job = Job(**fields, lora=LoraConfig(**lora), training=TrainConfig(**training))
-    load = finetune.load_model
+    load = loading.load_model
 
     def loaded(*given, **options):
         model = load(*given, **options)
         found["kept"] = kept(model)
         return model
 
-    finetune.load_model = loaded
+    loading.load_model = loaded
     try:
         outcome = fine_tune(job, said.append)
         found |= {"answers": outcome.answers, "losses": outcome.losses}
     except MiniLoraError as error:
         found["error"] = str(error)
-    finetune.load_model = load
+    loading.load_model = load
     return found | {"said": said}
 
 

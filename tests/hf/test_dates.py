@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from minilora.errors import CheckpointError, ConfigError
 from minilora.hf.dates import date_of, dated
-from minilora.job import finetune
+from minilora.job import finetune, loading
 from minilora.lora.config import LoraConfig
 from minilora.training.loop import TrainConfig
 from tests.data import kinds
@@ -57,14 +57,14 @@ def job(model_folder, tmp_path, monkeypatch):
     data = tmp_path / "d.jsonl"
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     data.write_text(json.dumps({"messages": turns}) + "\n")
-    plain, said = finetune.load_tokenizer, []
+    plain, said = loading.load_tokenizer, []
 
     def load(name, trust_remote_code=False):
         tokenizer = plain(name, trust_remote_code)
         tokenizer.chat_template = kinds.DATED
         return tokenizer
 
-    monkeypatch.setattr(finetune, "load_tokenizer", load)
+    monkeypatch.setattr(loading, "load_tokenizer", load)
 
     def run(steps=2, **fields):
         training = TrainConfig(steps=2, save_every=1, batch_size=1, keep_checkpoints=5)
@@ -87,8 +87,8 @@ def test_a_run_goes_on_on_another_day_if_it_is_told_the_first(job, monkeypatch):
 
     today = datetime.date.today().isoformat()
     monkeypatch.setattr("minilora.hf.dates.datetime.date", Tomorrow)
-    plain = finetune.dated
-    monkeypatch.setattr(finetune, "dated", lambda tokenizer, date: plain(tokenizer, date or "2999-01-02"))
+    plain = loading.dated
+    monkeypatch.setattr(loading, "dated", lambda tokenizer, date: plain(tokenizer, date or "2999-01-02"))
     words = f"another data set: training data is .*; the chat template prints the date, which is 2999-01-02 now and was {today}: give "
     with pytest.raises(
         CheckpointError, match=f"{words}--date {today} .*, or set it back, or begin anew with --overwrite"

@@ -225,7 +225,7 @@ def test_what_is_packed_is_not_quantized_again(saved, tmp_path, capsys):
 
 @pytest.mark.parametrize("quant", ["nf4", "nf3", "none"])
 def test_a_run_ends_on_the_same_adapter_as_by_the_old_road(model_folder, tmp_path, monkeypatch, quant):
-    from minilora.job import finetune
+    from minilora.job import loading
 
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"a{n}", "completion": "bc" * n}) + "\n" for n in range(1, 8)))
@@ -245,5 +245,5 @@ def test_a_run_ends_on_the_same_adapter_as_by_the_old_road(model_folder, tmp_pat
         model = load_model(name, dtype, trust)
         return quantize_model(model, quant) if quant else model
 
-    monkeypatch.setattr(finetune, "load_model", old_road)
+    monkeypatch.setattr(loading, "load_model", old_road)
     assert sha("old") == new
