@@ -45,7 +45,7 @@ class Worker:
         smaller: str = "try a smaller --batch or --seq",
     ) -> None:
         self.target, self.smaller = target, smaller
-        package = str(Path(__file__).parents[1])
+        package = str(Path(__file__).parents[2])  # where `import minilora` is found
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
