@@ -48,9 +48,11 @@ def _figures(name: str, picture: Picture) -> dict[str, bytes]:
     curves = {curve.name: curve.points for curve in picture.curves}
     if not any(math.isfinite(point[1]) for points in curves.values() for point in points):
         return {}
-    figure = claim_figure(picture.x, picture.y, curves, log_x=picture.log_x, log_y=picture.log_y)
-    words = _words(picture)
-    return {_file(name, dark): svg_file(figure, words, dark).encode() for dark in (False, True)}
+    axes = {"log_x": picture.log_x, "log_y": picture.log_y}
+    return {
+        _file(name, dark): svg_file(claim_figure(picture.x, picture.y, curves, **axes), _words(picture), dark).encode()
+        for dark in (False, True)
+    }
 
 
 def _file(name: str, dark: bool) -> str:

@@ -102,12 +102,15 @@ def _name_places(axes: Axes, places: Sequence[float], log: bool) -> None:
 
 
 def _name_heights(axes: Axes, log: bool) -> None:
-    """Round numbers on a logarithmic axis that is too short for powers of ten."""
+    """Round numbers on a logarithmic axis that is too short for powers of ten, and its ends at two of them."""
     from matplotlib.ticker import MaxNLocator
 
-    low, high = axes.get_ylim()
-    if log and high < 5 * low:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    low, high = axes.dataLim.intervaly
+    if log and low < high < 5 * low:
+        rounded = MaxNLocator(5, steps=[1, 2, 5, 10])
+        ticks = [tick for tick in rounded.tick_values(low, high) if tick > 0]
+        axes.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))
+        axes.yaxis.set_major_locator(rounded)
 
 
 def _name_ends(axes: Axes, drawn: Mapping[str, Sequence[_Point]]) -> None:
