@@ -19,12 +19,12 @@ PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all docs coverage mutants bench fuzz kernels gpu lint format build clean
+.PHONY: help demo test test-all docs lab coverage mutants bench fuzz kernels gpu lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, WORKERS=$(WORKERS) processes run the tests, ARGS goes to demo, test, test-all, coverage, mutants, fuzz, kernels and gpu"
+	@echo "Variables: PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where, WORKERS=$(WORKERS) processes run the tests, ARGS goes to demo, test, test-all, lab, coverage, mutants, fuzz, kernels and gpu"
 
 demo: $(VENV)/.installed-demo $(VENV)/.installed-$(MODEL) ## fine-tune a small language model on this computer (ARGS="--help" for options)
 	@$(BIN)/minilora demo $(ARGS)
@@ -38,6 +38,9 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that 
 docs: $(VENV)/.installed-docs ## the documentation as a site, build/docs/index.html; a warning or a dead link fails
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 	$(BIN)/python docs/check_site.py build/docs
+
+lab: $(VENV)/.installed-demo ## try the claims of the field again: docs/lab.md, with verdicts and figures (ARGS="--overwrite" for all of them)
+	$(BIN)/minilora lab --all --out docs --workers $(WORKERS) $(ARGS)
 
 coverage: $(VENV)/.installed-test $(VENV)/.installed-coverage $(VENV)/.installed-$(MODEL) ## branch coverage of the quick tests; fails below what was reached
 	$(BIN)/coverage run -m pytest $(ARGS)

@@ -131,6 +131,26 @@ def test_an_example_runs_as_it_stands(tmp_path, name):
             assert re.fullmatch(r"4\.53\d* torch\.Size\(\[30, 20\]\)\n", output)  # 600 weights: ten scales
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_law_judges_a_variant_of_ones_own(tmp_path, broken):
+    """The command of the guide, over the file of the guide; and over one whose ``delta_weight`` is another than its update."""
+    code, page = PYTHON["docs/guides/variants.md"][0], PAGES["docs/guides/variants.md"]
+    wrong = code.replace("return self.gate * super().delta_weight()", "return super().delta_weight()")
+    assert wrong != code
+    (tmp_path / "my_variant.py").write_text(wrong if broken else code)
+    (command,) = re.findall(r"^PYTHONPATH=\. \S+/python (.* -k gated)$", page, re.M)
+    done = subprocess.run(
+        [sys.executable, *command.split()[:-1], "gated and dense_weight_plus"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert re.search(r"^30 failed" if broken else r"^30 passed", done.stdout, re.M), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", PYTHON)
 def test_the_names_imported_are_public(name):
     imports = [node for code in PYTHON[name] for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]

@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": "put runs side by side: settings, losses, answers",
     "plan": "say what a training step will hold in memory, and measure it",
     "bench": "run one fine-tuning job in minilora and in PEFT, and compare",
+    "lab": "try the claims of the field again, each with a verdict",
     "quantize": "pack a model into few bits, and save it",
     "merge": "fold an adapter into its model and save it",
     "export": "write an adapter for vLLM, llama.cpp or MLX",

@@ -35,6 +35,7 @@ def load_plugins(files: Sequence[str]) -> None:
     Raises:
         ConfigError: there is no such file of Python, or it fails; with the file and the line.
     """
+    import minilora.lora.variants  # noqa: F401  so that our variants have their names first
     from minilora.lora.adapter import registered
     from minilora.quant.codebooks import CODEBOOKS
 
@@ -48,8 +49,6 @@ def load_plugins(files: Sequence[str]) -> None:
 
 
 def _run(file: str) -> None:
-    import minilora.lora.variants  # noqa: F401  so that our variants have their names first
-
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(f"plugin {file}: no such file of Python; wanted one such as my_variant.py")

@@ -46,7 +46,8 @@ _NEAR = {
     "packing": "pack", "sample-packing": "pack", "resume-from-checkpoint": "resume", "bits": "quant", "flash-attn": "attention",
     "qlora": "quant",
     "finetune": "train", "fine-tune": "train", "ask": "generate", "talk": "chat", "pack": "quantize", "fuse": "merge",
-    "convert": "export", "upload": "push", "memory": "plan", "benchmark": "bench", "diff": "compare", "epochs": "steps",
+    "convert": "export", "upload": "push", "memory": "plan", "benchmark": "bench", "claims": "lab", "reproduce": "lab",
+    "diff": "compare", "epochs": "steps",
     "num-train-epochs": "steps",
 }  # fmt: skip
 

@@ -89,7 +89,10 @@ def run(arguments: argparse.Namespace) -> None:
     from minilora.lab.progress import SweepProgress
     from minilora.lab.shared import foretold
     from minilora.lab.shared import run as sweep
+    from minilora.lab.groups import read_table
     from minilora.lab.shown import as_table
+    from minilora.lab.table import as_csv
+    from minilora.lab.verdict import closing
 
     with SweepProgress() as progress:
         ready = look(asked, progress.say, progress.plan)
@@ -100,6 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
         before = partial(load_plugins, arguments.plugin) if arguments.plugin else None
         results = sweep(ready, workers, progress.say, progress.note, before)
     say(f"\n{as_table(results)}\n")
+    for line in closing(read_table(as_csv(results))):
+        say(line)
     _say_where(asked, results)
 
 
@@ -148,10 +153,11 @@ def _whole(name: str, text: str) -> int:
 
 def _say_where(asked: Any, results: Any) -> None:
     """Where all of it lies, and what to do next."""
+    from minilora.lab.report import sweep_report
     from minilora.lab.shown import ranked
 
     best = ranked(results)[0]
-    say(f"{asked.folder}: runs.csv, log.jsonl, and an adapter for each trial")
+    say(f"{asked.folder}: runs.csv, log.jsonl, and an adapter for each trial; look at {sweep_report(asked.folder)}")
     if not best.ended and best.trial.lora is not None:
         words = ["--model", asked.job.model, "--quant", asked.job.quant, "--adapter", str(asked.folder / best.name)]
         say(f"next: {command('generate', *words, 'Who are you?')}")

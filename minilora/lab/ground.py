@@ -10,6 +10,7 @@ Each trial is done once in a process: claims that ask for the same one share it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,11 +86,14 @@ class Ground:
     """The model, the texts, and the trials that were done.
 
     Args:
-        steps: of every trial. say: gets a line for every set of trials that is begun.
+        steps: of every trial. say: gets a line for every set of trials that is begun. watch: called after every step of such a set with
+            the steps that are done, and all that are to be done.
     """
 
-    def __init__(self, steps: int = STEPS, say: Callable[[str], None] = print) -> None:
-        self.steps, self.say = steps, say
+    def __init__(
+        self, steps: int = STEPS, say: Callable[[str], None] = print, watch: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.steps, self.say, self.watch = steps, say, watch
         self.done: dict[str, Result] = {}
 
     @functools.cached_property
@@ -146,7 +150,18 @@ class Ground:
             def measure(adapted: Any, result: Result) -> dict[str, float]:
                 return {"forgetting": kl(before, adapted, self.prose)}
 
-            options: dict[str, Any] = {"evaluation": judged, "measure": measure, "say": lambda line: None}
+            count, total = itertools.count(1), sum(trial.train.steps for trial in new.values())
+
+            def watch(name: str, record: dict[str, Any]) -> None:
+                if self.watch is not None and "eval_loss" not in record:
+                    self.watch(next(count), total)
+
+            options: dict[str, Any] = {
+                "evaluation": judged,
+                "measure": measure,
+                "say": lambda line: None,
+                "watch": watch,
+            }
             found = sweep(base, self.lesson if lesson is None else lesson, list(new.values()), **options)
             self.done |= dict(zip(new, found, strict=True))
         return [self.done[name] for name in keys]

@@ -34,11 +34,18 @@ class Worker:
         target: ``package.module:function``; the function gets ``settings`` and returns a callable that answers requests (a dict each).
         settings: what JSON can hold.
         threads: of torch and its libraries; 0 leaves them as they are.
+        smaller: what to try if the system has killed it, most likely for want of memory.
     """
 
-    def __init__(self, target: str, settings: dict[str, Any], threads: int = 0) -> None:
-        self.target = target
-        package = str(Path(__file__).parents[1])
+    def __init__(
+        self,
+        target: str,
+        settings: dict[str, Any],
+        threads: int = 0,
+        smaller: str = "try a smaller --batch or --seq",
+    ) -> None:
+        self.target, self.smaller = target, smaller
+        package = str(Path(__file__).parents[2])  # where `import minilora` is found
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -76,6 +83,10 @@ class Worker:
             raise getattr(errors, answer["kind"], StateError)(answer["error"])
         return answer
 
+    def kill(self) -> None:
+        """End it at once, from any thread; who waits for an answer gets ``StateError``."""
+        self._process.kill()
+
     def _send(self, value: Any) -> None:
         try:
             self._process.stdin.write(json.dumps(value) + "\n")  # type: ignore[union-attr]
@@ -87,11 +98,7 @@ class Worker:
         code = self._process.wait()
         self._said.seek(0)
         lines = self._said.read().strip().splitlines()
-        why = (
-            "killed, most likely for want of memory; try a smaller --batch or --seq"
-            if code == -9
-            else f"exit code {code}"
-        )
+        why = f"killed, most likely for want of memory; {self.smaller}" if code == -9 else f"exit code {code}"
         return f"its process ended ({why}){': ' + lines[-1] if lines else ''}"
 
 

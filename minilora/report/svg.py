@@ -20,7 +20,7 @@ from minilora.report.tables import html_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "SERIES", "hover", "inline_svg"]
+__all__ = ["COLOURS", "SERIES", "hover", "inline_svg", "svg_file"]
 
 # A variable of the page: its colour in the light, which is the figure's own, and in the dark.
 COLOURS = {
@@ -80,6 +80,14 @@ def inline_svg(figure: Figure, words: str) -> str:
     alike = itertools.groupby(drawn, key=lambda element: element[0])
     body = "".join(f'<g style="{look}">{"".join(text for _, text in group)}</g>' for look, group in alike)
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html_text(words)}" style="{size}">{body}</svg>'
+
+
+def svg_file(figure: Figure, words: str, dark: bool = False) -> str:
+    """The figure as an SVG file without a background, for a light or a dark page; arguments as ``inline_svg``."""
+    drawn = re.sub(r"var\(--(\w+)\)", lambda found: COLOURS[found[1]][dark], inline_svg(figure, words))
+    width, height = (f"{_PX * 72 * side:.0f}" for side in figure.get_size_inches())
+    size = f'width="{width}" height="{height}" font-family="system-ui,Segoe UI,DejaVu Sans,sans-serif"'
+    return drawn.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" {size} ', 1) + "\n"
 
 
 def _standalone(figure: Figure) -> bytes:

@@ -1,7 +1,9 @@
 """Workers: answers come whole whatever else is printed, errors keep their kind, and a dead process is said to be dead."""
 
+import importlib.util
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,24 @@ def test_sizes_are_read_in_bytes(tmp_path, monkeypatch, text):
     monkeypatch.setattr(worker.Path, "read_text", lambda *_, **__: text)
     assert worker._status() == ({"VmHWM": 12 * 1024, "RssAnon": 3 * 1024} if text else {})
     assert sys.platform != "linux" or worker.can_measure() is bool(text)
+
+
+def test_a_worker_finds_the_package_and_no_folder_of_it_as_one(tmp_path, monkeypatch):
+    """With ``minilora/`` itself on the path, ``import peft`` would be minilora's own."""
+    places = "def make(settings):\n    import importlib.util\n    return lambda name: {'at': importlib.util.find_spec(name).origin}\n"
+    (tmp_path / "places_of_the_test.py").write_text(places)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    package = Path(worker.__file__).parents[1]
+    with Worker("places_of_the_test:make", {}) as running:
+        assert Path(running.ask("minilora")["at"]) == package / "__init__.py"
+        if importlib.util.find_spec("peft"):
+            assert not Path(running.ask("peft")["at"]).is_relative_to(package)
+
+
+def test_one_that_is_ended_from_outside_says_what_to_try(target):
+    with Worker(target, {}, smaller="try fewer --workers") as running:
+        running.ask("hi")
+        running.kill()
+        with pytest.raises(StateError, match=r"its process ended \(killed, .*; try fewer --workers\)"):
+            running.ask("hi")
