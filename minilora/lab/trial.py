@@ -117,8 +117,10 @@ class Result:
 
     @property
     def eval_loss(self) -> float | None:
-        """The last evaluation loss of a trial that came to its end, or the lowest of one that keeps its best."""
-        found = [loss for loss in self.evaluations.values() if loss is not None]
+        """The last evaluation loss of a trial that came to its end, None if it was not finite; or the lowest of one that keeps its best."""
+        found = list(self.evaluations.values())
         if self.ended or not found:
             return None
-        return min(found) if self.trial.train.keep_best else found[-1]
+        if self.trial.train.keep_best:
+            return min((loss for loss in found if loss is not None), default=None)
+        return found[-1]
