@@ -1,5 +1,7 @@
 """The best learning rate does not depend on the rank."""
 
+from typing import Any
+
 from minilora.lab.claim import Claim, Curve, Finding, Picture, all_of, within
 from minilora.lab.ground import RATES, Ground
 from minilora.lab.interval import told_apart
@@ -17,7 +19,8 @@ COST = 0.01  # nats a byte: what taking the rate of another rank may cost and st
 def run(ground: Ground) -> Finding:
     tuned = ground.tune({f"r={r}": {"r": r} for r in RANKS}, (*RATES, 3e-2))
     usual = tuned["r=16"].rate
-    rows, verdicts = [], []
+    rows: list[dict[str, Any]] = []
+    verdicts = []
     for name, family in tuned.items():
         cost = told_apart(family.losses, family.losses_at(usual)).interval
         verdicts.append(within(cost, COST))
