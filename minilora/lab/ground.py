@@ -136,10 +136,16 @@ class Ground:
     def trial(self, rate: float, seed: int, **fields: Any) -> Trial:
         """A trial of ``fields``: of ``LoraConfig``, of ``TrainConfig``, and ``variant`` ("full" for full fine-tuning)."""
         kind = fields.pop("variant", None)
-        plan = {"steps": self.steps, "batch_size": BATCH, "warmup": 0.1, "schedule": "constant", "clip": 1.0}
+        plan: dict[str, Any] = {
+            "steps": self.steps,
+            "batch_size": BATCH,
+            "warmup": 0.1,
+            "schedule": "constant",
+            "clip": 1.0,
+        }
         plan |= {"lr": rate, "seed": seed}
         plan |= {name: fields.pop(name) for name in list(fields) if name in TrainConfig.__dataclass_fields__}
-        lora = {"r": 8, "lora_alpha": ALPHA, "target_modules": "all-linear"} | fields
+        lora: dict[str, Any] = {"r": 8, "lora_alpha": ALPHA, "target_modules": "all-linear"} | fields
         return Trial(
             None if kind == "full" else LoraConfig(**lora), TrainConfig(**plan), None if kind == "full" else kind
         )
