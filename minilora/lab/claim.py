@@ -109,8 +109,7 @@ def all_of(verdicts: Sequence[str]) -> str:
 
 def claims() -> dict[str, ModuleType]:
     """The files of ``lab/claims`` by the names of their claims, in the order of their files."""
-    import minilora.lab.claims as folder
-
+    folder = importlib.import_module("minilora.lab.claims")  # by its name: its files import this one
     found = {}
     for entry in sorted(pkgutil.iter_modules(folder.__path__), key=lambda entry: entry.name):
         module = importlib.import_module(f"{folder.__name__}.{entry.name}")
