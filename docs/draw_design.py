@@ -243,6 +243,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "measures",
             "byte_model",
             "ground",
+            "cost",
+            "variants",
             "claim",
             "claims",
         ],
