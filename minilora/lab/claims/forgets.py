@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from minilora.lab.claim import UNDECIDED, Claim, Curve, Finding, Picture, above
+from minilora.lab.claim import UNDECIDED, Claim, Curve, Finding, Picture, above, all_of
 from minilora.lab.ground import RATES, Ground, Tuned
 from minilora.lab.interval import interval
 from minilora.lab.variants import LORA
@@ -16,29 +16,38 @@ CLAIM = Claim(
 )
 
 
+# Of the learning that both reach. At all of it the one that learns less is at its best rate, where it forgets more for next to nothing.
+SHARES = (0.9, 1.0)
+
+
 def run(ground: Ground) -> Finding:
     # The rates of full-rate, so no trial is new beside it.
     lora = ground.tune({"LoRA": LORA}, (*RATES, 3e-2))["LoRA"]
     full = ground.tune({"full": {"variant": "full"}}, (1e-4, *RATES))["full"]
-    rows, ratios = [], []
+    rows = []
     for seed in lora.losses:
         paths = {own.name: path(own, seed) for own in (lora, full)}
         if any(len(points) == 1 for points in paths.values()):
             return Finding(UNDECIDED, f"One of the two learnt nothing at any rate with seed {seed}.")
-        level = max(min(loss for loss, _ in points) for points in paths.values())  # the least loss that both reach
-        at = {name: forgetting_at(points, level) for name, points in paths.items()}
-        rows.append({"seed": seed, "held-out loss": level} | {f"forgetting of {name}": kl for name, kl in at.items()})
-        ratios.append(math.log(at["full"] / at["LoRA"]))
-    log = interval(ratios)
-    said = (
-        f"At equal held-out loss full fine-tuning has forgotten {math.exp(log.mean):.2f} times what LoRA has "
-        f"({math.exp(log.low):.2f} to {math.exp(min(log.high, 99)):.2f}), as KL(base || adapted) on held-out prose."
-    )
-    curves = [
-        Curve(own.name, [(loss, kl, kl, kl) for loss, kl in path(own, next(iter(own.losses)))]) for own in (lora, full)
-    ]
-    picture = Picture("held-out loss (nats a byte), the first seed", "forgetting (nats a byte)", curves)
-    return Finding(above(log, 0), said, rows, picture)
+        least = max(points[-1][0] for points in paths.values())
+        for share in SHARES:
+            level = max(
+                least, lora.before - share * (lora.before - least)
+            )  # rounding must not go below what is reached
+            at = {f"forgetting of {name}": forgetting_at(points, level) for name, points in paths.items()}
+            rows.append({"seed": seed, "share of the learning": share, "held-out loss": level} | at)
+    said, parts = [], []
+    for share in SHARES:
+        own = [row for row in rows if row["share of the learning"] == share]
+        log = interval([math.log(row["forgetting of full"] / row["forgetting of LoRA"]) for row in own])
+        parts.append(above(log, 0))
+        ends = f"{math.exp(log.low):.2f} to {math.exp(min(log.high, 99)):.2f}"
+        said.append(f"{math.exp(log.mean):.2f} times ({ends}) at {share:.0%} of it: {parts[-1]}")
+    words = f"Where both have learnt as much, full fine-tuning has forgotten, of what LoRA has, {'; '.join(said)}."
+    first = next(iter(lora.losses))
+    curves = [Curve(own.name, [(loss, kl, kl, kl) for loss, kl in path(own, first)]) for own in (lora, full)]
+    picture = Picture(f"held-out loss (nats a byte), seed {first}", "forgetting (nats a byte)", curves)
+    return Finding(all_of(parts), words, rows, picture)
 
 
 def path(tuned: Tuned, seed: int) -> list[tuple[float, float]]:
