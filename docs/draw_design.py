@@ -260,6 +260,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "measures",
             "byte_model",
             "ground",
+            "cost",
+            "variants",
             "claim",
             "claims",
             "groups",

@@ -91,8 +91,8 @@ def _list(every: dict[str, Any]) -> None:
 
 def _try(name: str, steps: int, gap: bool) -> None:
     """Try one claim, and say what came of it."""
-    from minilora.lab.claim import claim
     from minilora.lab.cells import as_lines
+    from minilora.lab.claim import claim
     from minilora.lab.tries import try_claim
 
     said = claim(name).CLAIM

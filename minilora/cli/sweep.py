@@ -85,11 +85,11 @@ def _reworded(flag: Flag) -> Flag:
 def run(arguments: argparse.Namespace) -> None:
     """Look, sweep, and rank the trials; or say what a sweep would do."""
     asked, workers = asked_for(given(arguments))
+    from minilora.lab.groups import read_table
     from minilora.lab.job import look
     from minilora.lab.progress import SweepProgress
     from minilora.lab.shared import foretold
     from minilora.lab.shared import run as sweep
-    from minilora.lab.groups import read_table
     from minilora.lab.shown import as_table
     from minilora.lab.table import as_csv
     from minilora.lab.verdict import closing

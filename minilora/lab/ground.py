@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from minilora.data.encoding import Encoded
+from minilora.errors import ConfigError
 from minilora.lab.byte_model import byte_model, code, docs, text_examples
 from minilora.lab.interval import Interval, interval
 from minilora.lab.sweep import sweep
@@ -27,9 +28,12 @@ from minilora.lab.trial import Result, Trial
 from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
-__all__ = ["RATES", "SEEDS", "Ground", "Tuned", "kl"]
+__all__ = ["LADDER", "RATES", "SEEDS", "Ground", "Tuned", "kl"]
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LADDER = tuple(
+    float(f"{lead}e{power}") for power in range(-6, 0) for lead in (1, 3)
+)  # all rates that a grid moves over
 SEEDS = (0, 1, 2)
 LENGTH, BATCH, STEPS = 128, 8, 60
 ALPHA = 32  # of every adapter, if nothing else is said
@@ -52,8 +56,25 @@ class Tuned:
 
     @property
     def rate(self) -> float:
-        """The rate of the lowest mean loss."""
-        return min(self.results, key=lambda rate: math.fsum(self.losses_at(rate).values()))
+        """The rate of the lowest mean loss, over the seeds that every rate was tried with."""
+        seeds = set.intersection(*(set(by_seed) for by_seed in self.results.values()))
+        return min(self.results, key=lambda rate: math.fsum(self.losses_at(rate)[seed] for seed in seeds))
+
+    @property
+    def outwards(self) -> int:
+        """-1 or 1 where the best rate is the lowest or the highest that was tried, so that a better one may lie beyond; 0 inside.
+
+        0 too where no trial began, which no rate helps.
+        """
+        if math.isnan(self.before):
+            return 0
+        return (self.rate == max(self.results)) - (self.rate == min(self.results))
+
+    @property
+    def before(self) -> float:
+        """The held-out loss before the first step; NaN where no trial began."""
+        found = [result.evaluations.get(0) for by_seed in self.results.values() for result in by_seed.values()]
+        return next((loss for loss in found if loss is not None), math.nan)
 
     @property
     def losses(self) -> dict[int, float]:
@@ -78,7 +99,7 @@ class Tuned:
     @property
     def log_rate(self) -> Interval:
         """The natural logarithm of the best rate of each seed, as an interval; the grid makes it coarse."""
-        seeds = next(iter(self.results.values()))
+        seeds = set.intersection(*(set(by_seed) for by_seed in self.results.values()))
         return interval([math.log(min(self.results, key=lambda rate: self.losses_at(rate)[seed])) for seed in seeds])
 
 
@@ -174,15 +195,55 @@ class Ground:
         **options: Any,
     ) -> dict[str, Tuned]:
         """Every family at every rate, for every seed; ``options`` as ``results``."""
-        asked = {
-            (name, rate, seed): self.trial(rate, seed, **fields)
-            for name, fields in families.items() for rate in rates for seed in seeds
-        }  # fmt: skip
-        found = dict(zip(asked, self.results(list(asked.values()), **options), strict=True))
-        return {
-            name: Tuned(name, {rate: {seed: found[name, rate, seed] for seed in seeds} for rate in rates})
-            for name in families
-        }
+        return self._tuned(
+            families, [(name, rate, seed) for name in families for rate in rates for seed in seeds], options
+        )
+
+    def tune_alike(
+        self,
+        families: Mapping[str, Mapping[str, Any]],
+        count: int = len(RATES),
+        seeds: Sequence[int] = SEEDS,
+        **options: Any,
+    ) -> dict[str, Tuned]:
+        """Every family with the same number of rates, whose grid is moved, not grown, until the best rate lies inside.
+
+        The first seed chooses the rate; the others run there alone, so that many families can be afforded.
+
+        Args:
+            count: of the rates, at least 3. options: as ``results``.
+
+        Raises:
+            ConfigError: a count of which none lies inside, or more than LADDER has.
+        """
+        if not 3 <= count <= len(LADDER):
+            raise ConfigError(f"{count} rates: wanted 3 to {len(LADDER)}, so that the best can have one on each side")
+        first = dict.fromkeys(families, LADDER.index(3e-3) - count // 2)
+        moving, tuned = list(families), dict[str, Tuned]()
+        while moving:
+            asked = [(name, rate, seeds[0]) for name in moving for rate in LADDER[first[name] :][:count]]
+            tuned |= self._tuned(families, asked, options)
+            wanted = {name: first[name] + tuned[name].outwards for name in moving}
+            moving = [
+                name for name in moving if wanted[name] != first[name] and 0 <= wanted[name] <= len(LADDER) - count
+            ]
+            first |= {name: wanted[name] for name in moving}
+        asked = [(name, rate, seeds[0]) for name in families for rate in tuned[name].results]
+        asked += [(name, tuned[name].rate, seed) for name in families for seed in seeds[1:]]
+        return self._tuned(families, asked, options)
+
+    def _tuned(
+        self,
+        families: Mapping[str, Mapping[str, Any]],
+        asked: Iterable[tuple[str, float, int]],
+        options: Mapping[str, Any],
+    ) -> dict[str, Tuned]:
+        """The families of which trials are asked for, as ``(name, rate, seed)``."""
+        trials = {(name, rate, seed): self.trial(rate, seed, **families[name]) for name, rate, seed in asked}
+        by_name: dict[str, dict[float, dict[int, Result]]] = {}
+        for (name, rate, seed), result in zip(trials, self.results(list(trials.values()), **options), strict=True):
+            by_name.setdefault(name, {}).setdefault(rate, {})[seed] = result
+        return {name: Tuned(name, by_rate) for name, by_rate in by_name.items()}
 
 
 def _loss(result: Result) -> float:

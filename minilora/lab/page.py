@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minilora.files.write import write_file, write_files
-from minilora.lab.claim import Picture
 from minilora.lab.cells import table
+from minilora.lab.claim import Picture
 from minilora.lab.tried import Tried
 from minilora.report.canvas import missing
 from minilora.report.claim_figures import claim_figure

@@ -41,7 +41,7 @@ def in_turn(monkeypatch):
 
 
 def test_the_steps_are_those_of_the_ground():
-    assert lab.STEPS == inspect.signature(Ground).parameters["steps"].default
+    assert inspect.signature(Ground).parameters["steps"].default == lab.STEPS
 
 
 def test_the_claims_are_listed(capsys, monkeypatch, tmp_path):

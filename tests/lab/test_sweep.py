@@ -12,7 +12,7 @@ import torch
 from minilora import LoraConfig, inject, load_adapter, quantize_model
 from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, Interrupted, StateError
-from minilora.lab import Trial, sweep, trials_of
+from minilora.lab import Result, Trial, sweep, trials_of
 from minilora.lora.starts import LoraGAConfig
 from minilora.store.save import adapter_state_dict
 from minilora.training.loop import TrainConfig, train
@@ -288,3 +288,10 @@ def test_refusals(tmp_path):
     )
     assert "no_such" in one.ended and not other.ended
     assert dataclasses.is_dataclass(one)
+
+
+def test_a_last_loss_that_is_not_finite_is_none():
+    trial = Trial(lora(), plan())
+    records = [{"step": 0, "eval_loss": 2.0}, {"step": STEPS, "eval_loss": None}]
+    assert Result(trial, "t1", records=records).eval_loss is None
+    assert Result(Trial(lora(), plan(keep_best=True, eval_every=5)), "t2", records=records).eval_loss == 2.0

@@ -11,10 +11,10 @@ import torch
 
 from minilora.errors import CheckpointError, ConfigError, Interrupted
 from minilora.lab import tries
+from minilora.lab.cells import as_lines, pack, shown, unpack
 from minilora.lab.claim import HOLDS
 from minilora.lab.ground import Ground
 from minilora.lab.interval import Interval, interval
-from minilora.lab.cells import as_lines, pack, shown, unpack
 from minilora.lab.tried import JSON_FILE, read
 from tests.lab.planted import FINDS, plant
 
