@@ -22,7 +22,7 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.training.losses import token_losses
 
-__all__ = ["Recipe", "adapted", "batches", "largest_gap", "mean_loss", "train_by_hand"]
+__all__ = ["Recipe", "adapted", "batches", "largest_gap", "mean_loss", "train_by_hand", "weight_gradients"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Recipe:
 def adapted(ground: Ground, seed: int, variant: str | None = None, **fields: Any) -> Any:
     """A copy of the ground's model with a fresh adapter, the seed's; on every linear layer, if ``fields`` say nothing else."""
     model = copy.deepcopy(ground.model)
-    config = LoraConfig(**({"lora_alpha": ALPHA, "target_modules": "all-linear"} | fields))
+    given: dict[str, Any] = {"lora_alpha": ALPHA, "target_modules": "all-linear"} | fields
+    config = LoraConfig(**given)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return inject(model, config, variant=variant)
@@ -74,6 +75,13 @@ def largest_gap(losses: Sequence[float], others: Sequence[float]) -> float:
 def _factors(model: nn.Module, name: str) -> list[nn.Parameter]:
     """Every ``lora_A`` or every ``lora_B`` of a model."""
     return [value for path, value in model.named_parameters() if name in path.split(".")]
+
+
+def weight_gradients(ground: Ground, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of every weight of the ground's model itself, by the path of its layer."""
+    model = copy.deepcopy(ground.model).requires_grad_(True)
+    mean_loss(model, batch).backward()
+    return {name.removesuffix(".weight"): value.grad for name, value in model.named_parameters()}
 
 
 def train_by_hand(ground: Ground, recipe: Recipe, r: int, steps: int, seed: int = 0) -> list[float]:

@@ -48,4 +48,3 @@ def _in_units(recipe: Recipe, p: float, q: float) -> Recipe:
         recipe, alpha=recipe.alpha / (p * q), size_A=recipe.size_A * p, rate_A=recipe.rate_A * p, rate_B=recipe.rate_B * q,
         eps_A=recipe.eps_A / p, eps_B=recipe.eps_B / q,
     )  # fmt: skip
-

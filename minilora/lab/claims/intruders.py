@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from minilora.lab.claim import Claim, Curve, Finding, Picture, above, all_of
 from minilora.lab.ground import RATES, SEEDS, Ground
-from minilora.lab.interval import Interval, interval
+from minilora.lab.interval import Interval, interval, slope
 from minilora.lab.measures import intruder_dimensions
 from minilora.lab.trial import Result
 from minilora.lora.inject import inject
@@ -28,17 +28,19 @@ ALL_RATES = (*RATES, 3e-2)  # with RANKS the runs of the claim on rank and rate,
 
 def run(ground: Ground) -> Finding:
     tuned = ground.tune({f"r={r}": {"r": r} for r in RANKS}, ALL_RATES)
-    rows, curves, verdicts, at_best = [], [], [], {}
+    rows: list[dict[str, Any]] = []
+    at_best: dict[float, dict[int, int]] = {}
+    curves, verdicts = [], []
     for r, (name, family) in zip(RANKS, tuned.items(), strict=True):
         counts = {
             rate: {seed: count(ground, result) for seed, result in by_seed.items() if not result.ended}
             for rate, by_seed in family.results.items()
         }
-        slope = growth(counts)
-        verdicts.append(above(slope, 0.0))
+        tenfold = growth(counts)
+        verdicts.append(above(tenfold, 0.0))
         at_best[r] = counts[family.rate]
         means = {f"{rate:g}": _mean(found) for rate, found in counts.items() if found}
-        rows.append({"rank": name, "best rate": family.rate, "a tenfold rate adds": slope} | means)
+        rows.append({"rank": name, "best rate": family.rate, "a tenfold rate adds": tenfold} | means)
         points = [(rate, _mean(n), min(n.values()), max(n.values())) for rate, n in counts.items() if n]
         curves.append(Curve(name, points))
     by_rank = growth(at_best)
@@ -55,7 +57,7 @@ def growth(counts: dict[float, dict[int, int]]) -> Interval:
     for seed in SEEDS:
         points = [(math.log10(at), found[seed]) for at, found in counts.items() if seed in found]
         if len(points) > 1:
-            slopes.append(_slope(points))
+            slopes.append(slope(points))
     return interval(slopes)
 
 
@@ -67,11 +69,6 @@ def count(ground: Ground, result: Result) -> int:
         for name, value in adapter_state_dict(model).items():
             value.copy_(result.weights[name])
     return sum(found.count for found in intruder_dimensions(model).values())
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in zip(*points, strict=True))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 def _mean(found: dict[int, int]) -> float:
