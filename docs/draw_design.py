@@ -262,6 +262,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "ground",
             "cost",
             "variants",
+            "by_hand",
             "claim",
             "claims",
             "groups",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from minilora.errors import ConfigError
 
-__all__ = ["LEVEL", "Difference", "Interval", "interval", "t_quantile", "told_apart"]
+__all__ = ["LEVEL", "Difference", "Interval", "interval", "slope", "t_quantile", "told_apart"]
 
 LEVEL = 0.95
 _PANELS = 400  # of the integral: up to level 0.99, the quantile is right to seven digits
@@ -131,6 +131,20 @@ def _finite(values: Iterable[float]) -> list[float]:
         bad = next((value for value in given if not math.isfinite(value)), "none")
         raise ConfigError(f"{len(given)} values over seeds, of which {bad}; wanted one or more, and finite ones")
     return given
+
+
+def slope(points: Iterable[tuple[float, float]]) -> float:
+    """The slope of the line through ``(x, y)`` by least squares.
+
+    Raises:
+        ConfigError: fewer than two different x.
+    """
+    x, y = zip(*points, strict=True)
+    middle, height = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    width = math.fsum((at - middle) ** 2 for at in x)
+    if width == 0:
+        raise ConfigError(f"all points are at x={x[0]}; wanted two different x at least, for a slope")
+    return math.fsum((at - middle) * (value - height) for at, value in zip(x, y, strict=True)) / width
 
 
 @functools.cache
