@@ -243,6 +243,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "measures",
             "byte_model",
             "ground",
+            "rounding",
             "claim",
             "claims",
         ],
