@@ -38,7 +38,8 @@ def run(ground: Ground) -> Finding:
     models = {"byte model": (ground.model, ground.prose)}
     if second := ground.second():
         models["SmolLM2"] = second
-    rows, verdicts, said = [], [], []
+    rows, said = [], []
+    verdicts: list[str] = []
     for model, (dense, text) in models.items():
         found = harm(dense, FORMATS, text)
         rows += [{"model": model, "format": name, "KL": interval(values.values())} for name, values in found.items()]

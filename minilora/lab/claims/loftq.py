@@ -1,7 +1,7 @@
 """LoftQ's start helps at 2 bits and not at 4."""
 
 from minilora.lab.claim import Claim, Curve, Finding, Picture, above, all_of, below
-from minilora.lab.ground import Ground
+from minilora.lab.ground import Ground, Tuned
 from minilora.lab.interval import Interval, told_apart
 from minilora.lora.starts import LoftQConfig
 from minilora.quant.config import QuantConfig
@@ -24,7 +24,8 @@ def judged(gain: dict[int, Interval]) -> str:
 
 
 def run(ground: Ground) -> Finding:
-    tuned, gain, before, rows = {}, {}, {}, []
+    tuned: dict[str, Tuned] = {}
+    gain, before, rows = {}, {}, []
     for bits, quant in PLAIN.items():
         start = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(bits, TURNS)}
         zero, made = f"{bits} bits, zero", f"{bits} bits, LoftQ"

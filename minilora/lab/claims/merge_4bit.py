@@ -41,14 +41,14 @@ def run(ground: Ground) -> Finding:
     tuned = ground.tune({"r=8": {"r": 8}}, **ground.on(NF4))["r=8"]
     updates = [list(_updates(ground, result)) for result in tuned.results[tuned.rate].values() if not result.ended]
     stays = {(name, size): interval([share(each, size, name) for each in updates]) for name in ROUND for size in SIZES}
-    sizes = interval([float(_norm([D for _, D in each]) / _norm([W for W, _ in each])) for each in updates])
-    as_it_is = interval([share(each, None, "4 bits") for each in updates])
-    said = "; ".join(
-        f"of an update of {size:.0%} of ||W|| {stays['4 bits', size].mean:.1%} stays in 4 bits and "
-        f"{stays['16 bits', size].mean:.1%} in 16"
+    trained = interval([float(sum(D.norm() / W.norm() for W, D in each)) / len(each) for each in updates])
+    kept = {
+        size: f"{stays['4 bits', size].mean:.1%} in 4 bits and {stays['16 bits', size].mean:.1%} in 16"
         for size in SIZES
-    )
-    said = f"{said[0].upper()}{said[1:]}. As trained the update is {sizes.mean:.1%}, of which 4 bits keep {as_it_is.mean:.1%}."
+    }
+    said = "Of an update of " + "; of ".join(f"{size:.0%} of ||W|| stay {parts}" for size, parts in kept.items())
+    as_it_is = interval([share(each, None, "4 bits") for each in updates])
+    said += f". As trained the update is {trained.mean:.1%} a layer, and 4 bits keep {as_it_is.mean:.1%} of it."
     rows = [{"into": name, "update / weight": size, "share that stays": found} for (name, size), found in stays.items()]
     curves = [
         Curve(name, [(size, found.mean, found.low, found.high) for (own, size), found in stays.items() if own == name])
@@ -75,7 +75,3 @@ def _updates(ground: Ground, result: Result) -> Iterator[tuple[Tensor, Tensor]]:
             B = result.weights[name.replace("lora_A", "lora_B")]
             path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             yield ground.model.get_submodule(path).weight.detach(), ALPHA / len(A) * (B @ A)
-
-
-def _norm(parts: list[Tensor]) -> Tensor:
-    return torch.stack([part.norm() for part in parts]).norm()
