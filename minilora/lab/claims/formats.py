@@ -7,7 +7,7 @@ Still one such model alone would not do, so the byte model, whose weights were n
 
 from collections.abc import Mapping
 
-from minilora.lab.claim import Claim, Finding, above, all_of
+from minilora.lab.claim import FAILS, HOLDS, UNDECIDED, Claim, Finding, above, all_of
 from minilora.lab.ground import Ground
 from minilora.lab.interval import interval, told_apart
 from minilora.lab.rounding import harm
@@ -25,6 +25,7 @@ E3M0 = Codebook(
     "e3m0", tuple(sign * level for sign in (1.0, -1.0) for level in (0, *(2.0**-k for k in range(7)))), "powers of two"
 )
 FLOATS = ("fp4", "e2m1", "e3m0")
+ANSWERS = (HOLDS, FAILS, UNDECIDED)
 FORMATS = {name: QuantConfig(name) for name in ("nf4", "fp4", "e2m1", "int4")} | {"e3m0": QuantConfig(E3M0)}
 
 
@@ -46,7 +47,8 @@ def run(ground: Ground) -> Finding:
         steps = judged(found)
         verdicts += steps.values()
         means = ", ".join(f"{name} {interval(values.values()).mean:.4f}" for name, values in found.items())
-        said.append(f"{model}: KL {means} nats a token; " + ", ".join(f"{step} {how}" for step, how in steps.items()))
+        parts = (f"{how}: {', '.join(step for step in steps if steps[step] == how) or 'none'}" for how in ANSWERS)
+        said.append(f"{model}: KL {means} nats a token; " + "; ".join(parts))
     if not second:
         said.append("SmolLM2 is not installed, so one model is all that was judged")
     return Finding(all_of(verdicts), ". ".join(said) + ".", rows)
