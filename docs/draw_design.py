@@ -263,6 +263,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "cost",
             "variants",
             "by_hand",
+            "rounding",
             "claim",
             "claims",
             "groups",

@@ -43,7 +43,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """List, try, or print the table of variants."""
     _check(arguments)
-    from minilora.lab.claim import claim, claims
+    from minilora.lab.claims import claim, claims
 
     names = list(claims()) if arguments.all else arguments.names
     if names == [VARIANTS]:
@@ -92,7 +92,7 @@ def _list(every: dict[str, Any]) -> None:
 def _try(name: str, steps: int, gap: bool) -> None:
     """Try one claim, and say what came of it."""
     from minilora.lab.cells import as_lines
-    from minilora.lab.claim import claim
+    from minilora.lab.claims import claim
     from minilora.lab.tries import try_claim
 
     said = claim(name).CLAIM

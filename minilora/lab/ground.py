@@ -9,6 +9,7 @@ Each trial is done once in a process: claims that ask for the same one share it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -19,16 +20,19 @@ from typing import Any
 import torch
 
 from minilora.data.encoding import Encoded
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, MissingPackageError
+from minilora.hf.load import load_model, load_tokenizer
 from minilora.lab.byte_model import byte_model, code, docs, text_examples
 from minilora.lab.interval import Interval, interval
 from minilora.lab.sweep import sweep
 from minilora.lab.table import described
 from minilora.lab.trial import Result, Trial
 from minilora.lora.config import LoraConfig
+from minilora.qlora.quantize_model import quantize_model
+from minilora.quant.config import QuantConfig
 from minilora.training.settings import TrainConfig
 
-__all__ = ["LADDER", "RATES", "SEEDS", "Ground", "Tuned", "kl"]
+__all__ = ["LADDER", "RATES", "SEEDS", "Ground", "Tuned", "kl", "log_probabilities"]
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LADDER = tuple(
@@ -80,6 +84,11 @@ class Tuned:
     def losses(self) -> dict[int, float]:
         """The held-out loss at the best rate, by seed."""
         return self.losses_at(self.rate)
+
+    @property
+    def at_first(self) -> dict[int, float]:
+        """The held-out loss before the first step, by seed."""
+        return {seed: result.evaluations[0] or math.inf for seed, result in self.results[self.rate].items()}
 
     def measured(self, name: str, rate: float | None = None) -> dict[int, float]:
         """What was measured at a rate (default the best), by seed."""
@@ -137,6 +146,24 @@ class Ground:
         """Held-out text of the kind that the model was trained on: what it may forget."""
         return _spread(text_examples(docs(held_out=True), LENGTH), 32)
 
+    def on(self, quant: QuantConfig | None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Options for ``results`` and ``tune``: a copy of the model in ``dtype``, its linear layers packed if ``quant`` is given."""
+        model = copy.deepcopy(self.model)
+        for parameter in model.parameters():  # model.to would round the angles of the rotary embedding, too
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        return {"model": quantize_model(model, quant) if quant else model, "key": f"{quant or 'dense'} {dtype}"}
+
+    def second(self) -> tuple[Any, list[Encoded]] | None:
+        """SmolLM2-135M and the held-out prose in its tokens; None where its package is not installed."""
+        try:
+            model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+        except MissingPackageError:
+            return None
+        ids = tokenizer(docs(held_out=True).decode(), verbose=False)["input_ids"]
+        cuts = [tuple(ids[at : at + LENGTH]) for at in range(0, len(ids) - LENGTH + 1, LENGTH)]
+        return model.requires_grad_(False), _spread([Encoded(cut, cut) for cut in cuts], 16)
+
     def trial(self, rate: float, seed: int, **fields: Any) -> Trial:
         """A trial of ``fields``: of ``LoraConfig``, of ``TrainConfig``, and ``variant`` ("full" for full fine-tuning)."""
         kind = fields.pop("variant", None)
@@ -166,7 +193,7 @@ class Ground:
         if new:
             self.say(f"{len(new)} fine-tunings{f' ({key})' if key else ''}")
             base, judged = model or self.model, self.held_out if lesson is None else lesson
-            before = [loss.clone() for loss in _log_probabilities(base, self.prose)]
+            before = [loss.clone() for loss in log_probabilities(base, self.prose)]
 
             def measure(adapted: Any, result: Result) -> dict[str, float]:
                 return {"forgetting": kl(before, adapted, self.prose)}
@@ -256,16 +283,18 @@ def _spread(examples: list[Encoded], count: int) -> list[Encoded]:
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, examples: Sequence[Encoded]) -> list[torch.Tensor]:
+def log_probabilities(model: Any, examples: Sequence[Encoded]) -> list[torch.Tensor]:
     """The model's log-probabilities after every token, ``[tokens, vocabulary]`` for each batch."""
     ids = torch.tensor([example.input_ids for example in examples], device=model.device)
-    return [model(batch, use_cache=False).logits[:, :-1].log_softmax(-1).flatten(0, 1) for batch in ids.split(16)]
+    return [
+        model(batch, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1) for batch in ids.split(16)
+    ]
 
 
 def kl(before: Sequence[torch.Tensor], model: Any, examples: Sequence[Encoded]) -> float:
     """KL(base || model) in nats a token, the base's log-probabilities given; as ``measures.forgetting``, of a model by itself."""
     total = count = 0.0
-    for was, now in zip(before, _log_probabilities(model, examples), strict=True):
+    for was, now in zip(before, log_probabilities(model, examples), strict=True):
         total += float((was.exp() * (was - now)).sum(dtype=torch.float64))
         count += len(was)
     return total / count

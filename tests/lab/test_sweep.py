@@ -120,6 +120,23 @@ def test_what_cannot_share_runs_by_itself(trial, why, tmp_path):
         assert list(first.evaluations.values()) == pytest.approx(losses, abs=1e-6)
 
 
+def test_loftq_packs_a_copy(tmp_path):
+    """Each trial packs a base of its own, to its own bits; the model stays dense, and those that share it do not notice."""
+    trials = [
+        Trial(lora(init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": 3}), plan(steps=9))
+        for bits in (2, 4)
+    ]
+    model = base()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    results = sweep(model, EXAMPLES, [*trials, Trial(lora(), plan(steps=9))], evaluation=HELD_OUT, say=quiet)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert ["packs a base of its own" in result.alone for result in results] == [True, True, False]
+    assert results[0].evaluations[0] != results[1].evaluations[0]
+    same_as_alone([*trials, Trial(lora(), plan(steps=9))], "dense", tmp_path)
+    refused, _ = sweep(base("packed"), EXAMPLES, [trials[0], Trial(lora(), plan(steps=2))], say=quiet)
+    assert "is packed already" in refused.ended
+
+
 def test_full_fine_tuning_in_the_same_loop():
     model = base()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
