@@ -248,7 +248,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         "lab",
         "many fine-tunings in one pass, and claims with a verdict",
         [
-            "sweep",
+            "sweeping",
             "trial",
             "grid",
             "together",
@@ -271,6 +271,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "report",
             "left",
             "shown",
+            "cells",
             "progress",
             "forget",
             "job",

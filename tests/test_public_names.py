@@ -13,6 +13,7 @@ from torch import nn
 
 import minilora
 import minilora.hf
+import minilora.lab
 import minilora.lab.byte_model
 import minilora.peft.tuners.lora
 import minilora.peft.utils
@@ -24,6 +25,7 @@ ROOT = Path(minilora.__file__).parents[1]
 PACKAGES = [
     minilora,
     minilora.hf,
+    minilora.lab,
     minilora.lab.byte_model,
     minilora.peft,
     minilora.peft.utils,

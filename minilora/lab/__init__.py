@@ -1,7 +1,15 @@
-"""The lab: many fine-tunings in one pass, what is measured of an adapter, and the field's claims as commands with a verdict."""
+"""The lab: many fine-tunings in one pass, what is measured of an adapter, and the field's claims as commands with a verdict.
 
-from minilora.lab.grid import trials_of
-from minilora.lab.sweep import sweep
-from minilora.lab.trial import Result, Trial
+A name is imported when it is asked for. ``__init__.pyi`` has the same names for mypy and editors.
+"""
 
-__all__ = ["Result", "Trial", "sweep", "trials_of"]
+from minilora.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "minilora.lab.grid": ("trials_of",),
+        "minilora.lab.sweeping": ("sweep",),
+        "minilora.lab.trial": ("Result", "Trial"),
+    },
+)

@@ -1,6 +1,6 @@
 """The calls of a sweep: which trials share one, the gradients of a step, and an evaluation.
 
-Trials share a call as far as their rows are about equally long and its tokens fit. Next file: ``lab/sweep.py``.
+Trials share a call as far as their rows are about equally long and its tokens fit. Next file: ``lab/sweeping.py``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from minilora.errors import ConfigError
 from minilora.job.loading import computing_with, load
 from minilora.job.told import say_packed
 from minilora.lab.job import Ready
-from minilora.lab.sweep import sweep
+from minilora.lab.sweeping import sweep
 from minilora.lab.table import differing, label
 from minilora.lab.trial import Result, Trial
 from minilora.training.losses import evaluate

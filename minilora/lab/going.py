@@ -1,7 +1,7 @@
 """One trial while it goes: its weights, its optimizer, where it is, and why it ended.
 
 ``ready`` says whether there is a step to do, ``batches`` what the step is given, and ``advance`` takes what came of it. The steps are those
-of ``training/loop.py``; what ends that loop with an error ends the trial here, and no other. Next file: ``lab/sweep.py``.
+of ``training/loop.py``; what ends that loop with an error ends the trial here, and no other. Next file: ``lab/sweeping.py``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from minilora.errors import ConfigError, MissingPackageError
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.lab.byte_model import byte_model, code, docs, text_examples
 from minilora.lab.interval import Interval, interval
-from minilora.lab.sweep import sweep
+from minilora.lab.sweeping import sweep
 from minilora.lab.table import described
 from minilora.lab.trial import Result, Trial
 from minilora.lora.config import LoraConfig

@@ -21,7 +21,7 @@ from minilora.job.settings import Job
 from minilora.job.told import say_packed
 from minilora.lab.forget import examples_of, measure_on
 from minilora.lab.left import claim
-from minilora.lab.sweep import names_of, sweep
+from minilora.lab.sweeping import names_of, sweep
 from minilora.lab.trial import Result, Trial
 from minilora.training.best import refuse_without_evaluations
 from minilora.training.optim_choice import refuse_optimizer

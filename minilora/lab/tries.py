@@ -20,7 +20,8 @@ from typing import Any
 import minilora.lab.claims as claims_folder
 from minilora.errors import ConfigError, Interrupted, MiniLoraError
 from minilora.files.validate import whole
-from minilora.lab.claim import FAILS, HOLDS, UNDECIDED, Finding, claim
+from minilora.lab.claim import FAILS, HOLDS, UNDECIDED, Finding
+from minilora.lab.claims import claim
 from minilora.lab.ground import STEPS, Ground
 from minilora.lab.page import write_page
 from minilora.lab.tried import Tried, digest, processor, read, write
