@@ -223,7 +223,7 @@ def test_the_folder(tmp_path):
         return {"norm": sum(float(p.detach().norm()) for p in model.parameters() if p.requires_grad)}
 
     results = sweep(base(), EXAMPLES, trials, evaluation=HELD_OUT, folder=tmp_path / "s", measure=measure, say=quiet)
-    table = list(csv.DictReader((tmp_path / "s" / "runs.csv").open()))
+    table = list(csv.DictReader((tmp_path / "s" / "runs.csv").read_text().splitlines()))
     assert [row["run"] for row in table] == ["t1", "t2", "t3", "t4"] and [row["r"] for row in table] == [
         "2",
         "2",
@@ -236,7 +236,7 @@ def test_the_folder(tmp_path):
     load_adapter(model, tmp_path / "s" / "t3")
     own = adapter_state_dict(model)
     assert all(torch.equal(own[key], results[2].weights[key]) for key in own)
-    lines = [json.loads(line) for line in (tmp_path / "s" / "log.jsonl").open()]
+    lines = [json.loads(line) for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
     assert len([line for line in lines if line["run"] == "t2"]) == 3 + 2
     with pytest.raises(Exception, match="holds a sweep already"):
         sweep(base(), EXAMPLES, trials, folder=tmp_path / "s", say=quiet)
