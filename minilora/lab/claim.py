@@ -2,8 +2,8 @@
 
 A file of ``lab/claims`` holds one: ``CLAIM`` says what is claimed, where, and with which number; ``run`` tries it on the lab's ground
 (``lab/ground.py``) and returns a ``Finding``. The verdict is about this ground: a small model, short runs, one computer. It is computed
-from intervals over seeds and never written down: ``holds here`` and ``fails here`` need an interval that lies wholly on one side of what the
-claim says, all else is ``undecided here``. Next file: ``lab/ground.py``.
+from intervals over seeds and never written down: ``holds here`` and ``fails here`` need an interval that lies wholly on one side of
+what the claim says, all else is ``undecided here``. Next file: ``lab/ground.py``.
 """
 
 from __future__ import annotations
@@ -109,8 +109,7 @@ def all_of(verdicts: Sequence[str]) -> str:
 
 def claims() -> dict[str, ModuleType]:
     """The files of ``lab/claims`` by the names of their claims, in the order of their files."""
-    import minilora.lab.claims as folder
-
+    folder = importlib.import_module("minilora.lab.claims")  # by its name: its files import this one
     found = {}
     for entry in sorted(pkgutil.iter_modules(folder.__path__), key=lambda entry: entry.name):
         module = importlib.import_module(f"{folder.__name__}.{entry.name}")
