@@ -28,8 +28,8 @@ _EVERY = 10.0  # seconds between two lines of progress
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora lab`` takes."""
-    about = f'names of claims, or "{VARIANTS}" for the table of all variants of LoRA (default: list the claims)'
-    parser.add_argument("names", metavar="CLAIM", nargs="*", help=about)
+    about = f'claims to try, or "{VARIANTS}" for a table of all variants of LoRA; without a name the claims are listed (default: none)'
+    parser.add_argument("names", metavar="CLAIM", nargs="*", default=[], help=about)
     add_plugin_flag(parser)
     steps = Flag("steps", int, STEPS, "optimizer steps of every fine-tuning; a verdict is about this number of them")
     add_flags(parser, "training", [Flag("all", bool, False, "try every claim, into --out"), steps])
@@ -105,10 +105,12 @@ def _try(name: str, steps: int, gap: bool) -> None:
 
 def _variants(arguments: argparse.Namespace) -> None:
     from minilora.lab.cells import as_lines
-    from minilora.lab.variants import fair_table
+    from minilora.lab.variants import KNOWN, fair_table
+    from minilora.lora.adapter import VARIANTS as REGISTERED
 
     began = time.perf_counter()
-    say(as_lines(fair_table(_ground(arguments.steps))))
+    own = [name for name, kind in REGISTERED.items() if not kind.__module__.startswith("minilora.")]
+    say(as_lines(fair_table(_ground(arguments.steps), [*KNOWN, *own])))
     say(f"\n{time.perf_counter() - began:,.1f} s")
 
 

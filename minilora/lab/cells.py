@@ -49,7 +49,9 @@ def shown(value: Any) -> str:
         return ", ".join(f"{name}: {shown(one)}" for name, one in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value))
-    return short_number(value) if isinstance(value, (int, float)) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return short_number(value) if isinstance(value, float) else str(value)
 
 
 def pack(value: Any) -> Any:

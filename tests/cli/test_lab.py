@@ -100,14 +100,15 @@ def test_the_table_of_variants_has_a_row_for_ones_own(capsys, monkeypatch, tmp_p
     monkeypatch.setitem(adapter._ON, "linear", adapter.VARIANTS)
 
     def fair_table(ground, variants=None):
-        return [{"variant": name, "steps": ground.steps} for name in adapter.VARIANTS if variants is None]
+        return [{"variant": name, "steps": ground.steps} for name in variants]
 
-    monkeypatch.setitem(sys.modules, "minilora.lab.variants", types.SimpleNamespace(fair_table=fair_table))
+    table = types.SimpleNamespace(fair_table=fair_table, KNOWN={"lora": {}, "rslora": {}})
+    monkeypatch.setitem(sys.modules, "minilora.lab.variants", table)
     file = tmp_path / "mine.py"
     file.write_text("from minilora import LoRALinear, register\n@register('mine')\nclass Mine(LoRALinear): ...\n")
     code, out, err = run(capsys, "variants", "--plugin", file, "--steps", "9")
     assert code == 0 and err == f"{file}: variant 'mine'\n"
-    assert re.search(r"^variant +steps$", out, re.M) and re.search(r"^mine +9$", out, re.M)
+    assert re.match(r"variant +steps\nlora +9\nrslora +9\nmine +9\n\n", out)
 
 
 @pytest.mark.parametrize(
