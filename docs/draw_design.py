@@ -231,7 +231,6 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "voices",
             "examples",
             "loading",
-            "loading",
             "told",
             "start",
             "rehearsal",
