@@ -113,7 +113,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     ),
     (
         "data",
-        "from a file of records to batches of tokens",
+        "from records to batches of tokens",
         [
             "sources",
             "shapes",
@@ -185,7 +185,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     ("hf", "everything that uses transformers", []),
     (
         "peft",
-        "PEFT's names at PEFT's places, and models that have them",
+        "PEFT's names, at PEFT's places",
         [
             "peft_model",
             "face",
@@ -245,7 +245,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     ),
     (
         "lab",
-        "many fine-tunings in one pass, and claims with a verdict",
+        "many fine-tunings, and what is claimed",
         [
             "sweeping",
             "trial",

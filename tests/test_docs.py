@@ -435,6 +435,7 @@ def test_the_drawing_is_what_the_script_draws_now(scripts, file, dark):
 
 def test_the_drawing_has_every_folder_and_file(scripts):
     rooms = scripts["draw_design"].ROOMS
+    assert max(len(words) for _, words, _ in rooms) <= 40, "longer words run into the names of the files"
     there = TOP | {path.parent.name for path in (ROOT / "minilora").glob("*/__init__.py")}
     assert sorted(name for name, _, _ in rooms) == sorted(there - {"__init__", "__main__"})
     for room, _, files in rooms:
