@@ -49,7 +49,7 @@ OWN = [
     Flag("one_by_one", bool, False, "run the trials one after another, and none together"),
     Flag("tokens_at_once", int, 0, "tokens of all trials of a call, at most; 0 is 2,048 on a CPU and 16,384 on a GPU"),
     Flag("workers", str, "1", "processes of this computer that the trials are shared out among, each with an equal part of the threads; "
-         "auto takes one for each thread where the model is too small to use several (hidden size of 512 at most), else one"),
+         "auto takes one for each thread, 8 at most, where the model is 200 MB at most, else one"),
     Flag("forget", str, None, "file of text; how much worse a trial has made the model on it is a column of the table"),
 ]  # fmt: skip
 

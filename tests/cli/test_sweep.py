@@ -338,6 +338,22 @@ def test_shares_are_about_equal_and_keep_a_seed_together():
     assert shares_of(long, 2)[0] == ["t0"]
 
 
+@pytest.mark.parametrize(
+    ("threads", "words"),
+    [("1", "workers: 1, because there is one thread"), ("3", r"workers: 2, because the model is small \(\d\.\d MB\)")],
+)
+def test_auto_says_what_it_takes(sweep, tmp_path, threads, words):
+    more = ("--grid", "r=2,3", "--steps", "3", "--workers", "auto", "--threads", threads, "--dry-run")
+    code, text = sweep(tmp_path / "s", *more)
+    assert code == 0 and re.search(words, text), text
+
+
+def test_auto_leaves_a_large_model_in_one_process(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.lab.shared._SMALL", 1000)
+    code, text = sweep(tmp_path / "s", "--grid", "r=2,3", "--steps", "2", "--workers", "auto", "--threads", "2")
+    assert code == 0 and "workers: 1, because a copy of the model for each worker would take" in text
+
+
 def test_what_is_shown_without_a_terminal(monkeypatch):
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr("minilora.lab.progress.time.monotonic", lambda: float(next(clock)))
