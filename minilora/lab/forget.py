@@ -1,4 +1,4 @@
-"""What a trial has forgotten: how much worse its model is on a text of the user's own than the base was. Next file: ``lab/job.py``."""
+"""What a trial has forgotten: how far its model has moved from the base on a text of the user's own. Next file: ``lab/job.py``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from minilora.data.encoding import Encoded
 from minilora.data.records import look_at_all
 from minilora.job.examples import Looked, encoded
 from minilora.job.settings import Job
+from minilora.lab.measures import forgetting
 from minilora.lab.trial import Result
+from minilora.lora.slots import adapters_of
 from minilora.training.guards import check_examples, context_length
-from minilora.training.losses import evaluate
 
 __all__ = ["examples_of", "measure_on"]
 
@@ -29,14 +31,26 @@ def examples_of(job: Job, file: str, tokenizer: Any, paper: nn.Module, say: Call
 
 
 def measure_on(
-    model: nn.Module, examples: Sequence[Encoded], batch_size: int, pad_id: int
+    model: nn.Module, examples: Sequence[Encoded], pad_id: int
 ) -> Callable[[nn.Module, Result], Mapping[str, float]]:
-    """What ``sweep`` takes as ``measure``; ``model`` is the bare base, whose loss is taken now."""
+    """What ``sweep`` takes as ``measure``: ``forgetting``, KL(base || trained) in nats a token; ``model`` is the bare base."""
     check_examples(model, examples, pad_id, "text")
-    base = evaluate(model, examples, batch_size, pad_id)
 
-    def forgotten(adapted: nn.Module, result: Result) -> Mapping[str, float]:
-        """``forgotten``: nats a token by which the loss on the text has risen, adapter on and off."""
-        return {"forgotten": evaluate(adapted, examples, batch_size, pad_id) - base}
+    def measure(trained: nn.Module, result: Result) -> Mapping[str, float]:
+        if result.trial.lora is None:
+            return {"forgetting": _between(model, trained, examples)}
+        return {"forgetting": forgetting(trained, examples, adapters_of(trained).active[0]).kl}
 
-    return forgotten
+    return measure
+
+
+@torch.no_grad()
+def _between(base: Any, trained: Any, examples: Sequence[Encoded]) -> float:
+    """As ``measures.forgetting``, of two models."""
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.input_ids], device=next(base.parameters()).device)
+        was, now = (model(ids).logits[0, :-1].float().log_softmax(-1) for model in (base, trained))
+        total += float((was.exp() * (was - now)).sum(dtype=torch.float64))
+        count += len(was)
+    return total / count

@@ -125,7 +125,7 @@ def run_here(ready: Ready, say: _Say, watch: _Watch | None = None, all_refused: 
         say_packed(job, model, say)
         options: dict[str, Any] = {"save_every": asked.save_every, "together": asked.together}
         if ready.texts:
-            options["measure"] = measure_on(model, ready.texts, job.training.batch_size, pad_id)
+            options["measure"] = measure_on(model, ready.texts, pad_id)
         options |= {"tokens_at_once": asked.tokens_at_once, "start_examples": job.start_examples}
         options |= {"folder": job.out, "resume": job.resume, "overwrite": job.overwrite, "all_refused": all_refused}
         options |= {"evaluation": found.evaluation, "pad_id": pad_id, "say": say, "watch": watch}

@@ -103,7 +103,7 @@ def test_what_is_forgotten_is_a_column(sweep, tmp_path):
         str(text),
     )
     assert code == 0, said
-    forgotten = {(row["variant"], row["lr"]): float(row["forgotten"]) for row in table(tmp_path / "s")}
+    forgotten = {(row["variant"], row["lr"]): float(row["forgetting"]) for row in table(tmp_path / "s")}
     assert (
         len(set(forgotten.values())) == 4 and forgotten["full", "0.05"] > 0.5 and abs(forgotten["lora", "0.001"]) < 0.05
     )
