@@ -24,6 +24,7 @@ RANKS = (1, 16)
 RATES = (1e-3, 3e-3, 1e-2)
 FEW, MANY = 16, 256  # so many that a run of this length ends before any rank knows them all
 LONGER = 5 / 3  # than other runs: by heart needs many passes, and a batch of facts is as long as 8 pieces of text
+ROOM = 2.0  # bits that a parameter can hold, as the source says
 SAME = 0.05  # share of the bits of all facts that counts as no difference
 
 
@@ -54,7 +55,8 @@ def run(ground: Ground) -> Finding:
         for count, gain in gains.items()
     )
     most = max(row["bits a parameter"] for row in rows if row["r"] == 1)
-    said += f"; rank 1 came to {most:.2f} bits a parameter, so if that is below 2 it is the length of the run that ends it, not the room."
+    said += f"; rank 1 came to {most:.2f} bits a parameter"
+    said += ", so the length of the run ended it, and not its room." if most < ROOM else "."
     # A difference of either sign is none if it is small, for few facts; for many it has to be rank 16's.
     return Finding(all_of([within(gains[FEW], SAME), above(gains[MANY], SAME)]), said, rows)
 
