@@ -14,9 +14,9 @@ def test_it_has_at_most_150_lines():
     assert len(README.splitlines()) <= 150
 
 
-def test_it_says_near_the_top_what_has_not_been_run_on_a_gpu():
+def test_it_says_near_the_top_what_has_been_run_on_a_gpu_and_what_not():
     top = " ".join(README.split("\n## ")[0].split())
-    assert "run or measured on a GPU" in top
+    assert "on one GPU, an H200" in top and "have not been tried" in top
 
 
 def test_it_has_two_commands_with_their_times_and_names_the_environment():

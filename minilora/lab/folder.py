@@ -133,7 +133,6 @@ class SweepFolder:
         """Whether the state that is gone on from has its end; its weights are read then, where it left some."""
         if not self.kept.get(result.name, {}).get("finished"):
             return False
-        result.finished = True
         if self.path is not None and result.trial.lora is not None and not result.ended:
             place = self.path / result.name / WEIGHTS_FILE
             result.weights, _ = parse_tensors(read_bytes(place, "an adapter"), place)

@@ -104,7 +104,7 @@ def read_state(path: Path, results: Mapping[str, Result]) -> tuple[dict[str, Any
             raise CheckpointError(
                 f"{path / LOG_FILE}: lacks lines of {name}; restore it, or begin anew with --overwrite (overwrite=True)"
             )
-        for key in KNOWN:
+        for key in (*KNOWN, "finished"):
             setattr(result, key, position[key])
     return where, safetensors.torch.load(bytes(content))
 

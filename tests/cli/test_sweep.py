@@ -283,7 +283,7 @@ def test_a_worker_that_is_killed_is_named_and_the_other_one_is_kept(sweep, whole
         rf"minilora: worker {dead} .* saved in {tmp_path}/s; go on with --resume .*", text.splitlines()[-1]
     )
     rows = table(tmp_path / "s")
-    assert sorted(int(row["steps"]) == 80 for row in rows) == [False, False, True, True]
+    assert sorted(int(row["done"]) == 80 for row in rows) == [False, False, True, True]
     code, text = sweep(tmp_path / "s", *LONG, "--workers", "2", "--threads", "2", "--resume")
     assert code == 0 and "1 worker with 1 thread" in text, text
     assert apart(adapters(whole), adapters(tmp_path / "s")) <= 1e-5

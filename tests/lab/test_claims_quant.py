@@ -9,8 +9,8 @@ import torch
 from minilora.data.encoding import Encoded
 from minilora.errors import MissingPackageError
 from minilora.lab import ground as ground_file
-from minilora.lab.claim import FAILS, HOLDS, UNDECIDED, claim
-from minilora.lab.claims import double_quant, formats, loftq, merge_4bit, qlora
+from minilora.lab.claim import FAILS, HOLDS, UNDECIDED
+from minilora.lab.claims import claim, double_quant, formats, loftq, merge_4bit, qlora
 from minilora.lab.ground import RATES, SEEDS, Ground, Tuned
 from minilora.lab.interval import Interval, interval
 from minilora.lab.rounding import harm, rounded

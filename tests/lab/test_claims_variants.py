@@ -5,8 +5,8 @@ import math
 import pytest
 
 from minilora.errors import ConfigError
-from minilora.lab.claim import FAILS, HOLDS, UNDECIDED, claim
-from minilora.lab.claims import forgets, full_rate
+from minilora.lab.claim import FAILS, HOLDS, UNDECIDED
+from minilora.lab.claims import claim, forgets, full_rate
 from minilora.lab.ground import LADDER, Ground, Tuned
 from tests.lab.ground import BEFORE, PlantedGround, TinyGround
 

@@ -311,4 +311,5 @@ def test_a_last_loss_that_is_not_finite_is_none():
     trial = Trial(lora(), plan())
     records = [{"step": 0, "eval_loss": 2.0}, {"step": STEPS, "eval_loss": None}]
     assert Result(trial, "t1", records=records).eval_loss is None
-    assert Result(Trial(lora(), plan(keep_best=True, eval_every=5)), "t2", records=records).eval_loss == 2.0
+    records.insert(1, {"step": 5, "eval_loss": 1.5})
+    assert Result(Trial(lora(), plan(keep_best=True, eval_every=5)), "t2", records=records).eval_loss == 1.5
