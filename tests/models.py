@@ -140,6 +140,18 @@ def llama(seed=0, **fields):
     return finished(LlamaForCausalLM(llama_config(**fields)))
 
 
+def plain_bitsandbytes():
+    """bitsandbytes as it computes on any processor.
+
+    On one that multiplies bf16 it packs a layer of 4 bits once more at its first call in eval mode. It fails there where a row is no whole number
+    of blocks, or the rows are no multiple of 32.
+    """
+    import bitsandbytes
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    return bitsandbytes
+
+
 def byte_tokenizer(template=CHATML, **special):
     """One token a byte, so that what is encoded can be read back exactly, with a chat template."""
     import tokenizers

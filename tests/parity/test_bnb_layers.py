@@ -20,7 +20,9 @@ from minilora import LoraConfig
 from minilora.errors import StateError, TargetError
 from minilora.linear.layers import dense_weight
 from minilora.lora.slots import adapters_of
-from tests.models import llama_config
+from tests.models import llama_config, plain_bitsandbytes
+
+plain_bitsandbytes()
 
 # PEFT asks transformers for the older of two names.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -10,7 +10,7 @@ from minilora.errors import CheckpointError, KindError, StateError
 from minilora.peft import LoraConfig, get_peft_model, replace_lora_weights_loftq
 from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
-from tests.models import finished, randomize
+from tests.models import finished, plain_bitsandbytes, randomize
 
 save_file = pytest.importorskip("safetensors.torch").save_file
 X = torch.randn(16, 96, generator=torch.Generator().manual_seed(3))
@@ -33,7 +33,8 @@ def dense():
 
 
 def by_bitsandbytes(model):
-    bnb = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes")
+    bnb = plain_bitsandbytes()
     for name in ("a", "b"):
         old = getattr(model, name)
         new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=old.bias is not None, quant_type="nf4")

@@ -6,10 +6,13 @@
 import json
 import sys
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
+# On a processor that multiplies bf16 it packs layers once more, which it cannot where rows are no whole number of blocks.
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 BITS, FOLDER = int(sys.argv[1]), sys.argv[2]
 PACKED = (
     BitsAndBytesConfig(
