@@ -143,8 +143,8 @@ def llama(seed=0, **fields):
 def plain_bitsandbytes():
     """bitsandbytes as it computes on any processor.
 
-    On one that multiplies bf16 it packs a layer of 4 bits once more at its first call in eval mode. It fails there where a row is no whole number
-    of blocks, or the rows are no multiple of 32.
+    On one that multiplies bf16 it packs a layer of 4 bits once more at its first call in eval mode. It fails there where a row is no
+    whole number of blocks, or the rows are no multiple of 32.
     """
     import bitsandbytes
 
