@@ -295,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "job, packed by both": lambda: job("job_packed"),
     "kernels, H200": lambda: on_a_gpu("nvidia_h200"),
     "packing": packing,
+    "sweep": lambda: sweeps(["sweep"]),
     "sweep, H200": lambda: sweeps(["sweep_nvidia_h200"]),
     "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},
