@@ -14,6 +14,7 @@ from minilora.data.records import look_at_all
 from minilora.job.examples import Looked, encoded
 from minilora.job.settings import Job
 from minilora.lab.measures import forgetting
+from minilora.lab.measures.divergence import divergence
 from minilora.lab.trial import Result
 from minilora.lora.slots import adapters_of
 from minilora.training.guards import check_examples, context_length
@@ -50,7 +51,7 @@ def _between(base: Any, trained: Any, examples: Sequence[Encoded]) -> float:
     total, count = 0.0, 0
     for example in examples:
         ids = torch.tensor([example.input_ids], device=next(base.parameters()).device)
-        was, now = (model(ids).logits[0, :-1].float().log_softmax(-1) for model in (base, trained))
-        total += float((was.exp() * (was - now)).sum(dtype=torch.float64))
+        was, now = (model(ids).logits[0, :-1] for model in (base, trained))
+        total += float(divergence(was, now).sum(dtype=torch.float64))
         count += len(was)
     return total / count

@@ -24,6 +24,7 @@ from minilora.errors import ConfigError, MissingPackageError
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.lab.byte_model import byte_model, code, docs, text_examples
 from minilora.lab.interval import Interval, interval
+from minilora.lab.measures.divergence import divergence
 from minilora.lab.sweeping import sweep
 from minilora.lab.table import described
 from minilora.lab.trial import Result, Trial
@@ -295,6 +296,6 @@ def kl(before: Sequence[torch.Tensor], model: Any, examples: Sequence[Encoded]) 
     """KL(base || model) in nats a token, the base's log-probabilities given; as ``measures.forgetting``, of a model by itself."""
     total = count = 0.0
     for was, now in zip(before, log_probabilities(model, examples), strict=True):
-        total += float((was.exp() * (was - now)).sum(dtype=torch.float64))
+        total += float(divergence(was, now).sum(dtype=torch.float64))
         count += len(was)
     return total / count

@@ -89,7 +89,7 @@ def sweep(
     named = {name: Result(trial, name) for name, trial in zip(names_of(trials), trials, strict=True)}
     if has_adapters(model):
         raise StateError(
-            "the model has adapters already; wanted a bare one, whose sweep each trial begins from: unload(model) first"
+            "the model has adapters already; wanted a bare one, from which every trial begins; unload(model) first"
         )
     check_examples(model, examples, pad_id)
     if evaluation:
@@ -181,9 +181,9 @@ class _Sweep:
     def _why_none_together(self) -> str:
         """Why the model lets no trials share a pass, in words; "" if it does."""
         config = getattr(self.model, "config", None)
-        named: dict[str, Any] = getattr(config, "to_dict", dict)()
-        if found := next((n for n, v in named.items() if ("drop" in n) and isinstance(v, float) and v > 0), None):
-            return f"the model itself drops while it trains ({found}={named[found]})"
+        for name, value in _settings(getattr(config, "to_dict", dict)()):
+            if "drop" in str(name) and isinstance(value, float) and value > 0:
+                return f"the model itself drops while it trains ({name}={value})"
         module = next((n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0), None)
         return f"the model itself drops while it trains ({module})" if module else ""
 
@@ -272,6 +272,12 @@ class _Sweep:
         if self.measure and not result.ended:
             result.measured = dict(self.measure(model, result))
         self.here.end(result, model)
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings of a model, those of its parts (a text model beside a picture's) among them."""
+    for name, value in config.items():
+        yield from _settings(value) if isinstance(value, Mapping) else [(name, value)]
 
 
 def _trained(value: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
