@@ -21,7 +21,7 @@ EXAMPLES = """\
   minilora lab --all --out lab --workers 2
   minilora lab variants --plugin my_variant.py"""
 
-STEPS = 60  # that of ``lab/trying/ground.py``, which needs torch
+STEPS = 60  # that of ``lab/ground/ground.py``, which needs torch
 VARIANTS = "variants"
 _EVERY = 10.0  # seconds between two lines of progress
 
@@ -116,7 +116,7 @@ def _variants(arguments: argparse.Namespace) -> None:
 
 def _ground(steps: int) -> Any:
     """A ground whose progress goes to standard error."""
-    from minilora.lab.trying.ground import Ground
+    from minilora.lab.ground.ground import Ground
 
     return Ground(steps, say=lambda line: say(line, error=True), watch=_progress())
 

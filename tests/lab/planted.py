@@ -8,7 +8,7 @@ import textwrap
 import minilora.lab.claims
 
 PLANTED = """\
-from minilora.lab.trying.claim import FAILS, HOLDS, Claim, Curve, Finding, Picture
+from minilora.lab.ground.claim import FAILS, HOLDS, Claim, Curve, Finding, Picture
 from minilora.lab.verdicts.interval import interval
 
 CLAIM = Claim({name!r}, "It *is* so | or not.", "Somebody 2025, section 3", "4 of 5", exact=True)

@@ -8,10 +8,10 @@ import torch
 from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError
 from minilora.lab.claims import adam, fa_memory, first_step, intruders, lora_plus, rank_1
+from minilora.lab.ground import by_hand
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED
+from minilora.lab.ground.ground import Ground
 from minilora.lab.sweeps.trial import Result
-from minilora.lab.trying import by_hand
-from minilora.lab.trying.claim import FAILS, HOLDS, UNDECIDED
-from minilora.lab.trying.ground import Ground
 from minilora.lab.verdicts import interval
 
 pytest.importorskip("transformers")

@@ -6,8 +6,8 @@ import pytest
 
 from minilora.errors import ConfigError
 from minilora.lab.claims import claim, forgets, full_rate
-from minilora.lab.trying.claim import FAILS, HOLDS, UNDECIDED
-from minilora.lab.trying.ground import LADDER, Ground, Tuned
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED
+from minilora.lab.ground.ground import LADDER, Ground, Tuned
 from tests.lab.ground import BEFORE, PlantedGround, TinyGround
 
 NAMES = ("rslora", "mlp", "full-rate", "batch", "forgets", "b-alone", "nine")

@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from minilora.lab.ground.ground import Ground
 from minilora.lab.trying import page, tries
-from minilora.lab.trying.ground import Ground
 from minilora.lab.trying.page import write_page
 from minilora.lab.trying.tried import Tried, read, write
 from tests.lab.planted import FINDS, plant

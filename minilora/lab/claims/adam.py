@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from minilora.lab.trying.by_hand import Recipe, largest_gap, train_by_hand
-from minilora.lab.trying.claim import FAILS, HOLDS, Claim, Finding, all_of
-from minilora.lab.trying.ground import Ground
+from minilora.lab.ground.by_hand import Recipe, largest_gap, train_by_hand
+from minilora.lab.ground.claim import FAILS, HOLDS, Claim, Finding, all_of
+from minilora.lab.ground.ground import Ground
 
 CLAIM = Claim(
     name="adam",

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from minilora.lab.trying.claim import Claim, Finding, above, all_of
-from minilora.lab.trying.ground import Ground, Tuned
+from minilora.lab.ground.claim import Claim, Finding, above, all_of
+from minilora.lab.ground.ground import Ground, Tuned
 from minilora.lab.variants import LORA
 from minilora.lab.verdicts.interval import Interval, interval
 

@@ -1,7 +1,7 @@
 """A large batch costs LoRA more than it costs full fine-tuning."""
 
-from minilora.lab.trying.claim import Claim, Finding, above
-from minilora.lab.trying.ground import BATCH, Ground
+from minilora.lab.ground.claim import Claim, Finding, above
+from minilora.lab.ground.ground import BATCH, Ground
 from minilora.lab.variants import LORA
 from minilora.lab.verdicts.interval import told_apart
 

@@ -3,8 +3,8 @@
 import itertools
 import math
 
-from minilora.lab.trying.claim import UNDECIDED, Claim, Curve, Finding, Picture, above, all_of
-from minilora.lab.trying.ground import RATES, Ground, Tuned
+from minilora.lab.ground.claim import UNDECIDED, Claim, Curve, Finding, Picture, above, all_of
+from minilora.lab.ground.ground import RATES, Ground, Tuned
 from minilora.lab.variants import LORA
 from minilora.lab.verdicts.interval import interval
 

@@ -7,9 +7,9 @@ Still one such model alone would not do, so the byte model, whose weights were n
 
 from collections.abc import Mapping
 
-from minilora.lab.trying.claim import FAILS, HOLDS, UNDECIDED, Claim, Finding, above, all_of
-from minilora.lab.trying.ground import Ground
-from minilora.lab.trying.rounding import harm
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED, Claim, Finding, above, all_of
+from minilora.lab.ground.ground import Ground
+from minilora.lab.ground.rounding import harm
 from minilora.lab.verdicts.interval import interval, told_apart
 from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig

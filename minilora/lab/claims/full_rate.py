@@ -2,8 +2,8 @@
 
 import math
 
-from minilora.lab.trying.claim import UNDECIDED, Claim, Curve, Finding, Picture, within
-from minilora.lab.trying.ground import RATES, Ground, Tuned
+from minilora.lab.ground.claim import UNDECIDED, Claim, Curve, Finding, Picture, within
+from minilora.lab.ground.ground import RATES, Ground, Tuned
 from minilora.lab.variants import LORA
 from minilora.lab.verdicts.interval import Interval, interval
 

@@ -1,7 +1,7 @@
 """At equal parameters, adapters on the MLP layers learn more than adapters on attention."""
 
-from minilora.lab.trying.claim import Claim, Curve, Finding, Picture, above
-from minilora.lab.trying.ground import Ground
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above
+from minilora.lab.ground.ground import Ground
 from minilora.lab.verdicts.interval import told_apart
 
 CLAIM = Claim(

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from minilora.lab.trying.claim import FAILS, UNDECIDED, Claim, Finding, all_of, within
-from minilora.lab.trying.ground import Ground
+from minilora.lab.ground.claim import FAILS, UNDECIDED, Claim, Finding, all_of, within
+from minilora.lab.ground.ground import Ground
 from minilora.lab.variants import families
 from minilora.lab.verdicts.interval import interval
 

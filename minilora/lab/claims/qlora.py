@@ -2,8 +2,8 @@
 
 import torch
 
-from minilora.lab.trying.claim import Claim, Curve, Finding, Picture, within
-from minilora.lab.trying.ground import Ground
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, within
+from minilora.lab.ground.ground import Ground
 from minilora.lab.verdicts.interval import told_apart
 from minilora.quant.config import QuantConfig
 

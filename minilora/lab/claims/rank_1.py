@@ -10,8 +10,8 @@ from typing import Any
 
 from minilora.lab.byte_model import facts, line_examples
 from minilora.lab.byte_model.texts import FACT_BITS
-from minilora.lab.trying.claim import Claim, Finding, above, all_of, within
-from minilora.lab.trying.ground import Ground
+from minilora.lab.ground.claim import Claim, Finding, above, all_of, within
+from minilora.lab.ground.ground import Ground
 from minilora.lab.verdicts.interval import interval, told_apart
 
 CLAIM = Claim(

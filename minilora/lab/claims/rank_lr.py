@@ -1,7 +1,7 @@
 """The best learning rate does not depend on the rank."""
 
-from minilora.lab.trying.claim import Claim, Curve, Finding, Picture, all_of, within
-from minilora.lab.trying.ground import RATES, Ground
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, all_of, within
+from minilora.lab.ground.ground import RATES, Ground
 from minilora.lab.verdicts.interval import interval, told_apart
 
 CLAIM = Claim(

@@ -1,7 +1,7 @@
 """What rsLoRA gains at a large rank is what a larger learning rate gains."""
 
-from minilora.lab.trying.claim import Claim, Curve, Finding, Picture, above, all_of, within
-from minilora.lab.trying.ground import RATES, Ground
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above, all_of, within
+from minilora.lab.ground.ground import RATES, Ground
 from minilora.lab.verdicts.interval import told_apart
 
 CLAIM = Claim(

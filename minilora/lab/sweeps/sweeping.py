@@ -115,8 +115,13 @@ def names_of(trials: Sequence[Trial]) -> list[str]:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """The model is bare at the end, and trains what it trained; torch's random state is what it was."""
+    """The model is bare at the end, trains what it trained and keeps what it kept; torch's random state is what it was."""
     trained, mode = [(p, p.requires_grad) for p in model.parameters()], model.training
+    again: list[tuple[Any, bool]] = [
+        (module, module.gradient_checkpointing)
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing")
+    ]
     with torch.random.fork_rng(devices=[]):
         try:
             yield
@@ -125,6 +130,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 unload(model)
             for parameter, wanted in trained:
                 parameter.requires_grad_(wanted)
+            for module, computed_again in again:
+                module.gradient_checkpointing = computed_again
             model.train(mode)
 
 

@@ -89,8 +89,8 @@ class Result:
     Attributes:
         alone: why it ran after the others, "" for one that ran with them.
         ended: why it ended before its last step, in words; "" for one that came to its end. finished: nothing of it is left to do.
-        records: as ``training.train`` returns them, without the memory. weights: the adapter as a file has it (all that trained, for
-            full fine-tuning), on the CPU.
+        records: as ``training.train`` returns them, without the memory. weights: the adapter as a file has it, on the CPU; for
+            full fine-tuning all that trained, which no folder keeps, so that a sweep that is gone on from has none of what was done before.
         seconds: its part of the time that steps took: by its tokens, where several ran in one pass.
         measured: what ``measure`` found, by name.
     """

@@ -1,1 +1,1 @@
-"""Trying the field's claims: what a claim is, what it stands on, and the page of all of ``lab/claims``. Read ``claim.py`` first."""
+"""The claims tried, one or many at the same time, and the page of all. Read ``tries.py`` first; the claims lie in ``lab/claims``."""

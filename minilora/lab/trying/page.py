@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minilora.files.write import write_file, write_files
+from minilora.lab.ground.claim import Picture
 from minilora.lab.trying.cells import table
-from minilora.lab.trying.claim import Picture
 from minilora.lab.trying.tried import Tried
 from minilora.report.canvas import missing
 from minilora.report.claim_figures import claim_figure

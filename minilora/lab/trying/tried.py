@@ -23,8 +23,8 @@ from minilora.errors import CheckpointError
 from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes
 from minilora.files.write import write_file
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture
 from minilora.lab.trying.cells import pack, unpack
-from minilora.lab.trying.claim import Claim, Curve, Finding, Picture
 
 __all__ = ["JSON_FILE", "Tried", "digest", "processor", "read", "write"]
 

@@ -21,8 +21,8 @@ import minilora.lab.claims as claims_folder
 from minilora.errors import ConfigError, Interrupted, MiniLoraError
 from minilora.files.validate import whole
 from minilora.lab.claims import claim
-from minilora.lab.trying.claim import FAILS, HOLDS, UNDECIDED, Finding
-from minilora.lab.trying.ground import STEPS, Ground
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED, Finding
+from minilora.lab.ground.ground import STEPS, Ground
 from minilora.lab.trying.page import write_page
 from minilora.lab.trying.tried import Tried, digest, processor, read, write
 from minilora.measure.worker import Worker

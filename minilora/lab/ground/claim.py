@@ -1,9 +1,9 @@
 """A claim of the field, the smallest honest test of it, and a verdict.
 
 A file of ``lab/claims`` holds one: ``CLAIM`` says what is claimed, where, and with which number; ``run`` tries it on the lab's ground
-(``lab/trying/ground.py``) and returns a ``Finding``. The verdict is about this ground: a small model, short runs, one computer. It is
+(``lab/ground/ground.py``) and returns a ``Finding``. The verdict is about this ground: a small model, short runs, one computer. It is
 computed from intervals over seeds and never written down: ``holds here`` and ``fails here`` need an interval that lies wholly on one
-side of what the claim says, all else is ``undecided here``. Next file: ``lab/trying/ground.py``.
+side of what the claim says, all else is ``undecided here``. Next file: ``lab/ground/ground.py``.
 """
 
 from __future__ import annotations

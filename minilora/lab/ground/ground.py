@@ -4,7 +4,7 @@
     tuned = ground.tune({"r=4": {"r": 4}, "r=16": {"r": 16}}, rates=RATES)
     tuned["r=4"].rate, tuned["r=4"].losses        # the best rate, and the held-out loss there by seed
 
-Each trial is done once in a process: claims that ask for the same one share it. Next file: ``lab/trying/by_hand.py``.
+Each trial is done once in a process: claims that ask for the same one share it. Next file: ``lab/ground/by_hand.py``.
 """
 
 from __future__ import annotations

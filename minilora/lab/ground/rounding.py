@@ -1,7 +1,7 @@
 """What is lost when the weights of a model are rounded to a few bits, as KL to the model as it was.
 
 How well a block of weights rounds depends on where blocks begin, and a model suffers more on some texts than on others. So each piece of
-text is read with blocks that begin elsewhere, and an interval over the pieces covers both. Next file: ``lab/trying/ground.py``.
+text is read with blocks that begin elsewhere, and an interval over the pieces covers both. Next file: ``lab/ground/ground.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from minilora.data.encoding import Encoded
-from minilora.lab.trying.ground import kl, log_probabilities
+from minilora.lab.ground.ground import kl, log_probabilities
 from minilora.lora.match import ALL_LINEAR
 from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data.batches import collate, micro_batches
-from minilora.lab.trying.ground import ALPHA, BATCH, Ground
+from minilora.lab.ground.ground import ALPHA, BATCH, Ground
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.training.losses import token_losses
