@@ -21,7 +21,7 @@ EXAMPLES = """\
   minilora lab --all --out lab --workers 2
   minilora lab variants --plugin my_variant.py"""
 
-STEPS = 60  # that of ``lab/ground.py``, which needs torch
+STEPS = 60  # that of ``lab/ground/ground.py``, which needs torch
 VARIANTS = "variants"
 _EVERY = 10.0  # seconds between two lines of progress
 
@@ -91,9 +91,9 @@ def _list(every: dict[str, Any]) -> None:
 
 def _try(name: str, steps: int, gap: bool) -> None:
     """Try one claim, and say what came of it."""
-    from minilora.lab.cells import as_lines
     from minilora.lab.claims import claim
-    from minilora.lab.tries import try_claim
+    from minilora.lab.trying.cells import as_lines
+    from minilora.lab.trying.tries import try_claim
 
     said = claim(name).CLAIM
     say(f"{chr(10) * gap}{said.name}: {said.sentence}\n{said.source}: {said.number}")
@@ -104,7 +104,7 @@ def _try(name: str, steps: int, gap: bool) -> None:
 
 
 def _variants(arguments: argparse.Namespace) -> None:
-    from minilora.lab.cells import as_lines
+    from minilora.lab.trying.cells import as_lines
     from minilora.lab.variants import KNOWN, fair_table
     from minilora.lora.adapter import VARIANTS as REGISTERED
 
@@ -116,7 +116,7 @@ def _variants(arguments: argparse.Namespace) -> None:
 
 def _ground(steps: int) -> Any:
     """A ground whose progress goes to standard error."""
-    from minilora.lab.ground import Ground
+    from minilora.lab.ground.ground import Ground
 
     return Ground(steps, say=lambda line: say(line, error=True), watch=_progress())
 
@@ -139,8 +139,8 @@ def _progress() -> Callable[[int, int], None]:
 
 def _into(folder: Path, names: list[str], arguments: argparse.Namespace) -> None:
     """Try claims into a folder; a line for each, and an error at the end if one could not be tried."""
-    from minilora.lab.page import PAGE_FILE
-    from minilora.lab.tries import try_into
+    from minilora.lab.trying.page import PAGE_FILE
+    from minilora.lab.trying.tries import try_into
     from minilora.report.canvas import missing
 
     options = {name: getattr(arguments, name) for name in ("steps", "workers", "overwrite")}

@@ -85,14 +85,14 @@ def _reworded(flag: Flag) -> Flag:
 def run(arguments: argparse.Namespace) -> None:
     """Look, sweep, and rank the trials; or say what a sweep would do."""
     asked, workers = asked_for(given(arguments))
-    from minilora.lab.groups import read_table
-    from minilora.lab.job import look
-    from minilora.lab.progress import SweepProgress
-    from minilora.lab.shared import foretold
-    from minilora.lab.shared import run as sweep
-    from minilora.lab.shown import as_table
-    from minilora.lab.table import as_csv
-    from minilora.lab.verdict import closing
+    from minilora.lab.jobs.job import look
+    from minilora.lab.jobs.progress import SweepProgress
+    from minilora.lab.jobs.shared import foretold
+    from minilora.lab.jobs.shared import run as sweep
+    from minilora.lab.jobs.shown import as_table
+    from minilora.lab.sweeps.table import as_csv
+    from minilora.lab.verdicts.groups import read_table
+    from minilora.lab.verdicts.verdict import closing
 
     with SweepProgress() as progress:
         ready = look(asked, progress.say, progress.plan)
@@ -128,8 +128,8 @@ def asked_for(said: dict[str, Any]) -> tuple[Any, int | str]:
     if own["seeds"] < 1:
         raise ConfigError(f"seeds={own['seeds']}: wanted a whole number >= 1")
     workers = own["workers"] if own["workers"] == "auto" else _whole("workers", own["workers"])
-    from minilora.lab.grid import axes_of, trials_of
-    from minilora.lab.job import SweepJob
+    from minilora.lab.jobs.job import SweepJob
+    from minilora.lab.sweeps.grid import axes_of, trials_of
 
     for name in axes_of(own["grid"]):
         if name in said and name in setting_names():
@@ -153,8 +153,8 @@ def _whole(name: str, text: str) -> int:
 
 def _say_where(asked: Any, results: Any) -> None:
     """Where all of it lies, and what to do next."""
-    from minilora.lab.report import sweep_report
-    from minilora.lab.shown import ranked
+    from minilora.lab.jobs.shown import ranked
+    from minilora.lab.verdicts.report import sweep_report
 
     best = ranked(results)[0]
     say(f"{asked.folder}: runs.csv, log.jsonl, and an adapter for each trial; look at {sweep_report(asked.folder)}")

@@ -8,8 +8,8 @@ from minilora.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "minilora.lab.grid": ("trials_of",),
-        "minilora.lab.sweeping": ("sweep",),
-        "minilora.lab.trial": ("Result", "Trial"),
+        "minilora.lab.sweeps.grid": ("trials_of",),
+        "minilora.lab.sweeps.sweeping": ("sweep",),
+        "minilora.lab.sweeps.trial": ("Result", "Trial"),
     },
 )

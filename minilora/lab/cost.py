@@ -20,7 +20,7 @@ from minilora.data.batches import collate
 from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, MiniLoraError
 from minilora.job.start import begin_new
-from minilora.lab.trial import Trial
+from minilora.lab.sweeps.trial import Trial
 from minilora.measure.plan import predict, training_step
 from minilora.training.losses import token_losses
 from minilora.training.optim_choice import optimizer_of

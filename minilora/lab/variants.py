@@ -4,7 +4,7 @@
     print(as_csv(rows))
 
 A variant is called better or worse only where the interval of its paired differences from LoRA leaves out 0. The level is 95 % for each
-comparison, so of twenty variants that equal LoRA one is expected to be told from it by chance. Next file: ``lab/claim.py``.
+comparison, so of twenty variants that equal LoRA one is expected to be told from it by chance. Next file: ``lab/ground/claim.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 from minilora.errors import ConfigError, StateError
 from minilora.lab.cost import Cost, costs
-from minilora.lab.ground import RATES, SEEDS, Ground, Tuned
-from minilora.lab.interval import Interval, interval, told_apart
+from minilora.lab.ground.ground import RATES, SEEDS, Ground, Tuned
+from minilora.lab.verdicts.interval import Interval, interval, told_apart
 from minilora.lora.adapter import variant
 from minilora.lora.config import LoraConfig
 from minilora.lora.starts import CordaConfig, EvaConfig, LoraGAConfig

@@ -4,7 +4,7 @@
     y[rows_k] += s_k * B_k A_k dropout_k(x[rows_k])          for each of the runs k
 
 ``stacked_linear_reference`` is the formula and defines it. Each part is computed as ``lora_linear`` computes it for these rows alone, its
-mask of dropout from the same seed, so a run beside others learns what it would learn alone. Next file: ``lab/together.py``.
+mask of dropout from the same seed, so a run beside others learns what it would learn alone. Next file: ``lab/sweeps/together.py``.
 """
 
 from __future__ import annotations

@@ -210,7 +210,8 @@ def refuse_other_base(model: nn.Module, stored: Stored, allow: bool = False) -> 
         return
     known = dict(Bare(model).named_modules())
     found = fingerprint(model, [path for path in stored.base["samples"] if path in known])
-    if point := differs(stored.base, found) or strange_tensors(model, stored.base):
+    own_base = variant(stored.variant).replaces_base
+    if point := differs(stored.base, found, own_base) or strange_tensors(model, stored.base):
         raise CheckpointError(
             f"{stored.path}: was trained on another base model than this {type(model).__name__}: {point}; load its own, or pass "
             "allow_other_base=True (--allow-other-base)"

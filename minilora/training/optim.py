@@ -1,6 +1,6 @@
 """Optimizers: the one that a run asks for by name, and LoRA+.
 
-LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B trains with a higher rate than A. Next file: ``training/optim_adamw8.py``.
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B trains with a higher rate than A. Next file: ``training/optim_closure.py``.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from torch.optim import Optimizer
 from minilora.errors import ConfigError, StateError
 from minilora.files import validate
 from minilora.quant.codebooks import constant, dynamic_map
+from minilora.training.optim_closure import loss_again
 
 __all__ = ["AdamW8bit"]
 
@@ -84,10 +85,7 @@ class AdamW8bit(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure`` computes the loss again, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_again(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

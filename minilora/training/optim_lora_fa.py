@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from minilora.errors import ConfigError, warn
 from minilora.lora.slots import adapters_in, adapters_of
+from minilora.training.optim_closure import loss_again
 
 __all__ = ["LoraFAOptimizer", "create_lorafa_optimizer", "frozen_beside", "lorafa_group"]
 
@@ -65,10 +66,7 @@ class LoraFAOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure`` computes the loss again, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_again(closure)
         for group in self.param_groups:
             by_name = dict(zip(group["names"], group["params"], strict=True))
             for name, parameter, scaling in zip(group["names"], group["params"], group["scaling_factors"], strict=True):

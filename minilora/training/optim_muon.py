@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from minilora.errors import ConfigError, MissingPackageError
+from minilora.training.optim_closure import loss_again
 
 __all__ = ["MuonWithAdamW", "factors_for_muon", "refuse_without_muon"]
 
@@ -93,10 +94,7 @@ class MuonWithAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both. ``closure`` computes the loss again, once, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_again(closure)
         for part in self.parts:
             part.step()
         return loss

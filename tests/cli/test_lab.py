@@ -8,8 +8,8 @@ import types
 import pytest
 
 from minilora.cli import lab, main, make_parser
-from minilora.lab import tries
-from minilora.lab.ground import Ground
+from minilora.lab.ground.ground import Ground
+from minilora.lab.trying import tries
 from minilora.lora import adapter
 from tests.lab.planted import FINDS, plant
 

@@ -14,9 +14,9 @@ import safetensors.torch
 
 from minilora.cli import main
 from minilora.lab import trials_of
-from minilora.lab.progress import SweepProgress
-from minilora.lab.trial import Result
-from minilora.lab.workers import Worker, shares_of
+from minilora.lab.jobs.progress import SweepProgress
+from minilora.lab.jobs.workers import Worker, shares_of
+from minilora.lab.sweeps.trial import Result
 from minilora.training.settings import TrainConfig
 
 pytest.importorskip("transformers")
@@ -311,7 +311,9 @@ def test_ctrl_c_reaches_all_workers(sweep, whole, tmp_path, monkeypatch):
 
 
 def test_a_worker_ends_when_the_first_process_is_gone():
-    source = "import os, sys, time; from minilora.lab.workers import _hold_on; os.close(1); _hold_on(); time.sleep(60)"
+    source = (
+        "import os, sys, time; from minilora.lab.jobs.workers import _hold_on; os.close(1); _hold_on(); time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdout.read()  # it holds on
     child.stdin.close()
@@ -349,14 +351,14 @@ def test_auto_says_what_it_takes(sweep, tmp_path, threads, words):
 
 
 def test_auto_leaves_a_large_model_in_one_process(sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.lab.shared._SMALL", 1000)
+    monkeypatch.setattr("minilora.lab.jobs.shared._SMALL", 1000)
     code, text = sweep(tmp_path / "s", "--grid", "r=2,3", "--steps", "2", "--workers", "auto", "--threads", "2")
     assert code == 0 and "workers: 1, because a copy of the model for each worker would take" in text
 
 
 def test_what_is_shown_without_a_terminal(monkeypatch):
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr("minilora.lab.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("minilora.lab.jobs.progress.time.monotonic", lambda: float(next(clock)))
     stream = io.StringIO()
     with SweepProgress(stream) as progress:
         progress.plan({"t1": 10, "t2": 10})
@@ -376,7 +378,7 @@ def test_full_fine_tuning_comes_once_for_all_ranks():
 
 
 def test_those_that_ended_early_are_last():
-    from minilora.lab.shown import as_table, ranked
+    from minilora.lab.jobs.shown import as_table, ranked
 
     trials = trials_of("lr=1e-3,2e-3,3e-3", train=TrainConfig(steps=2))
     results = [Result(trial, f"t{n}") for n, trial in enumerate(trials, 1)]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from minilora.data.encoding import Encoded
-from minilora.lab.ground import Ground
-from minilora.lab.trial import Result, Trial
+from minilora.lab.ground.ground import Ground
+from minilora.lab.sweeps.trial import Result, Trial
 from tests import models
 
 BEFORE = 2.0  # planted loss before the first step

@@ -8,8 +8,8 @@ import textwrap
 import minilora.lab.claims
 
 PLANTED = """\
-from minilora.lab.claim import FAILS, HOLDS, Claim, Curve, Finding, Picture
-from minilora.lab.interval import interval
+from minilora.lab.ground.claim import FAILS, HOLDS, Claim, Curve, Finding, Picture
+from minilora.lab.verdicts.interval import interval
 
 CLAIM = Claim({name!r}, "It *is* so | or not.", "Somebody 2025, section 3", "4 of 5", exact=True)
 

@@ -8,13 +8,13 @@ import torch
 
 from minilora.data.encoding import Encoded
 from minilora.errors import MissingPackageError
-from minilora.lab import ground as ground_file
-from minilora.lab.claim import FAILS, HOLDS, UNDECIDED
 from minilora.lab.claims import claim, double_quant, formats, loftq, merge_4bit, qlora
-from minilora.lab.ground import RATES, SEEDS, Ground, Tuned
-from minilora.lab.interval import Interval, interval
-from minilora.lab.rounding import harm, rounded
-from minilora.lab.trial import Result
+from minilora.lab.ground import ground as ground_file
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED
+from minilora.lab.ground.ground import RATES, SEEDS, Ground, Tuned
+from minilora.lab.ground.rounding import harm, rounded
+from minilora.lab.sweeps.trial import Result
+from minilora.lab.verdicts.interval import Interval, interval
 from minilora.linear.layers import dense_weight
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig

@@ -7,11 +7,12 @@ import torch
 
 from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError
-from minilora.lab import by_hand, interval
-from minilora.lab.claim import FAILS, HOLDS, UNDECIDED
 from minilora.lab.claims import adam, fa_memory, first_step, intruders, lora_plus, rank_1
-from minilora.lab.ground import Ground
-from minilora.lab.trial import Result
+from minilora.lab.ground import by_hand
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED
+from minilora.lab.ground.ground import Ground
+from minilora.lab.sweeps.trial import Result
+from minilora.lab.verdicts import interval
 
 pytest.importorskip("transformers")
 VERDICTS = {HOLDS, FAILS, UNDECIDED}

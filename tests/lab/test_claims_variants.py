@@ -5,9 +5,9 @@ import math
 import pytest
 
 from minilora.errors import ConfigError
-from minilora.lab.claim import FAILS, HOLDS, UNDECIDED
 from minilora.lab.claims import claim, forgets, full_rate
-from minilora.lab.ground import LADDER, Ground, Tuned
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED
+from minilora.lab.ground.ground import LADDER, Ground, Tuned
 from tests.lab.ground import BEFORE, PlantedGround, TinyGround
 
 NAMES = ("rslora", "mlp", "full-rate", "batch", "forgets", "b-alone", "nine")

@@ -5,10 +5,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from minilora.lab import page, tries
-from minilora.lab.ground import Ground
-from minilora.lab.page import write_page
-from minilora.lab.tried import Tried, read, write
+from minilora.lab.ground.ground import Ground
+from minilora.lab.trying import page, tries
+from minilora.lab.trying.page import write_page
+from minilora.lab.trying.tried import Tried, read, write
 from tests.lab.planted import FINDS, plant
 
 pytest.importorskip("matplotlib")

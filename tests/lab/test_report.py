@@ -8,9 +8,9 @@ import pytest
 
 from minilora.errors import CheckpointError, ConfigError, MissingPackageError
 from minilora.lab import Result, Trial, sweep, trials_of
-from minilora.lab.groups import families_of, read_table
-from minilora.lab.report import sweep_page, sweep_report, sweep_text
-from minilora.lab.table import as_csv
+from minilora.lab.sweeps.table import as_csv
+from minilora.lab.verdicts.groups import families_of, read_table
+from minilora.lab.verdicts.report import sweep_page, sweep_report, sweep_text
 from tests.lab.test_sweep import EXAMPLES, HELD_OUT, base, lora, plan, quiet
 from tests.lab.test_verdict import row, seeds, table
 from tests.report.test_page import parse, svgs

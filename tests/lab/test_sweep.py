@@ -14,6 +14,7 @@ from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, Interrupted, StateError
 from minilora.lab import Result, Trial, sweep, trials_of
 from minilora.lora.starts import LoraGAConfig
+from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.save import adapter_state_dict
 from minilora.training.loop import TrainConfig, train
 from tests import models
@@ -158,6 +159,15 @@ def test_activations_computed_again(tmp_path):
     fields = {"steps": 20, "gradient_checkpointing": True}
     trials = [Trial(lora(lora_dropout=0.3), plan(**fields)), Trial(lora(r=2), plan(seed=1, **fields))]
     same_as_alone(trials, "dense", tmp_path)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_activations_are_kept_again_after_a_sweep(before):
+    model = base()
+    if before:
+        checkpoint_activations(model)
+    sweep(model, EXAMPLES, [Trial(lora(), plan(steps=2, gradient_checkpointing=True))], say=quiet)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) is before
 
 
 def test_a_model_that_drops_by_itself_runs_its_trials_one_after_another():

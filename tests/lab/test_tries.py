@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from minilora.errors import CheckpointError, ConfigError, Interrupted
-from minilora.lab import tries
-from minilora.lab.cells import as_lines, pack, shown, unpack
-from minilora.lab.claim import HOLDS
-from minilora.lab.ground import Ground
-from minilora.lab.interval import Interval, interval
-from minilora.lab.tried import JSON_FILE, read
+from minilora.lab.ground.claim import HOLDS
+from minilora.lab.ground.ground import Ground
+from minilora.lab.trying import tries
+from minilora.lab.trying.cells import as_lines, pack, shown, unpack
+from minilora.lab.trying.tried import JSON_FILE, read
+from minilora.lab.verdicts.interval import Interval, interval
 from tests.lab.planted import FINDS, plant
 
 

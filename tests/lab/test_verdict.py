@@ -6,8 +6,8 @@ import random
 import pytest
 
 from minilora.errors import CheckpointError, ConfigError
-from minilora.lab.groups import families_of, read_table
-from minilora.lab.verdict import closing, interval, t_quantile, told_apart, verdict
+from minilora.lab.verdicts.groups import families_of, read_table
+from minilora.lab.verdicts.verdict import closing, interval, t_quantile, told_apart, verdict
 
 HEAD = "run,variant,r,lora_alpha,target_modules,lr,seed,steps,done,loss,eval_loss,forgetting,parameters,seconds,together,ended"
 DIVERGED = "step 4: the loss is nan in micro-batch 1; 3 steps in a row (max_skipped)"

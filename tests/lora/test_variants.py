@@ -387,6 +387,22 @@ def test_a_calibrated_loftq_adapter_is_loaded_on_the_same_calibration_only(rando
         assert torch.equal(again["layer"](inputs()), adapter(inputs()))
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_loftq_adapter_makes_up_for_its_own_codes_only(bits, randomize, snapshot, tmp_path):
+    """Beside a base that was packed plainly it would add a correction of another error, and nobody would notice."""
+    model, _ = make(init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": 2})
+    randomize(model)
+    save_adapter(model, tmp_path)
+    plain = nn.ModuleDict({"layer": QuantLinear.from_linear(make_base(), QuantConfig(f"nf{bits}"))}).eval()
+    before = snapshot(plain)
+    with pytest.raises(
+        CheckpointError, match="layer is packed otherwise than the adapter packed it; load it onto the dense model"
+    ):
+        load_adapter(plain, tmp_path)
+    assert snapshot(plain) == before
+    load_adapter(plain, tmp_path, allow_other_base=True)
+
+
 def test_loftq_on_a_packed_layer_is_refused_when_new(snapshot):
     """It would be plain LoRA without a word; a saved one may be loaded there."""
     model = nn.ModuleDict({"layer": make_base("nf4")})

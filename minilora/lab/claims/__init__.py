@@ -1,4 +1,4 @@
-"""The field's claims, a file each (``lab/claim.py`` says what is in one)."""
+"""The field's claims, a file each (``lab/ground/claim.py`` says what is in one)."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from minilora.lab.claim import Claim, Finding, above, all_of
-from minilora.lab.ground import Ground, Tuned
-from minilora.lab.interval import Interval, interval
+from minilora.lab.ground.claim import Claim, Finding, above, all_of
+from minilora.lab.ground.ground import Ground, Tuned
 from minilora.lab.variants import LORA
+from minilora.lab.verdicts.interval import Interval, interval
 
 CLAIM = Claim(
     name="b-alone",

@@ -1,9 +1,9 @@
 """A large batch costs LoRA more than it costs full fine-tuning."""
 
-from minilora.lab.claim import Claim, Finding, above
-from minilora.lab.ground import BATCH, Ground
-from minilora.lab.interval import told_apart
+from minilora.lab.ground.claim import Claim, Finding, above
+from minilora.lab.ground.ground import BATCH, Ground
 from minilora.lab.variants import LORA
+from minilora.lab.verdicts.interval import told_apart
 
 CLAIM = Claim(
     name="batch",

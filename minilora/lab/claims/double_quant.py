@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from minilora.lab.claim import Claim, Finding, above, all_of, below
-from minilora.lab.ground import Ground
-from minilora.lab.interval import Interval, interval
-from minilora.lab.rounding import harm
+from minilora.lab.ground.claim import Claim, Finding, above, all_of, below
+from minilora.lab.ground.ground import Ground
+from minilora.lab.ground.rounding import harm
+from minilora.lab.verdicts.interval import Interval, interval
 from minilora.lora.match import ALL_LINEAR
 from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.lab.by_hand import adapted, batches, mean_loss
-from minilora.lab.claim import FAILS, HOLDS, Claim, Curve, Finding, Picture, all_of
-from minilora.lab.ground import Ground
+from minilora.lab.ground.by_hand import adapted, batches, mean_loss
+from minilora.lab.ground.claim import FAILS, HOLDS, Claim, Curve, Finding, Picture, all_of
+from minilora.lab.ground.ground import Ground
 
 CLAIM = Claim(
     name="fa-memory",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.lab.by_hand import adapted, batches, mean_loss, weight_gradients
-from minilora.lab.claim import Claim, Curve, Finding, Picture, all_of, within
-from minilora.lab.ground import Ground
-from minilora.lab.interval import interval, slope
+from minilora.lab.ground.by_hand import adapted, batches, mean_loss, weight_gradients
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, all_of, within
+from minilora.lab.ground.ground import Ground
 from minilora.lab.measures.subject import fixed_updates
+from minilora.lab.verdicts.interval import interval, slope
 
 CLAIM = Claim(
     name="first-step",

@@ -3,10 +3,10 @@
 import itertools
 import math
 
-from minilora.lab.claim import UNDECIDED, Claim, Curve, Finding, Picture, above, all_of
-from minilora.lab.ground import RATES, Ground, Tuned
-from minilora.lab.interval import interval
+from minilora.lab.ground.claim import UNDECIDED, Claim, Curve, Finding, Picture, above, all_of
+from minilora.lab.ground.ground import RATES, Ground, Tuned
 from minilora.lab.variants import LORA
+from minilora.lab.verdicts.interval import interval
 
 CLAIM = Claim(
     name="forgets",

@@ -7,10 +7,10 @@ Still one such model alone would not do, so the byte model, whose weights were n
 
 from collections.abc import Mapping
 
-from minilora.lab.claim import FAILS, HOLDS, UNDECIDED, Claim, Finding, above, all_of
-from minilora.lab.ground import Ground
-from minilora.lab.interval import interval, told_apart
-from minilora.lab.rounding import harm
+from minilora.lab.ground.claim import FAILS, HOLDS, UNDECIDED, Claim, Finding, above, all_of
+from minilora.lab.ground.ground import Ground
+from minilora.lab.ground.rounding import harm
+from minilora.lab.verdicts.interval import interval, told_apart
 from minilora.quant.codebooks import Codebook
 from minilora.quant.config import QuantConfig
 

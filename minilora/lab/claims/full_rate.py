@@ -2,10 +2,10 @@
 
 import math
 
-from minilora.lab.claim import UNDECIDED, Claim, Curve, Finding, Picture, within
-from minilora.lab.ground import RATES, Ground, Tuned
-from minilora.lab.interval import Interval, interval
+from minilora.lab.ground.claim import UNDECIDED, Claim, Curve, Finding, Picture, within
+from minilora.lab.ground.ground import RATES, Ground, Tuned
 from minilora.lab.variants import LORA
+from minilora.lab.verdicts.interval import Interval, interval
 
 CLAIM = Claim(
     name="full-rate",

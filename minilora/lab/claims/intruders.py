@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from minilora.lab.claim import Claim, Curve, Finding, Picture, above, all_of
-from minilora.lab.ground import RATES, SEEDS, Ground
-from minilora.lab.interval import Interval, interval, slope
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above, all_of
+from minilora.lab.ground.ground import RATES, SEEDS, Ground
 from minilora.lab.measures import intruder_dimensions
-from minilora.lab.trial import Result
+from minilora.lab.sweeps.trial import Result
+from minilora.lab.verdicts.interval import Interval, interval, slope
 from minilora.lora.inject import inject
 from minilora.store.save import adapter_state_dict
 

@@ -1,8 +1,8 @@
 """LoftQ's start helps at 2 bits and not at 4."""
 
-from minilora.lab.claim import Claim, Curve, Finding, Picture, above, all_of, below
-from minilora.lab.ground import Ground, Tuned
-from minilora.lab.interval import Interval, told_apart
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above, all_of, below
+from minilora.lab.ground.ground import Ground, Tuned
+from minilora.lab.verdicts.interval import Interval, told_apart
 from minilora.lora.starts import LoftQConfig
 from minilora.quant.config import QuantConfig
 

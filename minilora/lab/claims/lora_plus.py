@@ -7,9 +7,9 @@ the same, and rates ``rate`` of A and ``lambda rate`` of B are ``sqrt(lambda) ra
 import math
 from dataclasses import replace
 
-from minilora.lab.by_hand import Recipe, largest_gap, train_by_hand
-from minilora.lab.claim import FAILS, HOLDS, Claim, Finding, all_of
-from minilora.lab.ground import Ground
+from minilora.lab.ground.by_hand import Recipe, largest_gap, train_by_hand
+from minilora.lab.ground.claim import FAILS, HOLDS, Claim, Finding, all_of
+from minilora.lab.ground.ground import Ground
 
 CLAIM = Claim(
     name="lora-plus",

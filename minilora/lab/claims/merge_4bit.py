@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from minilora.lab.claim import Claim, Curve, Finding, Picture, above, all_of, below
-from minilora.lab.ground import ALPHA, Ground
-from minilora.lab.interval import Interval, interval
-from minilora.lab.rounding import rounded
-from minilora.lab.trial import Result
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above, all_of, below
+from minilora.lab.ground.ground import ALPHA, Ground
+from minilora.lab.ground.rounding import rounded
+from minilora.lab.sweeps.trial import Result
+from minilora.lab.verdicts.interval import Interval, interval
 from minilora.quant.config import QuantConfig
 
 CLAIM = Claim(

@@ -1,8 +1,8 @@
 """At equal parameters, adapters on the MLP layers learn more than adapters on attention."""
 
-from minilora.lab.claim import Claim, Curve, Finding, Picture, above
-from minilora.lab.ground import Ground
-from minilora.lab.interval import told_apart
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above
+from minilora.lab.ground.ground import Ground
+from minilora.lab.verdicts.interval import told_apart
 
 CLAIM = Claim(
     name="mlp",

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from minilora.lab.claim import FAILS, UNDECIDED, Claim, Finding, all_of, within
-from minilora.lab.ground import Ground
-from minilora.lab.interval import interval
+from minilora.lab.ground.claim import FAILS, UNDECIDED, Claim, Finding, all_of, within
+from minilora.lab.ground.ground import Ground
 from minilora.lab.variants import families
+from minilora.lab.verdicts.interval import interval
 
 CLAIM = Claim(
     name="nine",

@@ -2,9 +2,9 @@
 
 import torch
 
-from minilora.lab.claim import Claim, Curve, Finding, Picture, within
-from minilora.lab.ground import Ground
-from minilora.lab.interval import told_apart
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, within
+from minilora.lab.ground.ground import Ground
+from minilora.lab.verdicts.interval import told_apart
 from minilora.quant.config import QuantConfig
 
 CLAIM = Claim(

@@ -10,9 +10,9 @@ from typing import Any
 
 from minilora.lab.byte_model import facts, line_examples
 from minilora.lab.byte_model.texts import FACT_BITS
-from minilora.lab.claim import Claim, Finding, above, all_of, within
-from minilora.lab.ground import Ground
-from minilora.lab.interval import interval, told_apart
+from minilora.lab.ground.claim import Claim, Finding, above, all_of, within
+from minilora.lab.ground.ground import Ground
+from minilora.lab.verdicts.interval import interval, told_apart
 
 CLAIM = Claim(
     name="rank-1",

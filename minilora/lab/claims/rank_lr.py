@@ -1,8 +1,8 @@
 """The best learning rate does not depend on the rank."""
 
-from minilora.lab.claim import Claim, Curve, Finding, Picture, all_of, within
-from minilora.lab.ground import RATES, Ground
-from minilora.lab.interval import interval, told_apart
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, all_of, within
+from minilora.lab.ground.ground import RATES, Ground
+from minilora.lab.verdicts.interval import interval, told_apart
 
 CLAIM = Claim(
     name="rank-lr",

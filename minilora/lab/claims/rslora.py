@@ -1,8 +1,8 @@
 """What rsLoRA gains at a large rank is what a larger learning rate gains."""
 
-from minilora.lab.claim import Claim, Curve, Finding, Picture, above, all_of, within
-from minilora.lab.ground import RATES, Ground
-from minilora.lab.interval import told_apart
+from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above, all_of, within
+from minilora.lab.ground.ground import RATES, Ground
+from minilora.lab.verdicts.interval import told_apart
 
 CLAIM = Claim(
     name="rslora",
