@@ -70,7 +70,9 @@ def _overview(every: Mapping[str, Tried]) -> str:
         tried = every[name]
         verdict = "could not be tried" if tried.finding is None else tried.finding.verdict
         lines.append([f"[{name}](#{name})", _plain(tried.claim.sentence), verdict, _time(tried.seconds)])
-    return _table(["claim", "what it says", "verdict", "time"], lines)
+    whole = _time(sum(tried.seconds for tried in every.values()))
+    told = f"The times are of one thread each, {whole} together; fine-tunings that several claims share count for the first of them."
+    return _table(["claim", "what it says", "verdict", "time"], lines) + "\n\n" + told
 
 
 def _section(tried: Tried, figures: Mapping[str, bytes]) -> str:
