@@ -23,7 +23,7 @@ from minilora.errors import MiniLoraError, StateError
 
 __all__ = ["Worker", "anonymous_bytes", "can_measure", "peak_anonymous_bytes", "reset_peak", "serve"]
 
-# Of glibc. To measure memory, larger blocks are mapped alone, and unmapped when they are freed; to be fast, what is freed stays for the next.
+# Of glibc. To measure memory, larger blocks are mapped alone, and unmapped when they are freed. To be fast, what is freed stays.
 _EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 _FAST = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),

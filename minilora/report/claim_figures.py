@@ -38,13 +38,15 @@ def claim_figure(
     *,
     log_x: bool = False,
     log_y: bool = False,
+    top: float | None = None,
     width: float = WIDE,
 ) -> Figure:
     """A line through the means of every curve, over its band.
 
     Args:
         x, y: what the axes show, with units. curves: name to ``(x, mean, low, high)``; what is not finite, or not above 0 on a logarithmic
-            axis, is a gap. log_x, log_y: whether an axis is logarithmic. width: inches.
+            axis, is a gap. log_x, log_y: whether an axis is logarithmic. top: the largest y that is shown; a line that is beyond leaves the
+            picture. width: inches.
 
     Raises:
         ConfigError: nothing can be drawn.
@@ -59,6 +61,8 @@ def claim_figure(
         whole = all(point.x == round(point.x) for points in drawn.values() for point in points)
         finish(figure, axes, x, y + ", log scale" * log_y, whole=whole, legend=False)
         _name_heights(axes, log_y)
+        if top is not None:
+            _cut(axes, top)
         _name_places(axes, sorted({point.x for points in drawn.values() for point in points}), log_x)
         if len(drawn) > 1:
             _name_ends(axes, drawn)
@@ -113,6 +117,15 @@ def _name_heights(axes: Axes, log: bool) -> None:
         axes.yaxis.set_major_locator(rounded)
 
 
+def _cut(axes: Axes, top: float) -> None:
+    """Show nothing above ``top``, if something lies below it and something above."""
+    low, high = axes.dataLim.intervaly
+    if low < top < high:
+        axes.set_ylim(top=top)
+        for line in axes.get_lines():
+            line.set_clip_on(True)
+
+
 def _name_ends(axes: Axes, drawn: Mapping[str, Sequence[_Point]]) -> None:
     """The name of every curve right of the axes, at the height of its last point or as near as there is room, and a thin line to it."""
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # which from now on nothing changes
@@ -123,7 +136,7 @@ def _name_ends(axes: Axes, drawn: Mapping[str, Sequence[_Point]]) -> None:
     ends = []
     for name, points in drawn.items():
         last = [point for point in points if math.isfinite(point.mean)][-1]
-        ends.append((*to_axes.transform((last.x, last.mean)), name))
+        ends.append((*to_axes.transform((last.x, min(last.mean, axes.get_ylim()[1]))), name))
     heights = _spread([up for _, up, _ in ends], gap)
     for (across, up, name), height, line in zip(ends, heights, _named(axes), strict=True):
         colour = line.get_color()
