@@ -119,11 +119,15 @@ def _name_heights(axes: Axes, log: bool) -> None:
 
 def _cut(axes: Axes, top: float) -> None:
     """Show nothing above ``top``, if something lies below it and something above."""
+    from matplotlib.ticker import MaxNLocator
+
     low, high = axes.dataLim.intervaly
     if low < top < high:
-        axes.set_ylim(top=top)
+        rounded = MaxNLocator(5, steps=[1, 2, 5, 10])
+        axes.set_ylim(max(tick for tick in rounded.tick_values(low, top) if tick <= low), top)
+        axes.yaxis.set_major_locator(rounded)
         for line in axes.get_lines():
-            line.set_clip_on(True)
+            line.set(clip_on=True, clip_path=axes.patch)
 
 
 def _name_ends(axes: Axes, drawn: Mapping[str, Sequence[_Point]]) -> None:
@@ -133,16 +137,17 @@ def _name_ends(axes: Axes, drawn: Mapping[str, Sequence[_Point]]) -> None:
     gap = LINE_HEIGHT / (
         axes.figure.get_figheight() - 0.7
     )  # of the height of the axes, which the labels of x take from
-    ends = []
+    ends, top = [], axes.get_ylim()[1]
     for name, points in drawn.items():
         last = [point for point in points if math.isfinite(point.mean)][-1]
-        ends.append((*to_axes.transform((last.x, min(last.mean, axes.get_ylim()[1]))), name))
+        ends.append((*to_axes.transform((last.x, min(last.mean, top))), name))
     heights = _spread([up for _, up, _ in ends], gap)
     for (across, up, name), height, line in zip(ends, heights, _named(axes), strict=True):
         colour = line.get_color()
         thin = {"color": colour, "linewidth": 0.8, "linestyle": ":", "clip_on": False, "label": "_to"}
-        (leader,) = axes.plot([across, 1.025], [up, height], transform=axes.transAxes, **thin)
-        leader.set_in_layout(False)
+        if up < 1 - 1e-9:  # a line that leaves the picture has no end to point at
+            (leader,) = axes.plot([across, 1.025], [up, height], transform=axes.transAxes, **thin)
+            leader.set_in_layout(False)
         axes.text(1.03, height, plain_text(name), color=colour, va="center", transform=axes.transAxes)
 
 
