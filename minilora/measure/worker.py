@@ -23,7 +23,12 @@ from minilora.errors import MiniLoraError, StateError
 
 __all__ = ["Worker", "anonymous_bytes", "can_measure", "peak_anonymous_bytes", "reset_peak", "serve"]
 
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # larger blocks are mapped alone, and unmapped when they are freed
+# Of glibc. To measure memory, larger blocks are mapped alone, and unmapped when they are freed. To be fast, what is freed stays.
+_EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+_FAST = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}  # the former is the largest that glibc takes
 _QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -35,6 +40,7 @@ class Worker:
         settings: what JSON can hold.
         threads: of torch and its libraries; 0 leaves them as they are.
         smaller: what to try if the system has killed it, most likely for want of memory.
+        measured: memory that is freed goes back to the system at once, so that a peak is exact; False is faster.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class Worker:
         settings: dict[str, Any],
         threads: int = 0,
         smaller: str = "try a smaller --batch or --seq",
+        measured: bool = True,
     ) -> None:
         self.target, self.smaller = target, smaller
         package = str(Path(__file__).parents[2])  # where `import minilora` is found
@@ -51,7 +58,7 @@ class Worker:
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from minilora.measure.worker import serve; serve()", target],
-            env=os.environ | _QUIET | _MALLOC | counts | {"PYTHONPATH": path},
+            env=os.environ | _QUIET | (_EXACT if measured else _FAST) | counts | {"PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

@@ -38,13 +38,15 @@ def claim_figure(
     *,
     log_x: bool = False,
     log_y: bool = False,
+    top: float | None = None,
     width: float = WIDE,
 ) -> Figure:
     """A line through the means of every curve, over its band.
 
     Args:
         x, y: what the axes show, with units. curves: name to ``(x, mean, low, high)``; what is not finite, or not above 0 on a logarithmic
-            axis, is a gap. log_x, log_y: whether an axis is logarithmic. width: inches.
+            axis, is a gap. log_x, log_y: whether an axis is logarithmic. top: the largest y that is shown; a line that is beyond leaves the
+            picture. width: inches.
 
     Raises:
         ConfigError: nothing can be drawn.
@@ -59,6 +61,8 @@ def claim_figure(
         whole = all(point.x == round(point.x) for points in drawn.values() for point in points)
         finish(figure, axes, x, y + ", log scale" * log_y, whole=whole, legend=False)
         _name_heights(axes, log_y)
+        if top is not None:
+            _cut(axes, top)
         _name_places(axes, sorted({point.x for points in drawn.values() for point in points}), log_x)
         if len(drawn) > 1:
             _name_ends(axes, drawn)
@@ -113,6 +117,19 @@ def _name_heights(axes: Axes, log: bool) -> None:
         axes.yaxis.set_major_locator(rounded)
 
 
+def _cut(axes: Axes, top: float) -> None:
+    """Show nothing above ``top``, if something lies below it and something above."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.dataLim.intervaly
+    if low < top < high:
+        rounded = MaxNLocator(5, steps=[1, 2, 5, 10])
+        axes.set_ylim(max(tick for tick in rounded.tick_values(low, top) if tick <= low), top)
+        axes.yaxis.set_major_locator(rounded)
+        for line in axes.get_lines():
+            line.set(clip_on=True, clip_path=axes.patch)
+
+
 def _name_ends(axes: Axes, drawn: Mapping[str, Sequence[_Point]]) -> None:
     """The name of every curve right of the axes, at the height of its last point or as near as there is room, and a thin line to it."""
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # which from now on nothing changes
@@ -120,16 +137,17 @@ def _name_ends(axes: Axes, drawn: Mapping[str, Sequence[_Point]]) -> None:
     gap = LINE_HEIGHT / (
         axes.figure.get_figheight() - 0.7
     )  # of the height of the axes, which the labels of x take from
-    ends = []
+    ends, top = [], axes.get_ylim()[1]
     for name, points in drawn.items():
         last = [point for point in points if math.isfinite(point.mean)][-1]
-        ends.append((*to_axes.transform((last.x, last.mean)), name))
+        ends.append((*to_axes.transform((last.x, min(last.mean, top))), name))
     heights = _spread([up for _, up, _ in ends], gap)
     for (across, up, name), height, line in zip(ends, heights, _named(axes), strict=True):
         colour = line.get_color()
         thin = {"color": colour, "linewidth": 0.8, "linestyle": ":", "clip_on": False, "label": "_to"}
-        (leader,) = axes.plot([across, 1.025], [up, height], transform=axes.transAxes, **thin)
-        leader.set_in_layout(False)
+        if up < 1 - 1e-9:  # a line that leaves the picture has no end to point at
+            (leader,) = axes.plot([across, 1.025], [up, height], transform=axes.transAxes, **thin)
+            leader.set_in_layout(False)
         axes.text(1.03, height, plain_text(name), color=colour, va="center", transform=axes.transAxes)
 
 

@@ -86,6 +86,15 @@ def test_what_cannot_be_drawn_is_a_gap():
         claim_figure("x", "y", {"a": [(1, math.nan, 1, 2)]})
 
 
+def test_what_is_beyond_the_top_leaves_the_picture():
+    points = [(1, 1.0, 0.9, 1.1), (2, 1.5, 1.4, 1.6), (3, 9.0, 8.0, 9.5)]
+    axes = claim_figure("x", "y", {"a": points, "b": [(1, 1.2, 1.1, 1.3), (3, 1.4, 1.3, 1.5)]}, top=2.0).axes[0]
+    assert axes.get_ylim()[1] == 2.0 and all(line.get_clip_on() for line in axes.get_lines() if line.get_label() == "a")
+    assert all(text.get_position()[1] <= 1.1 for text in axes.texts)  # the names stay beside the axes
+    for top in (0.5, 100.0):  # nothing would be left, nothing is to be cut
+        assert claim_figure("x", "y", {"a": points}, top=top).axes[0].get_ylim()[1] >= 9.0
+
+
 def test_a_band_of_one_point_is_a_line():
     figure = claim_figure("x", "y", {"a": [(1, 1.0, 0.5, 1.75)], "b": [(2, 1.0, 1.0, 1.0)]})
     upright = [line.get_ydata().tolist() for line in figure.axes[0].get_lines() if line.get_label() == "_end"]

@@ -2,8 +2,8 @@
 
 import math
 
-from minilora.lab.ground.claim import UNDECIDED, Claim, Curve, Finding, Picture, within
-from minilora.lab.ground.ground import RATES, Ground, Tuned
+from minilora.lab.ground.claim import UNDECIDED, Claim, Finding, within
+from minilora.lab.ground.ground import RATES, Ground, Tuned, loss_picture
 from minilora.lab.variants import LORA
 from minilora.lab.verdicts.interval import Interval, interval
 
@@ -21,8 +21,7 @@ def run(ground: Ground) -> Finding:
     full = ground.tune({"full": {"variant": "full"}}, (1e-4, *RATES))["full"]
     best = {own.name: vertices(own) for own in (lora, full)}
     rows = [{"tuned": own.name, "best rate of the grid": own.rate, **named(best[own.name])} for own in (lora, full)]
-    curves = [Curve(own.name, own.curve()) for own in (lora, full)]
-    picture = Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True)
+    picture = loss_picture((lora, full))
     ratios = [math.log(ours / theirs) for ours, theirs in zip(*(own.values() for own in best.values()), strict=True)]
     if not all(map(math.isfinite, ratios)):
         said = "The best rate of a seed is the lowest or highest that was tried, so it may lie beyond."

@@ -1,7 +1,7 @@
 """LoftQ's start helps at 2 bits and not at 4."""
 
-from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above, all_of, below
-from minilora.lab.ground.ground import Ground, Tuned
+from minilora.lab.ground.claim import Claim, Finding, above, all_of, below
+from minilora.lab.ground.ground import Ground, Tuned, loss_picture
 from minilora.lab.verdicts.interval import Interval, told_apart
 from minilora.lora.starts import LoftQConfig
 from minilora.quant.config import QuantConfig
@@ -39,6 +39,5 @@ def run(ground: Ground) -> Finding:
         f"({found.low:.4f} to {found.high:.4f})"
         for bits, found in gain.items()
     )
-    curves = [Curve(name, family.curve()) for name, family in tuned.items()]
-    picture = Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True)
+    picture = loss_picture(tuned.values())
     return Finding(judged(gain), said[0].upper() + said[1:] + ".", rows, picture)

@@ -1,7 +1,7 @@
 """At equal parameters, adapters on the MLP layers learn more than adapters on attention."""
 
-from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above
-from minilora.lab.ground.ground import Ground
+from minilora.lab.ground.claim import Claim, Finding, above
+from minilora.lab.ground.ground import Ground, loss_picture
 from minilora.lab.verdicts.interval import told_apart
 
 CLAIM = Claim(
@@ -35,6 +35,5 @@ def run(ground: Ground) -> Finding:
         f"MLP is lower by {lead.mean:.4f} nats a byte ({lead.low:.4f} to {lead.high:.4f}), with {rows[0]['parameters']:,} parameters "
         f"against {rows[1]['parameters']:,}."
     )
-    curves = [Curve(name, own.curve()) for name, own in tuned.items()]
-    picture = Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True)
+    picture = loss_picture(tuned.values())
     return Finding(above(lead, 0), said, rows, picture)

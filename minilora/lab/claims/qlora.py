@@ -2,8 +2,8 @@
 
 import torch
 
-from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, within
-from minilora.lab.ground.ground import Ground
+from minilora.lab.ground.claim import Claim, Finding, within
+from minilora.lab.ground.ground import Ground, loss_picture
 from minilora.lab.verdicts.interval import told_apart
 from minilora.quant.config import QuantConfig
 
@@ -31,7 +31,4 @@ def run(ground: Ground) -> Finding:
         f"The base of 4 bits costs {at_first:.4f} nats a byte before training and {cost.mean:.4f} after it "
         f"({cost.low:.4f} to {cost.high:.4f}); best rates {wide.rate:g} and {packed.rate:g}."
     )
-    curves = [Curve(name, family.curve()) for name, family in tuned.items()]
-    return Finding(
-        within(cost, COST), said, rows, Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True)
-    )
+    return Finding(within(cost, COST), said, rows, loss_picture(tuned.values()))

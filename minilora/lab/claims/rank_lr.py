@@ -1,7 +1,7 @@
 """The best learning rate does not depend on the rank."""
 
-from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, all_of, within
-from minilora.lab.ground.ground import RATES, Ground
+from minilora.lab.ground.claim import Claim, Finding, all_of, within
+from minilora.lab.ground.ground import RATES, Ground, loss_picture
 from minilora.lab.verdicts.interval import interval, told_apart
 
 CLAIM = Claim(
@@ -25,6 +25,5 @@ def run(ground: Ground) -> Finding:
     rates = ", ".join(f"{name}: {family.rate:g}" for name, family in tuned.items())
     worst = max(cost.mean for cost in costs.values())
     said = f"Best rates: {rates}; training every rank at that of r=16 costs at most {worst:.4f} nats a byte."
-    curves = [Curve(name, family.curve()) for name, family in tuned.items()]
-    picture = Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True)
+    picture = loss_picture(tuned.values())
     return Finding(all_of([within(cost, COST) for cost in costs.values()]), said, rows, picture)

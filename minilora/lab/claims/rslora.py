@@ -1,7 +1,7 @@
 """What rsLoRA gains at a large rank is what a larger learning rate gains."""
 
-from minilora.lab.ground.claim import Claim, Curve, Finding, Picture, above, all_of, within
-from minilora.lab.ground.ground import RATES, Ground
+from minilora.lab.ground.claim import Claim, Finding, above, all_of, within
+from minilora.lab.ground.ground import RATES, Ground, loss_picture
 from minilora.lab.verdicts.interval import told_apart
 
 CLAIM = Claim(
@@ -31,5 +31,4 @@ def run(ground: Ground) -> Finding:
         {"scaling": name, "best rate": own.rate, "loss there": own.losses, f"loss at {SMALL:g}": fixed[name].losses}
         for name, own in tuned.items()
     ]
-    curves = [Curve(name, own.curve()) for name, own in tuned.items()]
-    return Finding(all_of(parts), said, rows, Picture("learning rate", "held-out loss (nats a byte)", curves, True))
+    return Finding(all_of(parts), said, rows, loss_picture(tuned.values()))

@@ -56,13 +56,18 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """What a figure shows: curves over x. ``log_x``, ``log_y``: whether the axes are logarithmic."""
+    """What a figure shows: curves over x.
+
+    Attributes:
+        log_x, log_y: whether the axes are logarithmic. before: the value before training; what is larger leaves the picture.
+    """
 
     x: str
     y: str
     curves: Sequence[Curve]
     log_x: bool = False
     log_y: bool = False
+    before: float | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from minilora.data.encoding import Encoded
 from minilora.errors import ConfigError, MissingPackageError
 from minilora.hf.load import load_model, load_tokenizer
 from minilora.lab.byte_model import byte_model, code, docs, text_examples
+from minilora.lab.ground.claim import Curve, Picture
 from minilora.lab.measures.divergence import divergence
 from minilora.lab.sweeps.sweeping import sweep
 from minilora.lab.sweeps.table import described
@@ -33,7 +34,7 @@ from minilora.qlora.quantize_model import quantize_model
 from minilora.quant.config import QuantConfig
 from minilora.training.settings import TrainConfig
 
-__all__ = ["LADDER", "RATES", "SEEDS", "Ground", "Tuned", "kl", "log_probabilities"]
+__all__ = ["LADDER", "RATES", "SEEDS", "Ground", "Tuned", "kl", "log_probabilities", "loss_picture"]
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LADDER = tuple(
@@ -111,6 +112,14 @@ class Tuned:
         """The natural logarithm of the best rate of each seed, as an interval; the grid makes it coarse."""
         seeds = set.intersection(*(set(by_seed) for by_seed in self.results.values()))
         return interval([math.log(min(self.results, key=lambda rate: self.losses_at(rate)[seed])) for seed in seeds])
+
+
+def loss_picture(tuned: Iterable[Tuned]) -> Picture:
+    """The loss of each family over the learning rate; rates that are worse than no training leave the picture."""
+    families = list(tuned)
+    before = [family.before for family in families if math.isfinite(family.before)]
+    curves = [Curve(family.name, family.curve()) for family in families]
+    return Picture("learning rate", "held-out loss (nats a byte)", curves, log_x=True, before=max(before, default=None))
 
 
 class Ground:

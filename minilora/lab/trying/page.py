@@ -48,7 +48,7 @@ def _figures(name: str, picture: Picture) -> dict[str, bytes]:
     curves = {curve.name: curve.points for curve in picture.curves}
     if not any(math.isfinite(point[1]) for points in curves.values() for point in points):
         return {}
-    axes = {"log_x": picture.log_x, "log_y": picture.log_y}
+    axes = {"log_x": picture.log_x, "log_y": picture.log_y, "top": picture.before}
     return {
         _file(name, dark): svg_file(claim_figure(picture.x, picture.y, curves, **axes), _words(picture), dark).encode()
         for dark in (False, True)
@@ -64,13 +64,21 @@ def _words(picture: Picture) -> str:
     return f"{picture.y} over {picture.x}, a curve each for {', '.join(curve.name for curve in picture.curves)}"
 
 
+def _leaves(picture: Picture) -> bool:
+    return picture.before is not None and any(
+        point[1] > picture.before for _, points in picture.curves for point in points
+    )
+
+
 def _overview(every: Mapping[str, Tried]) -> str:
     lines = []
     for name in sorted(every):
         tried = every[name]
         verdict = "could not be tried" if tried.finding is None else tried.finding.verdict
         lines.append([f"[{name}](#{name})", _plain(tried.claim.sentence), verdict, _time(tried.seconds)])
-    return _table(["claim", "what it says", "verdict", "time"], lines)
+    whole = _time(sum(tried.seconds for tried in every.values()))
+    told = f"The times are of one thread each, {whole} together; fine-tunings that several claims share count for the first of them."
+    return _table(["claim", "what it says", "verdict", "time"], lines) + "\n\n" + told
 
 
 def _section(tried: Tried, figures: Mapping[str, bytes]) -> str:
@@ -82,7 +90,8 @@ def _section(tried: Tried, figures: Mapping[str, bytes]) -> str:
     parts += [f"**{finding.verdict.capitalize()}.** {_plain(finding.said)}"]
     if finding.picture is not None and _file(claim.name, False) in figures:
         parts += [_image(claim.name, dark, _words(finding.picture)) for dark in (False, True)]
-        parts.append("A line is the mean over the seeds, and the band around it is where they lie.")
+        leaves = " One that leaves the picture is worse there than no training." * _leaves(finding.picture)
+        parts.append(f"A line is the mean over the seeds, and the band around it is where they lie.{leaves}")
     if finding.rows:
         columns, rows = table(finding.rows)
         heads = [_plain(name) for name in (next(iter(finding.rows[0])), *columns)]

@@ -161,7 +161,8 @@ def _hand(
 ) -> None:
     """Give one process claim after claim, and a new process takes the place of one that is gone."""
     while not waiting.empty():
-        with Worker("minilora.lab.trying.tries:answers", settings, threads=1, smaller="try fewer --workers") as worker:
+        options: dict[str, Any] = {"threads": 1, "smaller": "try fewer --workers", "measured": False}
+        with Worker("minilora.lab.trying.tries:answers", settings, **options) as worker:
             running.append(worker)
             try:
                 while (name := _next(waiting)) is not None:
