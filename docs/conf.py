@@ -18,7 +18,7 @@ import minilora  # noqa: E402
 project = "minilora"
 author = "the minilora contributors"
 release = version = minilora.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "directives"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "directives"]
 
 html_theme = "furo"
 html_title = f"minilora {release}"
@@ -27,8 +27,17 @@ html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {"light_css_variables": {"color-brand-primary": "#005a8c", "color-brand-content": "#005a8c"}}
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+
+# The lessons are scripts in jupytext's percent format; a lesson that has not changed is not run again.
+exclude_patterns = ["*.py", "static"]
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE.parent / "build" / "lessons")
+nb_execution_timeout = 240
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -75,7 +84,21 @@ def one_entry_a_line(app: Any, what: str, name: str, thing: Any, options: Any, l
     lines[:] = out
 
 
+def copy_lessons(app: Any, config: Any) -> None:
+    """Lessons lie beside the docs, and Sphinx reads what lies in them."""
+    place = HERE / "lessons"
+    place.mkdir(exist_ok=True)
+    found = {path.name: path.read_text(encoding="utf-8") for path in (HERE.parent / "lessons").glob("[01]*.py")}
+    for path in place.iterdir():
+        if path.name not in found:
+            path.unlink()
+    for name, text in found.items():
+        if not (place / name).exists() or (place / name).read_text(encoding="utf-8") != text:
+            (place / name).write_text(text, encoding="utf-8")
+
+
 def setup(app: Any) -> None:
+    app.connect("config-inited", copy_lessons)
     app.connect("autodoc-process-signature", plain_defaults)
     app.connect("autodoc-process-docstring", one_entry_a_line, priority=400)  # before napoleon
     app.connect("builder-inited", lambda app: source_pages.write_all(HERE / "folders"))
