@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all docs lab coverage mutants bench fuzz kernels gpu lint format build clean
+.PHONY: help demo test test-all docs lessons notebooks lab coverage mutants bench fuzz kernels gpu lint format build clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,12 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that 
 docs: $(VENV)/.installed-docs ## the documentation as a site, build/docs/index.html; a warning or a dead link fails
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 	$(BIN)/python docs/check_site.py build/docs
+
+lessons: $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed-$(MODEL) ## run the twelve lessons and lessons/nano.py, and test the graders of the exercises
+	$(BIN)/python -m pytest -m "lesson or not slow and not gpu" -n $(WORKERS) --dist worksteal tests/lessons tests/learn $(ARGS)
+
+notebooks: $(VENV)/.installed-docs ## the lessons as notebooks for Jupyter, in build/notebooks
+	$(BIN)/jupytext --quiet --to ipynb --output-dir build/notebooks lessons/[01]*.py
 
 lab: $(VENV)/.installed-demo ## try the claims of the field again: docs/lab.md, with verdicts and figures (ARGS="--overwrite" for all of them)
 	$(BIN)/minilora lab --all --out docs --workers $(WORKERS) $(ARGS)

@@ -21,7 +21,19 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "quant",
         "weights stored in a few bits",
-        ["codebooks", "config", "blockwise", "quantized", "nested", "scales", "lookup", "finite", "bnb", "on_disk"],
+        [
+            "constants",
+            "codebooks",
+            "config",
+            "blockwise",
+            "quantized",
+            "nested",
+            "scales",
+            "lookup",
+            "finite",
+            "bnb",
+            "on_disk",
+        ],
     ),
     (
         "linear",

@@ -8,12 +8,12 @@
 # %% [markdown]
 # # 5 · One block by hand
 #
-# **The question.** A weight of a language model is a number of 16 or 32 bits. QLoRA keeps it in 4. What happens to 64 such numbers, from the
-# first to the last byte, and what comes back?
+# **The question.** A weight of a language model is a number of 16 or 32 bits. QLoRA keeps it in 4. What happens to 64 such numbers,
+# from the first to the last byte, and what comes back?
 #
-# Four bits can tell sixteen things apart. So each weight becomes the number of one of sixteen *levels*, and this number is called its *code*.
-# The levels lie between -1 and 1. A *block* is 64 weights in a row; it is divided by its largest magnitude, its *absmax*, so that all of it
-# lies between -1 and 1, too. With levels $q_0 < q_1 < \dots < q_{15}$ a weight $w$ of a block becomes
+# Four bits can tell sixteen things apart. So each weight becomes the number of one of sixteen *levels*, and this number is called its
+# *code*. The levels lie between -1 and 1. A *block* is 64 weights in a row; it is divided by its largest magnitude, its *absmax*, so
+# that all of it lies between -1 and 1, too. With levels $q_0 < q_1 < \dots < q_{15}$ a weight $w$ of a block becomes
 #
 # $$c = \operatorname{argmin}_j \left| q_j - \frac{w}{\text{absmax}} \right| , \qquad \hat w = q_c \cdot \text{absmax} .$$
 #
@@ -48,11 +48,13 @@ print(f"absmax {absmax:.5f}; the largest value is now {scaled.abs().max():.1f}")
 # %%
 codes = (scaled[:, None] - levels[None, :]).abs().argmin(1)
 for weight, value, code in list(zip(weights, scaled, codes, strict=True))[:5]:
-    print(f"{weight:+.5f}  divided {value:+.4f}  code {code:2d}  level {levels[code]:+.4f}  back {levels[code] * absmax:+.5f}")
+    print(
+        f"{weight:+.5f}  divided {value:+.4f}  code {code:2d}  level {levels[code]:+.4f}  back {levels[code] * absmax:+.5f}"
+    )
 
 # %% [markdown]
-# Two codes of four bits share a byte. The first one takes the high half, so it is multiplied by 16. In hexadecimal a byte is written with two
-# signs, one for each half: the codes can be read off.
+# Two codes of four bits share a byte. The first one takes the high half, so it is multiplied by 16. In hexadecimal a byte is written
+# with two signs, one for each half: the codes can be read off.
 
 # %%
 packed = (codes[0::2] * 16 + codes[1::2]).to(torch.uint8)
@@ -79,9 +81,9 @@ print(torch.equal(stored.packed.flatten(), packed), torch.equal(stored.dequantiz
 # %% [markdown]
 # ## Why these sixteen levels
 #
-# Trained weights are spread almost like a normal distribution: many near zero, few far from it. The levels of *NF4* follow it; the codes are
-# then used about equally often. *INT4* has even steps, and *FP4* is a small floating-point number. The picture shows the levels of
-# each as ticks under the values of many blocks.
+# Trained weights are spread almost like a normal distribution: many near zero, few far from it. The levels of *NF4* follow it; the
+# codes are then used about equally often. *INT4* has even steps, and *FP4* is a small floating-point number. The picture shows the
+# levels of each as ticks under the values of many blocks.
 
 # %%
 many = torch.randn(4096, 64)
@@ -127,5 +129,5 @@ print(f"{(levels[swapped] * absmax - weights).norm() / weights.norm():.0%}")
 # %% [markdown]
 # ## Exercises
 #
-# `minilora learn 5` puts the exercises of this lesson into a file of yours, and `minilora learn check 5` grades what you wrote. Before you
-# begin, play with a block: the block explorer shows every number of this page while you drag the weights.
+# `minilora learn 5` puts the exercises of this lesson into a file of yours, and `minilora learn check 5` grades what you wrote. Before
+# you begin, play with a block: the block explorer shows every number of this page while you drag the weights.

@@ -84,11 +84,16 @@ class LoRALinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self._modules["base_layer"]  # nn.Module's own look-up is slow
         dropout: Any = self._modules["lora_dropout"]
-        if type(self).update is LoRALinear.update and is_known_dropout(dropout) and carries(base, x):
-            p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-            bias = base.bias if self.lora_bias is None else self._whole_bias()  # the same in one function: ``fused.py``
-            return lora_linear(x, frozen_weight(base), bias, self.lora_A, self.lora_B, self.scaling, p)
-        return base(x) + self.update(dropout(x))
+        if not self._in_one(base, dropout, x):
+            return base(x) + self.update(dropout(x))
+        # The same in one function, which keeps less for the backward pass: ``linear/fused.py``.
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        bias = base.bias if self.lora_bias is None else self._whole_bias()
+        return lora_linear(x, frozen_weight(base), bias, self.lora_A, self.lora_B, self.scaling, p)
+
+    def _in_one(self, base: Any, dropout: Any, x: Tensor) -> bool:
+        """Whether nobody has changed what ``forward`` is made of: its update, its dropout, how the base layer is called."""
+        return type(self).update is LoRALinear.update and is_known_dropout(dropout) and carries(base, x)
 
     def _whole_bias(self) -> Tensor:
         """The base layer's bias and the update's."""

@@ -18,10 +18,25 @@ from minilora.errors import QuantizationError
 from minilora.quant.codebooks import Codebook, codebook
 from minilora.quant.config import QuantConfig, quant_config
 from minilora.quant.finite import is_finite
-from minilora.quant.lookup import nearest_code, pack
+from minilora.quant.lookup import nearest_code, nearest_code_reference, pack
 from minilora.quant.nested import has_outlier, nested_scales
 from minilora.quant.quantized import CHUNK, QuantizedTensor
 from minilora.quant.scales import TINY, absmax_scales, guarded, searched_scales
+
+
+def quantize_reference(weight: Tensor, book: Codebook, blocksize: int) -> tuple[Tensor, Tensor]:
+    """The idea, which defines ``quantize`` where a weight is whole blocks and scales are absmax.
+
+    Args:
+        weight: any shape; a multiple of ``blocksize`` numbers.
+
+    Returns:
+        ``(codes [n] uint8, absmax [n / blocksize] fp32)``.
+    """
+    blocks = weight.float().reshape(-1, blocksize)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * guarded(absmax).reciprocal()[:, None]
+    return nearest_code_reference(scaled, book).flatten(), absmax
 
 
 def quantize(

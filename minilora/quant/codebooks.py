@@ -1,7 +1,11 @@
 """The quantization formats: a codebook is a table of levels in [-1, 1], and a code is an index into it.
 
 Quantizing divides a block of weights by its largest magnitude (``absmax``), so every value lies in [-1, 1], and stores the index of
-the nearest level. Which levels are best depends on how weights are distributed; NF4's are quantiles of a normal distribution.
+the nearest level (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 2)::
+
+    code = argmin_j |level_j - weight / absmax|            weight ~= level_code * absmax
+
+Which levels are best depends on how weights are distributed; NF4's are quantiles of a normal distribution.
 
 NF4 is *pinned*, not derived at run time: regenerating it from the normal quantile function agrees to 1.9e-7, not to the bit, and
 files written by bitsandbytes are only read exactly with the very same table. A test derives it. Next file: ``quant/blockwise.py``.
@@ -12,17 +16,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from minilora.errors import QuantizationError, nearest
 from minilora.files.validate import shown
+from minilora.quant.constants import constant
 
 if TYPE_CHECKING:  # the command line names the formats without torch, which each function that computes imports itself
     import torch
     from torch import Tensor
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 __all__ = [
     "CODEBOOKS",
@@ -35,23 +37,6 @@ __all__ = [
     "quantile_float",
     "register_codebook",
 ]
-
-
-def constant(make: Callable[P, T]) -> Callable[P, T]:
-    """Decorator of a function that returns a constant tensor: computed once, on the CPU.
-
-    The first caller may stand in ``torch.device("meta")``, as a loading model does, or in inference mode; the constant must not.
-    """
-
-    @functools.lru_cache(maxsize=64)
-    @functools.wraps(make)
-    def once(*args: P.args, **kwargs: P.kwargs) -> T:
-        import torch
-
-        with torch.device("cpu"), torch.inference_mode(False):
-            return make(*args, **kwargs)
-
-    return once  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

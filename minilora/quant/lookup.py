@@ -14,7 +14,8 @@ import threading
 import torch
 from torch import Tensor
 
-from minilora.quant.codebooks import Codebook, constant
+from minilora.quant.codebooks import Codebook
+from minilora.quant.constants import constant
 
 _GRID = 256  # cells over [-1, 1]; fine enough that each holds at most one threshold of every table here
 _local = threading.local()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minilora.errors import QuantizationError, warn
-from minilora.quant.codebooks import constant, dynamic_map
+from minilora.quant.codebooks import dynamic_map
+from minilora.quant.constants import constant
 
 NESTED_BLOCKSIZE = 256  # scales that share a scale of their own
 _OUTLIER = 50.0  # times the median scale

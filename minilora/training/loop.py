@@ -1,5 +1,12 @@
 """The training loop: an optimizer on the adapter, warm-up and decay of its rate, accumulation, clipping, evaluation, saves.
 
+    for step in range(config.steps):
+        batches = ...                                           the next micro-batches, ``data/batches.py``
+        loss, norm = gradients(model, parameters, batches)      ``training/step.py``
+        descend(optimizer, parameters, norm, config.clip, learning_rate(config, step))
+        # and now and then: evaluate, save
+
+These lines are ``go`` and ``advance`` below; all else is what a run needs that may be ended, gone on with, or shared by processes.
 Everything that happens is a line in ``log.jsonl``. What ends a run early leaves its last good state in a checkpoint: a signal, too many
 steps without a finite gradient, no memory for a step. Next file: ``report/page.py``.
 """

@@ -37,7 +37,8 @@ from torch.optim import Optimizer
 
 from minilora.errors import ConfigError, StateError
 from minilora.files import validate
-from minilora.quant.codebooks import constant, dynamic_map
+from minilora.quant.codebooks import dynamic_map
+from minilora.quant.constants import constant
 from minilora.training.optim_closure import loss_again
 
 __all__ = ["AdamW8bit"]

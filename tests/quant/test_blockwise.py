@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from minilora.errors import ConfigError, QuantizationError
-from minilora.quant.blockwise import quantize
+from minilora.quant.blockwise import quantize, quantize_reference
 from minilora.quant.codebooks import NF4, Codebook, codebook, dynamic_map
 from minilora.quant.config import QuantConfig
-from minilora.quant.lookup import decode_into, decode_reference, nearest_code, nearest_code_reference, release_scratch
+from minilora.quant.lookup import (
+    decode_into,
+    decode_reference,
+    nearest_code,
+    nearest_code_reference,
+    release_scratch,
+    unpack,
+)
 
 DOUBLE = QuantConfig(double_quant=True)
 LEVELS = np.array(NF4.levels, dtype=np.float32)
@@ -444,3 +451,15 @@ def test_dequantize_writes_into_a_given_tensor(dtype):
 def test_dequantize_refuses_a_tensor_that_does_not_fit(room):
     with pytest.raises(QuantizationError, match=r"wanted a contiguous \(70, 33\) on cpu"):
         quantize(torch.randn(70, 33)).dequantize(out=room)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "nf3", "nf2", "int8"])
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+def test_the_idea_of_a_few_lines_defines_it(name, blocksize):
+    weight = torch.randn(24, 256, dtype=torch.bfloat16)
+    weight.view(-1)[:blocksize] = 0.0
+    codes, absmax = quantize_reference(weight, codebook(name), blocksize)
+    found = quantize(weight, QuantConfig(name, blocksize=blocksize))
+    assert torch.equal(found.absmax, absmax) and torch.equal(
+        unpack(found.packed.flatten(), found.book.bits, len(codes)), codes
+    )
