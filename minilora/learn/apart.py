@@ -14,47 +14,61 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from minilora.learn.grade import WRONG, Grade, grades
-from minilora.learn.judge import judge
+from minilora.learn.answer import WRONG, Grade
+from minilora.learn.course import lesson
 
-__all__ = ["check", "serve"]
+__all__ = ["LESSON", "MUTANT", "check", "serve"]
 
 LESSON, MUTANT = "lesson", "mutant"
+_END = {"end": ""}  # the last line of a process that has done all
 
 
 def check(path: Path, kind: str, number: int, seconds: float) -> list[Grade]:
     """The grades of a reader's file: of a lesson, or the one of a mutant.
 
     Args:
-        kind: LESSON or MUTANT. seconds: after so many the process is ended, wherever it is.
+        kind: LESSON or MUTANT. seconds: after so many the process is ended; what comes after the function that it was in is graded in
+            another one.
     """
+    names = lesson(number).functions if kind == LESSON else ["show"]
+    found: list[Grade] = []
+    first = 0
+    while first < len(names):
+        lines, ended = _process(path, kind, number, first, seconds)
+        found += [Grade(**line) for line in lines if "state" in line]
+        if not ended:
+            break
+        at = next((line["began"] for line in reversed(lines) if "began" in line), path.name)
+        found.append(Grade(at, WRONG, ended))
+        first = names.index(at) + 1 if at in names else len(names)
+    return found
+
+
+def _process(path: Path, kind: str, number: int, first: int, seconds: float) -> tuple[list[dict[str, str]], str]:
+    """What a process said from function ``first`` on, and how it ended, if not as it should."""
+    package = str(Path(__file__).parents[2])  # where `import minilora` is found
+    package = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as place:
         told = Path(place) / "told"
         told.touch()
-        words = [sys.executable, "-c", "from minilora.learn.apart import serve; serve()"]
-        package = str(Path(__file__).parents[2])  # where `import minilora` is found
-        path_of = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        words = [kind, str(number), str(first), str(path.absolute()), str(told)]
         try:
             code = subprocess.run(
-                [*words, kind, str(number), str(path.absolute()), str(told)],
-                env=os.environ | {"PYTHONPATH": path_of},
+                [sys.executable, "-c", "from minilora.learn.apart import serve; serve()", *words],
+                env=os.environ | {"PYTHONPATH": package},
                 stdin=subprocess.DEVNULL,
                 timeout=seconds,
             ).returncode
-            ended = "" if code == 0 else f"it ends Python with code {code}; wanted a value"
+            ended = f"it ends Python with code {code}; wanted a value"
         except subprocess.TimeoutExpired:
             ended = f"it has not ended after {seconds:g} seconds; is there a loop without an end?"
         lines = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    found = [Grade(**line) for line in lines if "state" in line]
-    if ended:
-        now = next((line["began"] for line in reversed(lines) if "began" in line), path.name)
-        found.append(Grade(now, WRONG, ended))
-    return found
+    return lines, "" if _END in lines else ended
 
 
 def serve() -> None:
     """The other side: grade, and write down what was found."""
-    kind, number, path, told = sys.argv[1:]
+    kind, number, first, path, told = sys.argv[1:]
     with open(told, "a", encoding="utf-8") as out:
 
         def write(line: dict[str, str]) -> None:
@@ -64,8 +78,13 @@ def serve() -> None:
             write({"began": name})
 
         if kind == MUTANT:
+            from minilora.learn.judge import judge
+
             began("show")
             write(asdict(judge(Path(path), int(number))))
         else:
-            for grade in grades(Path(path), int(number), began):
+            from minilora.learn.grade import grades
+
+            for grade in grades(Path(path), int(number), int(first), began):
                 write(asdict(grade))
+        write(_END)

@@ -1,6 +1,6 @@
 """The twelve lessons of the course: what each asks, and the functions that its exercises want. Nothing here needs torch.
 
-Next file: ``learn/grade.py``.
+Next file: ``learn/answer.py``.
 """
 
 from __future__ import annotations

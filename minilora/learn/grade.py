@@ -10,34 +10,21 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora.learn.answer import RIGHT, UNWRITTEN, WRONG, Grade, Unusable
 from minilora.learn.case import Exercise, failure, raised
 from minilora.learn.course import Lesson, lesson
 from minilora.learn.graders import exercises
 
-__all__ = ["RIGHT", "UNWRITTEN", "WRONG", "Grade", "Unusable", "function_of", "grades", "load"]
-
-RIGHT, WRONG, UNWRITTEN = "right", "wrong", "not written yet"
+__all__ = ["function_of", "grades", "load"]
 
 
-@dataclass(frozen=True)
-class Grade:
-    """What came of one function: ``state`` is RIGHT, WRONG or UNWRITTEN, and ``why`` a sentence."""
-
-    name: str
-    state: str
-    why: str = ""
-
-
-class Unusable(Exception):
-    """A file, or a function of it, that cannot be called; the message says why in a sentence."""
-
-
-def grades(path: Path, number: int, began: Callable[[str], None] = lambda name: None) -> Iterator[Grade]:
-    """The grade of each exercise of a lesson, for the reader's file at ``path``. ``began`` is told each name beforehand."""
+def grades(
+    path: Path, number: int, first: int = 0, began: Callable[[str], None] = lambda name: None
+) -> Iterator[Grade]:
+    """The grade of each exercise of a lesson from ``first`` on, for the reader's file. ``began`` is told each name beforehand."""
     asked = lesson(number)
     began(path.name)
     try:
@@ -45,7 +32,7 @@ def grades(path: Path, number: int, began: Callable[[str], None] = lambda name: 
     except Unusable as error:
         yield Grade(path.name, WRONG, str(error))
         return
-    for exercise in exercises(number):
+    for exercise in exercises(number)[first:]:
         began(exercise.name)
         yield _grade(exercise, names, asked, path)
 
@@ -100,5 +87,7 @@ def function_of(names: dict[str, Any], name: str, parameters: list[str]) -> Call
 
 def _parameters(asked: Lesson, name: str) -> list[str]:
     """The names of what an exercise's function takes, from the file that the reader got."""
-    (node,) = (node for node in ast.parse(asked.exercise).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    (node,) = (
+        node for node in ast.parse(asked.exercise).body if isinstance(node, ast.FunctionDef) and node.name == name
+    )
     return [argument.arg for argument in node.args.args]

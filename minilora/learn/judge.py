@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from minilora.learn.answer import RIGHT, UNWRITTEN, WRONG, Grade, Unusable
 from minilora.learn.case import raised
-from minilora.learn.grade import RIGHT, UNWRITTEN, WRONG, Grade, Unusable, function_of, load
+from minilora.learn.grade import function_of, load
 from minilora.learn.mutants import mutant
 from minilora.learn.shown import difference, shown
 
@@ -38,13 +39,16 @@ def judged(names: dict[str, Any], number: int, path: Path | None = None) -> Grad
     """The grade of ``show`` among ``names``. Raises ``Unusable`` where there is none."""
     show = function_of(names, "show", [])
     try:
-        arguments = show()
+        with torch.no_grad():  # what depends on a gradient cannot be copied
+            arguments = show()
     except NotImplementedError:
         return Grade("show", UNWRITTEN)
     except (Exception, SystemExit) as error:
         return Grade("show", WRONG, raised(error, path))
     if not isinstance(arguments, tuple):
-        return Grade("show", WRONG, f"returns {shown(arguments)}; wanted a tuple of arguments, with a comma if it is one")
+        return Grade(
+            "show", WRONG, f"returns {shown(arguments)}; wanted a tuple of arguments, with a comma if it is one"
+        )
     broken = mutant(number)
     before = _outcome(broken.original(), arguments)
     if before.error is not None:
@@ -70,7 +74,7 @@ class _Outcome:
 def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Outcome:
     own = copy.deepcopy(arguments)
     torch.manual_seed(0)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             value = function(*own)

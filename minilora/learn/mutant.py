@@ -6,8 +6,6 @@ Next file: ``learn/judge.py``.
 
 from __future__ import annotations
 
-import __future__
-
 import importlib
 import inspect
 import textwrap
@@ -67,8 +65,7 @@ class Mutant:
     def broken(self) -> Callable[..., Any]:
         """The function with the change; what it calls is the original. Raises as ``source``."""
         names = dict(vars(self._module()))
-        flags = __future__.annotations.compiler_flag
-        exec(compile(self.source(), f"<mutant of {self.name}>", "exec", flags, dont_inherit=True), names)
+        exec(compile(self.source(), f"<mutant of {self.name}>", "exec"), names)  # annotations stay text, as here
         return _called(names[self.name.rpartition(".")[2]])
 
     def exercise(self, number: int) -> str:
@@ -93,5 +90,5 @@ class Mutant:
 
 def _called(found: Any) -> Callable[..., Any]:
     """The plain function of a property or a decorated one."""
-    function: Callable[..., Any] = found.fget if isinstance(found, property) else found
-    return function
+    function: Any = found.fget if isinstance(found, property) else found
+    return inspect.unwrap(function)

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError, DataError
-from minilora.files.parse import parse_json
+from minilora.errors import CheckpointError
 from minilora.files.read import read_bytes, refuse_path
 from minilora.files.write import write_file
 
@@ -34,24 +33,24 @@ class Progress:
         self._known: dict[str, Any] = {}
         if self._path.exists():
             try:
-                self._known = parse_json(read_bytes(self._path, "what is done"))
-            except (ValueError, DataError) as error:
+                self._known = json.loads(read_bytes(self._path, "what is done"))
+            except (ValueError, RecursionError) as error:
                 raise self._damaged(str(error)) from None
-            if not all(map(_is_entry, self._known.values())):
-                raise self._damaged("it has other entries than a hash and grades")
+            if not isinstance(self._known, dict) or not all(map(_is_entry, self._known.values())):
+                raise self._damaged("wanted an object with a hash and grades for each file")
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: is damaged ({why}); remove it, and minilora learn check writes it anew")
 
-    def note(self, file: str, right: Mapping[str, bool]) -> None:
-        """Keep which functions of a file are right. Raises ``WriteError``."""
-        self._known[file] = {"sha256": self._hash(file), "right": dict(right)}
+    def note(self, file: str, digest: str, right: Mapping[str, bool]) -> None:
+        """Keep which functions of a file are right that had this ``digest``. Raises ``WriteError``."""
+        self._known[file] = {"sha256": digest, "right": dict(right)}
         write_file(self._path, json.dumps(self._known, indent=1, sort_keys=True) + "\n")
 
     def is_done(self, file: str) -> bool:
         """Whether all functions of a file were right when it was graded."""
         entry = self._known.get(file)
-        return bool(entry) and all(entry["right"].values())
+        return entry is not None and all(entry["right"].values())
 
     def state(self, file: str, count: int) -> str:
         """A few words: what came of a file in which ``count`` functions are wanted; empty if it is not begun."""
@@ -60,9 +59,10 @@ class Progress:
             return "begun" if (self.folder / file).is_file() else ""
         right = sum(entry["right"].values())
         said = "done" if self.is_done(file) else f"{right} of {count}"
-        return said if entry["sha256"] == self._hash(file) else f"{said}, changed since"
+        return said if entry["sha256"] == self.digest(file) else f"{said}, changed since"
 
-    def _hash(self, file: str) -> str:
+    def digest(self, file: str) -> str:
+        """The SHA-256 of a file as it is now; empty if it is not there."""
         path = self.folder / file
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 

@@ -1,11 +1,12 @@
 """Twenty mutants: each is of a function as it is now, is shown by its witness, and not by an input that is nothing special."""
 
 import ast
+import re
 
 import pytest
 
 from minilora.errors import ConfigError, StateError
-from minilora.learn.grade import RIGHT, UNWRITTEN, WRONG
+from minilora.learn.answer import RIGHT, UNWRITTEN, WRONG
 from minilora.learn.judge import judge
 from minilora.learn.mutant import Mutant
 from minilora.learn.mutants import MUTANTS, mutant
@@ -58,8 +59,6 @@ def test_the_file_shows_the_mutant_and_not_the_change(tmp_path, number):
     ],
 )
 def test_an_input_that_shows_nothing_is_told_why(tmp_path, body, said):
-    import re
-
     grade = judged(tmp_path, 2, f"def show():\n    {body}\n")
     assert grade.state == WRONG and re.match(said, grade.why), grade
 

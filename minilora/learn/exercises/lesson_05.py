@@ -34,7 +34,9 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     raise NotImplementedError
 
 
-def decode(packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, blocksize: int, count: int) -> torch.Tensor:
+def decode(
+    packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, blocksize: int, count: int
+) -> torch.Tensor:
     """The weights again: each level times the scale of its block, fp32 [count].
 
     packed is uint8 as ``pack`` makes it, absmax fp32 [ceil(count / blocksize)], levels fp32 [16].

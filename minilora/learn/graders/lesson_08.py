@@ -76,7 +76,11 @@ def _both_alike(got: Any, bits: float, speed: float, width: float) -> str | None
     if found := difference(got, float("nan")) if isinstance(got, bool) or not isinstance(got, (int, float)) else None:
         return found
     moving, computing = bits / 8 / width, 2 * got / speed
-    return None if abs(moving - computing) <= 1e-9 * moving else f"got {got:.7g}; with so many, a weight takes {moving:.3g} s to move and {computing:.3g} s to use, wanted the same"
+    return (
+        None
+        if abs(moving - computing) <= 1e-9 * moving
+        else f"got {got:.7g}; with so many, a weight takes {moving:.3g} s to move and {computing:.3g} s to use, wanted the same"
+    )
 
 
 EXERCISES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ _STEP = 2.0**-7  # of the largest value: what one rounding to bf16 may decide ot
 def _merged_by_us(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, MergeReport]:
     """The weight that ``merge`` leaves, and its report."""
     with torch.random.fork_rng(devices=[]):
-        model = nn.ModuleDict({"q": nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype)})
+        model: Any = nn.ModuleDict({"q": nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype)})
         model["q"].weight.data.copy_(W)
         inject(model, LoraConfig(r=len(A), lora_alpha=scaling * len(A), target_modules=["q"]))
     with torch.no_grad():
@@ -32,9 +33,9 @@ def _merged_by_us(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tens
 
 def _merged() -> Iterator[Case]:
     one = torch.ones(1, 1)
-    for W, a, dtype in [(1.0, 0.5, torch.float32), (256.0, 1.001, torch.bfloat16), (1.0, 0.001, torch.bfloat16),
+    for size, a, dtype in [(1.0, 0.5, torch.float32), (256.0, 1.001, torch.bfloat16), (1.0, 0.001, torch.bfloat16),
                         (2048.0, 1.001, torch.float16)]:  # fmt: skip
-        arguments = (torch.full((1, 1), W, dtype=dtype), torch.full((1, 1), a), one, 1.0)
+        arguments = (torch.full((1, 1), size, dtype=dtype), torch.full((1, 1), a), one, 1.0)
         yield Case(arguments, _merged_by_us(*arguments)[0], close=0)
     arguments = (torch.zeros(2, 1), torch.tensor([[1.0]]), torch.tensor([[1.0], [2.0]]), 3.0)
     yield Case(arguments, _merged_by_us(*arguments)[0])
@@ -52,25 +53,29 @@ def _eaten() -> Iterator[Case]:
     ]:  # fmt: skip
         yield Case((W, torch.tensor([delta])), wanted)
     for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
-        weight, delta = drawn(seed, (40, 30), (40, 30))
-        delta = (delta * 1e-3) * (delta > 0)
+        weight, change = drawn(seed, (40, 30), (40, 30))
+        small = (change * 1e-3) * (change > 0)
         W = weight.to(dtype)
         same, count = 0, 0
-        for old, new, moved in zip(W.flatten(), (W.float() + delta).to(dtype).flatten(), delta.flatten(), strict=True):
+        for old, new, moved in zip(W.flatten(), (W.float() + small).to(dtype).flatten(), small.flatten(), strict=True):
             count += bool(moved)
             same += bool(moved) and bool(old == new)
-        yield Case((W, delta), same / count)
+        yield Case((W, small), same / count)
 
 
 def _lost() -> Iterator[Case]:
     before = torch.tensor([[1.0, 2.0]])
-    for after, delta, wanted in [([1.5, 2.0], [0.5, 0.0], 0.0), ([1.0, 2.0], [0.5, 0.5], 1.0), ([2.0, 2.0], [0.5, 0.0], 1.0)]:
+    for after, delta, wanted in [
+        ([1.5, 2.0], [0.5, 0.0], 0.0),
+        ([1.0, 2.0], [0.5, 0.5], 1.0),
+        ([2.0, 2.0], [0.5, 0.0], 1.0),
+    ]:
         yield Case((before, torch.tensor([after]), torch.tensor([delta])), wanted)
     for seed, dtype in enumerate((torch.bfloat16, torch.float16)):
         W, A, B = drawn(seed, (8, 12), (2, 12), (8, 2))
         W, B = W.to(dtype), B * 1e-3
-        after, report = _merged_by_us(W, A, B, 2.0)
-        yield Case((W, after, 2.0 * (B @ A)), 1 - report.survived, close=1e-4)
+        stored, report = _merged_by_us(W, A, B, 2.0)
+        yield Case((W, stored, 2.0 * (B @ A)), 1 - report.survived, close=1e-4)
 
 
 EXERCISES = (Exercise("merged", _merged), Exercise("eaten", _eaten), Exercise("lost", _lost))

@@ -69,15 +69,15 @@ def _each_in_its_place(got: Any, adapters: list[Adapter]) -> str | None:
 def _by_us(x: Tensor, W: Tensor, adapters: list[Adapter], pick: Tensor) -> Tensor:
     """What minilora's model gives these rows."""
     with torch.random.fork_rng(devices=[]):
-        model = nn.ModuleDict({"q": nn.Linear(W.shape[1], W.shape[0], bias=False)})
+        model: Any = nn.ModuleDict({"q": nn.Linear(W.shape[1], W.shape[0], bias=False)})
         for number, (A, _, scaling) in enumerate(adapters):
             inject(model, LoraConfig(r=len(A), lora_alpha=scaling * len(A), target_modules=["q"]), f"a{number}")
-    slot = adapters_of(model).slots["q"]
+    slot: Any = adapters_of(model).slots["q"]
     with torch.no_grad():
-        slot.base.weight.copy_(W)  # type: ignore[union-attr]
+        slot.base.weight.copy_(W)
         for number, (A, B, _) in enumerate(adapters):
-            slot.kept[f"a{number}"].lora_A.copy_(A)  # type: ignore[union-attr]
-            slot.kept[f"a{number}"].lora_B.copy_(B)  # type: ignore[union-attr]
+            slot.kept[f"a{number}"].lora_A.copy_(A)
+            slot.kept[f"a{number}"].lora_B.copy_(B)
         names = [f"a{number}" if number < len(adapters) else BASE for number in pick.tolist()]
         with batch_adapters(model.eval(), names):
             result: Tensor = model["q"](x)
@@ -86,11 +86,23 @@ def _by_us(x: Tensor, W: Tensor, adapters: list[Adapter], pick: Tensor) -> Tenso
 
 def _mixed() -> Iterator[Case]:
     for seed, (adapters, picks, tokens) in enumerate(
-        [(_ONE, [0], 1), (_ONE, [1, 0], 1), (_some(4, [2, 2], 4, 3), [1, 0, 2, 1], 3), (_some(5, [1, 3, 2], 6, 7), [3, 2, 2, 0, 1], 2)]
+        [
+            (_ONE, [0], 1),
+            (_ONE, [1, 0], 1),
+            (_some(4, [2, 2], 4, 3), [1, 0, 2, 1], 3),
+            (_some(5, [1, 3, 2], 6, 7), [3, 2, 2, 0, 1], 2),
+        ]
     ):
-        in_features, out_features, most = adapters[0][0].shape[1], adapters[0][1].shape[0], max(len(A) for A, _, _ in adapters)
+        in_features, out_features, most = (
+            adapters[0][0].shape[1],
+            adapters[0][1].shape[0],
+            max(len(A) for A, _, _ in adapters),
+        )
         x, W = drawn(seed, (len(picks), tokens, in_features), (out_features, in_features))
-        stack_A, stack_B = torch.zeros(len(adapters) + 1, most, in_features), torch.zeros(len(adapters) + 1, out_features, most)
+        stack_A, stack_B = (
+            torch.zeros(len(adapters) + 1, most, in_features),
+            torch.zeros(len(adapters) + 1, out_features, most),
+        )
         for place, (A, B, scaling) in enumerate(adapters):
             stack_A[place, : len(A)], stack_B[place, :, : len(A)] = A, scaling * B
         pick = torch.tensor(picks)

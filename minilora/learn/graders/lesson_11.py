@@ -1,4 +1,4 @@
-"""Cases of lesson 11. A gate on the outputs is a gate on the rows of B, so ``LoRALinear`` with these rows is the twin; and the law itself."""
+"""Cases of lesson 11. A gate on the outputs is one on the rows of B: ``LoRALinear`` with such rows is the twin. And the law itself."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def targets(paths: list[str], wanted: list[str]) -> list[str]:
 
 
 def linear_paths(model: torch.nn.Module) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return [
         path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     ]

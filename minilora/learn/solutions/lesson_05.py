@@ -19,6 +19,8 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return pairs[:, 0] * 16 + pairs[:, 1]
 
 
-def decode(packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, blocksize: int, count: int) -> torch.Tensor:
+def decode(
+    packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, blocksize: int, count: int
+) -> torch.Tensor:
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:count]
     return levels[codes.long()] * absmax.repeat_interleave(blocksize)[:count]
