@@ -61,7 +61,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         code = compile(text, str(path), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
         raise Unusable(f"{line}is no Python ({getattr(error, 'msg', error)})") from None
     try:
         exec(code, names)

@@ -55,7 +55,7 @@ def _keeps_nothing(got: Any, x: Tensor, decode: _Decoder) -> str | None:
     if found := difference(got, (x @ decode.weight.T).detach(), 1e-5):
         return found
     if not got.requires_grad:
-        return "the output wants no gradient, so none would reach the layers before"
+        return "got an output that wants no gradient, so none would reach the layers before; wanted one that does"
     before = len(decode.given)
     if any(not each.expired() for each in decode.given):
         return f"a dense weight {list(decode.weight.shape)} is still held when the forward pass is over; wanted none"
