@@ -48,8 +48,8 @@ class Asked(NamedTuple):
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora learn`` takes."""
     about = (
-        '5 writes the exercises of lesson 5, "check 5" checks them, "solution 5" shows a right file; "mutant 3" in the place of 5 is '
-        "broken code number 3; without a word lessons are listed (default: none)"
+        'what is meant: 5 writes the exercises of lesson 5, "check 5" checks them, "solution 5" shows a right file; "mutant 3" in the '
+        "place of 5 is broken code number 3; without a word lessons are listed (default: none)"
     )
     parser.add_argument("words", metavar="WORD", nargs="*", default=[], help=about)
     seconds = Flag("seconds", int, SECONDS, "number of seconds after which a file that is checked is ended")

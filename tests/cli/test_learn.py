@@ -1,6 +1,7 @@
 """``minilora learn``: the list, a lesson written and checked, a mutant, solutions; and what each wrong word is answered with."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -135,3 +136,21 @@ def test_the_whole_course_is_checked_by_the_command(capsys, tmp_path, monkeypatc
         (tmp_path / "learn" / lesson(number).file).write_text(lesson(number).solution)
     out = fine(capsys, "check")
     assert len(re.findall(r"(\d) of \1 right", out)) == 12
+
+
+def test_the_session_of_the_guide_is_what_the_command_says(capsys, here, monkeypatch):
+    monkeypatch.setattr("minilora.cli.learn.command", lambda *words: f"minilora {' '.join(words)}")
+    page = (Path(learn.__file__).parents[2] / "docs" / "guides" / "exercises.md").read_text(encoding="utf-8")
+    opened, checked, code, agreed, shown = re.findall(r"^```text\n(.*?)^```", page, re.M | re.S)
+    (functions,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert fine(capsys, 5) == opened
+    file = here / "learn" / "lesson_05.py"
+    file.write_text(file.read_text() + functions)
+    assert fine(capsys, "check", 5) == checked
+    fine(capsys, "mutant", 2)
+    file = here / "learn" / "mutant_02.py"
+    assert f"\n{code}\n" in file.read_text()
+    returns = re.findall(r"`(return \"layers[^`]+)`", page)
+    for said, line in zip((agreed, shown), returns, strict=True):
+        file.write_text(f"def show():\n    {line}\n")
+        assert fine(capsys, "check", "mutant", 2) == said
