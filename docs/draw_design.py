@@ -272,6 +272,25 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "trying",
         ],
     ),
+    (
+        "learn",
+        "the course's exercises and graders",
+        [
+            "course",
+            "answer",
+            "grade",
+            "shown",
+            "case",
+            "judge",
+            "mutant",
+            "apart",
+            "progress",
+            "exercises",
+            "solutions",
+            "graders",
+            "mutants",
+        ],
+    ),
     ("cli", "the commands of minilora", []),
 ]
 LIGHT = {"page": "#ffffff", "ink": "#1b1e22", "soft": "#5b636d", "frozen": "#0072b2", "trained": "#c25400", "row": "#f3f4f3"}  # fmt: skip

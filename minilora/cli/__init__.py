@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "say what a training step will hold in memory, and measure it",
     "bench": "run one fine-tuning job in minilora and in PEFT, and compare",
     "lab": "try the claims of the field again, each with a verdict",
+    "learn": "do the exercises of the course, and have them checked",
     "quantize": "pack a model into few bits, and save it",
     "merge": "fold an adapter into its model and save it",
     "export": "write an adapter for vLLM, llama.cpp or MLX",

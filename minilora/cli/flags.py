@@ -22,7 +22,7 @@ _METAVARS = {
     "model": "NAME", "push_to_hub": "REPO", "target": "PROGRAM", "bias": "WORD", "scale": "WORD", "expect_sha256": "DIGEST",
     "data": "FILE", "eval_data": "FILE", "columns": "NAME=FIELD", "config": "FILE", "calibration": "FILE", "html": "FILE",
     "forget": "FILE", "workers": "N",
-    "out": "FOLDER", "adapter": "FOLDER", "init_from": "FOLDER",
+    "out": "FOLDER", "folder": "FOLDER", "adapter": "FOLDER", "init_from": "FOLDER",
     "target_modules": "LAYER", "exclude_modules": "LAYER", "modules_to_save": "MODULE",
     "report_to": "TRACKER",
 }  # fmt: skip

@@ -47,6 +47,7 @@ _NEAR = {
     "qlora": "quant",
     "finetune": "train", "fine-tune": "train", "ask": "generate", "talk": "chat", "pack": "quantize", "fuse": "merge",
     "convert": "export", "upload": "push", "memory": "plan", "benchmark": "bench", "claims": "lab", "reproduce": "lab",
+    "course": "learn", "exercise": "learn",
     "diff": "compare", "epochs": "steps",
     "num-train-epochs": "steps",
 }  # fmt: skip

@@ -1,0 +1,220 @@
+"""``minilora learn``: the exercises of the course, checked, and broken code to find out.
+
+minilora learn                          lessons, mutants, and what is done
+minilora learn 5                        write the file of lesson 5       minilora learn mutant [3]            of a mutant
+minilora learn check 5                  say what is wrong in it          minilora learn check mutant [3]
+minilora learn solution 5               show a right one                 minilora learn solution mutant 3
+minilora learn check                    check every file that is begun
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from minilora.cli.flags import Flag, add_flags
+from minilora.cli.program import command
+from minilora.cli.say import say
+from minilora.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from minilora.learn.answer import Grade
+    from minilora.learn.progress import Progress
+
+USAGE = "[check | solution] [LESSON | mutant [N]] [options]"
+EXAMPLES = """\
+  minilora learn
+  minilora learn 5
+  minilora learn check 5
+  minilora learn check
+  minilora learn solution 5
+  minilora learn mutant
+  minilora learn check mutant 3"""
+
+OPEN, CHECK, SOLUTION = "open", "check", "solution"
+LESSON, MUTANT = "lesson", "mutant"
+FOLDER, SECONDS = "learn", 60
+
+
+class Asked(NamedTuple):
+    """What the words mean: a verb, LESSON or MUTANT or None for all, and a number or None where it is left out."""
+
+    verb: str
+    kind: str | None
+    number: int | None
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """What ``minilora learn`` takes."""
+    about = (
+        'what is meant: 5 writes the exercises of lesson 5, "check 5" checks them, "solution 5" shows a right file; "mutant 3" in the '
+        "place of 5 is broken code number 3; without a word lessons are listed (default: none)"
+    )
+    parser.add_argument("words", metavar="WORD", nargs="*", default=[], help=about)
+    seconds = Flag("seconds", int, SECONDS, "number of seconds after which a file that is checked is ended")
+    add_flags(parser, "evaluation", [seconds])
+    folder = Flag(
+        "folder", str, FOLDER, "folder of your files and of progress.json; what is there is never overwritten"
+    )
+    add_flags(parser, "output", [folder])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """List, write, check or show."""
+    from minilora.files.validate import whole
+    from minilora.learn.progress import Progress, place
+
+    asked = understood(arguments.words)
+    whole("seconds", arguments.seconds, 1)
+    if arguments.seconds != SECONDS and asked.verb != CHECK:
+        raise ConfigError(f"--seconds: is about checking; write {command('learn', CHECK)}, or leave it out")
+    folder = place(arguments.folder)
+    if asked.verb == SOLUTION:
+        return _show(asked)
+    progress = Progress(folder)
+    if asked.kind is None:
+        return _check_all(progress, arguments.seconds) if asked.verb == CHECK else _list(progress)
+    asked = asked._replace(number=_chosen(asked, progress))
+    if asked.verb == CHECK:
+        return _check(asked, progress, arguments.seconds)
+    _open(asked, progress)
+
+
+def understood(words: list[str]) -> Asked:
+    """The words of the command line. Raises ``ConfigError`` for a word, or an order of words, that means nothing."""
+    from minilora.learn.course import lesson
+
+    verb, rest = (words[0], words[1:]) if words[:1] in ([CHECK], [SOLUTION]) else (OPEN, words)
+    kind = MUTANT if rest[:1] == [MUTANT] else LESSON if rest else None
+    rest = rest[1:] if kind == MUTANT else rest
+    if len(rest) > 1 or not all(word.isascii() and word.isdigit() and len(word) < 9 for word in rest):
+        wrong = next((word for word in rest if not word.isdigit()), rest[-1])
+        raise ConfigError(f"{wrong!r}: wanted a lesson, such as 5, or mutant 3, with {CHECK} or {SOLUTION} before it")
+    number = int(rest[0]) if rest else None
+    if verb == SOLUTION and number is None:
+        raise ConfigError(f"{SOLUTION}: of what? write {command('learn', SOLUTION, *[MUTANT] * (kind == MUTANT), '3')}")
+    if number is not None and kind == LESSON:
+        lesson(number)
+    elif number is not None:
+        from minilora.learn.mutants import mutant
+
+        mutant(number)
+    return Asked(verb, kind, number)
+
+
+def _file(asked: Asked) -> str:
+    return f"{asked.kind}_{asked.number:02}.py"
+
+
+def _words(asked: Asked) -> list[str]:
+    return [MUTANT, str(asked.number)] if asked.kind == MUTANT else [str(asked.number)]
+
+
+def _at(progress: Progress) -> list[str]:
+    """The flag that names the folder again, where it is not the usual one."""
+    return [] if progress.folder == Path(FOLDER) else ["--folder", str(progress.folder)]
+
+
+def _chosen(asked: Asked, progress: Progress) -> int:
+    """The number that is meant: that of the command, or of mutants the first that is not shown yet."""
+    from minilora.learn.mutants import MUTANTS
+
+    if asked.number is not None:
+        return asked.number
+    left = [n for n in range(1, len(MUTANTS) + 1) if not progress.is_done(_file(asked._replace(number=n)))]
+    if not left:
+        raise StateError(f"all {len(MUTANTS)} mutants are shown; name one, as in {command('learn', MUTANT, '1')}")
+    return left[0]
+
+
+# ---- listing, writing, showing
+
+
+def _list(progress: Progress) -> None:
+    from minilora.learn.course import LESSONS
+    from minilora.learn.mutants import MUTANTS
+
+    for each in LESSONS:
+        state = progress.state(each.file, len(each.functions))
+        say(f"{each.number:2}  {each.title:24} {state or '-':22} {each.question}".rstrip())
+    files = [_file(Asked(OPEN, MUTANT, n)) for n in range(1, len(MUTANTS) + 1)]
+    say(f"\nmutants: {sum(map(progress.is_done, files))} of {len(MUTANTS)} shown")
+    undone = next((each.number for each in LESSONS if not progress.is_done(each.file)), None)
+    say(f"next: {command('learn', str(undone) if undone else MUTANT, *_at(progress))}")
+
+
+def _open(asked: Asked, progress: Progress) -> None:
+    """Write the reader's file if it is not there, and say what is wanted."""
+    from minilora.learn.course import lesson
+    from minilora.learn.mutants import mutant
+    from minilora.learn.progress import write_once
+
+    assert asked.number is not None
+    path = progress.folder / _file(asked)
+    if asked.kind == LESSON:
+        it = lesson(asked.number)
+        text, said = it.exercise, f"{it.title}. {it.question}\nto write: {', '.join(it.functions)}"
+    else:
+        broken = mutant(asked.number)
+        text, said = (
+            broken.exercise(asked.number),
+            f"{broken.about} Here it has one change.\nto write: show, which returns an input that shows the change",
+        )
+    new = write_once(path, text)
+    say(f"{path}: {said}")
+    if not new:
+        say("it was there already, and stays as it is")
+    say(f"next: {command('learn', CHECK, *_words(asked), *_at(progress))}")
+
+
+def _show(asked: Asked) -> None:
+    from minilora.learn.course import lesson
+    from minilora.learn.mutants import mutant
+
+    assert asked.number is not None
+    if asked.kind == LESSON:
+        return say(lesson(asked.number).solution.rstrip())
+    broken = mutant(asked.number)
+    say(f"# the original, in {broken.file}:\n#     {broken.old}\n# the mutant:\n#     {broken.new or '(nothing)'}\n")
+    say(broken.witness.strip())
+
+
+# ---- checking
+
+
+def _check_all(progress: Progress, seconds: int) -> None:
+    """Check all that is begun, lessons first."""
+    from minilora.learn.course import LESSONS
+    from minilora.learn.mutants import MUTANTS
+
+    every = [Asked(CHECK, LESSON, each.number) for each in LESSONS]
+    every += [Asked(CHECK, MUTANT, n) for n in range(1, len(MUTANTS) + 1)]
+    begun = [asked for asked in every if (progress.folder / _file(asked)).is_file()]
+    if not begun:
+        raise StateError(f"{progress.folder}: nothing is begun there; write {command('learn', '1', *_at(progress))}")
+    for asked in begun:
+        _check(asked, progress, seconds)
+
+
+def _check(asked: Asked, progress: Progress, seconds: int) -> None:
+    """Grade one file, say what was found, and keep it."""
+    from minilora.learn.answer import RIGHT
+    from minilora.learn.apart import check
+    from minilora.learn.course import lesson
+
+    assert asked.kind is not None and asked.number is not None
+    path = progress.folder / _file(asked)
+    if not path.is_file():
+        raise StateError(f"{path}: is not there; {command('learn', *_words(asked), *_at(progress))} writes it")
+    wanted = lesson(asked.number).functions if asked.kind == LESSON else ["show"]
+    digest = progress.digest(path.name)  # before the check: who changes the file meanwhile has changed it since
+    found = {grade.name: grade for grade in check(path, asked.kind, asked.number, seconds)}
+    right = {name: name in found and found[name].state == RIGHT for name in wanted}
+    progress.note(path.name, digest, right)
+    said = [_line(grade) for grade in found.values()]
+    say("\n".join([f"{path}: {sum(right.values())} of {len(wanted)} right", *said]))
+
+
+def _line(grade: Grade) -> str:
+    return f"  {grade.name}: {grade.state}" + (f"; {grade.why}" if grade.why else "")
