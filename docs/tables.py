@@ -220,6 +220,15 @@ def sweeps(files: Sequence[str]) -> str:
     )
 
 
+def workers() -> str:
+    """Two processes beside two threads, for many small fine-tunings."""
+    rows = read("sweep_workers")
+    ratio = next(name for name in rows[0] if name.startswith("of "))
+    return markdown(
+        ["", "seconds a step of all trials", ratio], [[row["way"], row["s a step"], row[ratio]] for row in rows]
+    )
+
+
 def cost() -> str:
     """Time at n and at 4n of what must not grow with the square."""
     rows = [
@@ -296,6 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels, H200": lambda: on_a_gpu("nvidia_h200"),
     "packing": packing,
     "sweep": lambda: sweeps(["sweep"]),
+    "sweep, workers": workers,
     "sweep, H200": lambda: sweeps(["sweep_nvidia_h200"]),
     "views": views,
     **{f"kernels, Triton {version}": lambda version=version: kernels(version) for version in ("3.6", "3.7", "3.9")},

@@ -117,7 +117,7 @@ def names_of(trials: Sequence[Trial]) -> list[str]:
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """The model is bare at the end, trains what it trained and keeps what it kept; torch's random state is what it was."""
     trained, mode = [(p, p.requires_grad) for p in model.parameters()], model.training
-    again: list[tuple[Any, bool]] = [
+    again: list[tuple[Any, Any]] = [
         (module, module.gradient_checkpointing)
         for module in model.modules()
         if hasattr(module, "gradient_checkpointing")

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minilora.files.write import write_file, write_files
 from minilora.lab.ground.claim import Picture
@@ -48,7 +49,7 @@ def _figures(name: str, picture: Picture) -> dict[str, bytes]:
     curves = {curve.name: curve.points for curve in picture.curves}
     if not any(math.isfinite(point[1]) for points in curves.values() for point in points):
         return {}
-    axes = {"log_x": picture.log_x, "log_y": picture.log_y, "top": picture.before}
+    axes: dict[str, Any] = {"log_x": picture.log_x, "log_y": picture.log_y, "top": picture.before}
     return {
         _file(name, dark): svg_file(claim_figure(picture.x, picture.y, curves, **axes), _words(picture), dark).encode()
         for dark in (False, True)
