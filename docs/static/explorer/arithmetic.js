@@ -131,8 +131,7 @@ const Arithmetic = (() => {
       const value = clamped(Number.isNaN(scaled) ? -1 : scaled); // equal scales: 0 x infinity
       const step = Math.trunc(f(f(f(value + 1) * 32767.5) + 0.5)); // the nearest of 65,536 even steps, and then its level
       const even = (step * 2) / 65535 - 1;
-      const place = levels.findIndex((level, k) => k === levels.length - 1 || (level + levels[k + 1]) / 2 >= even);
-      return place;
+      return levels.findIndex((level, k) => k === levels.length - 1 || (level + levels[k + 1]) / 2 >= even);
     });
     const decoded = Float32Array.from(codes, (code, i) => f(f(levels[code] * largest[Math.floor(i / NESTED)]) + offset));
     return { codes, largest, offset, decoded };
@@ -153,10 +152,8 @@ const Arithmetic = (() => {
   }
 
   /** A whole block is multiplied by the reciprocal of its scale; a last block that is not full is divided by it, as in bitsandbytes. */
-  function codesOf(part, scale, book, size) {
-    const values =
-      part.length === size ? divided(part, scale) : Array.from(part, (one) => clamped(f(one / guarded(scale))));
-    return values.map((value) => nearest(value, book));
+  function scaledBy(part, scale, size) {
+    return part.length === size ? divided(part, scale) : Array.from(part, (one) => clamped(f(one / guarded(scale))));
   }
 
   /**
@@ -165,21 +162,22 @@ const Arithmetic = (() => {
    * weights: Float32Array, 1 to 4,096 finite numbers. book: {bits, signed, levels, midpoints, codes}, a format of TABLES.
    * config: {blocksize, scale: "absmax" or "mse", signedScale, doubleQuant}. scaleLevels: the 256 levels of 8-bit scales.
    *
-   * Returns {codes, packed, chosen, nested, kept, scales, decoded, bytes}: the codes; their bytes; the scales that the rule chose; the
-   * scales in 8 bits, or null; whether double quantization was left out for an outlier; the scales that decoding uses; the decoded
-   * weights; the number of bytes of codes and scales.
+   * Returns {scaled, codes, packed, chosen, nested, kept, scales, decoded, bytes}: weights divided by their scale; their codes; the bytes
+   * of these; the scales that the rule chose; the scales in 8 bits, or null; whether double quantization was left out for an outlier;
+   * the scales that decoding uses; the decoded weights; the number of bytes of codes and scales.
    */
   function quantize(weights, book, config, scaleLevels) {
     const size = config.blocksize;
     const chosen = chosenScales(weights, book, config);
-    const codes = Uint8Array.from(groups(weights, size).flatMap((part, i) => codesOf(part, chosen[i], book, size)));
+    const scaled = Float32Array.from(groups(weights, size).flatMap((part, i) => scaledBy(part, chosen[i], size)));
+    const codes = Uint8Array.from(scaled, (value) => nearest(value, book));
     const packed = pack(codes, book);
     const kept = config.doubleQuant && hasOutlier(chosen);
     const nested = config.doubleQuant && !kept ? nest(chosen, scaleLevels) : null;
     const scales = nested ? nested.decoded : chosen;
     const decoded = Float32Array.from(codes, (code, i) => f(book.levels[code] * scales[Math.floor(i / size)]));
     const ofScales = nested ? chosen.length + 4 * nested.largest.length + 4 : 4 * chosen.length;
-    return { codes, packed, chosen, nested, kept, scales, decoded, bytes: packed.length + ofScales };
+    return { scaled, codes, packed, chosen, nested, kept, scales, decoded, bytes: packed.length + ofScales };
   }
 
   /** Bits per weight where there are so many blocks that the mean of the scales counts for nothing. */
