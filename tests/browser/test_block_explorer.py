@@ -93,7 +93,9 @@ def cases():
         weight = torch.randn(count, generator=numbers) * pick.choice([1, 1, 0.02, 1e-37, 1e15])
         if number % 5 == 1:
             weight[pick.randrange(count)] *= pick.choice([12, 1000])
-        if number % 5 == 2:  # values that lie on levels and half way between levels of INT4 and E2M1, with equal largest magnitudes
+        if (
+            number % 5 == 2
+        ):  # values that lie on levels and half way between levels of INT4 and E2M1, with equal largest magnitudes
             weight = (weight / weight.abs().max() * 28).round().clamp(-24, 24) / 24
         if number % 5 == 3:
             weight[: pick.choice([blocksize, count])] = 0
@@ -131,19 +133,21 @@ def test_the_blocks_are_of_every_kind():
 def test_a_hundred_blocks_equal_minilora_to_the_bit(tmp_path):
     script = """
       return given.map(({ weight, format, blocksize, scale, signed, nested }) => {
-        for (const [id, value] of Object.entries({ format, blocksize, scale })) choose(id, value);
-        choose("signed-scale", signed); choose("double-quant", nested); paste(weight);
+        for (const [id, value] of Object.entries({ format, blocksize, scale })) at(id).value = value;
+        at("signed-scale").checked = signed;
+        at("double-quant").checked = nested;
+        paste(weight);
         return { ...seen(), refused: at("refused").textContent };
       });"""
     given = [
-        dict(
-            weight=[str(value) for value in weight.tolist()],  # a number of JavaScript would lose the sign of -0
-            format=config.format,
-            blocksize=config.blocksize,
-            scale=config.scale,
-            signed=config.signed_scale,
-            nested=config.double_quant,
-        )
+        {
+            "weight": [str(value) for value in weight.tolist()],  # a number of JavaScript would lose the sign of -0
+            "format": config.format,
+            "blocksize": config.blocksize,
+            "scale": config.scale,
+            "signed": config.signed_scale,
+            "nested": config.double_quant,
+        }
         for weight, config in cases()
     ]
     shown = read(tmp_path, script, given)
@@ -179,20 +183,44 @@ def check_scales(page, packed, number):
 
 @NEEDS_BROWSER
 @pytest.mark.browser
+def test_each_setting_counts_as_soon_as_it_is_chosen(tmp_path):
+    steps = [("format", "nf2"), ("blocksize", 128), ("scale", "mse"), ("signed-scale", True), ("double-quant", True)]
+    script = (
+        "return given.map(([id, value]) => { choose(id, value); return { ...seen(), format: at('format').value }; });"
+    )
+    fields = {"signed-scale": "signed_scale", "double-quant": "double_quant"}
+    chosen, shown = {}, read(tmp_path, script, steps)
+    weight = torch.tensor([float(row[1]) for row in shown[0]["weights"]])
+    assert len(weight) == 256
+    for (name, value), page in zip(steps, shown, strict=True):
+        chosen[fields.get(name, name)] = value
+        packed = quantize(weight, QuantConfig(**chosen))
+        assert bits(row[6] for row in page["weights"]) == bits(packed.dequantize().tolist()), name
+        assert float(page["figures"][0]) == pytest.approx(packed.bits_per_weight, rel=1e-3)
+    assert float(page["figures"][1]) == pytest.approx(2 + 8 / 128 + 32 / 128 / 256, abs=1e-3)
+
+
+@NEEDS_BROWSER
+@pytest.mark.browser
 def test_the_keyboard_and_the_pointer_change_a_weight(tmp_path):
     script = """
       const said = {};
-      const now = (name) => { said[name] = { place: at("place").value, value: at("value").value, kind: at("kind").value,
-        focus: document.activeElement.getAttribute("aria-label"), code: cells("weights").find((row) => row[0] === at("place").value)[3] }; };
+      const now = (name) => {
+        const [place, value, kind] = ["place", "value", "kind"].map((id) => at(id).value);
+        const code = cells("weights").find((row) => row[0] === place)[3];
+        said[name] = { place, value, kind, code, focus: document.activeElement.getAttribute("aria-label") };
+      };
       choose("kind", "zeros");
       at("editor").querySelector("[tabindex='0']").focus();
       now("start");
       press("ArrowRight"); press("ArrowRight"); press("ArrowUp"); now("up");
       press("PageDown"); now("down");
+      for (let i = 0; i < 200; i++) press("ArrowUp");
+      now("raised");
       press("End"); press("ArrowRight"); press("ArrowUp"); now("next block");
       press("0"); now("zero");
       press("Home"); press("ArrowLeft"); now("back");
-      choose("place", "7"); choose("value", "-0.5"); now("typed");
+      choose("place", "7"); choose("value", "-3.5"); now("typed");
       const box = at("editor").getBoundingClientRect();
       const edges = Charts.edges, wide = (box.width - edges.left - edges.right) / 64, high = box.height - edges.top - edges.bottom;
       const x = box.left + edges.left + 9.5 * wide, top = box.top + edges.top;
@@ -205,12 +233,13 @@ def test_the_keyboard_and_the_pointer_change_a_weight(tmp_path):
     said = read(tmp_path, script)
     at = {name: (one["place"], float(one["value"])) for name, one in said.items()}
     assert at["start"] == ("1", 0.0)
-    assert at["up"] == ("3", 1 / 128) and at["down"] == ("3", 1 / 128 - 8 / 128 * 2**-6)
+    assert at["up"] == ("3", 1 / 128) and at["down"] == ("3", -7 / 128)
+    assert at["raised"][1] > 1.4, "the axis grows with the weight, and so do the steps"
     assert at["next block"] == ("65", 1 / 128) and at["zero"] == ("65", 0.0) and at["back"] == ("64", 0.0)
-    assert at["typed"] == ("7", -0.5)
-    assert at["grabbed"] == ("10", 0.0) and at["dragged"] == ("10", 0.5) and at["beyond"] == ("10", 1.0)
+    assert at["typed"] == ("7", -3.5)  # the axis grows to 4
+    assert at["grabbed"] == ("10", 0.0) and at["dragged"] == ("10", 2.0) and at["beyond"] == ("10", 4.0)
     assert said["start"]["kind"] == "zeros" and said["up"]["kind"] == "own"
-    assert [one["focus"] for one in said.values()][:6] == [f"Weight {place}" for place in (1, 3, 3, 65, 65, 64)]
+    assert [one["focus"] for one in said.values()][:7] == [f"Weight {place}" for place in (1, 3, 3, 3, 65, 65, 64)]
     assert (said["start"]["code"], said["up"]["code"], said["typed"]["code"]) == ("7", "15", "0")
 
 
@@ -261,7 +290,11 @@ def test_every_control_has_a_label_and_every_axis_too(tmp_path):
         wide: document.documentElement.scrollWidth <= innerWidth };"""
     said = read(tmp_path, script)
     assert said["controls"] == 12 and said["without"] == [] and said["stops"] == 1 and said["wide"]
-    labels = [{"weight", "number of the weight"}, {"density", "weight / scale of the block"}, {"error", "number of the weight"}]
+    labels = [
+        {"weight", "number of the weight"},
+        {"density", "weight / scale of the block"},
+        {"error", "number of the weight"},
+    ]
     assert all(wanted <= set(found) for wanted, found in zip(labels, said["axes"], strict=True))
 
 
@@ -281,5 +314,7 @@ def test_the_page_asks_nothing_of_a_network():
     assert {one for one in asked if one not in ("data:,", "../../explorer.html")} == {
         path.name for path in EXPLORER.iterdir() if path.name != "block.html"
     }
-    text = "".join(path.read_text(encoding="utf-8") for path in EXPLORER.iterdir()).replace("http://www.w3.org/2000/svg", "")
+    text = "".join(path.read_text(encoding="utf-8") for path in EXPLORER.iterdir()).replace(
+        "http://www.w3.org/2000/svg", ""
+    )
     assert not re.search(r"https?:|//www|fetch\(|XMLHttpRequest|WebSocket|sendBeacon|\bimport\b[ (]|url\(", text)

@@ -30,10 +30,12 @@ const Charts = (() => {
   const line = (kind, x1, y1, x2, y2) => make("line", { class: kind, x1, y1, x2, y2 });
   const short = (value) => String(Number(value.toPrecision(3)));
 
-  /** The smallest power of two that is a tenth above all magnitudes: ends of an axis, and steps of it, that float32 holds exactly. */
+  /** The end of an axis, a tenth above all magnitudes or more: 2, 3, 4, 6, 8, ..., whose steps float32 holds exactly. */
   function range(values) {
-    const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-    return largest ? 2 ** Math.ceil(Math.log2(1.1 * largest)) : 1;
+    const wanted = 1.1 * values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    if (!wanted) return 1;
+    const power = 2 ** Math.ceil(Math.log2(wanted));
+    return wanted <= 0.75 * power ? 0.75 * power : power;
   }
 
   /** An empty chart with its axes. x, y: {low, high, ticks, label}. Returns where values lie in pixels, and a layer for them. */
@@ -97,18 +99,22 @@ const Charts = (() => {
 
   /** The density of `values` at `at`: each value smoothed with a normal distribution. */
   function densityAt(values, at) {
-    const heights = values.map((value) => Math.exp(-(((at - value) / SMOOTH) ** 2) / 2));
-    return heights.reduce((total, one) => total + one, 0) / (values.length * SMOOTH * Math.sqrt(2 * Math.PI));
+    let total = 0;
+    for (const value of values) {
+      const far = (at - value) / SMOOTH;
+      if (far > -5 && far < 5) total += Math.exp((-far * far) / 2);
+    }
+    return total / (values.length * SMOOTH * Math.sqrt(2 * Math.PI));
   }
 
-  /** Codes by level from left to right, those that would lie on one another together: [[pixel, "7"], [pixel, "8,0"], ...]. */
+  /** Codes by level from left to right, those of levels that lie on one another together: [{left, right, text: "8,0"}, ...]. */
   function levelLabels(levels, atX) {
     const order = levels.map((level, code) => [atX(level), code.toString(16)]).sort((a, b) => a[0] - b[0]);
     const labels = [];
     for (const [pixel, code] of order) {
       const before = labels.at(-1);
-      if (before && pixel - before.at < 5 * (before.text.length + 1)) before.text += `,${code}`;
-      else labels.push({ at: pixel, text: code });
+      if (before && pixel - before.right < 5) Object.assign(before, { right: pixel, text: `${before.text},${code}` });
+      else labels.push({ left: pixel, right: pixel, text: code });
     }
     return labels;
   }
@@ -116,7 +122,7 @@ const Charts = (() => {
   /** Levels over the density of `values`, which are weights divided by their scale. chosen: [the value, its level]. */
   function density(svg, { levels, values, chosen }) {
     const end = Math.max(1.1, 1.05 * values.reduce((most, value) => Math.max(most, Math.abs(value)), 0));
-    const grid = Array.from({ length: 301 }, (_, i) => -end + (2 * end * i) / 300);
+    const grid = Array.from({ length: 201 }, (_, i) => -end + (2 * end * i) / 200);
     const heights = grid.map((at) => densityAt(values, at));
     const high = Math.ceil(2 * Math.max(...heights)) / 2;
     const x = { low: -end, high: end, ticks: [-1, -0.5, 0, 0.5, 1], label: "weight / scale of the block" };
@@ -128,8 +134,8 @@ const Charts = (() => {
       const kind = level === chosen[1] ? "chosen-level" : "level";
       area.layer.append(line(kind, area.atX(level), MARGIN.top, area.atX(level), area.bottom));
     }
-    for (const { at, text } of levelLabels(levels, area.atX)) {
-      area.layer.append(make("text", { x: at, y: MARGIN.top - 4, "text-anchor": "middle", class: "code" }, text));
+    for (const { left, right, text } of levelLabels(levels, area.atX)) {
+      area.layer.append(make("text", { x: (left + right) / 2, y: MARGIN.top - 4, "text-anchor": "middle", class: "code" }, text));
     }
     for (const value of [...values, chosen[0]]) {
       const kind = value === chosen[0] ? "chosen-rug" : "rug";

@@ -5,7 +5,7 @@
   const at = (id) => document.getElementById(id);
   const PIECE = 64; // weights that are shown at a time
   const LARGEST = 3e38; // a little below the largest float32
-  const state = { weights: new Float32Array(1), selected: 0, drawn: "normal", top: 1, result: null };
+  const state = { weights: new Float32Array(1), selected: 0, drawn: "normal", result: null, shown: -1, top: 1 };
 
   // ---- words and numbers
 
@@ -73,6 +73,7 @@
     refuse("");
     state.weights = weights;
     state.selected = Math.min(state.selected, weights.length - 1);
+    state.shown = -1;
     compute();
     show();
   }
@@ -141,7 +142,7 @@
   function show(dragging = false) {
     const { result } = state;
     const piece = pieceOf(state.selected);
-    if (!dragging) state.top = Charts.range(state.weights.subarray(piece.first, piece.last));
+    scaleAxis(piece, dragging);
     const errors = result.decoded.map((value, i) => value - state.weights[i]);
     showFigures(result, piece, errors);
     showChoice(result, piece);
@@ -149,6 +150,14 @@
     showBytes(result, piece);
     showScales(result, piece);
     showWeights(result, piece, errors);
+  }
+
+  /** The axis of the weights fits what is newly shown. Then it only grows: it would run after a weight that is raised from zero. */
+  function scaleAxis(piece, dragging) {
+    const fitting = Charts.range(state.weights.subarray(piece.first, piece.last));
+    if (state.shown !== piece.first) state.top = fitting;
+    else if (!dragging) state.top = Math.max(state.top, fitting);
+    state.shown = piece.first;
   }
 
   function blockOf(piece, numbers) {
