@@ -89,7 +89,7 @@ def cases():
     made = []
     for number in range(100):
         blocksize = pick.choice([32, 64, 64, 128, 256])
-        count = pick.choice([blocksize * pick.randint(1, 3), pick.randint(1, 300)])
+        count = pick.choice([blocksize * pick.randint(1, max(1, 256 // blocksize)), pick.randint(1, 200)])
         weight = torch.randn(count, generator=numbers) * pick.choice([1, 1, 0.02, 1e-37, 1e15])
         if number % 5 == 1:
             weight[pick.randrange(count)] *= pick.choice([12, 1000])
@@ -215,7 +215,7 @@ def test_the_keyboard_and_the_pointer_change_a_weight(tmp_path):
       now("start");
       press("ArrowRight"); press("ArrowRight"); press("ArrowUp"); now("up");
       press("PageDown"); now("down");
-      for (let i = 0; i < 200; i++) press("ArrowUp");
+      for (let i = 0; i < 20; i++) press("PageUp");
       now("raised");
       press("End"); press("ArrowRight"); press("ArrowUp"); now("next block");
       press("0"); now("zero");
@@ -234,7 +234,7 @@ def test_the_keyboard_and_the_pointer_change_a_weight(tmp_path):
     at = {name: (one["place"], float(one["value"])) for name, one in said.items()}
     assert at["start"] == ("1", 0.0)
     assert at["up"] == ("3", 1 / 128) and at["down"] == ("3", -7 / 128)
-    assert at["raised"][1] > 1.4, "the axis grows with the weight, and so do the steps"
+    assert at["raised"][1] > 1.2, "the axis grows with the weight, and so do the steps"
     assert at["next block"] == ("65", 1 / 128) and at["zero"] == ("65", 0.0) and at["back"] == ("64", 0.0)
     assert at["typed"] == ("7", -3.5)  # the axis grows to 4
     assert at["grabbed"] == ("10", 0.0) and at["dragged"] == ("10", 2.0) and at["beyond"] == ("10", 4.0)
