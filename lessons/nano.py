@@ -25,6 +25,7 @@ NF4 = torch.tensor([
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
+PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], 1)  # [256, 2]: the two levels of every byte
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share a scale of their own
 
@@ -70,10 +71,9 @@ def quantize_scales(absmax):
 
 def dequantize(stored):
     """The weight [out, in] in 32 bits again, each number the nearest level times the scale of its block."""
-    packed = stored["packed"].int()
-    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()
+    levels = F.embedding(stored["packed"].int(), PAIRS)
     scales = SCALES[stored["scales"].int()] * stored["largest"].repeat_interleave(GROUP)[: len(stored["scales"])]
-    return (NF4[codes].view(-1, BLOCK) * (scales + stored["offset"])[:, None]).view(stored["shape"])
+    return (levels.view(-1, BLOCK) * (scales + stored["offset"])[:, None]).view(stored["shape"])
 
 
 # ---- 2. A linear layer on such a weight
