@@ -130,4 +130,4 @@ print(f"{(levels[swapped] * absmax - weights).norm() / weights.norm():.0%}")
 # ## Exercises
 #
 # `minilora learn 5` puts the exercises of this lesson into a file of yours, and `minilora learn check 5` grades what you wrote. Before
-# you begin, play with a block: the block explorer shows every number of this page while you drag the weights.
+# you begin, play with a block: the [block explorer](../explorer.md) shows every number of this page while you drag the weights.
