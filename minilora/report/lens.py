@@ -1,7 +1,7 @@
 """Examples token by token as a part of a page: colours by loss, marks for what counts and what was cut, and a line of details.
 
-No script: the tokens of an example are radio buttons, so Tab goes to the example, arrow keys go from token to token, and a finger or a mouse
-takes any; the details of the chosen one stand at the foot of the window. The same numbers stand in a table below, for who reads no colours.
+No script: the tokens of an example are radio buttons, so Tab goes to the example, arrow keys go from token to token, and a finger or a
+mouse takes any; the details of the chosen one stand at the foot of the window. A table below has the same numbers.
 Next file: ``report/frame.py``.
 """
 
@@ -21,6 +21,7 @@ MOST = 200  # tokens of an example that a page shows
 _EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)  # nats, where one colour ends and the next one begins
 _SHARES = (0, 10, 20, 30, 40, 50)  # per cent of the colour in each
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽"})
+_SIGNS = ("· space", "↵ line end", "⇥ tab", "� a part of a letter")
 
 
 def _tint(share: int) -> str:
@@ -32,14 +33,15 @@ STYLE = (
 .key{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:baseline;font-size:13px}.key span,.key s,.key u{padding:1px 6px;border-radius:3px}
 .hue{border:0;margin:0 0 8px;padding:0;font-size:13px}.hue label{margin-right:14px}
 .turns{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:6px 16px;margin:8px 0 10px;
-background:var(--card);border-radius:8px;padding:12px 14px;line-height:1.9}.turns>b{font-size:13px;font-weight:500;color:var(--soft)}
+background:var(--card);border-radius:8px;padding:12px 14px}.turns>b{font-size:13px;font-weight:500;color:var(--soft)}
 .tk input{position:absolute;opacity:0;width:1px;height:1px;margin:0;scroll-margin:90px}
-.tk span{padding:2px 1px;margin-right:1px;border-radius:3px;white-space:pre-wrap;unicode-bidi:isolate;cursor:pointer;
-box-decoration-break:clone;-webkit-box-decoration-break:clone}
+.tk span{display:inline-block;max-width:100%;padding:0 1px;margin:1px 1px 1px 0;border-radius:3px;line-height:1.5;
+white-space:pre-wrap;unicode-bidi:isolate;cursor:pointer}
 .on span,.key u{text-decoration:none;border-bottom:2px solid var(--ink)}.cut span,.key s{text-decoration:line-through 2px;color:var(--soft)}
 .tk input:checked+span{box-shadow:0 0 0 1px var(--soft)}.tk input:focus+span,.tk:hover span{box-shadow:0 0 0 2px var(--c0)}
 .tk i{display:none;position:fixed;left:0;right:0;bottom:0;z-index:1;padding:10px 24px;background:var(--ink);color:var(--page);
 font-style:normal;line-height:1.5;text-align:center}.tk:hover i,.tk input:focus~i{display:block}.tk:hover i{z-index:2}
+.lens td{white-space:nowrap}.lens td:nth-child(2){white-space:pre-wrap;min-width:8em}
 details{margin-bottom:22px}summary{cursor:pointer;font-size:13px;color:var(--soft);padding:4px 0}
 @media(max-width:760px){.turns{grid-template-columns:minmax(0,1fr);gap:0 0}.turns>b{margin-top:4px}.tk i{padding:10px 16px}}
 """
@@ -120,7 +122,8 @@ def _key(examples: Sequence[Mapping[str, Any]]) -> str:
             f"{edges[-1]} or more",
         ]
         parts += ["loss in nats:", *(f'<span class="a{at}">{name}</span>' for at, name in enumerate(names))]
-    parts.append("<span>· space, ↵ line end, ⇥ tab, � a part of a letter</span>")
+    some = [sign for sign in _SIGNS if any(sign[0] in seen(token["text"]) for token in every)]
+    parts += [f"<span>{', '.join(some)}</span>"] * bool(some)
     return f'<p class="key">{" ".join(parts)}</p>'
 
 
@@ -197,8 +200,8 @@ def _details(example: Mapping[str, Any], at: int) -> str:
 
 
 def state(token: Mapping[str, Any]) -> str:
-    """Whether a token counts in the loss, in words."""
-    return "cut" if token["cut"] else "counts" if token["counts"] else "does not count"
+    """A token counts in the loss, is read alone, or was cut."""
+    return "cut" if token["cut"] else "counts" if token["counts"] else "read"
 
 
 def _table(example: Mapping[str, Any], shown: Sequence[int]) -> str:
@@ -208,5 +211,5 @@ def _table(example: Mapping[str, Any], shown: Sequence[int]) -> str:
         token = example["tokens"][at]
         own = (example["first"] + at + 1, seen(token["text"]), token["id"], token["role"], state(token))
         rows.append((*own, *(number(example[name][at]) for name in kinds)))
-    heads = ["token", "text", "id", "role", "in the loss", *(f"loss {name}" for name in kinds)]
+    heads = ["token", "text", "id", "role", "loss", *(f"{name}, nats" for name in kinds)]
     return html_table(heads, rows, (0, 2, *range(5, 5 + len(kinds))))

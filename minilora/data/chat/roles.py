@@ -8,7 +8,6 @@ turn's. What belongs to no turn is the template's own. Next file: ``data/lens.py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from minilora.data.chat.layout import Layout
@@ -37,27 +36,33 @@ def _roles(
 ) -> Said:
     """Of one text; the words of the ``known`` turns are the ``spans``."""
     said: Said = {"assistant": list(spans)}
-    ends = [*_begins(turns, template, text), len(text)]
-    for at, (begin, end) in enumerate(pairwise(ends)):
-        if at not in known and begin < end:
-            said.setdefault(turns[at]["role"], []).append(_words(turns[at], text, begin, end))
+    begins, before = _begins(turns, template, text)
+    ends = [*begins[1:], len(text)]
+    for at, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        reach = ends[before] if at < before else end  # Llama 2 prints the system turn inside of the first question
+        words = _words(turns[at], text, begin, end, reach)
+        if at not in known and words[0] < words[1]:
+            said.setdefault(turns[at]["role"], []).append(words)
     return {role: sorted(own) for role, own in said.items()}
 
 
-def _words(turn: dict[str, Any], text: str, begin: int, end: int) -> Span:
-    """The content of a turn in its part of the text; the last place of it, for a template's own words may stand before."""
+def _words(turn: dict[str, Any], text: str, begin: int, end: int, reach: int) -> Span:
+    """The content of a turn up to ``reach``, the last place of it, for a template's own words may stand before; else all of its part."""
     content = (turn.get("content") or "").strip()
-    at = text.rfind(content, begin, end) if content else -1
+    at = text.rfind(content, begin, reach) if content else -1
     return (at, at + len(content)) if at >= 0 else (begin, end)
 
 
-def _begins(turns: Sequence[dict[str, Any]], template: Template, text: str) -> list[int]:
-    """Where each turn begins: as a loop of the template says that went through the turns, else after what those before it make alone."""
+def _begins(turns: Sequence[dict[str, Any]], template: Template, text: str) -> tuple[list[int], int]:
+    """Where each turn begins, and how many stand before the loop of the template that says so.
+
+    Where no loop went through the turns, one begins after what those before it make alone.
+    """
     marked = template.marked(turns, text)
     for loop in reversed(marked.loops if marked else []):
-        before = len(turns) - len(loop)  # the template may print a system turn before its loop
-        if [turn for turn, _ in loop] == list(range(before, len(turns))):
-            return [0] * before + [place for _, place in loop]
+        before = len(turns) - len(loop)
+        if loop and [turn for turn, _ in loop] == list(range(before, len(turns))):
+            return [0] * before + [place for _, place in loop], before
     begins = [0]
     for count in range(1, len(turns)):
         try:
@@ -65,4 +70,4 @@ def _begins(turns: Sequence[dict[str, Any]], template: Template, text: str) -> l
         except DataError:  # it does not take so few turns
             alike = 0
         begins.append(max(begins[-1], alike))
-    return begins
+    return begins, 0
