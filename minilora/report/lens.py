@@ -188,14 +188,9 @@ def _colours(example: Mapping[str, Any], at: int) -> str:
 def _details(example: Mapping[str, Any], at: int) -> str:
     token = example["tokens"][at]
     named = f" ({token['name']})" if token["name"] != token["text"] else ""
-    losses = [number(example[name][at]) for name in ("before", "after") if example[name]]
-    parts = [
-        f"token {example['first'] + at + 1}: {seen(token['text'])}{named}",
-        f"id {token['id']}",
-        token["role"],
-        state(token),
-    ]
-    parts += [f"loss {' → '.join(losses)}"] if losses and not token["cut"] else []
+    losses = [example[name][at] for name in ("before", "after") if example[name]]
+    parts = [f"token {example['first'] + at + 1}: {seen(token['text'])}{named}", f"id {token['id']}", token["role"]]
+    parts += [state(token)] + [f"loss {' → '.join(map(number, losses))}"] * any(loss is not None for loss in losses)
     return " | ".join(filter(None, parts))
 
 

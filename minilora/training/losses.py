@@ -87,7 +87,8 @@ def losses_by_token(model: nn.Module, examples: Sequence[Encoded], pad_id: int) 
         found: list[list[float | None]] = []
         for example in examples:
             every = Encoded(example.input_ids, example.input_ids)  # each token is its own label
-            found.append([None, *token_losses(model, collate([every], pad_id)).tolist()])
+            alone = len(every.input_ids) == 1  # nothing is predicted
+            found.append([None, *([] if alone else token_losses(model, collate([every], pad_id)).tolist())])
         return found
     finally:
         model.train(training)

@@ -31,7 +31,7 @@ def token(text, at, **more):
 
 def example(**changes):
     tokens = [token(text, at) for at, text in enumerate(WORDS)]
-    before = [None, *(0.05 * 3**at for at in range(8)), None]
+    before = [None, *(0.06 * 3**at for at in range(8)), None]
     told = {
         "where": "<chats>.jsonl:7",
         "kind": "held out",
@@ -51,15 +51,16 @@ def test_every_token_is_there_with_its_id_role_and_losses():
     whole = drawn(example())
     parser = parse(whole)
     details = [text for text in parser.texts if text.startswith("token ")]
-    assert "token 13: hi (n2) | id 702 | user | read | loss 0.15 → 0.07" in details
+    assert "token 13: hi (n2) | id 702 | user | read | loss 0.18 → 0.09" in details
     assert (
-        "token 15: </label><script>alert(1)</script> (n4) | id 704 | assistant | counts | loss 1.35 → 0.68" in details
+        "token 15: </label><script>alert(1)</script> (n4) | id 704 | assistant | counts | loss 1.62 → 0.81" in details
     )
+    assert "token 11: <|im_start|> (n0) | id 700 | template | read" in details  # nothing predicts the first
     assert "token 20: ·gone (n9) | id 709 | assistant | cut" in details
     assert sum(" | id " in text for text in parser.texts) == len(WORDS)
     table = re.findall(r"<tr>(.*?)</tr>", whole)
     assert len(table) == 1 + len(WORDS) and re.findall(r"<td.*?>(.*?)</td>", table[3]) == [
-        "13", "hi", "702", "user", "read", "0.15", "0.07",
+        "13", "hi", "702", "user", "read", "0.18", "0.09",
     ]  # fmt: skip
 
 
