@@ -206,5 +206,5 @@ def _table(example: Mapping[str, Any], shown: Sequence[int]) -> str:
         token = example["tokens"][at]
         own = (example["first"] + at + 1, seen(token["text"]), token["id"], token["role"], state(token))
         rows.append((*own, *(number(example[name][at]) for name in kinds)))
-    heads = ["token", "text", "id", "role", "loss", *(f"{name}, nats" for name in kinds)]
+    heads = ["token", "text", "id", "role", "in the loss", *(f"{name}, nats" for name in kinds)]
     return html_table(heads, rows, (0, 2, *range(5, 5 + len(kinds))))
