@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": "fine-tune a model in many ways at the same time, and rank them",
     "generate": "ask a model, with or without an adapter",
     "chat": "talk with a model, with or without an adapter",
+    "look": "show examples token by token, as training sees them",
     "info": "say what an adapter folder, a run or a packed model is",
     "compare": "put runs side by side: settings, losses, answers",
     "plan": "say what a training step will hold in memory, and measure it",

@@ -18,6 +18,7 @@ from minilora.hf.places import AUTO, DTYPE_CHOICES, QUANT_CHOICES, check_place, 
 from minilora.job.settings import Job
 
 if TYPE_CHECKING:
+    from minilora.hf.devices import Place
     from minilora.job.record import Record
 
 _LENGTH = 128  # tokens of an answer, where no run says how many
@@ -101,36 +102,56 @@ def _prompts(given: list[str]) -> list[str]:
 
 def loaded(arguments: argparse.Namespace, record: Record | None) -> tuple[Any, Any, str]:
     """Model and tokenizer as they are asked, and what they are in words; where they are not those of the run it is said."""
-    from minilora import PeftModel
-    from minilora.hf import load_model, load_tokenizer
     from minilora.hf.dates import dated
     from minilora.hf.devices import choose
-    from minilora.job.in_hand import differences, to_pack
-    from minilora.job.sessions import template_sha256
-    from minilora.training.progress import busy
 
     place = choose(arguments.device, arguments.dtype, arguments.attention)
+    model, tokenizer = base(arguments, record, place)
+    if arguments.adapter:
+        model = adapted(arguments, record, model, tokenizer, place)
+    return model, tokenizer if record is None else dated(tokenizer, record.date), f"{arguments.model} on {place.said}"
+
+
+def base(arguments: argparse.Namespace, record: Record | None, place: Place) -> tuple[Any, Any]:
+    """Model without an adapter, packed as it is said or as it was for the run, and tokenizer."""
+    from minilora.hf import load_model, load_tokenizer
+    from minilora.job.in_hand import to_pack
+    from minilora.training.progress import busy
+
     trust, quant = arguments.trust_remote_code, packing(arguments.quant or "none", arguments.double_quant)
     if arguments.quant is None and record is not None:
         quant = to_pack(record.packing)
     tokenizer = load_tokenizer(arguments.model, trust)
-    template = template_sha256(tokenizer)
     options = {"device": place.device, "quant": quant, "attention": arguments.attention}
     with busy(f"loading {arguments.model}"):
-        model = load_model(arguments.model, place.dtype, trust, **options)
-        if arguments.adapter:
-            model = PeftModel.from_pretrained(model, arguments.adapter, **trust_of(arguments))
+        return load_model(arguments.model, place.dtype, trust, **options), tokenizer
+
+
+def adapted(arguments: argparse.Namespace, record: Record | None, model: Any, tokenizer: Any, place: Place) -> Any:
+    """The model with the adapter; where the base is not that of its run it is said. The tokenizer is as it was read."""
+    from minilora import PeftModel
+    from minilora.job.in_hand import differences
+    from minilora.job.sessions import template_sha256
+    from minilora.training.progress import busy
+
+    with busy(f"loading {arguments.adapter}"):
+        model = PeftModel.from_pretrained(model, arguments.adapter, **trust_of(arguments))
     if record is not None:
-        tell_differences(arguments.adapter, differences(record, model, template, place.names["dtype"]))
-        tokenizer = dated(tokenizer, record.date)
-    return model, tokenizer, f"{arguments.model} on {place.said}"
+        found = differences(record, model, template_sha256(tokenizer), place.names["dtype"])
+        tell_differences(arguments.adapter, found)
+    return model
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """What can be refused of a model before anything is read."""
+    if arguments.quant is not None:
+        check_quant(arguments.quant)
+    check_place(arguments.device, arguments.dtype or AUTO, arguments.attention or AUTO)
 
 
 def check_words(arguments: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
-    if arguments.quant is not None:
-        check_quant(arguments.quant)
-    check_place(arguments.device, arguments.dtype or AUTO, arguments.attention or AUTO)
+    check_model(arguments)
     validate.whole("--seed", arguments.seed, 0, 2**63 - 1)
     if not 0 <= arguments.temperature < float("inf"):
         raise ConfigError(f"--temperature={arguments.temperature}: wanted a number >= 0; 0 is greedy")

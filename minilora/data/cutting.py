@@ -16,11 +16,19 @@ from typing import Any
 from minilora.data.shapes.record import Line, Record
 from minilora.data.tokens import IGNORED
 
-__all__ = ["Ids", "groups", "part_of", "pieces", "units", "windows"]
+__all__ = ["Ids", "examples_in", "groups", "part_of", "pieces", "units", "windows"]
 
 Ids = tuple[list[int], list[int]]  # token ids and labels
 Turns = list[Any]
 _HEADS = ("system", "developer")
+
+
+def examples_in(labels: list[int], most: int, is_text: bool, truncate: bool) -> list[tuple[int, list[int]]]:
+    """Where each example of a text begins in it, and its labels, one a token. ``truncate`` leaves one, without its end."""
+    if truncate or len(labels) <= most:
+        return [(0, labels[:most])]
+    places = list(range(len(labels)))
+    return [(own[0], learnt) for own, learnt in (pieces if is_text else windows)(places, labels, most)]
 
 
 def pieces(ids: list[int], labels: list[int], most: int) -> list[Ids]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from minilora.data.chat.bounded import bounded
 from minilora.data.chat.layout import Layout, lay_out
 from minilora.data.chat.template import Template
-from minilora.data.cutting import Ids, groups, part_of, pieces, units, windows
+from minilora.data.cutting import Ids, examples_in, groups, part_of, units
 from minilora.data.fields import Conversation, conversation
 from minilora.data.lesson import Encoded, Lesson, Tally, none_useful
 from minilora.data.shapes.recognise import OPTIONS
@@ -24,7 +24,20 @@ from minilora.data.shapes.understood import understood
 from minilora.data.tokens import IGNORED, Desk, Text
 from minilora.errors import DataError
 
-__all__ = ["IGNORED", "Encoded", "Lesson", "Tally", "encode", "encode_all", "lessons", "none_useful"]
+__all__ = [
+    "IGNORED",
+    "Encoded",
+    "Lesson",
+    "Made",
+    "Tally",
+    "encode",
+    "encode_all",
+    "lessons",
+    "most_letters",
+    "none_useful",
+    "parted",
+    "with_template",
+]
 
 T = TypeVar("T")
 _BATCH = 256  # records that are tokenized together
@@ -80,30 +93,40 @@ def encode_all(
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A record, or a part of one, in tokens: of each of its texts."""
+class Made:
+    """A record, or a part of one, in tokens.
+
+    Attributes:
+        layout: of a conversation. texts: what was tokenized. ids: of each text its tokens, however many, and their labels.
+    """
 
     record: Record
     layout: Layout | None
-    texts: list[Ids]
+    texts: list[Text]
+    ids: list[Ids]
 
     def is_long(self, most: int) -> bool:
         """Whether a text of it is too long, or an answer was left out for standing too far from the start."""
-        return any(len(ids) > most for ids, _ in self.texts) or bool(self.layout and self.layout.beyond)
+        return any(len(ids) > most for ids, _ in self.ids) or bool(self.layout and self.layout.beyond)
 
 
 def lessons(records: Sequence[Record], tokenizer: Any, max_length: int, truncate: bool = False) -> Iterator[Lesson]:
     """What each record becomes, in order. Raises as ``encode_all``."""
+    for parts in parted(records, Desk(tokenizer), max_length, truncate):
+        yield _lesson(parts, max_length, truncate)
+
+
+def parted(records: Sequence[Record], desk: Desk, max_length: int, truncate: bool) -> Iterator[list[Made]]:
+    """Each record in tokens: in one part, or in several where it is too long and has several exchanges. Raises as ``encode_all``."""
     records = [record if hasattr(record, "where") else understood(record) for record in records]
-    desk = Desk(tokenizer)
     made = _made(records, desk, max_length)
     while batch := list(islice(made, _BATCH)):
         parts = {} if truncate else _divided(batch, desk, max_length)
         for at, whole in enumerate(batch):
-            yield _lesson(parts.get(at, [whole]), max_length, truncate)
+            yield parts.get(at, [whole])
 
 
-def _made(records: Sequence[Record], desk: Desk, max_length: int) -> Iterator[_Made]:
+def _made(records: Sequence[Record], desk: Desk, max_length: int) -> Iterator[Made]:
     """Records in tokens, however long."""
     laid = _layouts(records, desk.tokenizer, max_length)
     for start in range(0, len(records), _BATCH):
@@ -114,7 +137,7 @@ def _made(records: Sequence[Record], desk: Desk, max_length: int) -> Iterator[_M
         ]
         encoded = iter(desk.encode([text for each in texts for text in each]))
         for record, layout, each in zip(some, layouts, texts, strict=True):
-            yield _Made(record, layout, [next(encoded) for _ in each])
+            yield Made(record, layout, each, [next(encoded) for _ in each])
 
 
 def _texts(layout: Layout) -> list[Text]:
@@ -129,7 +152,7 @@ def _plain(record: Record, desk: Desk) -> Text:
     return desk.plain(record)
 
 
-def _divided(batch: Sequence[_Made], desk: Desk, most: int) -> dict[int, list[_Made]]:
+def _divided(batch: Sequence[Made], desk: Desk, most: int) -> dict[int, list[Made]]:
     """Parts of the conversations of a batch that are too long and have several exchanges, by their place in the batch."""
     long = [(at, *units(whole.record)) for at, whole in enumerate(batch) if whole.layout and whole.is_long(most)]
     long = [(at, head, found) for at, head, found in long if len(found) > 1]
@@ -141,9 +164,9 @@ def _divided(batch: Sequence[_Made], desk: Desk, most: int) -> dict[int, list[_M
     todo = []
     for at, head, found in long:
         own = [next(lengths) for _ in found]
-        whole = len(batch[at].texts[-1][0]) if batch[at].texts else sum(own)
+        whole = len(batch[at].ids[-1][0]) if batch[at].ids else sum(own)
         todo += [(at, first, head, found[first:end]) for first, end in groups(own, whole, most)]
-    done: list[tuple[int, int, _Made]] = []
+    done: list[tuple[int, int, Made]] = []
     while todo:  # again only where a template makes more of exchanges together than of each
         made = list(_made([part_of(batch[at].record, head, some) for at, _, head, some in todo], desk, most))
         again = []
@@ -153,7 +176,7 @@ def _divided(batch: Sequence[_Made], desk: Desk, most: int) -> dict[int, list[_M
             else:
                 done.append((at, first, part))
         todo = again
-    parts: dict[int, list[_Made]] = {}
+    parts: dict[int, list[Made]] = {}
     for at, _, part in sorted(done, key=lambda each: each[:2]):
         parts.setdefault(at, []).append(part)
     return parts
@@ -168,17 +191,18 @@ def _lengths(records: Sequence[Record], desk: Desk) -> list[int]:
     return [len(ids) for ids, _ in desk.encode([Text(text, [], False) for text in texts])]
 
 
-def _lesson(parts: Sequence[_Made], most: int, truncate: bool) -> Lesson:
+def _lesson(parts: Sequence[Made], most: int, truncate: bool) -> Lesson:
     """The examples of a record, of all its parts."""
     examples: list[Encoded] = []
     count = kept = cut = pieced = 0
     for part in parts:
         where, is_text = getattr(part.record, "where", ""), part.record.get("text") is not None
-        for ids, labels in part.texts:
-            own = [Encoded(tuple(ids[:most]), tuple(labels[:most]), truncated=len(ids) > most, where=where)]
+        for ids, labels in part.ids:
+            own = [
+                Encoded(tuple(ids[at : at + len(learnt)]), tuple(learnt), truncate and len(ids) > most, where)
+                for at, learnt in examples_in(labels, most, is_text, truncate)
+            ]
             if len(ids) > most and not truncate:
-                shorter = (pieces if is_text else windows)(ids, labels, most)
-                own = [Encoded(tuple(some), tuple(learnt), where=where) for some, learnt in shorter]
                 cut, pieced = cut + 1, pieced + len(own)
             examples += own
             count, kept = count + 1, kept + any(example.supervised for example in own)
@@ -223,7 +247,7 @@ def _layouts(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iter
             f"{_at(chats[0])}the tokenizer has no chat template; use an instruct model, or 'prompt' and 'completion' instead of 'messages'"
         )
     ends = _special_tokens(tokenizer)
-    most = max_length * max(map(len, tokenizer.get_vocab()))
+    most = most_letters(tokenizer, max_length)
     done = 0
     try:
         for found in bounded(lambda record: vars(_laid_out(record, tokenizer, ends, most)), chats):
@@ -236,6 +260,16 @@ def _layouts(records: Sequence[Record], tokenizer: Any, max_length: int) -> Iter
 def _laid_out(record: Record, tokenizer: Any, ends: Sequence[str], most: int) -> Layout:
     """The layout of a record."""
     return _with_arguments(record, tokenizer, ends, lambda talk, template: lay_out(talk, template, most))
+
+
+def most_letters(tokenizer: Any, max_length: int) -> int:
+    """Letters that so many tokens have at most."""
+    return max_length * max(map(len, tokenizer.get_vocab()))
+
+
+def with_template(record: Record, tokenizer: Any, work: Callable[[Conversation, Template], T]) -> T:
+    """Work on a conversation and the template that renders it. Raises ``DataError`` as ``work`` does."""
+    return _with_arguments(record, tokenizer, _special_tokens(tokenizer), work)
 
 
 def _with_arguments(

@@ -23,7 +23,7 @@ from minilora.hf.dates import date_of
 from minilora.hf.smollm2 import cache_folder
 from minilora.job.settings import Job
 
-__all__ = ["Looked", "encoded", "looked_at"]
+__all__ = ["Looked", "encoded", "looked_at", "parted", "way_of"]
 
 _MOST_SAID = 3  # files, or shapes of one
 
@@ -59,14 +59,32 @@ def looked_at(job: Job, say: Callable[[str], None]) -> Looked:
     return Looked(look_at_all(job.data, say), look_at_all(job.eval_data, say, weighted=False))
 
 
+def way_of(job: Job, tokenizer: Any, context: int | None) -> Way:
+    """How the records of a job become examples, none longer than the model's context."""
+    length = min(job.max_length, context or job.max_length)
+    return Way(length, date_of(tokenizer, job.date), job.truncate, Reading(job.columns, job.system))
+
+
 def encoded(
     job: Job, looked: Looked, tokenizer: Any, context: int | None, say: Callable[[str], None]
 ) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
     """Examples to learn from and to evaluate on, none longer than the model's context; what is cut or left out is counted and said."""
-    length = min(job.max_length, context or job.max_length)
+    examples, evaluation = parted(job, looked, tokenizer, context, say)
+    step, steps = job.training.batch_size * job.training.accumulate, job.training.for_examples(len(examples)).steps
+    say(
+        f"{len(examples)} to learn from, {step} a step: {steps} steps are {steps * step / max(1, len(examples)):.1f} epochs"
+    )
+    return examples, evaluation
+
+
+def parted(
+    job: Job, looked: Looked, tokenizer: Any, context: int | None, say: Callable[[str], None]
+) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
+    """As ``encoded``, for who takes no steps."""
+    way = way_of(job, tokenizer, context)
+    length = way.max_length
     if length < job.max_length:
         say(f"max_length={job.max_length} is more than the context of {job.model}: {length} tokens are the most")
-    way = Way(length, date_of(tokenizer, job.date), job.truncate, Reading(job.columns, job.system))
     each = [_loaded(source, tokenizer, way, say) for source in looked.learn]
     data = Data.together(each)
     if job.system and all(shape.partition(" ")[0] == "text" for shape in data.shapes):
@@ -91,10 +109,6 @@ def encoded(
             f"columns: no line has {' and '.join(column.partition('=')[2] for column in job.columns)[:200]}; look at the names of the "
             "fields, or leave it out"
         )
-    step, steps = job.training.batch_size * job.training.accumulate, job.training.for_examples(len(examples)).steps
-    say(
-        f"{len(examples)} to learn from, {step} a step: {steps} steps are {steps * step / max(1, len(examples)):.1f} epochs"
-    )
     return examples, evaluation
 
 

@@ -19,8 +19,9 @@ from minilora.hf.generate import answers
 from minilora.hf.load import resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.job.described import described, formats, memory, report_settings
-from minilora.job.examples import looked_at
+from minilora.job.examples import looked_at, way_of
 from minilora.job.given import job_from
+from minilora.job.lens import Shown
 from minilora.job.loading import computing_with, load, prepare
 from minilora.job.outcome import Outcome
 from minilora.job.push import check_upload, push_run
@@ -32,6 +33,7 @@ from minilora.job.told import rows_to_read, say_adapted, say_packed
 from minilora.job.trackers import Trackers, refuse_missing
 from minilora.report.inspect import parameter_table, spectra, update_ratios
 from minilora.report.page import render
+from minilora.training.guards import context_length
 from minilora.training.left import claim
 from minilora.training.loop import train
 from minilora.training.offload import refuse_offload
@@ -145,6 +147,7 @@ class _Going:
         self.size = sum(p.numel() * p.element_size() for p in found.paper.parameters())
         self.template, self.tokenizer, self.date = found.template, found.tokenizer, found.date
         self.examples, self.evaluation = found.examples, found.evaluation
+        self.way = way_of(job, self.tokenizer, context_length(found.paper))
         self.job = job = replace(job, training=job.training.for_examples(len(self.examples)))  # epochs become steps
         if self.begun:
             self.begun(job.training.steps)
@@ -185,6 +188,9 @@ class _Going:
         asks_now = self.processes.first or self.rows is not None
         said = self.answered(new) if asks_now else [""] * len(new)
         self.before = known | dict(zip(new, said, strict=True))
+        self.shown = Shown(self.examples, self.evaluation, self.tokenizer.pad_token_id)
+        if asks_now:
+            self.shown.ask(model, "before")
         self.clock.lap("answers before")
 
     def answered(self, prompts: list[str]) -> list[str]:
@@ -227,6 +233,8 @@ class _Going:
                 trackers.finish()
             self.clock.lap("train")
             after = self.answered(self.prompts) if self.asks else []
+            if self.asks:
+                self.shown.ask(self.model, "after")
             self.clock.lap("answers after")
             pairs = [
                 {"prompt": prompt, "before": self.before[prompt], "after": answer}
@@ -242,7 +250,9 @@ class _Going:
             ratios = update_ratios(model, around=around) if self.asks else {}
             values = spectra(model, ratios=ratios, around=around) if self.asks else {}
         if self.processes.first:
-            page = render(described(job, outcome, self.size, self.tables, ratios, values))
+            told = described(job, outcome, self.size, self.tables, ratios, values)
+            lenses = self.shown.pictured((*self.looked.learn, *self.looked.held), self.tokenizer, self.way)
+            page = render(told | {"lenses": lenses})
             write_file(self.folder / "report.html", page)
             if job.push_to_hub:
                 self.say(f"{self.folder}: now at {push_run(self.folder, job.push_to_hub, job.private or None)}")

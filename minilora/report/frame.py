@@ -58,21 +58,27 @@ td:first-child:not(.num){min-width:9.5em}th{overflow-wrap:normal}
 """
 
 
-def page(title: str, subtitle: str, headline: Iterable[Mapping[str, Any]], body: str) -> str:
-    """One self-contained HTML page: texts, tiles of {label, value}, and ``body``, which is HTML already."""
+def page(
+    title: str, subtitle: str, headline: Iterable[Mapping[str, Any]], body: str, style: str = "", pictures: bool = True
+) -> str:
+    """One self-contained HTML page: texts, tiles of {label, value}, and ``body``, which is HTML already.
+
+    Args:
+        style: CSS of a part that not every page has. pictures: whether the page would have some, so that it says why there are none.
+    """
     tiles = "".join(
         f'<div><span class="soft">{html_text(tile["label"])}</span><b>{html_text(tile["value"])}</b></div>'
         for tile in headline
     )
     title = html_text(title)
     under = f'<p class="soft">{html_text(subtitle)}</p>' if subtitle else ""
-    under += f"<p>No pictures: {html_text(missing())}.</p>" if missing() else ""
+    under += f"<p>No pictures: {html_text(missing())}.</p>" if pictures and missing() else ""
     # The policy makes the browser itself refuse whatever would leave the page, should an escape ever be forgotten.
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_COLOURS}{_STYLE}</style></head>\n<body><header><h1>{title}</h1>{under}</header>"
+        f"<title>{title}</title><style>{_COLOURS}{_STYLE}{style}</style></head>\n<body><header><h1>{title}</h1>{under}</header>"
         + (f'<div class="tiles">{tiles}</div>' if tiles else "")
         + body
         + "\n</body></html>\n"

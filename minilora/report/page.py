@@ -16,6 +16,7 @@ from minilora.report.canvas import NARROW, WIDE
 from minilora.report.figures import CURVES, measured, ranked
 from minilora.report.frame import page, picture, section
 from minilora.report.heatmap import beyond_scale
+from minilora.report.lens import STYLE, lens_section
 from minilora.report.tables import (
     Row,
     as_html,
@@ -47,6 +48,7 @@ def render(run: Mapping[str, Any]) -> str:
                 seconds (accepted, not drawn)}, in the order of training; a missing measure loses only its own curve.
             evals: list of {step, loss (nats per token; None for one that was not finite), prompt: str or None, answer: str or None}.
             answers: list of {prompt, before, after}, str.
+            lenses: list of examples token by token, as ``lens.lens_section`` takes them.
             memory: list of {name, bytes (int), note}; shown in powers of 1000.
             parameters: list of {name, total (count), trainable (count), bits (per parameter)}.
             layers: list of {path (dotted module path), ratio (Frobenius norm of the update over that of the weight)}.
@@ -61,10 +63,11 @@ def render(run: Mapping[str, Any]) -> str:
     """
     if not run.get("title"):
         raise ValueError(f"a report needs run['title'], a text; got the keys {sorted(run)}")
-    drawn = (_curves, _evals, _answers, _memory, _parameters, _layers, _spectrum, _settings)
+    drawn = (_curves, _evals, _answers, _lenses, _memory, _parameters, _layers, _spectrum, _settings)
     sections = "".join(part(run) for part in drawn)
     body = sections or ("" if run.get("headline") else '<p class="soft">This run recorded nothing to draw.</p>')
-    return page(run["title"], run.get("subtitle") or "", run.get("headline") or (), body)
+    style = STYLE if run.get("lenses") else ""
+    return page(run["title"], run.get("subtitle") or "", run.get("headline") or (), body, style)
 
 
 def as_page(
@@ -148,6 +151,11 @@ def _answers(run: Mapping[str, Any]) -> str:
         body += f'<p class="prompt">{html_text(answer["prompt"])}</p><div class="pair">'
         body += f'<div class="said"><b>before</b>{before}</div><div class="said after"><b>after</b>{after}</div></div>'
     return section("Before and after", body)
+
+
+def _lenses(run: Mapping[str, Any]) -> str:
+    lead = "Examples as the model reads them, token by token, with the loss of each before training and after it."
+    return lens_section("What it learnt from", run.get("lenses") or (), lead)
 
 
 def _memory(run: Mapping[str, Any]) -> str:

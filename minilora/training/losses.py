@@ -17,7 +17,7 @@ from minilora.training.chunked import cross_entropy
 from minilora.training.head import ask, ask_for_losses, why_all_logits
 from minilora.training.processes import ALONE, Processes
 
-__all__ = ["evaluate", "token_losses"]
+__all__ = ["evaluate", "losses_by_token", "token_losses"]
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -72,3 +72,23 @@ def evaluate(
     finally:
         model.train(training)
     return sum(total for total, _ in every) / sum(count for _, count in every)
+
+
+@torch.no_grad()
+def losses_by_token(model: nn.Module, examples: Sequence[Encoded], pad_id: int) -> list[list[float | None]]:
+    """Cross-entropy in nats of every token of each example, also of those that do not count, in eval mode.
+
+    The loss of a token is that of predicting it from those before it; the first has none (None). Examples go through the model one after
+    the other, without gradients; the training mode is left as it was.
+    """
+    training = model.training
+    model.eval()
+    try:
+        found: list[list[float | None]] = []
+        for example in examples:
+            every = Encoded(example.input_ids, example.input_ids)  # each token is its own label
+            alone = len(every.input_ids) == 1  # nothing is predicted
+            found.append([None, *([] if alone else token_losses(model, collate([every], pad_id)).tolist())])
+        return found
+    finally:
+        model.train(training)

@@ -69,6 +69,13 @@ class Template:
             raise DataError(f"the chat template makes more than {LONGEST:,} letters of it; use another one")
         return text
 
+    def ids(self, turns: Turns) -> list[int]:
+        """What the tokenizer itself gives for the turns, rendered and tokenized in its one call. Raises ``DataError`` as ``text``."""
+        allow()
+        chosen = {"add_generation_prompt": False, "tokenize": True, "return_dict": False}
+        ids = _attempt(lambda: self.tokenizer.apply_chat_template(list(turns), **{**self.options, **chosen}))
+        return [int(token) for token in ids]
+
     def marked(self, turns: Turns, text: str) -> Marked | None:
         """What marks say of ``text``, which the turns make; None where the template does something that marks in it would change."""
         numbered = [{**turn, _TURN: f"{_TURN}{at}{_LOOP}"} for at, turn in enumerate(turns)]
