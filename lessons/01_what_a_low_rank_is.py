@@ -60,13 +60,13 @@ plt.show()
 
 # %% [markdown]
 # A few directions hold most of the picture, because its rows are like each other: what is known of one tells much of the next. What is
-# sharp and slanted, as the edge of a hill, takes many.
+# sharp and slanted, as the edge of a hill, takes many. At the full rank the sum takes more numbers than the picture itself.
 #
 # ## A real update
 #
 # The byte model comes with minilora. It is a language model of 0.8 million weights that has read English. It reads byte by byte, and says
-# for each byte how likely it is to come next. Here all of its linear layers learn from Python code, forty steps, without LoRA. A *linear
-# layer* is a layer that multiplies by a weight.
+# for each byte how likely it is to come next. Its *loss* says how badly it guesses; here it is given in bits a byte. Here all of its linear
+# layers learn from Python code, forty steps, without LoRA. A *linear layer* is a layer that multiplies by a weight.
 
 # %%
 torch.manual_seed(0)
@@ -130,9 +130,9 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The first directions of the update are larger than those of random numbers: the gradients of forty steps have pushed the same way. Behind
-# the first sixteen comes a long tail, which still holds much of the size and does little for the loss. So the update has a high rank, and a
-# low rank is enough for most of its use. LoRA never forms the whole update: it learns a matrix of rank $r$ from the beginning.
+# The first directions of the update are larger than those of random numbers: the steps of the training have pushed the same way. Behind the
+# first sixteen comes a long tail, which still holds much of the size and does little for the loss. So the update has a high rank, and a low
+# rank is enough for most of its use. LoRA never forms the whole update: it learns a matrix of rank $r$ from the beginning.
 #
 # ## What would break if
 #
@@ -161,4 +161,4 @@ print(
 # ## Exercises
 #
 # `minilora learn 1` puts the exercises of this lesson into a file of yours, and `minilora learn check 1` grades what you wrote. The next
-# lesson learns a matrix of rank $r$ by gradient descent.
+# lesson trains a matrix of rank $r$.

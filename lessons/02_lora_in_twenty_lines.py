@@ -100,15 +100,15 @@ print(
 #
 # With $B = 0$ the update is zero, so the layer starts as what it was. The gradient of $B$ is $s\,GA^\top$, and a random $A$ makes it
 # something: $B$ moves in the first step. The gradient of $A$ has the factor $B^\top$, so $A$ waits for the second step. If both were zero,
-# both gradients would be zero, for ever. If both were random, the first output would be wrong. The left picture shows all of it.
+# both gradients would be zero, for ever. If both were random, the first output would be wrong. The left picture below shows all of it.
 #
 # ## What alpha / r does
 #
 # *Adam* is the usual way to train. In its first step it moves each number by about the *learning rate* (a small number that the user
 # chooses), however large the gradient is. The output is then moved by a sum of $r$ parts, one for each row of $A$. If the inputs are much
-# alike, all parts pull the same way, and the sum grows as $r$. If the inputs point everywhere, the parts are as good as random, and the sum
-# grows as $\sqrt r$. So with a fixed scaling a layer with a larger rank moves faster, and the learning rate that is good for one rank is
-# bad for another. Dividing by $r$ is the careful answer. The right picture measures it.
+# alike, all parts pull the same way, and the sum grows nearly as $r$. If the inputs point everywhere, the parts partly cancel, and the sum
+# grows more slowly, about as $\sqrt r$. So with a fixed scaling a layer with a larger rank moves faster, and the learning rate that is good
+# for one rank is bad for another. Dividing by $r$ is the careful answer. The right picture measures it.
 
 
 # %%
@@ -158,13 +158,13 @@ plt.show()
 
 # %% [markdown]
 # Where the inputs are alike, $\alpha / r$ keeps the first step nearly as it is, whatever the rank. Where they point everywhere it slows
-# large ranks down; rsLoRA (Kalajdzievski 2023) divides by $\sqrt r$, which is right there and bold elsewhere. Which is better for a whole
-# run is a question for a measurement, and [the lab](../lab.md) has one.
+# large ranks down; rsLoRA (Kalajdzievski 2023) divides by $\sqrt r$, which fits that case better and is bold in the other. Which is better
+# for a whole run is a question for a measurement, and [the lab](../lab.md) has one.
 #
 # ## What would break if
 #
 # **… A were zero and B random, the other way round?** Nothing at once: it starts from the same loss and learns, as the orange line shows.
-# What is kept in files of LoRA is the first way, and what you read about it elsewhere is tuned for it.
+# But the two ways do not learn alike, and the learning rates that you read about are meant for $B = 0$.
 #
 # **… the scaling got lost?** A file of an adapter holds $A$ and $B$, and $\alpha$ stands in another file beside it. A program that reads
 # $A$ and $B$ and takes another scaling computes an update of the wrong size, and nothing complains:

@@ -92,7 +92,7 @@ plt.show()
 # From the top to the bottom: an *embedding* (`wte`, `embed_tokens`) gives each token its vector, and GPT-2 has a second one for places
 # (`wpe`). A block has two halves. The *attention* (`attn`) lets a token look at those before it, and the *MLP* works on each token alone.
 # *Norms* (`ln`, `norm`) keep the numbers at one size. The last layer, `lm_head`, gives every token that could come next a number. In both
-# models it has no weight of its own: it uses the embedding's, and is called *tied*. The axis is logarithmic: from one line to the next is a
+# models it has no weight of its own: it uses the embedding's, and is called *tied*. The axis is logarithmic: from one mark to the next is a
 # hundred times.
 #
 # Where GPT-2 has one layer `c_attn` with three outputs in a row, SmolLM2 has `q_proj`, `k_proj` and `v_proj`. So a list of names that fits

@@ -21,7 +21,7 @@
 # ## From turns to one text
 #
 # A *chat template* is a small program, kept with the tokenizer and written in a language called Jinja. It writes a conversation as one
-# text. Each model family has its own; the model was trained with it, and understands no other as well. Here is a simple one.
+# text. Each model family has its own; the model was trained with it, and understands it better than any other. Here is a simple one.
 
 # %%
 import matplotlib.pyplot as plt

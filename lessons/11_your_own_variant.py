@@ -12,7 +12,7 @@
 # what you have written is what you mean, before days of training go into it?
 #
 # Other parts of minilora ask an adapter for its update as one matrix, $\Delta W$: to *merge* it (add it into the weight, so that it costs
-# nothing when the model runs), to save it, to give it to other programs. Training asks it for an output. Both must be the same function.
+# nothing when the model runs), to measure it, to give it to other programs. Training asks it for an output. Both must be the same function.
 # This is *the law* of adapters: for every input $x$, with frozen weight $W$ and bias $b$,
 #
 # $$\text{adapter}(x) = (W + \Delta W) \, x + b .$$
@@ -37,7 +37,7 @@ from minilora.training.settings import TrainConfig
 
 @register("volume_draft")
 class Draft(LoRALinear):
-    """The first try. It trains, and it is wrong twice."""
+    """The first try. It trains, and it is wrong in three places."""
 
     def __init__(self, base_layer, config, path=""):
         super().__init__(base_layer, config, path)
@@ -48,7 +48,7 @@ class Draft(LoRALinear):
 
 
 # %% [markdown]
-# ## The law in twenty lines
+# ## The law as a test
 #
 # The test gives all that trains random values. A fresh adapter has $B = 0$, and zero hides every mistake: a wrong factor, a wrong order, a
 # part that is missing. Then it asks in four ways for the same output.

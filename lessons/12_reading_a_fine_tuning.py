@@ -105,16 +105,16 @@ plt.show()
 # **Forgetting** has no valley: it only grows with the rate. Left of the lowest loss a run learns a little less, and forgets much less.
 # Which of the two is better depends on what the model is for, and no table can say it.
 #
-# **Size and spectrum** show it without any text. A good update is small beside the weight. At the highest rate its singular values reach
-# those of the weight, so it no longer adds to what the model knew but takes its place. The column *directions* is the effective rank: how
-# many equal singular values would be as evenly spread as these. Near 8, all of $r = 8$ is in use; near 1 a smaller rank would do.
+# **Size and spectrum** show the same without any text. A good update is small beside the weight. At the highest rate its singular values
+# reach those of the weight, so it no longer adds to what the model knew but takes its place. The column *directions* is the effective rank:
+# how many equal singular values would be as evenly spread as these. Near 8, all of $r = 8$ is in use; near 1 a smaller rank would do.
 #
 # *Intruders* are directions of the new weight, among its five strongest in each layer, to which the old weight had none alike (Shuttleworth
 # et al. 2024). None is there while the rate is good, and then they come all at once.
 #
 # ## What would break if
 #
-# **… forgetting were read off the loss on English alone?** A loss has a mean over many bytes. It can stay, or even fall, while single
+# **… forgetting were read off the loss on English alone?** A loss is a mean over many bytes. It can stay, or even fall, while single
 # guesses move in both directions. KL counts all of them. At the lowest rate:
 
 # %%
