@@ -163,15 +163,10 @@ plt.show()
 #
 # ## What would break if
 #
-# **… the weight were not frozen?** Then the backward pass needs every layer's input for it, makes a gradient as large as the dense
-# weight, and the optimizer keeps two more such numbers. `requires_grad_(False)` is what saves them.
-
-# %%
-learns = [weight.clone().requires_grad_() for weight in dense]
-print(f"inputs kept: {kept_for_backward([x, *learns], F.linear, learns):.1f} MB")
-print(f"gradients, and two numbers a weight in the optimizer: {3 * 4 * frozen / 1e6:.1f} MB")
-
-# %% [markdown]
+# **… the weight were not frozen?** Then the backward pass needs the third equation for it: PyTorch keeps every layer's input even without
+# an adapter, a gradient as large as the dense weight is made, and the optimizer keeps two more such numbers. Freezing
+# (`requires_grad_(False)`) saves them all.
+#
 # **… somebody changed the packed bytes between the two passes?** The gradient would be that of another model. Our `PackedProduct` does
 # not see it, because it keeps the weight where PyTorch does not look. minilora hands the bytes to PyTorch (`save_for_backward`), which
 # compares a count of changes:
