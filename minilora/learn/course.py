@@ -54,18 +54,30 @@ LESSONS = tuple(
     Lesson(number, title, question, f"lessons/{number:02}_{page}")
     for number, (title, question, page) in enumerate(
         (
-            ("What a low rank is", "How few numbers can hold most of a matrix?", "low_rank"),
-            ("LoRA in twenty lines", "Why does B start at zero and A at random, and what does alpha / r do?", "lora"),
-            ("Where adapters go", "Which layers does a name mean, and what do they cost?", "targets"),
-            ("What is learnt from", "Which tokens count in the loss?", "loss"),
-            ("One block by hand", "How do 64 weights become 32 bytes and a scale, and what comes back?", "one_block"),
-            ("Counting bits", "Why does a weight of four bits take 4.5, or 4.127?", "bits"),
-            ("The backward pass", "What has to be kept to train beside a packed weight?", "backward"),
-            ("The kernel", "How many bytes move, and does that or the arithmetic set the time?", "kernel"),
-            ("Merging", "What does rounding eat of an update?", "merging"),
-            ("Many adapters", "How does each row of a batch get an adapter of its own?", "many"),
-            ("Your own variant", "Which law must every variant keep?", "variant"),
-            ("Reading a fine-tuning", "What do spectra, new directions and a sweep say?", "reading"),
+            ("What a low rank is", "How few numbers can hold most of a matrix?", "what_a_low_rank_is"),
+            (
+                "LoRA in twenty lines",
+                "Why does B start at zero and A at random, and what does alpha / r do?",
+                "lora_in_twenty_lines",
+            ),
+            ("Where adapters go", "Which layers does a name mean, and what do they cost?", "where_adapters_go"),
+            ("What is learnt from", "Which tokens count in the loss?", "what_is_learnt_from"),
+            (
+                "One block by hand",
+                "How do 64 weights become 32 bytes and a scale, and what comes back?",
+                "one_block_by_hand",
+            ),
+            ("Counting bits", "Why does a weight of four bits take 4.5, or 4.127?", "counting_bits"),
+            (
+                "The backward pass, and what is not saved",
+                "What has to be kept to train beside a packed weight?",
+                "what_is_not_saved",
+            ),
+            ("The kernel", "How many bytes move, and does that or the arithmetic set the time?", "the_kernel"),
+            ("Merging, and what rounding eats", "What does rounding eat of an update?", "merging"),
+            ("Many adapters", "How does each row of a batch get an adapter of its own?", "many_adapters"),
+            ("Your own variant", "Which law must every variant keep?", "your_own_variant"),
+            ("Reading a fine-tuning", "What do spectra, new directions and a sweep say?", "reading_a_fine_tuning"),
         ),
         1,
     )

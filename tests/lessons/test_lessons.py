@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from minilora.learn.course import LESSONS as COURSE
+
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = sorted((ROOT / "lessons").glob("[01]*.py"))
 PARTS = ("**The question.**", "## What would break if", "## Exercises")
@@ -35,6 +37,14 @@ def test_a_lesson_has_its_parts(path):
     assert all(part in text for part in PARTS) and "plt." in text and "$$" in text
     assert re.search(rf"^# # {int(path.stem[:2])} · ", text, re.M)
     assert text.count("minilora learn") >= 2
+
+
+def test_the_command_and_the_page_know_every_lesson():
+    course = (ROOT / "docs" / "course.md").read_text(encoding="utf-8")
+    assert [f"lessons/{path.stem}" for path in LESSONS] == [lesson.page for lesson in COURSE] and len(LESSONS) == 12
+    for path, lesson in zip(LESSONS, COURSE, strict=True):
+        title = re.search(r"^# # \d+ · (.*)$", path.read_text(encoding="utf-8"), re.M)[1]
+        assert title == lesson.title and f"| {lesson.number} | [{title}](lessons/{path.name}) |" in course
 
 
 @pytest.mark.lesson
