@@ -38,6 +38,7 @@ nb_execution_cache_path = str(HERE.parent / "build" / "lessons")
 nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # libraries warn with the folders of the machine that builds; an error ends the build as before
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
