@@ -118,9 +118,7 @@ noise = torch.randn_like(updates[name])
 for label, matrix in (("update", updates[name]), ("weight", before[name]), ("random numbers", noise)):
     sigma = torch.linalg.svdvals(matrix)
     left.plot(range(1, len(sigma) + 1), sigma / sigma.square().sum().sqrt(), label=label)
-left.set(
-    xlabel="place of the singular value", ylabel="singular value (whole matrix = 1)", title="one layer", xscale="log"
-)
+left.set(xlabel="place of the singular value", ylabel="singular value (whole: 1)", title="one layer", xscale="log")
 right.plot(ranks[:-1], gains[:-1], "o-", label="gain")
 right.plot(ranks[:-1], sizes[:-1], "o-", label="size")
 right.set(xlabel="rank that is kept (of 128)", ylabel="share of the whole update", title="all layers", ylim=(0, 1.1))
@@ -153,9 +151,8 @@ with torch.no_grad():
 # %%
 one, other = (torch.randn(40, 4) @ torch.randn(4, 30) for _ in range(2))
 both = one + other
-print(
-    f"rank {torch.linalg.matrix_rank(both)}; cut to rank 4, the error is {(cut(both, 4) - both).norm() / both.norm():.0%}"
-)
+error = (cut(both, 4) - both).norm() / both.norm()
+print(f"rank {torch.linalg.matrix_rank(both)}; cut to rank 4, the error is {error:.0%}")
 
 # %% [markdown]
 # ## Exercises

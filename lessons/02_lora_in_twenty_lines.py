@@ -76,9 +76,8 @@ slope = 2 * (layer(x) - base_layer(x) - x @ change).detach() / (200 * 24)  # dL/
 G = slope.T @ x
 by_hand = {"B": layer.scaling * G @ layer.lora_A.T, "A": layer.scaling * layer.lora_B.T @ G}
 for name, autograd in (("B", layer.lora_B.grad), ("A", layer.lora_A.grad)):
-    print(
-        f"gradient of {name}: largest {autograd.abs().max():.4f}, largest difference {(autograd - by_hand[name]).abs().max():.0e}"
-    )
+    difference = (autograd - by_hand[name]).abs().max()
+    print(f"gradient of {name}: largest {autograd.abs().max():.4f}, largest difference {difference:.0e}")
 
 # %% [markdown]
 # And minilora's layer, with the same $A$ and $B$ in it, has the same gradients:
@@ -91,9 +90,8 @@ with torch.no_grad():
     theirs[0].lora_A.copy_(layer.lora_A)
     theirs[0].lora_B.copy_(layer.lora_B)
 loss_of(theirs, x).backward()
-print(
-    f"largest difference {(theirs[0].lora_A.grad - layer.lora_A.grad).abs().max():.0e}: minilora keeps A and B in 32 bits"
-)
+difference = theirs[0].lora_A.grad - layer.lora_A.grad
+print(f"largest difference {difference.abs().max():.0e}: minilora keeps A and B in 32 bits")
 
 # %% [markdown]
 # ## Why B is zero and A is random
@@ -170,11 +168,10 @@ plt.show()
 # $A$ and $B$ and takes another scaling computes an update of the wrong size, and nothing complains:
 
 # %%
-right_one = layer(x) - base_layer(x)
+meant = layer(x) - base_layer(x)
 layer.scaling = 1.0
-print(
-    f"with scaling 1 instead of 12 / 4 the update is wrong by {(layer(x) - base_layer(x) - right_one).norm() / right_one.norm():.0%}"
-)
+wrong = layer(x) - base_layer(x) - meant
+print(f"with scaling 1 instead of 12 / 4 the update is wrong by {wrong.norm() / meant.norm():.0%}")
 
 # %% [markdown]
 # ## Exercises

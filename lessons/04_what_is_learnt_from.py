@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minilora import LoraConfig, inject
 from minilora.data.batches import collate
-from minilora.data.encoding import encode
+from minilora.data.encoding import Encoded, encode
 from minilora.data.records import read_jsonl
 from minilora.demo import DATA
 from minilora.lab.byte_model import byte_model, decode
@@ -93,7 +93,7 @@ unseen = examples.pop()
 @torch.no_grad()
 def losses_of(ids):
     """The loss of every token but the first, in nats: the unit of the natural logarithm."""
-    return token_losses(model, collate([type(unseen)(ids, ids)], 0))
+    return token_losses(model, collate([Encoded(ids, ids)], 0))
 
 
 @torch.no_grad()
@@ -128,6 +128,7 @@ for name, part in (("question and names", ~learnt), ("answer", learnt)):
 
 # %%
 norm = plt.Normalize(0, 8, clip=True)
+STYLE = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 8}
 
 
 def draw(axes, losses, title, width=72):
@@ -135,15 +136,7 @@ def draw(axes, losses, title, width=72):
         row, column = divmod(at, width)
         colour = plt.cm.Reds(norm(loss)) if unseen.labels[at] != -100 else "#dddddd"
         axes.add_patch(plt.Rectangle((column, row), 1, 1, color=colour, linewidth=0))
-        axes.text(
-            column + 0.5,
-            row + 0.5,
-            chr(token).replace("\n", "↵"),
-            ha="center",
-            va="center",
-            family="monospace",
-            fontsize=8,
-        )
+        axes.text(column + 0.5, row + 0.5, chr(token).replace("\n", "↵"), **STYLE)
     axes.set(xlim=(0, width), ylim=(row + 1, 0), title=title, yticks=[], xlabel="place in the line")
 
 

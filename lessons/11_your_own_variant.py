@@ -87,17 +87,12 @@ def law(variant):
     output = model(x)
     merge(model)
     compare("merged", model(x), output)
-    return found
-
-
-def show(variant):
-    found = law(variant)
     for name, error in found.items():
         print(f"{name:18} {error:7.0e}  {'holds' if error < 1e-5 else 'FAILS'}")
     return found
 
 
-draft = show("volume_draft")
+draft = law("volume_draft")
 
 # %% [markdown]
 # It starts well, and then nothing holds. `delta_weight` is inherited from LoRA and knows nothing of volumes, so merging changes what the
@@ -126,19 +121,15 @@ class Volume(Draft):
         return A, self.volume[:, None] * B
 
 
-final = show("volume")
+final = law("volume")
 figure, axes = plt.subplots(figsize=(8, 2.8))
 for shift, label, found in ((-0.2, "draft", draft), (0.2, "final", final)):
     places = [at + shift for at in range(len(found))]
     axes.barh(places, [max(error, 1e-9) for error in found.values()], 0.38, left=1e-9, label=label)
 axes.axvline(1e-5, color="black", linestyle=":", label="tolerance")
 axes.set_yticks(range(len(final)), list(final))
-axes.set(
-    xscale="log",
-    ylim=(-0.9, 4.5),
-    xlim=(1e-9, 20),
-    xlabel="largest difference of outputs, relative (0 is drawn as a stump)",
-)
+axes.set(xscale="log", xlim=(1e-9, 20), ylim=(-0.9, 4.5))
+axes.set_xlabel("largest difference of outputs, relative (0 is drawn as a stump)")
 axes.invert_yaxis()
 axes.legend(frameon=False, loc="upper right", ncols=3)
 plt.show()
@@ -155,12 +146,8 @@ plt.show()
 
 # %%
 examples, unseen = text_examples(code(), 64)[::40], text_examples(code(held_out=True), 64)[::200]
-trials = trials_of(
-    "variant=lora,volume lr=3e-3,1e-2",
-    seeds=3,
-    lora=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
-    train=TrainConfig(steps=20),
-)
+lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+trials = trials_of("variant=lora,volume lr=3e-3,1e-2", seeds=3, lora=lora, train=TrainConfig(steps=20))
 results = sweep(byte_model(), examples, trials, evaluation=unseen, say=lambda line: None)
 best = {}
 for variant in ("lora", "volume"):
@@ -170,9 +157,8 @@ for variant in ("lora", "volume"):
             of_rate.setdefault(result.trial.train.lr, []).append(result.eval_loss)
     lr, best[variant] = min(of_rate.items(), key=lambda item: mean(item[1]))
     print(f"{variant:7} lr {lr:g}: {', '.join(f'{loss:.4f}' for loss in best[variant])}")
-print(
-    "volume - lora:   ", ", ".join(f"{new - old:+.4f}" for old, new in zip(best["lora"], best["volume"], strict=True))
-)
+differences = [new - old for old, new in zip(best["lora"], best["volume"], strict=True)]
+print("volume - lora:   ", ", ".join(f"{difference:+.4f}" for difference in differences))
 
 # %% [markdown]
 # With one seed both variants begin with the same $A$ and read the same data, so they are compared seed by seed. The volumes change next to
@@ -195,6 +181,8 @@ class Bent(LoRALinear):
 
     def delta_weight(self):
         raise StateError("the update of a Bent depends on the input, so it is no matrix and cannot be merged")
+
+    as_lora = delta_weight  # nor can it be given away as a pair of matrices
 
 
 try:
