@@ -44,6 +44,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "change",
             "bare",
             "match",
+            "named",
             "inject",
             "targets",
             "patterns",
