@@ -56,6 +56,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "change",
             "bare",
             "match",
+            "named",
             "inject",
             "targets",
             "patterns",

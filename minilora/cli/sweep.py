@@ -47,10 +47,10 @@ OWN = [
          'every combination is a trial; "variant=full" is full fine-tuning, "+" joins names of layers'),
     Flag("seeds", int, 1, "number of seeds that every combination is trained with"),
     Flag("one_by_one", bool, False, "run the trials one after another, and none together"),
-    Flag("tokens_at_once", int, 0, "tokens of all trials of a call, at most; 0 is 2,048 on a CPU and 16,384 on a GPU"),
+    Flag("tokens_at_once", int, 0, "tokens of all trials of a call, at most; 0 is 512 on a CPU and 16,384 on a GPU"),
     Flag("workers", str, "1", "processes of this computer that the trials are shared out among, each with an equal part of the threads; "
          "auto takes one for each thread, 8 at most, where the model is 200 MB at most, else one"),
-    Flag("forget", str, None, "file of text; how much worse a trial has made the model on it is a column of the table"),
+    Flag("forget", str, None, "file of text; how far a trial moved the predictions on it (KL, nats a token) is a column of the table"),
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from minilora.job.settings import FROM_DATA, Job
 from minilora.lora.adapter import variant
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
+from minilora.lora.named import as_named
 from minilora.lora.variants.corda import preprocess_corda
 from minilora.lora.variants.lora_ga import preprocess_loraga
 from minilora.many.eva import initialize_lora_eva_weights
@@ -69,6 +70,7 @@ def saved_start(job: Job, processes: Processes) -> tuple[Job, Stored | None]:
         )
     if job.variant:
         variant(job.variant)  # one that is not known shows now
+        as_named(job.lora, job.variant)
     if not job.init_from:
         return job, None
     if shared_out:
@@ -128,6 +130,7 @@ def begin_new(
     count: int,
 ) -> None:
     """A new adapter; one that starts from the data looks at the first ``count`` examples. Raises as ``inject``."""
+    config = as_named(config, variant)
     start = config.init_lora_weights
     batches = _batches(model, train.batch_size, examples, pad_id, count) if start in FROM_DATA else []
     torch.manual_seed(train.seed)

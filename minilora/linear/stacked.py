@@ -118,10 +118,13 @@ class _Stacked(torch.autograd.Function):
                 A, B = factors[2 * number : 2 * number + 2]
                 need_A, need_B = needed[2 * number : 2 * number + 2]
                 own, (scaling, drop) = g[part.place], _scaled(part)
-                gh = torch.mm(B.to(ctx.dtype).t(), own.t()).mul_(scaling)
-                if gx is not None and not drop:
-                    _add(gx, part.place, gh.t(), A.to(ctx.dtype))
-                grads.append(_through(ctx, part, gh, A, values if need_A else None, gx, drop))
+                grad_A = None
+                if need_A or gx is not None:
+                    gh = torch.mm(B.to(ctx.dtype).t(), own.t()).mul_(scaling)
+                    if gx is not None and not drop:
+                        _add(gx, part.place, gh.t(), A.to(ctx.dtype))
+                    grad_A = _through(ctx, part, gh, A, values if need_A else None, gx, drop)
+                grads.append(grad_A)
                 grads.append(torch.mm(h, own).t().to(B.dtype) if need_B else None)
         return None if gx is None else gx.to(grad.dtype).view(ctx.shape), None, None, None, *grads
 

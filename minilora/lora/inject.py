@@ -20,6 +20,7 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.copies import keep_bias_in_fp32
 from minilora.lora.match import match
+from minilora.lora.named import as_named
 from minilora.lora.slot import Slot, Value, own_parameters
 from minilora.lora.slots import Adapters, adapters_of, attach, has_adapters, unwrapped
 from minilora.lora.tying import adapt_embedding, copy_biases, copy_modules, trained_rows
@@ -205,17 +206,17 @@ def inject(
         TargetError, StateError: as ``build``, and for a variant that cannot start here: one that packs the base layer itself where it is
             packed already, or one that is made from data where there is none. Nothing has changed then.
     """
-    config = checked(config)
+    config = checked(config, variant)
     values = build_new(model, config, adapter_name, variant, around)
     place(model, config, adapter_name, values, variant, activate)
     return model
 
 
-def checked(config: LoraConfig) -> LoraConfig:
-    """The model's own copy of a user's config. Raises ``ConfigError``."""
+def checked(config: LoraConfig, variant: str | None = None) -> LoraConfig:
+    """The model's own copy of a user's config, which means the variant that is asked for by name. Raises ``ConfigError``."""
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"the config is a {type(config).__name__}; wanted a LoraConfig of minilora")
-    return config.for_use()
+    return as_named(config, variant).for_use()
 
 
 def build_new(

@@ -43,7 +43,7 @@ class Many(Facts):
 
         ``low_cpu_mem_usage`` makes it without values, as for ``get_peft_model``.
         """
-        config = checked(peft_config)
+        config = checked(peft_config, variant)
         values = build_new(self, config, adapter_name, variant)
         say_new(self, config, values)
         say_changed_base([*self.peft_config.values(), config])

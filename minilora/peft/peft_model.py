@@ -234,7 +234,7 @@ def get_peft_model(
     if mixed:
         raise StateError("mixed=True: minilora has one method, LoRA; several adapters of it need no mixed model")
     refuse_second(model)
-    given, name = checked(peft_config), name_of(model)
+    given, name = checked(peft_config, variant), name_of(model)
     say_renamed(given, name)
     config = dataclasses.replace(given, base_model_name_or_path=name, revision=revision or given.revision).for_use()
     values = build_new(model, config, adapter_name, variant)

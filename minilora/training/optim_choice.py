@@ -6,7 +6,7 @@ reads the A beside a B. LoRA+ and Riemannian preconditioning change any of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,17 +15,23 @@ from torch.optim import Optimizer
 
 from minilora.errors import ConfigError
 from minilora.training.optim import make_optimizer, output_side, rate_groups
-from minilora.training.optim_lora_fa import LoraFAOptimizer, frozen_beside, lorafa_group
+from minilora.training.optim_lora_fa import LoraFAOptimizer, freeze_for_good, frozen_beside, lorafa_group
 from minilora.training.optim_muon import MuonWithAdamW, factors_for_muon, refuse_without_muon
 from minilora.training.optim_riemannian import factor_pairs, rescale_before_steps
 from minilora.training.settings import TrainConfig
 
-__all__ = ["as_trained", "optimizer_of", "refuse_optimizer"]
+__all__ = ["as_trained", "freeze_beside", "optimizer_of", "refuse_optimizer"]
 
 
 def as_trained(model: nn.Module, config: TrainConfig) -> AbstractContextManager[None]:
     """Inside the block what this config's optimizer would not train is frozen: A, with LoRA-FA."""
     return frozen_beside(model) if config.optimizer == "lora_fa" else nullcontext()
+
+
+def freeze_beside(adapters: Iterable[nn.Module], config: TrainConfig) -> None:
+    """As ``as_trained``, of these adapters alone and with no way back."""
+    if config.optimizer == "lora_fa":
+        freeze_for_good(adapters)
 
 
 def refuse_optimizer(config: TrainConfig, device: torch.device) -> None:

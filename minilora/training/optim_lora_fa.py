@@ -25,7 +25,7 @@ from minilora.errors import ConfigError, warn
 from minilora.lora.slots import adapters_in, adapters_of
 from minilora.training.optim_closure import loss_again
 
-__all__ = ["LoraFAOptimizer", "create_lorafa_optimizer", "frozen_beside", "lorafa_group"]
+__all__ = ["LoraFAOptimizer", "create_lorafa_optimizer", "freeze_for_good", "frozen_beside", "lorafa_group"]
 
 _DAMPING = 1e-8  # on the diagonal of A A^T
 # The factor that trains to the one that is frozen beside it.
@@ -143,7 +143,7 @@ def create_lorafa_optimizer(
             )
     if use_rslora is not None:
         warn("use_rslora of create_lorafa_optimizer is deprecated; the adapter's config says it", FutureWarning)
-    pairs = list(_pairs(model))
+    pairs = list(_pairs(adapters_in(model)))
     for _, beside, _ in pairs:
         beside.requires_grad_(False)
     return LoraFAOptimizer([_group(model.named_parameters(), pairs)], lr=lr, weight_decay=weight_decay)
@@ -155,7 +155,7 @@ def create_lorafa_optimizer(
 @contextmanager
 def frozen_beside(model: nn.Module) -> Iterator[None]:
     """Inside the block A does not train where B does (of an embedding the other way round); after it, it is as before."""
-    frozen = [beside for _, beside, _ in _pairs(model) if beside.requires_grad]
+    frozen = [beside for _, beside, _ in _pairs(adapters_in(model)) if beside.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -165,28 +165,34 @@ def frozen_beside(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def freeze_for_good(adapters: Iterable[nn.Module]) -> None:
+    """What ``frozen_beside`` freezes, of these adapters and with no way back: for those that nobody trains otherwise afterwards."""
+    for _, beside, _ in list(_pairs(adapters)):
+        beside.requires_grad_(False)
+
+
 def lorafa_group(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """The group of ``LoraFAOptimizer`` for the parameters that train, by name, and those that are frozen beside them.
 
     Raises:
         ConfigError: no factor trains beside one that is frozen.
     """
-    own = {id(parameter) for parameter in named.values()}
-    pairs = [pair for pair in _pairs(model) if id(pair[0]) in own]
+    names = {id(parameter): name for name, parameter in named.items()}
+    pairs = [pair for pair in _pairs(adapters_in(model)) if id(pair[0]) in names]
     if not pairs:
         raise ConfigError(
             "optimizer='lora_fa': no lora_B trains beside a lora_A here, whose gradient it corrects; take adamw"
         )
-    own |= {id(beside) for _, beside, _ in pairs}
-    return _group(((name, p) for name, p in model.named_parameters() if id(p) in own), pairs)
+    beside = {_frozen_beside(names[id(factor)]): other for factor, other, _ in pairs}
+    return _group([*named.items(), *beside.items()], pairs)
 
 
 Pair = tuple[nn.Parameter, nn.Parameter, float]
 
 
-def _pairs(model: nn.Module) -> Iterator[Pair]:
-    """``(trained, frozen, scaling)`` of the active adapters' layers: the factors that train beside another one, in one layer."""
-    for module in adapters_in(model):
+def _pairs(adapters: Iterable[nn.Module]) -> Iterator[Pair]:
+    """``(trained, frozen, scaling)`` of each: the factors that train beside another one, in one layer."""
+    for module in adapters:
         if not isinstance(scaling := getattr(module, "scaling", None), (int, float)):
             continue
         own = module._parameters

@@ -161,6 +161,60 @@ def test_activations_computed_again(tmp_path):
     same_as_alone(trials, "dense", tmp_path)
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}, {}], ids=["dora", "bias", "plain"])
+def test_masks_of_dropout_are_those_of_a_run_of_its_own(again, fields, tmp_path):
+    """Whichever way a layer computes a trial, and also where one trial alone asks that activations are computed again."""
+    trials = [
+        Trial(lora(lora_dropout=0.3, **fields), plan(steps=12, lr=2e-3)),
+        Trial(lora(r=2, lora_dropout=0.1), plan(steps=12, seed=1, gradient_checkpointing=again)),
+    ]
+    results = same_as_alone(trials, "dense", tmp_path)
+    assert [result.alone for result in results] == ["", ""]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_optimizer_of_lora_fa_freezes_and_corrects(together, tmp_path):
+    trials = [
+        Trial(lora(lora_dropout=0.2), plan(steps=12, optimizer="lora_fa")),
+        Trial(lora(r=2), plan(steps=12, seed=1)),
+        Trial(lora(r=3), plan(steps=12, seed=2, optimizer="lora_fa", clip=0.0)),
+    ]
+    results = same_as_alone(trials, "dense", tmp_path, together=together)
+    model = base()
+    torch.manual_seed(0)
+    fresh = adapter_state_dict(inject(model, trials[0].lora))
+    assert all(torch.equal(results[0].weights[key], fresh[key]) for key in fresh if "lora_A" in key)
+    assert results[0].parameters == sum(value.numel() for key, value in fresh.items() if "lora_B" in key)
+
+
+def test_a_frozen_a_with_dropout_shares_a_pass(tmp_path):
+    trials = [Trial(lora(lora_dropout=0.2), plan(steps=8), "lora_fa"), Trial(lora(r=2), plan(steps=8))]
+    assert [result.alone for result in same_as_alone(trials, "dense", tmp_path)] == ["", ""]
+
+
+def test_a_name_and_a_config_that_contradict_each_other_are_refused():
+    for name, fields in (
+        ("lora", {"use_dora": True}),
+        ("vera", {"use_dora": True}),
+        ("dora", {"init_lora_weights": "pissa"}),
+    ):
+        with pytest.raises(ConfigError, match=f"variant='{name}', and .* means .*; leave one of the two out"):
+            Trial(lora(**fields), plan(), name)
+
+
+def test_a_variant_by_name_says_so_in_its_config(tmp_path):
+    sweep(
+        base(),
+        EXAMPLES,
+        [Trial(lora(), plan(steps=1), name, name) for name in ("dora", "pissa")],
+        folder=tmp_path / "out",
+        say=quiet,
+    )
+    configs = [json.loads((tmp_path / "out" / name / "adapter_config.json").read_text()) for name in ("dora", "pissa")]
+    assert configs[0]["use_dora"] and configs[1]["init_lora_weights"] == "pissa"
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_activations_are_kept_again_after_a_sweep(before):
     model = base()

@@ -64,7 +64,7 @@ def _one_step_each(ready: Ready, model: Any, say: Callable[[str], None]) -> list
     options: dict[str, Any] = {"pad_id": ready.prepared.tokenizer.pad_token_id, "together": ready.asked.together}
     options |= {"tokens_at_once": ready.asked.tokens_at_once, "start_examples": ready.asked.job.start_examples}
     options |= {"all_refused": True, "say": lambda line: None}
-    say(f"trying a step of each of {len(short)} trials, twice")
+    say(f"trying a step of {'the trial' if len(short) == 1 else f'each of {len(short)} trials'}, twice")
     sweep(model, ready.prepared.examples, short, **options)
     return sweep(model, ready.prepared.examples, short, **options)
 
@@ -106,9 +106,13 @@ def _say_sum(
     longest = max(sum(seconds.get(name, 0.0) for name in names) for names in shares)
     among = f" in {len(shares)} processes" if len(shares) > 1 else ""
     say(
-        f"{len(seconds) - alone} trials go together, {alone} one after another; {steps} steps in all, about {_time(longest)}{among} "
+        f"{_trials(len(seconds) - alone)} together, {alone} one after another; {steps} steps in all, about {_time(longest)}{among} "
         "after the model is loaded"
     )
+
+
+def _trials(count: int) -> str:
+    return "1 trial goes" if count == 1 else f"{count} trials go"
 
 
 def _time(seconds: float) -> str:

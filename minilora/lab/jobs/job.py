@@ -6,12 +6,14 @@ Next file: ``lab/jobs/workers.py``.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minilora.data.examples import digests
 from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.hf.devices import Place, choose, settled
@@ -20,7 +22,7 @@ from minilora.job.loading import Prepared, computing_with, load, prepare
 from minilora.job.settings import Job
 from minilora.job.told import say_packed
 from minilora.lab.jobs.forget import examples_of, measure_on
-from minilora.lab.sweeps.left import claim
+from minilora.lab.sweeps.left import claim, refuse_in_the_way
 from minilora.lab.sweeps.sweeping import names_of, sweep
 from minilora.lab.sweeps.trial import Result, Trial
 from minilora.training.best import refuse_without_evaluations
@@ -101,6 +103,7 @@ def look(asked: SweepJob, say: _Say, begun: Callable[[dict[str, int]], None] = l
     for config in {trial.train.optimizer: trial.train for trial in trials}.values():
         refuse_optimizer(config, place.device)
     claim(asked.folder, job.resume, job.overwrite)
+    refuse_in_the_way(asked.folder, [trial.name for trial in trials])
     looked = looked_at(job, say)
     first = replace(trials[0].train, seed=job.training.seed)
     configs = {repr(trial.lora): trial.lora for trial in trials if trial.lora is not None}
@@ -126,6 +129,7 @@ def run_here(ready: Ready, say: _Say, watch: _Watch | None = None, all_refused: 
         options: dict[str, Any] = {"save_every": asked.save_every, "together": asked.together}
         if ready.texts:
             options["measure"] = measure_on(model, ready.texts, pad_id)
+            options["measured_on"] = hashlib.sha256(b"".join(digests(ready.texts))).hexdigest()
         options |= {"tokens_at_once": asked.tokens_at_once, "start_examples": job.start_examples}
         options |= {"folder": job.out, "resume": job.resume, "overwrite": job.overwrite, "all_refused": all_refused}
         options |= {"evaluation": found.evaluation, "pad_id": pad_id, "say": say, "watch": watch}

@@ -42,6 +42,7 @@ from minilora.lab.sweeps.left import (
     clear,
     read_json,
     read_state,
+    refuse_in_the_way,
 )
 from minilora.lab.sweeps.table import as_csv, described
 from minilora.lab.sweeps.trial import Result
@@ -57,11 +58,15 @@ from minilora.training.signals import Wish
 __all__ = ["SweepFolder"]
 
 
+_SETTINGS = "forget or measured_on, tokens_at_once, start_examples, together"
+
+
 class SweepFolder:
     """What of a sweep lies on disk; with ``path`` None, nothing does.
 
     Args:
         results: by name of the trial, filled while the sweep goes. data: examples and evaluation. every: steps between states.
+        settings: of the whole sweep, which change its numbers.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class SweepFolder:
         data: Sequence[Sequence[Encoded]],
         model: nn.Module,
         every: int,
+        settings: Mapping[str, Any],
         watch: Callable[[str, dict[str, Any]], None] | None,
     ) -> None:
         self.path = None if path is None else Path(path)
@@ -85,8 +91,9 @@ class SweepFolder:
             trials = {name: described(result.trial) for name, result in results.items()}
             hashes = [hashlib.sha256(b"".join(digests(examples))).hexdigest() for examples in data]
             linears = [path for path, module in model.named_modules() if kind_of(module) == "linear"]
+            base = fingerprint(model, linears, brought={})  # with a print of every tensor
             self.meaning = json.loads(
-                json.dumps({"trials": trials, "data": hashes, "base": fingerprint(model, linears)})
+                json.dumps({"trials": trials, "data": hashes, "base": base, "settings": dict(settings)})
             )
 
     @contextmanager
@@ -102,6 +109,7 @@ class SweepFolder:
             yield
             return
         claim(self.path, resume, overwrite)
+        refuse_in_the_way(self.path, list(self.results))
         with held(self.path, say):
             if resume and (self.path / WHERE_FILE).exists():
                 self._take_up(self.path)
@@ -116,7 +124,8 @@ class SweepFolder:
 
     def _take_up(self, path: Path) -> None:
         then = read_json(path / SWEEP_FILE)
-        for part, words in (("trials", "trials"), ("data", "data"), ("base", "base model")):
+        words_of = {"trials": "trials", "data": "data", "base": "base model", "settings": f"settings ({_SETTINGS})"}
+        for part, words in words_of.items():
             if then.get(part) != self.meaning[part]:
                 raise CheckpointError(
                     f"{path}: a sweep of other {words} lies there; set them back, or begin anew with --overwrite (overwrite=True)"

@@ -19,6 +19,8 @@ __all__ = ["axes_of", "trials_of"]
 _LORA = {field.name for field in dataclasses.fields(LoraConfig)}
 _TRAIN = {field.name for field in dataclasses.fields(TrainConfig)}
 _WORDS = {"true": True, "false": False, "none": None}
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")  # "+" stands between names
+_DICTIONARIES = {field.name for field in dataclasses.fields(LoraConfig) if "dict" in str(field.type)}
 _MOST = 1000
 
 
@@ -82,12 +84,20 @@ def _value(name: str, text: str) -> Any:
     """A value as its field has it: a number, a word, a list of modules."""
     if name == "variant":
         if text != "full" and text not in VARIANTS:
-            raise ConfigError(f"grid: variant={text!r} is not registered; known are full, {nearest(text, VARIANTS)}")
+            raise ConfigError(
+                f"grid: variant={text!r} is not registered; known are full, {', '.join(sorted(VARIANTS))}"
+            )
         return text
-    if "+" in text and name in ("target_modules", "exclude_modules"):
-        return text.split("+")
+    if name in _DICTIONARIES:
+        raise ConfigError(
+            f"grid: {name} holds keys and values, which a grid cannot write; give it as a flag, for all trials"
+        )
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
+    if name == "layers_to_transform":
+        return [_value("", layer) for layer in text.split("+")]
+    if name in _NAMES and (name not in ("target_modules", "exclude_modules") or "+" in text):
+        return text.split("+")
     for kind in (int, float):
         try:
             return kind(text)

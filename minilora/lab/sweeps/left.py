@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ __all__ = [
     "clear",
     "read_json",
     "read_state",
+    "refuse_in_the_way",
     "worker_folder",
 ]
 
@@ -65,20 +66,41 @@ def claim(path: Path, resume: bool, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"out={str(path)!r} is a file; wanted a folder for the sweep")
     refuse_held(path)
+    if os.path.lexists(path / RECORD_FILE):
+        raise CheckpointError(f"{path}: holds a run of minilora train ({RECORD_FILE}), no sweep; choose another folder")
     lies = next((name for name in _OWN if os.path.lexists(path / name)), None)
     if lies and not (resume or overwrite):
         raise CheckpointError(
             f"{path}: holds a sweep already ({lies}); go on with it by --resume (resume=True), replace it by --overwrite "
             "(overwrite=True), or choose another folder"
         )
-    if lies and os.path.lexists(path / RECORD_FILE):
-        raise CheckpointError(f"{path}: holds a run of minilora train ({RECORD_FILE}), no sweep; choose another folder")
+
+
+def refuse_in_the_way(path: Path, names: Sequence[str]) -> None:
+    """Raise ``CheckpointError`` if something lies where a trial's adapter will, which no sweep has left there."""
+    known = trials_in(path)
+    for name in names:
+        place = path / name
+        if name not in known and os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
+            raise CheckpointError(
+                f"{place}: lies there already, and no sweep has left it; move it away, or choose another folder"
+            )
+
+
+def trials_in(path: Path) -> set[str]:
+    """The names of the trials of the sweep that lies in a folder; where the file that has them is damaged, those in its log."""
+    try:
+        known = set(read_json(path / SWEEP_FILE)["trials"]) if (path / SWEEP_FILE).exists() else set()
+        shares = read_json(path / WORKERS_FILE)["shares"] if (path / WORKERS_FILE).exists() else []
+        return known.union(*shares)
+    except (MiniLoraError, KeyError, TypeError):
+        found = _logged(path) if (path / LOG_FILE).exists() else {}
+        return {name for name in found if isinstance(name, str) and (path / name).parent == path}
 
 
 def clear(path: Path) -> None:
     """Remove what a sweep left there: its own files, the adapters of the trials that it names, and the folders of its workers."""
-    known = read_json(path / SWEEP_FILE) if (path / SWEEP_FILE).exists() else {}
-    for name in known.get("trials", {}):
+    for name in trials_in(path):
         if (path / name).is_dir():
             remove(path / name, [file for file in _ADAPTER if os.path.lexists(path / name / file)])
     shares = read_json(path / WORKERS_FILE)["shares"] if (path / WORKERS_FILE).exists() else []
@@ -94,11 +116,17 @@ def worker_folder(path: Path, number: int) -> Path:
 def read_state(path: Path, results: Mapping[str, Result]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fill results with what the state in a folder knows of them; returns where it was, and its tensors. Raises ``CheckpointError``."""
     where, content = read_json(path / WHERE_FILE), read_bytes(path / STATE_FILE, "the state of a sweep")
-    if hashlib.sha256(content).hexdigest() != where["sha256"]:
+    if not isinstance(where.get("trials"), dict) or not isinstance(where.get("steps"), int):
+        raise CheckpointError(f"{path / WHERE_FILE}: damaged (it does not say where the trials are); {_ANEW}")
+    if hashlib.sha256(content).hexdigest() != where.get("sha256"):
         raise CheckpointError(f"{path / STATE_FILE}: damaged; {_ANEW}")
+    if strange := sorted(where["trials"].keys() - results.keys()):
+        raise CheckpointError(f"{path / WHERE_FILE}: damaged (it knows of {strange[0]!r}, which is no trial); {_ANEW}")
     logged = _logged(path)
     for name, position in where["trials"].items():
         result = results[name]
+        if not isinstance(position, dict) or not {*KNOWN, "finished", "records"} <= position.keys():
+            raise CheckpointError(f"{path / WHERE_FILE}: damaged (it does not say where {name} is); {_ANEW}")
         result.records = logged.get(name, [])[: position["records"]]
         if len(result.records) < position["records"]:
             raise CheckpointError(

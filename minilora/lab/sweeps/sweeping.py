@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from minilora.data.encoding import Encoded
-from minilora.errors import ConfigError, Interrupted, MiniLoraError, StateError
+from minilora.errors import ConfigError, Interrupted, MiniLoraError, StateError, WriteError
 from minilora.job.start import begin_new
 from minilora.lab.sweeps.calls import Caller, Ones, assess, step
 from minilora.lab.sweeps.folder import SweepFolder
@@ -30,19 +30,23 @@ from minilora.lab.sweeps.trial import Result, Trial
 from minilora.linear.layers import is_quantized
 from minilora.lora.inject import build_new, checked, place
 from minilora.lora.slot import own_parameters
-from minilora.lora.slots import adapters_of, has_adapters
+from minilora.lora.slots import adapters_in, adapters_of, has_adapters
 from minilora.many.adapted import set_adapter, unload
 from minilora.qlora.kbit import checkpoint_activations
 from minilora.store.save import adapter_state_dict
 from minilora.training.guards import check_examples
 from minilora.training.head import why_all_logits
-from minilora.training.optim_choice import optimizer_of
+from minilora.training.optim_choice import freeze_beside, optimizer_of
 from minilora.training.packed import choose_collate
 from minilora.training.probe import refuse_reading_ahead
 from minilora.training.signals import Wish, caught
 
 __all__ = ["names_of", "sweep"]
 
+_OF_HEADS = (
+    "summary",
+    "classifier",
+)  # settings of heads that stand in other classes; where one is there, its module is found
 Measure = Callable[[nn.Module, Result], Mapping[str, float]]
 
 
@@ -61,6 +65,7 @@ def sweep(
     tokens_at_once: int = 0,
     start_examples: int = 64,
     measure: Measure | None = None,
+    measured_on: str = "",
     all_refused: bool = False,
     say: Callable[[str], None] = print,
     watch: Callable[[str, dict[str, Any]], None] | None = None,
@@ -75,6 +80,7 @@ def sweep(
         together: False runs the trials one after another. tokens_at_once: most tokens of a call, unless one trial has more; 0 is 512 on a
             CPU, 16,384 on a GPU.
         start_examples: that EVA, CorDA and LoRA-GA look at. measure: called with the model, a trial's adapter active, and its result.
+        measured_on: what ``measure`` looks at, as a name or a digest: a sweep is gone on with beside the same alone.
         all_refused: what to do if no trial can begin: False raises the first one's reason, True returns results that all ended by one.
         watch: called with a trial's name and every record of it; with ``{"step", "before": True}`` for what an earlier attempt did of it,
             and with ``{"step", "ended": why}`` where it ends, ``why`` being "" for one that came to its end.
@@ -96,7 +102,8 @@ def sweep(
         check_examples(model, evaluation, pad_id, "evaluation")
     refuse_reading_ahead(model, examples, pad_id)
     room = tokens_at_once or (16384 if next(model.parameters()).is_cuda else 512)
-    here = SweepFolder(folder, named, (examples, evaluation), model, save_every, watch)
+    settings = {"room": room, "start_examples": start_examples, "together": together, "measured on": measured_on}
+    here = SweepFolder(folder, named, (examples, evaluation), model, save_every, settings, watch)
     going = _Sweep(model, examples, evaluation, pad_id, room, start_examples, measure, say, here, list(named.values()))
     with here.held(resume, overwrite, say), _as_it_was(model), caught() as wish:
         going.run(wish, together, all_refused)
@@ -178,7 +185,7 @@ class _Sweep:
         """Do it for one trial; what is refused ends that trial alone."""
         try:
             work(result, *rest)
-        except Interrupted:
+        except (Interrupted, WriteError):  # a full disk is nothing of this trial's
             raise
         except MiniLoraError as error:
             result.ended = str(error)
@@ -189,7 +196,7 @@ class _Sweep:
         """Why the model lets no trials share a pass, in words; "" if it does."""
         config = getattr(self.model, "config", None)
         for name, value in _settings(getattr(config, "to_dict", dict)()):
-            if "drop" in str(name) and isinstance(value, float) and value > 0:
+            if "drop" in str(name) and not str(name).startswith(_OF_HEADS) and isinstance(value, float) and value > 0:
                 return f"the model itself drops while it trains ({name}={value})"
         module = next((n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0), None)
         return f"the model itself drops while it trains ({module})" if module else ""
@@ -199,12 +206,13 @@ class _Sweep:
         trial, model = result.trial, self.model
         assert trial.lora is not None
         torch.manual_seed(trial.train.seed)
-        config = checked(trial.lora)
+        config = checked(trial.lora, trial.variant)
         values = build_new(model, config, result.name, trial.variant)
         result.alone = why_not_staged(values, model)
         if result.alone:
             return
         place(model, config, result.name, values, trial.variant, activate=False, trainable=True)
+        freeze_beside([value for value in values.values() if isinstance(value, nn.Module)], trial.train)
         own = {path: value for path, value in values.items() if isinstance(value, nn.Module)}
         named = {f"{path}.{name}": p for path, value in own.items() for name, p in _trained(value)}
         self.held.append(self._going(result, model, named, list(own.values())))
@@ -226,9 +234,10 @@ class _Sweep:
         self.here.put(self.held)
         with staged(self.model, again) as stage:
             self._go(stage, self.held, wish)
-        for going in self.held:
-            set_adapter(self.model, going.result.name)
-            self._finish(going, self.model)
+        with self._finishing(self.held) as finish:
+            for going in self.held:
+                set_adapter(self.model, going.result.name)
+                finish(going, self.model)
         unload(self.model)
         self.here.save()
 
@@ -239,13 +248,15 @@ class _Sweep:
             named = _all_of(model)
         else:
             begin_new(model, trial.lora, trial.train, trial.variant, self.examples, self.pad_id, self.start_examples)
+            freeze_beside(adapters_in(model), trial.train)
             named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         going = self._going(result, model, named, [model])
         if trial.train.gradient_checkpointing:
             checkpoint_activations(model)
         self.here.put([going])
         self._go(Ones(model), [going], wish)
-        self._finish(going, model)
+        with self._finishing([going]) as finish:
+            finish(going, model)
         self.here.save()
 
     def _go(self, caller: Caller, all_of: Sequence[Going], wish: Wish) -> None:
@@ -269,6 +280,23 @@ class _Sweep:
                     self.say(f"{going.result.name} ends: {going.result.ended}")
             self.here.log(ready)
             self.here.after_step(all_of)
+
+    @contextmanager
+    def _finishing(self, goings: Sequence[Going]) -> Iterator[Callable[[Going, nn.Module], None]]:
+        """``_finish``; where the disk refuses one trial's files, the others are written first, and what is trained is kept as a state."""
+        refused: list[WriteError] = []
+
+        def finish(going: Going, model: nn.Module) -> None:
+            try:
+                self._finish(going, model)
+            except WriteError as error:
+                refused.append(error)
+
+        yield finish
+        if refused:
+            with suppress(WriteError):
+                self.here.save(goings)
+            raise refused[0]
 
     def _finish(self, going: Going, model: nn.Module) -> None:
         going.finish()

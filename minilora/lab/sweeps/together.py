@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minilora.data.tokens import IGNORED
 from minilora.errors import StateError
+from minilora.linear.fused import new_seed
 from minilora.linear.layers import carries, frozen_weight
 from minilora.linear.stacked import Part, stacked_linear
 from minilora.lora.adapter import Adapter
@@ -53,9 +54,8 @@ class Share:
     ask: Ask
     first: int
     last: int
-    seeds: dict[int, int] = field(
-        default_factory=dict
-    )  # of dropout by layer, for the pass that computes activations again
+    # Where the stream stood before a layer drew from it, for the pass that computes activations again.
+    drawn: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -157,11 +157,11 @@ class Together(nn.Module):
         rows = x if len(shared) == len(kept) else torch.cat([x[:0], *(x[share.first : share.last] for share in shared)])
         for (share, adapter), way in zip(kept, how, strict=True):
             count = share.last - share.first
-            if way == "part":
+            if way in ("part", "biased"):
                 parts.append(self._part(share, adapter, at, x))
             at += 0 if way == "own" else count
         out = _product(base, rows, parts) if shared else None
-        if not any(way in ("added", "own") for way in how):
+        if not any(way in ("added", "own", "biased") for way in how):
             assert out is not None
             return out
         at = 0
@@ -169,17 +169,31 @@ class Together(nn.Module):
             count, own = share.last - share.first, x[share.first : share.last, : share.width]
             short = (0, 0, 0, self.stage.length - share.width)
             if way == "own":
-                with drawing_from(share.ask.stream):
+                with self._drawing(share):
                     pieces.append(F.pad(adapter(own), short))
                 continue
             assert out is not None
             piece = out[at : at + count]
             at += count
             if way == "added":
-                with drawing_from(share.ask.stream):
+                with self._drawing(share):
                     piece = piece + F.pad(adapter.update(adapter.lora_dropout(own)), short)
+            elif way == "biased":
+                piece = piece + (adapter.scaling * adapter.lora_bias).to(piece.dtype)
             pieces.append(piece)
         return torch.cat(pieces)
+
+    @contextmanager
+    def _drawing(self, share: Share) -> Iterator[None]:
+        """What this layer draws for a trial comes from the trial's stream; where activations are computed again, the same once more."""
+        stream, before = share.ask.stream, share.drawn.get(id(self))
+        if before is not None and self.stage.again:
+            stream = torch.Generator()
+            stream.set_state(before)
+        elif self.stage.again:
+            share.drawn[id(self)] = stream.get_state()
+        with drawing_from(stream):
+            yield
 
     def _part(self, share: Share, adapter: Any, at: int, x: Tensor) -> Part:
         """The update of a plain adapter on the rows of its trial, which begin at row ``at`` of those that are computed."""
@@ -190,20 +204,21 @@ class Together(nn.Module):
             place = self.stage.place(at, count, share.width, x.device)
         seed = 0
         if p:
-            known = share.seeds.get(id(self)) if self.stage.again else None
-            seed = int(torch.randint(2**62, (), generator=share.ask.stream)) if known is None else known
-            share.seeds[id(self)] = seed
+            with self._drawing(share):
+                seed = new_seed(1)
         return Part(place, adapter.lora_A, adapter.lora_B, adapter.scaling, p, seed)
 
 
 def _how(adapter: Any, base: Any, x: Tensor) -> str:
-    """How a trial's rows are computed here: by the base alone, with a part in the one product, with an update added, or by themselves."""
+    """How a trial's rows are computed here: by the base alone, with a part in the one product (and a bias of its own), with an update
+    added, or by themselves."""
     if adapter is None:
         return "base"
     if type(adapter).forward is not LoRALinear.forward or adapter.base_layer is not base:
         return "own"
-    plain = type(adapter).update is LoRALinear.update and adapter.lora_bias is None
-    return "part" if plain and is_known_dropout(adapter.lora_dropout) and carries(base, x) else "added"
+    if type(adapter).update is LoRALinear.update and is_known_dropout(adapter.lora_dropout) and carries(base, x):
+        return "part" if adapter.lora_bias is None else "biased"
+    return "added"
 
 
 def _product(base: Any, x: Tensor, parts: Sequence[Part]) -> Tensor:

@@ -20,6 +20,7 @@ from minilora.errors import ConfigError
 from minilora.job.settings import FROM_DATA
 from minilora.lora.adapter import variant
 from minilora.lora.config import LoraConfig
+from minilora.lora.named import as_named
 from minilora.training.settings import TrainConfig
 
 __all__ = ["Result", "Trial"]
@@ -59,6 +60,7 @@ class Trial:
             variant(self.variant)
             if self.lora is None:
                 raise ConfigError(f"variant={self.variant!r}: full fine-tuning has none; give a LoraConfig")
+            as_named(self.lora, self.variant)
 
     @property
     def why_alone(self) -> str:
@@ -67,8 +69,9 @@ class Trial:
             return "full fine-tuning changes the base"
         if self.kind.replaces_base:
             return f"{self.kind.__name__} packs a base of its own"
-        if self.lora.init_lora_weights in FROM_DATA:
-            return f"{self.lora.init_lora_weights} looks at the data before it starts"
+        start = as_named(self.lora, self.variant).init_lora_weights
+        if start in FROM_DATA:
+            return f"{start} looks at the data before it starts"
         if self.lora.modules_to_save or self.lora.trainable_token_indices or self.lora.bias != "none":
             return "it trains more than updates of linear layers"
         if self.kind.depends_on_input:

@@ -1,0 +1,43 @@
+"""A variant that is asked for by its name, beside a config that may mean another one. Next file: ``lora/inject.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from minilora.errors import ConfigError
+from minilora.lora.config import LoraConfig
+
+__all__ = ["as_named"]
+
+_STARTS = (
+    "pissa",
+    "olora",
+    "orthogonal",
+    "mica",
+    "loftq",
+    "corda",
+    "lora_ga",
+)  # variants that ``init_lora_weights`` means
+
+
+def as_named(config: LoraConfig, variant: str | None) -> LoraConfig:
+    """The config that means this variant, so that its file says so to other programs too; the same one where no field is about it.
+
+    Raises:
+        ConfigError: the config means another variant.
+    """
+    meant = config.variant
+    if variant in (None, "", meant):
+        return config
+    if meant != "lora":
+        field = "use_dora=True" if meant == "dora" else f"init_lora_weights={config.init_lora_weights!r}"
+        field = "alora_invocation_tokens" if meant == "alora" else field
+        raise ConfigError(f"variant={variant!r}, and {field} means {meant!r}; leave one of the two out")
+    fields: dict[str, Any] = {"use_dora": True} if variant == "dora" else {}
+    if variant in _STARTS:
+        fields = {"init_lora_weights": variant}
+        for name in (f"{variant}_config",):
+            if name in LoraConfig.__dataclass_fields__ and not getattr(config, name):
+                fields[name] = {}
+    return dataclasses.replace(config, **fields) if fields else config
