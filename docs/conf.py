@@ -18,8 +18,9 @@ import minilora  # noqa: E402
 project = "minilora"
 author = "the minilora contributors"
 release = version = minilora.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "directives"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "directives", "mathml"]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"minilora {release}"
 html_static_path = ["static"]
@@ -38,7 +39,9 @@ nb_execution_cache_path = str(HERE.parent / "build" / "lessons")
 nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-nb_output_stderr = "remove"  # libraries warn with the folders of the machine that builds; an error ends the build as before
+nb_output_stderr = (
+    "remove"  # libraries warn with the folders of the machine that builds; an error ends the build as before
+)
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -492,7 +492,7 @@ def test_every_page_is_in_a_table_of_contents():
     listed = set()
     for name, text in PAGES.items():
         for block in re.findall(r"^```\{toctree\}\n(.*?)^```", text, re.M | re.S):
-            entries = [line for line in block.splitlines() if line and not line.startswith(":")]
+            entries = [line for line in block.splitlines() if line and not line.startswith(":") and "*" not in line]
             listed |= {((ROOT / name).parent / f"{entry}.md").relative_to(ROOT).as_posix() for entry in entries}
     pages = {name for name in PAGES if name.startswith("docs/")}
     assert pages - listed == {"docs/index.md"} and listed - pages == {"docs/folders/index.md"}
