@@ -31,7 +31,7 @@ GROUP = 256  # scales that share a scale of their own
 
 
 def levels_of_scales():
-    """The 256 levels that a scale in 8 bits can have: seven powers of ten, more levels in the larger ones."""
+    """The 256 levels that a scale in 8 bits can have (Dettmers 2015, arXiv 1511.04561): 1 to 64 of them for each power of ten from 1e-6."""
     levels = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
@@ -49,7 +49,7 @@ def nearest(values, levels):
 
 
 def quantize(weight):
-    """A weight [out, in] as bytes with two numbers of 4 bits each, and its scales: 4.127 bits a weight instead of 32."""
+    """A weight [out, in] as bytes of two codes each, and its scales: 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, not 32."""
     blocks = weight.detach().float().reshape(-1, BLOCK)  # fails where the weights are no whole number of blocks
     absmax = blocks.abs().amax(1)  # the scale of a block is its largest magnitude, so that all of it lies in [-1, 1]
     codes = nearest(blocks * absmax.clamp(min=1e-38).reciprocal()[:, None], NF4).flatten()
@@ -62,8 +62,10 @@ def quantize_scales(absmax):
     offset = absmax.mean()  # scales are never negative; without their mean they use both signs of the levels
     rest = absmax - offset
     largest = F.pad(rest, (0, -len(rest) % GROUP)).view(-1, GROUP).abs().amax(1)
-    scaled = rest * largest.reciprocal().repeat_interleave(GROUP)[: len(rest)]
-    # bitsandbytes rounds to 65,536 even steps first, and takes the level nearest to the step. To write the same bytes we do, too.
+    scaled = (rest * largest.reciprocal().repeat_interleave(GROUP)[: len(rest)]).nan_to_num(
+        -1.0
+    )  # of equal scales nothing is left
+    # The library bitsandbytes rounds to 65,536 even steps first, and takes the level nearest to the step. To write its bytes we do, too.
     steps = ((scaled.clamp(-1, 1) + 1) * 32767.5 + 0.5).long()
     codes = nearest(torch.arange(65536, dtype=torch.float64) * 2 / 65535 - 1, SCALES.double())[steps]
     return {"scales": codes.to(torch.uint8), "largest": largest, "offset": offset}
@@ -110,7 +112,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer, r, lora_alpha):
         super().__init__()
         self.base_layer, self.scaling = base_layer, lora_alpha / r
-        # B = 0: before the first step the layer computes what it did. A is random, or B would get no gradient either.
+        # B = 0: before the first step the layer computes what it did. A is random: with A = 0 too, neither would ever move.
         self.lora_A = nn.Parameter((torch.rand(r, base_layer.in_features) * 2 - 1) / math.sqrt(base_layer.in_features))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r))
 
@@ -119,7 +121,7 @@ class LoRALinear(nn.Module):
 
 
 def adapt(model, r, lora_alpha):
-    """Freeze the model, pack every linear layer but the head, and put an adapter beside each. Returns the adapters by their paths."""
+    """Freeze the model, pack every linear layer but the head (often the embedding, too), and put an adapter beside each, by its path."""
     model.requires_grad_(False)
     adapters = {}
     for path, module in list(model.named_modules()):  # a list, because the walk changes what it walks through
@@ -182,7 +184,7 @@ def batches(examples, size):
 def rate_at(step, steps, lr):
     """The learning rate rises over the first tenth of the steps, and falls to 0 along half a cosine."""
     rise = max(1, round(0.1 * steps))
-    fallen = (step - rise) / (steps - rise)
+    fallen = (step - rise) / max(1, steps - rise)
     return lr * (step + 1) / rise if step < rise else lr * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
@@ -219,14 +221,15 @@ def answer(model, tokenizer, question):
     """What the model says to a question, the likeliest token each time."""
     messages = [{"role": "user", "content": question}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    model.eval()
-    said = model.generate(**ids, max_new_tokens=40, do_sample=False)
+    said = model.eval().generate(**ids, max_new_tokens=40, do_sample=False)
     return tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main(model_folder, data, out, steps=48, lr=1e-3, r=8, lora_alpha=16):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if Path(out).exists():
+        sys.exit(f"{out} is there already; wanted a new folder")
     torch.manual_seed(0)
     began, question = time.perf_counter(), "What is the capital of France?"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -235,7 +238,9 @@ def main(model_folder, data, out, steps=48, lr=1e-3, r=8, lora_alpha=16):
     examples = [encode(record["messages"], tokenizer, max_length=128) for record in records]
     adapters = adapt(model, r, lora_alpha)
     print(f"{question}\nbefore: {answer(model, tokenizer, question)}")
-    train(model, examples, tokenizer.pad_token_id, steps, lr)
+    train(
+        model, [one for one in examples if max(one[1][1:]) >= 0], tokenizer.pad_token_id or 0, steps, lr
+    )  # with an answer
     print(f"{question}\nafter: {answer(model, tokenizer, question)}")
     save(adapters, out, r, lora_alpha)
     print(f"saved in {out} after {time.perf_counter() - began:.0f} s")

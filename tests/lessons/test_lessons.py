@@ -44,7 +44,7 @@ def test_the_command_and_the_page_know_every_lesson():
     assert [f"lessons/{path.stem}" for path in LESSONS] == [lesson.page for lesson in COURSE] and len(LESSONS) == 12
     for path, lesson in zip(LESSONS, COURSE, strict=True):
         title = re.search(r"^# # \d+ · (.*)$", path.read_text(encoding="utf-8"), re.M)[1]
-        assert title == lesson.title and f"| {lesson.number} | [{title}](lessons/{path.name}) |" in course
+        assert title == lesson.title and f"| [{lesson.number} · {title}](lessons/{path.name}) |" in course
 
 
 @pytest.mark.lesson

@@ -66,6 +66,16 @@ def test_codes_and_scales_to_the_bit(shape):
     assert torch.equal(ours.dequantize(torch.float32), nano.dequantize(stored))
 
 
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(64, 64), torch.ones(64, 64), torch.randn(8, 8)], ids=["zeros", "ones", "one block"]
+)
+def test_scales_that_are_all_equal(weight):
+    ours, stored = quantize(weight, QuantConfig(double_quant=True)), nano.quantize(weight)
+    assert torch.equal(ours.absmax, stored["scales"]) and torch.equal(
+        ours.dequantize(torch.float32), nano.dequantize(stored)
+    )
+
+
 @pytest.mark.parametrize("most", [60, 1000])
 def test_the_same_examples(most):
     tokenizer = models.byte_tokenizer()
