@@ -22,6 +22,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 
 html_math_renderer = "mathml"
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines the names of modules, as if they were links
 html_title = f"minilora {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
