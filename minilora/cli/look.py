@@ -14,9 +14,9 @@ from minilora.cli.adapters import add_adapter_flags
 from minilora.cli.flags import Flag, add_flags
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.remembered import BASE, as_trained, recall
-from minilora.cli.say import say
+from minilora.cli.say import say, say_styled
 from minilora.cli.settings import GROUPS, settings
-from minilora.errors import ConfigError, for_terminal
+from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.hf.places import AUTO
 from minilora.job.given import job_from
@@ -129,28 +129,13 @@ def _show(examples: Sequence[Mapping[str, Any]]) -> None:
     """Each example in lines: its words by role, in colours where rich can show them, and the tokens with the highest loss."""
     from minilora.report.lens import header
 
-    console = _console()
     for number, example in enumerate(examples):
         warning = f"\nwarning: {example['warning']}" if example["warning"] else ""
         say(f"{chr(10) * (number > 0)}{header(example)}{warning}")
         for name, pieces in _lines(example):
-            if console is None:
-                say(f"  {name}{''.join(text for text, _ in pieces)}")
-            else:
-                console.print(_coloured(name, pieces))
+            say_styled([(f"  {name}", ""), *pieces])
         if highest := _highest(example):
             say(f"  {highest}")
-
-
-def _console() -> Any:
-    """Where rich prints; None without rich or without a terminal."""
-    if not sys.stdout.isatty():
-        return None
-    try:
-        from rich.console import Console
-    except ImportError:
-        return None
-    return Console(file=sys.stdout, highlight=False)
 
 
 def _lines(example: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -170,15 +155,6 @@ def _lines(example: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, st
         yield "".join(word.ljust(width) for word, width in zip(name, widths, strict=True)), pieces
     if left := len(tokens) - len(shown):
         yield f"({left:,} tokens more are not shown)", []
-
-
-def _coloured(name: str, pieces: Sequence[tuple[str, str]]) -> Any:
-    from rich.text import Text
-
-    line = Text(f"  {name}")
-    for text, style in pieces:
-        line.append(for_terminal(text, sys.stdout.encoding), style)
-    return line
 
 
 def _highest(example: Mapping[str, Any]) -> str:

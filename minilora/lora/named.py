@@ -10,15 +10,8 @@ from minilora.lora.config import LoraConfig
 
 __all__ = ["as_named"]
 
-_STARTS = (
-    "pissa",
-    "olora",
-    "orthogonal",
-    "mica",
-    "loftq",
-    "corda",
-    "lora_ga",
-)  # variants that ``init_lora_weights`` means
+# Variants that ``init_lora_weights`` means.
+_STARTS = frozenset(("pissa", "olora", "orthogonal", "mica", "loftq", "corda", "lora_ga"))
 
 
 def as_named(config: LoraConfig, variant: str | None) -> LoraConfig:
@@ -34,10 +27,9 @@ def as_named(config: LoraConfig, variant: str | None) -> LoraConfig:
         field = "use_dora=True" if meant == "dora" else f"init_lora_weights={config.init_lora_weights!r}"
         field = "alora_invocation_tokens" if meant == "alora" else field
         raise ConfigError(f"variant={variant!r}, and {field} means {meant!r}; leave one of the two out")
-    fields: dict[str, Any] = {"use_dora": True} if variant == "dora" else {}
-    if variant in _STARTS:
-        fields = {"init_lora_weights": variant}
-        for name in (f"{variant}_config",):
-            if name in LoraConfig.__dataclass_fields__ and not getattr(config, name):
-                fields[name] = {}
-    return dataclasses.replace(config, **fields) if fields else config
+    if variant == "dora":
+        return dataclasses.replace(config, use_dora=True)
+    if variant not in _STARTS:
+        return config
+    own: dict[str, Any] = {} if getattr(config, f"{variant}_config", True) else {f"{variant}_config": {}}
+    return dataclasses.replace(config, init_lora_weights=variant, **own)

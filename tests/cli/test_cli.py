@@ -138,7 +138,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["tarin"], "command 'tarin' is unknown; the closest are 'train', all are demo, init, train"),
+        (["tarin"], "command 'tarin' is unknown; the closest are 'train', 'learn', all are demo, init, train"),
         (["--stepz"], "--stepz: unknown flag; the closest are '--help'; minilora --help shows all"),
         (["train", "--stepz", "3"], "--stepz: unknown flag; the closest are '--steps'"),
         (["train", "--step", "3"], "--step: unknown flag; the closest are '--steps'"),

@@ -124,10 +124,10 @@ def test_peft_reads_the_export(dtype, make_llama, randomize, ids, tmp_path):
     [
         ({"r": OUT + 1}, rf"r={OUT + 1} for a weight of \({OUT}, {IN}\); set rank_pattern=\{{'layer': {OUT}\}}"),
         ({"init_lora_weights": False}, "init_lora_weights=False is for another variant"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is for another variant"),
+        ({"init_lora_weights": "pissa"}, "variant='lora_xs', and init_lora_weights='pissa' means 'pissa'"),
         ({"lora_bias": True}, "lora_bias=True is for another variant"),
-        ({"use_dora": True}, "use_dora=True is for another variant"),
-        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is for another variant"),
+        ({"use_dora": True}, "variant='lora_xs', and use_dora=True means 'dora'"),
+        ({"alora_invocation_tokens": [3]}, "variant='lora_xs', and alora_invocation_tokens means 'alora'"),
     ],
     ids=str,
 )

@@ -29,6 +29,7 @@ from minilora.lora.variants.tokens import TokenRows
 from minilora.lora.variants.vera import shared_factor
 from minilora.many.adapted import disabled, unload
 from minilora.quant.blockwise import quantize
+from minilora.store.adapter_files import read_config
 from minilora.store.load import WEIGHTS_FILE, adapter_state_dict
 from minilora.training.optim import lora_plus_groups
 from tests.compare import close, same
@@ -853,7 +854,10 @@ def test_inject_takes_a_variant_by_name(name, tmp_path, randomize):
     randomize(model)
     save_adapter(model, tmp_path)
     with safetensors.safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
-        assert file.metadata() == {"format": "pt"} | ({} if name == "lora" else {"minilora_variant": name})
+        # A variant that a field of the config means is said by that field, so that PEFT reads it too.
+        config = read_config(tmp_path)
+        assert config.variant == (name if name not in ("vera", "lora_fa", "lora_xs") else "lora")
+        assert file.metadata() == {"format": "pt"} | ({} if name == config.variant else {"minilora_variant": name})
     again = nn.ModuleDict({"layer": make_base(base)}).eval()
     load_adapter(again, tmp_path)
     assert type(again["layer"]) is VARIANTS[name] and torch.equal(again["layer"](inputs()), adapter(inputs()))

@@ -85,7 +85,7 @@ def _value(name: str, text: str) -> Any:
     if name == "variant":
         if text != "full" and text not in VARIANTS:
             raise ConfigError(
-                f"grid: variant={text!r} is not registered; known are full, {', '.join(sorted(VARIANTS))}"
+                f"grid: variant={text!r} is not registered; known are full, {', '.join(sorted(VARIANTS))}; the closest are {nearest(text, VARIANTS)}"
             )
         return text
     if name in _DICTIONARIES:
