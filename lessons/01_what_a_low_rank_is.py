@@ -131,9 +131,7 @@ for label, matrix in (("update", updates[name]), ("weight", before[name]), ("ran
 left.set(xlabel="place of the singular value", ylabel="singular value (whole: 1)", title="one layer", xscale="log")
 right.plot(ranks[:-1], gains[:-1], "o-", label="gain")
 right.plot(ranks[:-1], sizes[:-1], "o-", label="size")
-right.set(
-    xlabel="rank that is kept (at most 128)", ylabel="share of the whole update", title="all layers", ylim=(0, 1.1)
-)
+right.set(xlabel="rank kept (at most 128)", ylabel="share of the whole update", title="all layers", ylim=(0, 1.1))
 for one in (left, right):
     one.legend(frameon=False)
 figure.tight_layout()

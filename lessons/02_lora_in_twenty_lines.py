@@ -148,9 +148,7 @@ for label, inputs, colour in (("alike", alike, "C0"), ("everywhere", x, "C1")):
     for scaling, power, line in (("1", 0, "-"), ("1 / √r", 0.5, "--"), ("1 / r", 1, ":")):
         moved = [sum(run(inputs, r, r ** (1 - power), seed=seed)[-1] for seed in range(20)) for r in ranks]
         ratio = [value / moved[0] for value in moved]
-        print(
-            f"inputs {label:10} scaling {scaling:6} with r = 64 the output moves {ratio[-1]:5.2f} times as far as with r = 1"
-        )
+        print(f"inputs {label}, scaling {scaling}: r = 64 moves the output {ratio[-1]:.2f} times as far as r = 1")
         right.loglog(ranks, ratio, f"o{line}", color=colour, label=f"{label}, {scaling}")
 right.set_xticks(ranks, ranks, minor=False)
 right.minorticks_off()
