@@ -9,18 +9,20 @@
 # # 1 · What a low rank is
 #
 # **The question.** Fine-tuning a model means training it a little more, on new text. Each of its weights, a matrix $W$ of many numbers,
-# becomes $W + \Delta W$. The matrix $\Delta W$ is called the *update*. LoRA learns it with few numbers. How can that be enough?
+# becomes $W + \Delta W$. The matrix $\Delta W$ is called the *update*. LoRA (*low-rank adaptation*) learns it with few numbers. How can
+# that be enough?
 #
 # Take a column $u$ of `out` numbers and a row $v^\top$ of `in` numbers. Their product $u v^\top$ is a matrix with `out` rows and `in`
-# columns: a big table, made from few numbers. Here each such product is called a *direction*. A matrix that is the sum of $r$ of them, and
-# of no fewer, has *rank* $r$. Every matrix can be written in this way, and the *singular value decomposition* (SVD) finds the best way to
-# do it:
+# columns: a big table, made from few numbers. Here each such product is called a *direction*. A matrix that is the sum of $r$ of them,
+# and of no fewer, has *rank* $r$. Every matrix can be written in this way, and the *singular value decomposition* (SVD) finds the best
+# way to do it:
 #
 # $$M = \sigma_1 u_1 v_1^\top + \sigma_2 u_2 v_2^\top + \dots , \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge 0 .$$
 #
-# All $u_i$ and $v_i$ have length 1, so the *singular value* $\sigma_i$ says how large the part $i$ is. No matrix of rank $r$ is nearer to
-# $M$ than the first $r$ parts of the sum. To keep them alone is to *cut* $M$ to rank $r$; it takes $r \cdot (\text{out} + \text{in})$
-# numbers instead of $\text{out} \cdot \text{in}$.
+# All $u_i$ and $v_i$ have length 1, so the *singular value* $\sigma_i$ says how large the part $i$ is. To keep the first $r$ parts alone
+# is to *cut* $M$ to rank $r$; it takes $r \cdot (\text{out} + \text{in})$ numbers instead of $\text{out} \cdot \text{in}$. No matrix of
+# rank $r$ is nearer to $M$: the sum of the squares of the differences (the squared *Frobenius norm* of the difference) is smaller for
+# none.
 
 # %%
 import matplotlib.pyplot as plt
@@ -38,7 +40,9 @@ def cut(matrix, r):
 # %% [markdown]
 # ## A picture as a matrix
 #
-# A grey picture is a matrix of brightness. This one is computed: sky, sun, two hills, and a sea with waves.
+# A grey picture is a matrix of brightness. This one is computed: sky, sun, two hills, and a sea with waves. The *length* of a matrix is
+# the square root of the sum of the squares of its numbers. The *error* is the length of the difference, divided by the length of the
+# picture.
 
 # %%
 y, x = torch.meshgrid(torch.linspace(0, 1, 120), torch.linspace(0, 1.5, 180), indexing="ij")
@@ -48,13 +52,13 @@ for base, dark in ((0.45, 0.45), (0.58, 0.25)):
     picture = torch.where(y > ridge, torch.tensor(dark), picture)
 picture = torch.where(y > 0.72, 0.55 + 0.2 * torch.sin(90 * y**2 + 3 * torch.sin(6 * x)) * y, picture)
 
-figure, axes = plt.subplots(1, 4, figsize=(10, 2.3))
-for one, r in zip(axes, (1, 5, 20, 120), strict=True):
-    kept = cut(picture, r)
+figure, axes = plt.subplots(2, 2, figsize=(6.5, 5))
+for one, r in zip(axes.flat, (1, 5, 20, 120), strict=True):
+    kept, numbers = cut(picture, r), r * sum(picture.shape)
     one.imshow(kept, cmap="gray", vmin=0, vmax=1.2)
-    one.set(title=f"rank {r}: {r * sum(picture.shape):,} numbers", xlabel="column", ylabel="row" if r == 1 else "")
-    one.title.set_fontsize(9)
-    print(f"rank {r:3}: error {(kept - picture).norm() / picture.norm():.1%} of {picture.numel():,} numbers")
+    one.set(title=f"rank {r}: {numbers:,} numbers", xlabel="column", ylabel="row")
+    error = (kept - picture).norm() / picture.norm()
+    print(f"rank {r:3}: {numbers:6,} numbers instead of {picture.numel():,}, error {error:5.1%}")
 figure.tight_layout()
 plt.show()
 
@@ -65,8 +69,8 @@ plt.show()
 # ## A real update
 #
 # The byte model comes with minilora. It is a language model of 0.8 million weights that has read English. It reads byte by byte, and says
-# for each byte how likely it is to come next. Its *loss* says how badly it guesses; here it is given in bits a byte. Here all of its linear
-# layers learn from Python code, forty steps, without LoRA. A *linear layer* is a layer that multiplies by a weight.
+# for each byte how likely it is to come next. Its *loss* says how badly it guesses; here it is given in bits a byte. Here all of its
+# linear layers learn from Python code, forty steps, without LoRA. A *linear layer* is a layer that multiplies by a weight.
 
 # %%
 torch.manual_seed(0)
@@ -96,8 +100,9 @@ print(f"before {start:.3f} bits a byte, after {bits():.3f}")
 # %% [markdown]
 # ## How many of its directions count
 #
-# The measurement: cut the update of every layer to rank $r$, add it to the old weight, and ask for the loss again. *Size* is the sum of the
-# squares of all singular values, which is the sum of the squares of all numbers of the matrix. *Gain* is how far the loss has fallen.
+# The measurement: cut the update of every layer to rank $r$, add it to the old weight, and ask for the loss again. *Size* is the sum of
+# the squares of all singular values, which is the sum of the squares of all numbers of the matrix. *Gain* is how far the loss has fallen.
+# The rank of a matrix is at most its shorter side, which is 128 here, and 64 in some of the layers.
 
 # %%
 ranks, losses, sizes = (0, 1, 2, 4, 8, 16, 32, 128), [], []
@@ -112,25 +117,32 @@ gains = [(start - loss) / (start - losses[-1]) for loss in losses]
 for r, loss, size, gain in zip(ranks, losses, sizes, gains, strict=True):
     print(f"rank {r:3}: {loss:.3f} bits a byte, {gain:4.0%} of the gain, {size:4.0%} of the size")
 
+full = sum(int(torch.linalg.matrix_rank(update)) == min(update.shape) for update in updates.values())
+print(f"{full} of {len(updates)} updates have the highest rank that their shape allows")
+
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 name = "model.layers.2.mlp.down_proj.weight"
 noise = torch.randn_like(updates[name])
 for label, matrix in (("update", updates[name]), ("weight", before[name]), ("random numbers", noise)):
     sigma = torch.linalg.svdvals(matrix)
     left.plot(range(1, len(sigma) + 1), sigma / sigma.square().sum().sqrt(), label=label)
+    first = sigma[:16].square().sum() / sigma.square().sum()
+    print(f"left picture, {label:14}: the first 16 directions hold {first:.0%} of the size")
 left.set(xlabel="place of the singular value", ylabel="singular value (whole: 1)", title="one layer", xscale="log")
 right.plot(ranks[:-1], gains[:-1], "o-", label="gain")
 right.plot(ranks[:-1], sizes[:-1], "o-", label="size")
-right.set(xlabel="rank that is kept (of 128)", ylabel="share of the whole update", title="all layers", ylim=(0, 1.1))
+right.set(xlabel="rank kept (at most 128)", ylabel="share of the whole update", title="all layers", ylim=(0, 1.1))
 for one in (left, right):
     one.legend(frameon=False)
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The first directions of the update are larger than those of random numbers: the steps of the training have pushed the same way. Behind the
-# first sixteen comes a long tail, which still holds much of the size and does little for the loss. So the update has a high rank, and a low
-# rank is enough for most of its use. LoRA never forms the whole update: it learns a matrix of rank $r$ from the beginning.
+# The first directions of the update are larger than those of random numbers. In this layer the weight lies between the two: it is spread
+# less evenly than random numbers, and more evenly than the update. Behind the first sixteen directions of the update comes a long tail,
+# which still holds much of the size and does little for the loss. So the update has a high rank, and a low rank is enough for most of its
+# use. LoRA never forms the whole update: from the beginning it learns two small matrices, $r$ columns and $r$ rows, whose product has
+# rank $r$ at most. Such a pair of matrices beside a weight is called an *adapter*.
 #
 # ## What would break if
 #
@@ -145,8 +157,8 @@ with torch.no_grad():
         print(f"{label} cut to rank 16: {bits():.2f} bits a byte")
 
 # %% [markdown]
-# **… two adapters were added?** The sum of two matrices of rank $r$ has rank $2r$ as a rule. So two adapters of rank 4 do not fit into one
-# of rank 4:
+# **… the updates of two adapters were added?** The sum of two matrices of rank $r$ has rank $2r$ as a rule. So two adapters of rank 4 do
+# not fit into one of rank 4:
 
 # %%
 one, other = (torch.randn(40, 4) @ torch.randn(4, 30) for _ in range(2))

@@ -8,16 +8,17 @@
 # %% [markdown]
 # # 2 · LoRA in twenty lines
 #
-# **The question.** A layer multiplies its input $x$ by a weight $W$. The weight is *frozen*: it must not change. What can be trained beside
-# it, so that training begins exactly where the model is, costs little, and is about as fast whatever the rank?
+# **The question.** A layer multiplies its input $x$ by a weight $W$. The weight is *frozen*: it must not change. What can be trained
+# beside it, so that training begins exactly where the model is, costs little, and learns about as quickly with any rank?
 #
-# LoRA (Hu et al. 2021) puts the product of two thin matrices beside the weight. $A$ has $r$ rows and as many columns as the layer has
-# inputs, $B$ has as many rows as the layer has outputs and $r$ columns, so their product has rank $r$ at most (lesson 1). Only $A$ and $B$
-# are trained:
+# LoRA (low-rank adaptation, Hu et al. 2021) puts the product of two thin matrices beside the weight. $A$ has $r$ rows and as many columns
+# as the layer has inputs, $B$ has as many rows as the layer has outputs and $r$ columns, so their product has rank $r$ at most (lesson
+# 1). The pair is called an *adapter*. Only $A$ and $B$ are trained:
 #
 # $$y = W x + s \, B A x , \qquad s = \frac{\alpha}{r} .$$
 #
-# The number $s$ is called the *scaling*. The user chooses $\alpha$ (`lora_alpha`) and $r$. In the beginning $B$ is zero and $A$ is random.
+# The number $s$ is called the *scaling*. The user chooses $\alpha$ (`lora_alpha`) and $r$; who tries another $r$ leaves $\alpha$ as it
+# is. In the beginning $B$ is zero and $A$ is random.
 
 # %%
 import matplotlib.pyplot as plt
@@ -80,7 +81,8 @@ for name, autograd in (("B", layer.lora_B.grad), ("A", layer.lora_A.grad)):
     print(f"gradient of {name}: largest {autograd.abs().max():.4f}, largest difference {difference:.0e}")
 
 # %% [markdown]
-# And minilora's layer, with the same $A$ and $B$ in it, has the same gradients:
+# And minilora's layer, with the same $A$ and $B$ in it, has the same gradients. `inject` puts an adapter into the place of each layer
+# that `target_modules` names, and `"0"` is the name of the first layer of a `Sequential`:
 
 # %%
 theirs = nn.Sequential(nn.Linear(40, 24))
@@ -97,23 +99,26 @@ print(f"largest difference {difference.abs().max():.0e}: minilora keeps A and B 
 # ## Why B is zero and A is random
 #
 # With $B = 0$ the update is zero, so the layer starts as what it was. The gradient of $B$ is $s\,GA^\top$, and a random $A$ makes it
-# something: $B$ moves in the first step. The gradient of $A$ has the factor $B^\top$, so $A$ waits for the second step. If both were zero,
-# both gradients would be zero, for ever. If both were random, the first output would be wrong. The left picture below shows all of it.
+# something: $B$ moves in the first step. The gradient of $A$ has the factor $B^\top$, so $A$ waits for the second step. If both were
+# zero, both gradients would be zero, for ever. If both were random, the model would start at a larger loss: part of what it knew is lost,
+# and must be learnt back. The first table below prints the loss, and the length (the *norm*) of both gradients in the first two steps.
+# The left picture draws the loss.
 #
 # ## What alpha / r does
 #
 # *Adam* is the usual way to train. In its first step it moves each number by about the *learning rate* (a small number that the user
 # chooses), however large the gradient is. The output is then moved by a sum of $r$ parts, one for each row of $A$. If the inputs are much
-# alike, all parts pull the same way, and the sum grows nearly as $r$. If the inputs point everywhere, the parts partly cancel, and the sum
-# grows more slowly, about as $\sqrt r$. So with a fixed scaling a layer with a larger rank moves faster, and the learning rate that is good
-# for one rank is bad for another. Dividing by $r$ is the careful answer. The right picture measures it.
+# alike, all parts pull the same way, and the sum grows nearly as $r$. If the inputs point everywhere, the parts partly cancel, and the
+# sum grows more slowly, about as $\sqrt r$. So with a fixed scaling a layer with a larger rank moves faster, and the learning rate that
+# is good for one rank is bad for another. LoRA leaves $\alpha$ as it is, so $s$ falls as $1 / r$: this is the careful answer. rsLoRA
+# (Kalajdzievski 2023) divides $\alpha$ by $\sqrt r$ instead. The right picture measures all three.
 
 
 # %%
 def run(inputs, r, lora_alpha, start="B zero, A random", steps=1, seed=0):
-    """The loss before each step, and how far the output has moved in all."""
+    """By step the loss before it and the norms of the gradients of A and B, and how far the output has moved in all."""
     torch.manual_seed(seed)
-    layer, losses = LoRA(base_layer, r, lora_alpha), []
+    layer, losses, norms = LoRA(base_layer, r, lora_alpha), [], []
     with torch.no_grad():
         if start in ("both zero", "A zero, B random"):
             layer.lora_A.zero_()
@@ -126,38 +131,37 @@ def run(inputs, r, lora_alpha, start="B zero, A random", steps=1, seed=0):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses, float((layer(inputs) - began).detach().square().mean().sqrt())
+        norms.append((layer.lora_A.grad.norm(), layer.lora_B.grad.norm()))
+    return losses, norms, float((layer(inputs) - began).detach().square().mean().sqrt())
 
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 for start in ("B zero, A random", "A zero, B random", "both zero", "both random"):
-    losses, _ = run(x, 4, 12, start, steps=100)
-    print(f"{start:17} loss {losses[0]:.3f} before, {losses[-1]:.3f} after 100 steps")
+    losses, ((A1, B1), (A2, B2), *_), _ = run(x, 4, 12, start, steps=100)
+    print(f"{start}: loss {losses[0]:.3f} before, {losses[-1]:.3f} after 100 steps")
+    print(f"    gradient of A {A1:.2f} in step 1, {A2:.2f} in step 2; of B {B1:.2f}, {B2:.2f}")
     left.plot(losses, label=start)
 left.set(xlabel="step", ylabel="loss", title="how it starts")
 ranks = (1, 2, 4, 8, 16, 32, 64)
 alike = x / 4 + torch.randn(40)  # one large part that all inputs share
-for label, inputs, power in (
-    ("scaling 1, inputs alike", alike, 0),
-    ("scaling 1, inputs everywhere", x, 0),
-    ("scaling 1 / r, inputs alike", alike, 1),
-    ("scaling 1 / r, inputs everywhere", x, 1),
-):
-    moved = [sum(run(inputs, r, r ** (1 - power), seed=seed)[1] for seed in range(20)) for r in ranks]
-    print(f"{label:32} r = {ranks[-1]} moves the output {moved[-1] / moved[0]:5.2f} times as far as r = {ranks[0]}")
-    right.loglog(ranks, [value / moved[0] for value in moved], "--o" if power else "-o", label=label)
+for label, inputs, colour in (("alike", alike, "C0"), ("everywhere", x, "C1")):
+    for scaling, power, line in (("1", 0, "-"), ("1 / √r", 0.5, "--"), ("1 / r", 1, ":")):
+        moved = [sum(run(inputs, r, r ** (1 - power), seed=seed)[-1] for seed in range(20)) for r in ranks]
+        ratio = [value / moved[0] for value in moved]
+        print(f"inputs {label}, scaling {scaling}: r = 64 moves the output {ratio[-1]:.2f} times as far as r = 1")
+        right.loglog(ranks, ratio, f"o{line}", color=colour, label=f"{label}, {scaling}")
 right.set_xticks(ranks, ranks, minor=False)
 right.minorticks_off()
-right.set(xlabel="rank r", ylabel="change of the output (r = 1: 1)", title="the first step of Adam")
-left.legend(frameon=False)
-right.legend(frameon=False, fontsize=8)
+right.set(xlabel="rank r", ylabel="change of the output (r = 1: 1)", title="the first step of Adam", ylim=(0.1, 500))
+left.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.42))
+right.legend(frameon=False, fontsize=8, title="inputs, scaling", loc="upper left", ncols=2)
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Where the inputs are alike, $\alpha / r$ keeps the first step nearly as it is, whatever the rank. Where they point everywhere it slows
-# large ranks down; rsLoRA (Kalajdzievski 2023) divides by $\sqrt r$, which fits that case better and is bold in the other. Which is better
-# for a whole run is a question for a measurement, and [the lab](../lab.md) has one.
+# A figure of 1 means that the first step is as large with rank 64 as with rank 1. Where the inputs are alike, $\alpha / r$ comes near to
+# it. Where they point everywhere it slows large ranks down; $\alpha / \sqrt r$ comes nearer there, and in the first case it makes the
+# step of rank 64 several times larger. Which is better for a whole run is a question for a measurement, and [the lab](../lab.md) has one.
 #
 # ## What would break if
 #
