@@ -3,12 +3,12 @@
 import contextlib
 import json
 import re
+import sys
 import shutil
 
 import pytest
 
 from minilora.cli import main
-from minilora.cli import say as say_file
 from minilora.data.records import read
 from minilora.errors import DataError
 from minilora.job import lens
@@ -211,7 +211,7 @@ def test_what_cannot_be_meant_is_refused_in_a_line(capsys, model_folder, data_fi
 def test_on_a_terminal_rich_colours_the_tokens(capsys, monkeypatch, model_folder, data_file):
     console = pytest.importorskip("rich.console")
     made = console.Console(force_terminal=True, color_system="256", width=200, highlight=False)
-    monkeypatch.setattr(say_file, "_console", lambda: made)
+    monkeypatch.setattr(sys.modules["minilora.cli.say"], "_console", lambda: made)
     with contextlib.suppress(AttributeError), made.capture() as caught:
         assert main(["look", "--model", model_folder, "--data", data_file, "--examples", "1", "--eval-share", "0"]) == 0
     assert "\x1b[4" in caught.get() and "48;5;" in caught.get()  # underlined, and a colour behind it

@@ -84,9 +84,9 @@ def _value(name: str, text: str) -> Any:
     """A value as its field has it: a number, a word, a list of modules."""
     if name == "variant":
         if text != "full" and text not in VARIANTS:
-            raise ConfigError(
-                f"grid: variant={text!r} is not registered; known are full, {', '.join(sorted(VARIANTS))}; the closest are {nearest(text, VARIANTS)}"
-            )
+            known = f"full, {', '.join(sorted(VARIANTS))}"
+            close = nearest(text, VARIANTS)
+            raise ConfigError(f"grid: variant={text!r} is not registered; known are {known}; the closest are {close}")
         return text
     if name in _DICTIONARIES:
         raise ConfigError(
