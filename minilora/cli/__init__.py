@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from minilora.cli.plugins import load_plugins
 
             load_plugins(files)
-        arguments.run(arguments)
+        code = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         if _speaks():
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + 13  # as shells count SIGPIPE
         return _fail(error, "--debug" in words)
-    return 0
+    return code or 0
 
 
 def make_parser() -> Parser:

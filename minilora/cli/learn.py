@@ -34,7 +34,7 @@ EXAMPLES = """\
 
 OPEN, CHECK, SOLUTION = "open", "check", "solution"
 LESSON, MUTANT = "lesson", "mutant"
-FOLDER, SECONDS = "learn", 60
+FOLDER, SECONDS, DAY = "learn", 60, 24 * 60 * 60
 
 
 class Asked(NamedTuple):
@@ -49,7 +49,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora learn`` takes."""
     about = (
         'what is meant: 5 writes the exercises of lesson 5, "check 5" checks them, "solution 5" shows a right file; "mutant 3" in the '
-        "place of 5 is broken code number 3; without a word lessons are listed (default: none)"
+        "place of 5 is broken code number 3; without a word lessons are listed; check ends with exit code 1 where something is wrong or "
+        "not written yet (default: none)"
     )
     parser.add_argument("words", metavar="WORD", nargs="*", default=[], help=about)
     seconds = Flag("seconds", int, SECONDS, "number of seconds after which a file that is checked is ended")
@@ -60,25 +61,33 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "output", [folder])
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """List, write, check or show."""
-    from minilora.files.validate import whole
+def run(arguments: argparse.Namespace) -> int:
+    """List, write, check or show. Returns the exit code: 1 where something that is checked is not right."""
     from minilora.learn.progress import Progress, place
 
     asked = understood(arguments.words)
-    whole("seconds", arguments.seconds, 1)
+    if not 1 <= arguments.seconds <= DAY:
+        raise ConfigError(f"--seconds {arguments.seconds}: wanted 1 to {DAY}; write --seconds {SECONDS}, for example")
     if arguments.seconds != SECONDS and asked.verb != CHECK:
         raise ConfigError(f"--seconds: is about checking; write {command('learn', CHECK)}, or leave it out")
     folder = place(arguments.folder)
     if asked.verb == SOLUTION:
-        return _show(asked)
+        _show(asked)
+        return 0
     progress = Progress(folder)
-    if asked.kind is None:
-        return _check_all(progress, arguments.seconds) if asked.verb == CHECK else _list(progress)
-    asked = asked._replace(number=_chosen(asked, progress))
+    if asked.kind is not None:
+        asked = asked._replace(number=_chosen(asked, progress))
     if asked.verb == CHECK:
-        return _check(asked, progress, arguments.seconds)
-    _open(asked, progress)
+        files = [asked] if asked.kind else _begun(progress)
+        right = [_check(each, progress, arguments.seconds) for each in files]
+        if not all(right):
+            return 1
+        say(_next(progress, files[-1].kind))
+    elif asked.kind is None:
+        _list(progress)
+    else:
+        _open(asked, progress)
+    return 0
 
 
 def understood(words: list[str]) -> Asked:
@@ -88,9 +97,7 @@ def understood(words: list[str]) -> Asked:
     verb, rest = (words[0], words[1:]) if words[:1] in ([CHECK], [SOLUTION]) else (OPEN, words)
     kind = MUTANT if rest[:1] == [MUTANT] else LESSON if rest else None
     rest = rest[1:] if kind == MUTANT else rest
-    if len(rest) > 1 or not all(word.isascii() and word.isdigit() and len(word) < 9 for word in rest):
-        wrong = next((word for word in rest if not word.isdigit()), rest[-1])
-        raise ConfigError(f"{wrong!r}: wanted a lesson, such as 5, or mutant 3, with {CHECK} or {SOLUTION} before it")
+    _refuse(kind, rest, [verb] * (verb != OPEN))
     number = int(rest[0]) if rest else None
     if verb == SOLUTION and number is None:
         raise ConfigError(f"{SOLUTION}: of what? write {command('learn', SOLUTION, *[MUTANT] * (kind == MUTANT), '3')}")
@@ -101,6 +108,23 @@ def understood(words: list[str]) -> Asked:
 
         mutant(number)
     return Asked(verb, kind, number)
+
+
+def _refuse(kind: str | None, rest: list[str], before: list[str]) -> None:
+    """Refuse what is no number, or more than one; ``before`` is the verb, if there is one."""
+    from minilora.learn.mutants import MUTANTS
+
+    wrong = next((word for word in rest if not (word.isascii() and word.isdigit() and len(word) < 9)), None)
+    if wrong is not None and kind == MUTANT:
+        way = command("learn", *before, MUTANT, "3")
+        raise ConfigError(
+            f"{wrong!r}: wanted the number of a mutant, from 1 to {len(MUTANTS)}; write {way}, for example"
+        )
+    if wrong is not None:
+        raise ConfigError(f"{wrong!r}: wanted a lesson, such as 5, or mutant 3, with {CHECK} or {SOLUTION} before it")
+    if len(rest) > 1:
+        way = command("learn", *before, *[MUTANT] * (kind == MUTANT), rest[0])
+        raise ConfigError(f"{' '.join(rest)}: one {kind} at a time; write {way}")
 
 
 def _file(asked: Asked) -> str:
@@ -135,13 +159,26 @@ def _list(progress: Progress) -> None:
     from minilora.learn.course import LESSONS
     from minilora.learn.mutants import MUTANTS
 
-    for each in LESSONS:
-        state = progress.state(each.file, len(each.functions))
-        say(f"{each.number:2}  {each.title:24} {state or '-':22} {each.question}".rstrip())
+    states = [progress.state(each.file, len(each.functions)) or "-" for each in LESSONS]
+    titles, width = max(len(each.title) for each in LESSONS), max(map(len, states))
+    for each, state in zip(LESSONS, states, strict=True):
+        say(f"{each.number:2}  {each.title:{titles}}  {state:{width}}  {each.question}")
     files = [_file(Asked(OPEN, MUTANT, n)) for n in range(1, len(MUTANTS) + 1)]
     say(f"\nmutants: {sum(map(progress.is_done, files))} of {len(MUTANTS)} shown")
-    undone = next((each.number for each in LESSONS if not progress.is_done(each.file)), None)
-    say(f"next: {command('learn', str(undone) if undone else MUTANT, *_at(progress))}")
+    say(_next(progress, LESSON))
+
+
+def _next(progress: Progress, kind: str | None) -> str:
+    """The line that says what comes next, of the kind that the reader is at if some of it is left."""
+    from minilora.learn.course import LESSONS
+    from minilora.learn.mutants import MUTANTS
+
+    lessons = [str(each.number) for each in LESSONS if not progress.is_done(each.file)]
+    mutants = [n for n in range(1, len(MUTANTS) + 1) if not progress.is_done(_file(Asked(OPEN, MUTANT, n)))]
+    if not lessons and not mutants:
+        return f"all {len(LESSONS)} lessons and {len(MUTANTS)} mutants are done"
+    words = [MUTANT] if mutants and (kind == MUTANT or not lessons) else lessons[:1]
+    return f"next: {command('learn', *words, *_at(progress))}"
 
 
 def _open(asked: Asked, progress: Progress) -> None:
@@ -183,8 +220,8 @@ def _show(asked: Asked) -> None:
 # ---- checking
 
 
-def _check_all(progress: Progress, seconds: int) -> None:
-    """Check all that is begun, lessons first."""
+def _begun(progress: Progress) -> list[Asked]:
+    """All files that are begun, lessons first. Raises ``StateError`` where there are none."""
     from minilora.learn.course import LESSONS
     from minilora.learn.mutants import MUTANTS
 
@@ -193,12 +230,11 @@ def _check_all(progress: Progress, seconds: int) -> None:
     begun = [asked for asked in every if (progress.folder / _file(asked)).is_file()]
     if not begun:
         raise StateError(f"{progress.folder}: nothing is begun there; write {command('learn', '1', *_at(progress))}")
-    for asked in begun:
-        _check(asked, progress, seconds)
+    return begun
 
 
-def _check(asked: Asked, progress: Progress, seconds: int) -> None:
-    """Grade one file, say what was found, and keep it."""
+def _check(asked: Asked, progress: Progress, seconds: int) -> bool:
+    """Grade one file, say what was found, and keep it. Returns whether all of it is right."""
     from minilora.learn.answer import RIGHT
     from minilora.learn.apart import check
     from minilora.learn.course import lesson
@@ -214,6 +250,7 @@ def _check(asked: Asked, progress: Progress, seconds: int) -> None:
     progress.note(path.name, digest, right)
     said = [_line(grade) for grade in found.values()]
     say("\n".join([f"{path}: {sum(right.values())} of {len(wanted)} right", *said]))
+    return all(right.values())
 
 
 def _line(grade: Grade) -> str:

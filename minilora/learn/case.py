@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.learn.shown import difference, shown
+from minilora.learn.shown import difference, kind_of, shown
 
 __all__ = ["CLOSE", "Case", "Exercise", "Raises", "drawn", "failure", "raised"]
 
@@ -39,6 +39,8 @@ class Case:
         wanted: what it must return, or ``Raises``. Not looked at where there is a ``law``.
         law: gets what the function returned and the arguments that it was called with; says what is wrong, or None.
         close: as ``difference``. said: the input in words, where the arguments themselves say too little.
+        parts: names of the values of a tuple that is wanted. asks: gets the function itself and the arguments, for what one value does
+            not show; says what is wrong, or None.
     """
 
     arguments: tuple[Any, ...]
@@ -46,6 +48,8 @@ class Case:
     law: Callable[..., str | None] | None = None
     close: float = CLOSE
     said: str = ""
+    parts: tuple[str, ...] = ()
+    asks: Callable[..., str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,36 @@ def failure(function: Callable[..., Any], case: Case, parameters: list[str], fil
     torch.manual_seed(0)
     try:
         got = function(*arguments)
+        asked = case.asks(function, *copy.deepcopy(case.arguments)) if case.asks else None
     except NotImplementedError:
         raise
     except (Exception, SystemExit) as error:
         wanted = isinstance(case.wanted, Raises) and isinstance(error, case.wanted.kind)
         found = None if wanted else raised(error, file)
     else:
-        found = _judged(got, arguments, case) or _changed(arguments, before, parameters)
+        found = _judged(got, arguments, case) or _changed(arguments, before, parameters) or asked
     return f"{function.__name__}({told}): {found}" if found else None
 
 
 def _judged(got: Any, arguments: tuple[Any, ...], case: Case) -> str | None:
     if isinstance(case.wanted, Raises):
-        return f"got {shown(got)}, wanted a {case.wanted.kind.__name__}"
+        return f"got {shown(got)}, wanted {kind_of(case.wanted.kind)}"
+    if got is None and (case.law is not None or case.wanted is not None):
+        return "returned nothing (is there a return?)"
     if case.law is None:
-        return difference(got, case.wanted, case.close)
+        return _parts(got, case) or difference(got, case.wanted, case.close)
     try:
         return case.law(got, *arguments)
     except Exception as error:  # what came back has not even the form of an answer
         return f"got {shown(got)}, which cannot be judged ({type(error).__name__}: {_line(error)})"
+
+
+def _parts(got: Any, case: Case) -> str | None:
+    """What is wrong with the first value that is wrong, by its name."""
+    if not case.parts or not isinstance(got, (list, tuple)) or len(got) != len(case.parts):
+        return None
+    found = (difference(one, wanted, case.close) for one, wanted in zip(got, case.wanted, strict=True))
+    return next((f"{name}: {each}" for name, each in zip(case.parts, found, strict=True) if each), None)
 
 
 def _changed(arguments: tuple[Any, ...], before: tuple[Any, ...], parameters: list[str]) -> str | None:

@@ -17,6 +17,7 @@ from minilora.learn.answer import RIGHT, UNWRITTEN, WRONG, Grade, Unusable
 from minilora.learn.case import Exercise, failure, raised
 from minilora.learn.course import Lesson, lesson
 from minilora.learn.graders import exercises
+from minilora.learn.shown import kind_of
 
 __all__ = ["function_of", "grades", "load"]
 
@@ -76,7 +77,7 @@ def function_of(names: dict[str, Any], name: str, parameters: list[str]) -> Call
         raise Unusable(f"there is no function {name} in the file; wanted def {name}({', '.join(parameters)})")
     function = names[name]
     if not inspect.isfunction(function):
-        raise Unusable(f"{name} is a {type(function).__name__}; wanted def {name}({', '.join(parameters)})")
+        raise Unusable(f"{name} is {kind_of(function)}; wanted def {name}({', '.join(parameters)})")
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError:

@@ -27,6 +27,7 @@ class Mutant:
         about: what the function is for, a sentence.
         old, new: the text that is replaced, and what stands there instead.
         witness: the source of a ``show()`` whose arguments show the change. plain: of one whose arguments do not.
+        makes: lines that make an object of minilora that it takes, where it takes one; they are in the reader's file as a comment.
     """
 
     place: str
@@ -35,6 +36,7 @@ class Mutant:
     new: str
     witness: str
     plain: str
+    makes: str = ""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,8 @@ class Mutant:
 
     def exercise(self, number: int) -> str:
         """The text of the reader's file."""
-        code = "\n".join(f"# {line}".rstrip() for line in self.source().splitlines())
+        code = _comment(self.source())
+        makes = f"# How to make what it takes:\n{_comment(self.makes)}\n\n\n" if self.makes else ""
         takes = ", ".join(inspect.signature(self.original()).parameters)
         return (
             f'"""Mutant {number}. {self.about}\n\n'
@@ -79,6 +82,7 @@ class Mutant:
             f'``minilora learn check mutant {number}`` tries them.\n"""\n\n'
             "import torch\n\n\n"
             f"{code}\n\n\n"
+            f"{makes}"
             "def show():\n"
             f'    """Return a tuple: ({takes}{"," * (", " not in takes)})."""\n'
             "    raise NotImplementedError\n"
@@ -86,6 +90,10 @@ class Mutant:
 
     def _module(self) -> Any:
         return importlib.import_module(f"minilora.{self.place.partition(':')[0]}")
+
+
+def _comment(text: str) -> str:
+    return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
 
 
 def _called(found: Any) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["difference", "shown"]
+__all__ = ["difference", "kind_of", "shown"]
 
 _FEW = 9  # entries that are written out
 _LONGEST = 160
@@ -24,6 +24,8 @@ def shown(value: Any) -> str:
         return f"{_nested(value.detach().tolist())} ({_kind(value)})"
     if isinstance(value, float):
         return f"{value:.7g}"
+    if _is_pair(value):
+        return kind_of(value)
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         inside = [shown(each) for each in value[:_FEW]] + ["..."] * (len(value) > _FEW)
         return _short(("[{}]" if isinstance(value, list) else "({})").format(", ".join(inside)))
@@ -55,7 +57,7 @@ def difference(got: Any, wanted: Any, close: float = 0.0) -> str | None:
     if isinstance(wanted, float):
         return _floats(got, wanted, close)
     if type(got) is not type(wanted) and not (wanted is None or got is None):
-        return f"got {shown(got)}, {_a(got)}; wanted {shown(wanted)}, {_a(wanted)}"
+        return f"got {_told(got)}; wanted {_told(wanted)}"
     if (
         not any("__eq__" in vars(kind) for kind in type(wanted).__mro__[:-1])
         and hasattr(wanted, "__dict__")
@@ -67,7 +69,7 @@ def difference(got: Any, wanted: Any, close: float = 0.0) -> str | None:
 
 def _tensors(got: Any, wanted: Tensor, close: float) -> str | None:
     if not isinstance(got, Tensor):
-        return f"got {shown(got)}, {_a(got)}; wanted a tensor {list(wanted.shape)}"
+        return f"got {_told(got)}; wanted a tensor {list(wanted.shape)}"
     if got.shape != wanted.shape:
         return f"got shape {list(got.shape)}, wanted {list(wanted.shape)}"
     if got.dtype != wanted.dtype:
@@ -88,7 +90,7 @@ def _tensors(got: Any, wanted: Tensor, close: float) -> str | None:
 
 def _sequences(got: Any, wanted: list[Any] | tuple[Any, ...], close: float) -> str | None:
     if not isinstance(got, (list, tuple)):
-        return f"got {shown(got)}, {_a(got)}; wanted {_a(wanted)} of {len(wanted)}"
+        return f"got {_told(got)}; wanted {kind_of(wanted)} of {len(wanted)}"
     if len(got) != len(wanted):
         return f"got {len(got)} values, {shown(got)}; wanted {len(wanted)}, {shown(wanted)}"
     for at, (one, other) in enumerate(zip(got, wanted, strict=True)):
@@ -100,7 +102,7 @@ def _sequences(got: Any, wanted: list[Any] | tuple[Any, ...], close: float) -> s
 
 def _mappings(got: Any, wanted: Mapping[Any, Any], close: float) -> str | None:
     if not isinstance(got, Mapping):
-        return f"got {shown(got)}, {_a(got)}; wanted a dict"
+        return f"got {_told(got)}; wanted a dict"
     if set(got) != set(wanted):
         return f"got the keys {shown(sorted(map(str, got)))}, wanted {shown(sorted(map(str, wanted)))}"
     found = ((key, difference(got[key], wanted[key], close)) for key in wanted)
@@ -109,7 +111,7 @@ def _mappings(got: Any, wanted: Mapping[Any, Any], close: float) -> str | None:
 
 def _floats(got: Any, wanted: float, close: float) -> str | None:
     if isinstance(got, bool) or not isinstance(got, (int, float)):
-        return f"got {shown(got)}, {_a(got)}; wanted a number, {shown(wanted)}"
+        return f"got {_told(got)}; wanted a number, {shown(wanted)}"
     same = got == wanted or (got != got and wanted != wanted) or math.isclose(got, wanted, rel_tol=close)
     return None if same else f"got {shown(float(got))}, wanted {shown(wanted)}"
 
@@ -118,8 +120,26 @@ def _fields(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
 
 
-def _a(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """What a value is, or a class, with its article: "an int", "a pair (values, indices)" for what ``torch.max`` returns."""
+    if value is None:
+        return "None"
+    if _is_pair(value):
+        return f"a pair ({', '.join(type(value).__match_args__)})"
+    name = (value if isinstance(value, type) else type(value)).__name__
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+
+
+def _told(value: Any) -> str:
+    """A value and what it is, or one of them where they say the same."""
+    text, kind = shown(value), kind_of(value)
+    return text if text == kind else f"{text}, {kind}"
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether it is what ``torch.max``, ``torch.sort`` and others with two results return."""
+    kind = type(value)
+    return kind.__module__ == "torch.return_types" and len(kind.__match_args__) == 2
 
 
 def _kind(value: Tensor) -> str:

@@ -7,10 +7,11 @@ import pytest
 
 from minilora.cli import learn, main
 from minilora.learn import apart
-from minilora.learn.course import lesson
+from minilora.learn.course import LESSONS, lesson
 from minilora.learn.grade import grades
 from minilora.learn.judge import judge
 from minilora.learn.mutants import MUTANTS, mutant
+from minilora.learn.progress import Progress
 
 
 @pytest.fixture
@@ -37,10 +38,18 @@ def fine(capsys, *words):
     return out
 
 
+def amiss(capsys, *words):
+    """What a check says that finds something wrong, or not written."""
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (1, "") and "next:" not in out
+    return out
+
+
 def test_the_lessons_are_listed_and_nothing_is_written(capsys, here):
     out = fine(capsys)
     assert re.findall(r"^ ?(\d+)  \S", out, re.M) == [str(n) for n in range(1, 13)]
     assert f"mutants: 0 of {len(MUTANTS)} shown" in out and re.search(r"^next: .*learn 1$", out, re.M)
+    assert len({line.index(each.question) for line, each in zip(out.splitlines(), LESSONS, strict=False)}) == 1
     assert not list(here.iterdir())
 
 
@@ -49,15 +58,19 @@ def test_a_lesson_from_its_first_line_to_done(capsys, here):
     out = fine(capsys, 6)
     assert "Counting bits. Why does" in out and "to write: bits_per_weight, double_quantized" in out
     assert file.read_text() == lesson(6).exercise
-    assert fine(capsys, "check", 6).startswith("learn/lesson_06.py: 0 of 4 right\n  bits_per_weight: not written yet\n")
+    assert amiss(capsys, "check", 6).startswith(
+        "learn/lesson_06.py: 0 of 4 right\n  bits_per_weight: not written yet\n"
+    )
     file.write_text(lesson(6).solution.replace("return bits + 32 / blocksize\n", "return bits + 16 / blocksize\n"))
-    out = fine(capsys, "check", 6)
+    out = amiss(capsys, "check", 6)
     assert "  bits_per_weight: wrong; bits_per_weight(bits=4, blocksize=64): got 4.25, wanted 4.5\n" in out
     assert re.search(r"^ 6 .* 2 of 4 ", fine(capsys), re.M)  # affordable_blocksize uses it
     written = file.read_text()
     assert "it was there already, and stays as it is" in fine(capsys, 6) and file.read_text() == written
     file.write_text(fine(capsys, "solution", 6))
-    assert fine(capsys, "check").startswith("learn/lesson_06.py: 4 of 4 right\n  bits_per_weight: right\n")
+    out = fine(capsys, "check")
+    assert out.startswith("learn/lesson_06.py: 4 of 4 right\n  bits_per_weight: right\n")
+    assert re.search(r"^next: .*learn 1$", out, re.M)
     assert re.search(r"^ 6 .* done ", fine(capsys), re.M)
     file.write_text(written)
     assert re.search(r"^ 6 .* done, changed since ", fine(capsys), re.M)
@@ -65,14 +78,14 @@ def test_a_lesson_from_its_first_line_to_done(capsys, here):
 
 def test_a_mutant_is_given_shown_and_followed_by_the_next(capsys, here):
     out = fine(capsys, "mutant")
-    assert out.startswith("learn/mutant_01.py: `delta_weight`") and re.search(
-        r"next: .*learn check mutant 1$", out, re.M
-    )
-    assert "show: not written yet" in fine(capsys, "check", "mutant")
+    assert out.startswith("learn/mutant_01.py: `ends_with`") and re.search(r"next: .*learn check mutant 1$", out, re.M)
+    assert "show: not written yet" in amiss(capsys, "check", "mutant")
     said = fine(capsys, "solution", "mutant", 1)
-    assert "#     return self.scaling * (B @ A)\n# the mutant:\n#     return B @ A\n" in said
+    assert '#     path.endswith("." + entry)\n# the mutant:\n#     path.endswith(entry)\n' in said
     (here / "learn" / "mutant_01.py").write_text(said)
-    assert "1 of 1 right\n  show: right; the mutant against the original: got [" in fine(capsys, "check", "mutant", 1)
+    out = fine(capsys, "check", "mutant", 1)
+    assert "1 of 1 right\n  show: right; the mutant against the original: got True, wanted False\n" in out
+    assert re.search(r"^next: .*learn mutant$", out, re.M)
     assert fine(capsys, "mutant").startswith("learn/mutant_02.py") and "mutants: 1 of 20 shown" in fine(capsys)
 
 
@@ -82,6 +95,7 @@ def test_when_all_are_shown_it_says_so(capsys, here):
         (here / "learn" / f"mutant_{number:02}.py").write_text(mutant(number).witness)
     out = fine(capsys, "check")
     assert out.count(": 1 of 1 right") == len(MUTANTS)
+    assert re.search(r"^next: .*learn 1$", out, re.M)  # the lessons are left
     code, _, err = run(capsys, "mutant")
     assert code == 2 and err.startswith("minilora: all 20 mutants are shown; name one")
 
@@ -89,7 +103,7 @@ def test_when_all_are_shown_it_says_so(capsys, here):
 def test_another_folder_is_named_in_what_comes_next(capsys, here):
     out = fine(capsys, 3, "--folder", "my course")
     assert (here / "my course" / "lesson_03.py").exists() and "learn check 3 --folder 'my course'" in out
-    assert "my course/lesson_03.py: 0 of 3 right" in fine(capsys, "check", "--folder", "my course")
+    assert "my course/lesson_03.py: 0 of 3 right" in amiss(capsys, "check", "--folder", "my course")
 
 
 @pytest.mark.parametrize(
@@ -102,14 +116,18 @@ def test_another_folder_is_named_in_what_comes_next(capsys, here):
         (["solution", "mutant", "0"], "mutant 0: is not there"),
         (["lesson"], "'lesson': wanted a lesson, such as 5, or mutant 3, with check or solution before it"),
         (["5", "check"], "'check': wanted a lesson"),
-        (["check", "5", "6"], "'6': wanted a lesson"),
+        (["check", "5", "6"], "5 6: one lesson at a time; write .*learn check 5\n"),
+        (["mutant", "1", "2", "3"], "1 2 3: one mutant at a time; write .*learn mutant 1\n"),
+        (["5", "x"], "'x': wanted a lesson"),
+        (["mutant", "x"], "'x': wanted the number of a mutant, from 1 to 20; write .*learn mutant 3"),
         (["²"], "'²': wanted a lesson"),
         (["check", "solution"], "'solution': wanted a lesson"),
         (["solution"], "solution: of what\\? write .*learn solution 3"),
         (["solution", "mutant"], "solution: of what\\? write .*learn solution mutant 3"),
         (["check"], "learn: nothing is begun there; write .*learn 1"),
         (["check", "5"], "learn/lesson_05.py: is not there; .*learn 5 writes it"),
-        (["check", "5", "--seconds", "0"], "seconds=0: wanted a whole number >= 1"),
+        (["check", "5", "--seconds", "0"], "--seconds 0: wanted 1 to 86400; write --seconds 60"),
+        (["check", "--seconds", "9" * 12], "--seconds 9+: wanted 1 to 86400"),
         (["5", "--seconds", "9"], "--seconds: is about checking; write .*learn check"),
         (["5", "--folder", "file"], "file: is a file; wanted a folder"),
     ],
@@ -128,6 +146,16 @@ def test_the_words_are_understood():
     assert learn.understood([]) == ("open", None, None)
 
 
+def test_when_nothing_is_left_it_says_so(tmp_path):
+    progress = Progress(tmp_path)
+    for each in LESSONS:
+        progress.note(each.file, "", {"a": True})
+    assert learn._next(progress, "lesson").startswith("next: ") and "learn mutant" in learn._next(progress, "lesson")
+    for number in range(1, len(MUTANTS) + 1):
+        progress.note(f"mutant_{number:02}.py", "", {"show": True})
+    assert learn._next(progress, "mutant") == "all 12 lessons and 20 mutants are done"
+
+
 @pytest.mark.slow
 def test_the_whole_course_is_checked_by_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -135,7 +163,7 @@ def test_the_whole_course_is_checked_by_the_command(capsys, tmp_path, monkeypatc
         fine(capsys, number)
         (tmp_path / "learn" / lesson(number).file).write_text(lesson(number).solution)
     out = fine(capsys, "check")
-    assert len(re.findall(r"(\d) of \1 right", out)) == 12
+    assert len(re.findall(r"(\d) of \1 right", out)) == 12 and re.search(r"^next: .*learn mutant$", out, re.M)
 
 
 def test_the_session_of_the_guide_is_what_the_command_says(capsys, here, monkeypatch):
@@ -146,11 +174,11 @@ def test_the_session_of_the_guide_is_what_the_command_says(capsys, here, monkeyp
     assert fine(capsys, 5) == opened
     file = here / "learn" / "lesson_05.py"
     file.write_text(file.read_text() + functions)
-    assert fine(capsys, "check", 5) == checked
-    fine(capsys, "mutant", 2)
-    file = here / "learn" / "mutant_02.py"
+    assert amiss(capsys, "check", 5) == checked
+    fine(capsys, "mutant", 1)
+    file = here / "learn" / "mutant_01.py"
     assert f"\n{code}\n" in file.read_text()
     returns = re.findall(r"`(return \"layers[^`]+)`", page)
-    for said, line in zip((agreed, shown), returns, strict=True):
+    for said, line, ends in zip((agreed, shown), returns, (amiss, fine), strict=True):
         file.write_text(f"def show():\n    {line}\n")
-        assert fine(capsys, "check", "mutant", 2) == said
+        assert ends(capsys, "check", "mutant", 1) == said

@@ -28,11 +28,11 @@ def test_a_loop_without_an_end_is_ended(tmp_path):
 
 
 def test_nobody_is_asked_for_input(tmp_path):
-    (grade,) = checked(tmp_path, "def show():\n    return input()\n", MUTANT, 2)
+    (grade,) = checked(tmp_path, "def show():\n    return input()\n", MUTANT, 1)
     assert grade.why == "raises EOFError: EOF when reading a line, line 2 of file.py"
 
 
 def test_a_mutant_is_judged(tmp_path):
-    (grade,) = checked(tmp_path, mutant(2).witness, MUTANT, 2)
+    (grade,) = checked(tmp_path, mutant(1).witness, MUTANT, 1)
     assert grade == Grade("show", RIGHT, "the mutant against the original: got True, wanted False")
-    assert checked(tmp_path, mutant(2).exercise(2), MUTANT, 2) == [Grade("show", UNWRITTEN)]
+    assert checked(tmp_path, mutant(1).exercise(1), MUTANT, 1) == [Grade("show", UNWRITTEN)]

@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+import torch
 
 from minilora.errors import ConfigError, StateError
 from minilora.learn.answer import RIGHT, UNWRITTEN, WRONG
@@ -59,7 +60,7 @@ def test_the_file_shows_the_mutant_and_not_the_change(tmp_path, number):
     ],
 )
 def test_an_input_that_shows_nothing_is_told_why(tmp_path, body, said):
-    grade = judged(tmp_path, 2, f"def show():\n    {body}\n")
+    grade = judged(tmp_path, 1, f"def show():\n    {body}\n")
     assert grade.state == WRONG and re.match(said, grade.why), grade
 
 
@@ -67,13 +68,33 @@ def test_an_input_that_shows_nothing_is_told_why(tmp_path, body, said):
     ("text", "said"),
     [
         ("def show(x):\n    return x\n", "show takes (x); wanted ()"),
-        ("show = 3\n", "show is a int; wanted def show()"),
+        ("show = 3\n", "show is an int; wanted def show()"),
         ("", "there is no function show in the file; wanted def show()"),
         ("def show(:\n", "line 1: is no Python (invalid syntax)"),
     ],
 )
 def test_a_file_without_the_function_is_told(tmp_path, text, said):
     assert judged(tmp_path, 1, text).why == said
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_file_says_how_to_make_what_the_function_takes(tmp_path, number):
+    """Where the arguments are objects of minilora, lines that make one stand in the file; what they make is no answer of its own."""
+    each = mutant(number)
+    made, shown = {"torch": torch}, {}
+    exec(each.makes, made)
+    exec(each.witness, shown)
+    for argument in shown["show"]():
+        for value in argument if isinstance(argument, list) else [argument]:
+            if type(value).__module__.startswith("minilora"):
+                assert any(type(one) is type(value) for one in made.values())
+    text = each.exercise(number)
+    assert all(f"\n# {line}\n" in text for line in each.makes.splitlines())
+    ready = [name for name in ("layer", "example", "settings", "patterns") if name in made]
+    for name in ready:
+        assert (
+            judged(tmp_path, number, f"import torch\n{each.makes}\ndef show():\n    return ({name},)\n").state == WRONG
+        )
 
 
 def test_code_that_has_moved_on_is_named():
@@ -89,7 +110,7 @@ def test_what_is_left_of_the_arguments_counts(tmp_path, monkeypatch):
         "It resets.",
         "self.lora_B.zero_()",
         "self.lora_A.zero_()",
-        witness=mutant(1).witness,
+        witness=mutant(2).witness,
         plain="",
     )
     monkeypatch.setattr("minilora.learn.judge.mutant", lambda number: resets)

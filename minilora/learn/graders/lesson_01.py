@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minilora.learn.case import Case, Exercise, drawn
-from minilora.learn.shown import difference
+from minilora.learn.shown import difference, kind_of
 
 __all__ = ["EXERCISES"]
 
@@ -44,7 +44,7 @@ def _factors() -> Iterator[Case]:
 def _thin(got: Any, W: Tensor, r: int) -> str | None:
     """Two factors of the right shapes, whose product is the best matrix, and rows of A of length 1."""
     if not isinstance(got, tuple) or len(got) != 2:
-        return f"got a {type(got).__name__}; wanted a tuple (A, B)"
+        return f"got {kind_of(got)}; wanted a tuple (A, B)"
     A, B = got
     for name, factor, shape in (("A", A, (r, W.shape[1])), ("B", B, (len(W), r))):
         if found := difference(torch.empty_like(factor), torch.empty(shape)) if factor.shape != shape else None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.learn.case import Case, Exercise, drawn
-from minilora.learn.shown import difference
+from minilora.learn.shown import difference, kind_of
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
 from minilora.lora.slots import adapters_of
@@ -50,7 +50,7 @@ def _stacked() -> Iterator[Case]:
 def _each_in_its_place(got: Any, adapters: list[Adapter]) -> str | None:
     """Every place of the stacks has the update of its adapter, and the last has none."""
     if not isinstance(got, tuple) or len(got) != 2:
-        return f"got a {type(got).__name__}; wanted a tuple (A, B)"
+        return f"got {kind_of(got)}; wanted a tuple (A, B)"
     A, B = got
     most, first = max(len(factor) for factor, _, _ in adapters), adapters[0]
     shapes = (len(adapters) + 1, most, first[0].shape[1]), (len(adapters) + 1, first[1].shape[0], most)
@@ -116,7 +116,7 @@ def _added() -> Iterator[Case]:
 
 def _sums(got: Any, adapters: list[Adapter], weights: list[float]) -> str | None:
     if not isinstance(got, tuple) or len(got) != 2:
-        return f"got a {type(got).__name__}; wanted a tuple (A, B)"
+        return f"got {kind_of(got)}; wanted a tuple (A, B)"
     A, B = got
     rank = sum(len(factor) for factor, _, _ in adapters)
     for name, factor, shape in (("A", A, (rank, adapters[0][0].shape[1])), ("B", B, (adapters[0][1].shape[0], rank))):

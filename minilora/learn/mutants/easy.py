@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from minilora.learn.mutant import Mutant
 
-__all__ = ["EASY"]
+__all__ = ["EASY", "EXAMPLE"]
+
+EXAMPLE = "from minilora.data.encoding import Encoded\nexample = Encoded((11, 12, 13), (-100, 12, 13))  # ids, labels"
 
 _LAYER = """
 import torch
@@ -21,20 +23,22 @@ def show():
 
 EASY = (
     Mutant(
-        "lora.layer:LoRALinear.delta_weight",
-        "`delta_weight` is what an adapted layer adds to its weight when it is merged.",
-        "return self.scaling * (B @ A)",
-        "return B @ A",
-        witness=_LAYER.format(alpha=6),
-        plain=_LAYER.format(alpha=2),
-    ),
-    Mutant(
         "lora.targets:ends_with",
         "`ends_with` says whether an entry of target_modules names a module.",
         'path.endswith("." + entry)',
         "path.endswith(entry)",
         witness='def show():\n    return "layers.0.up_proj", "proj"\n',
         plain='def show():\n    return "layers.0.up_proj", "up_proj"\n',
+    ),
+    Mutant(
+        "lora.layer:LoRALinear.delta_weight",
+        "`delta_weight` is what an adapted layer adds to its weight when it is merged.",
+        "return self.scaling * (B @ A)",
+        "return B @ A",
+        witness=_LAYER.format(alpha=6),
+        plain=_LAYER.format(alpha=2),
+        makes="from minilora import LoraConfig, LoRALinear\n"
+        "layer = LoRALinear(torch.nn.Linear(3, 2), LoraConfig(r=2, lora_alpha=2))",
     ),
     Mutant(
         "quant.scales:absmax_scales",
@@ -45,6 +49,7 @@ EASY = (
         "def show():\n    return torch.tensor([[0.5, -2.0]]), NF4\n",
         plain="import torch\nfrom minilora.quant.codebooks import NF4\n\n\n"
         "def show():\n    return torch.tensor([[0.5, 2.0]]), NF4\n",
+        makes="from minilora.quant.codebooks import NF4",
     ),
     Mutant(
         "quant.lookup:pack",
@@ -63,6 +68,7 @@ EASY = (
         "def show():\n    return [Encoded((1, 2, 3), (-100, 2, 3)), Encoded((1, 2), (-100, 2))], 0\n",
         plain="from minilora.data.encoding import Encoded\n\n\n"
         "def show():\n    return [Encoded((1, 2, 3), (-100, 2, 3)), Encoded((4, 5, 6), (-100, 5, 6))], 0\n",
+        makes=EXAMPLE,
     ),
     Mutant(
         "many.arithmetic:magnitude_based_pruning",

@@ -71,6 +71,7 @@ HARD = (
         "torch.bucketize(scaled, midpoints.to(place), right=True)",
         witness=_SCALED.format(moved=""),
         plain=_SCALED.format(moved=" + 0.01"),
+        makes="from minilora.quant.codebooks import NF4",
     ),
     Mutant(
         "quant.blockwise:_packed",
@@ -95,5 +96,6 @@ HARD = (
         "values[whole:] * guarded(scales[-1]).reciprocal()",
         witness=_TAIL.format(value=0.29493391513824463, scale=1.01),
         plain=_TAIL.format(value=0.5, scale=2.0),
+        makes="from minilora.quant.codebooks import NF4",
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minilora.learn.mutant import Mutant
+from minilora.learn.mutants.easy import EXAMPLE
 
 __all__ = ["MIDDLE"]
 
@@ -23,6 +24,7 @@ MIDDLE = (
         "self.labels",
         witness=_EXAMPLES + "def show():\n    return (Encoded((1, 2), (1, 2)),)\n",
         plain=_EXAMPLES + "def show():\n    return (Encoded((1, 2), (-100, 2)),)\n",
+        makes=EXAMPLE,
     ),
     Mutant(
         "training.schedule:learning_rate",
@@ -31,6 +33,7 @@ MIDDLE = (
         "step / rise",
         witness=_SCHEDULE.format(step=0),
         plain=_SCHEDULE.format(step=10),
+        makes="from minilora.training.settings import TrainConfig\nsettings = TrainConfig(steps=100)",
     ),
     Mutant(
         "data.cutting:pieces",
@@ -49,6 +52,7 @@ MIDDLE = (
         + "def show():\n    examples = [Encoded((n,), (n,)) for n in range(7)]\n    return examples, 2, 0, 1\n",
         plain=_EXAMPLES
         + "def show():\n    examples = [Encoded((n,), (n,)) for n in range(7)]\n    return examples, 2, 0, 0\n",
+        makes=EXAMPLE,
     ),
     Mutant(
         "data.tokens:_labels",
@@ -65,6 +69,7 @@ MIDDLE = (
         "if left > size",
         witness=_EXAMPLES + "def show():\n    return [Encoded((1, 2), (1, 2)), Encoded((3, 4), (3, 4))], 4\n",
         plain=_EXAMPLES + "def show():\n    return [Encoded((1, 2), (1, 2)), Encoded((3, 4), (3, 4))], 5\n",
+        makes=EXAMPLE,
     ),
     Mutant(
         "lora.patterns:Patterns.first",
@@ -75,5 +80,6 @@ MIDDLE = (
         'def show():\n    return Patterns(["q_proj", "0.q_proj"]), "layers.0.q_proj"\n',
         plain="from minilora.lora.patterns import Patterns\n\n\n"
         'def show():\n    return Patterns(["q_proj", "1.q_proj"]), "layers.0.q_proj"\n',
+        makes='from minilora.lora.patterns import Patterns\npatterns = Patterns(["v_proj"])',
     ),
 )
