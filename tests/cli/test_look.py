@@ -3,8 +3,8 @@
 import contextlib
 import json
 import re
-import sys
 import shutil
+import sys
 
 import pytest
 
