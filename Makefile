@@ -43,7 +43,9 @@ lessons: $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed-$(MO
 	$(BIN)/python -m pytest -m "lesson or not slow and not gpu" -n $(WORKERS) --dist worksteal tests/lessons tests/learn $(ARGS)
 
 notebooks: $(VENV)/.installed-docs ## the lessons as notebooks for Jupyter, in build/notebooks
-	$(BIN)/jupytext --quiet --to ipynb --output-dir build/notebooks lessons/[01]*.py
+	@mkdir -p build/notebooks
+	@for file in lessons/[01]*.py; do $(BIN)/jupytext --quiet --to ipynb -o build/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; done
+	@echo "build/notebooks: open them with Jupyter"
 
 lab: $(VENV)/.installed-demo ## try the claims of the field again: docs/lab.md, with verdicts and figures (ARGS="--overwrite" for all of them)
 	$(BIN)/minilora lab --all --out docs --workers $(WORKERS) $(ARGS)

@@ -47,6 +47,15 @@ def test_the_command_and_the_page_know_every_lesson():
         assert title == lesson.title and f"| [{lesson.number} · {title}](lessons/{path.name}) |" in course
 
 
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_opens_as_a_notebook(path):
+    jupytext = pytest.importorskip("jupytext")
+    notebook = jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert kinds[0] == kinds[-1] == "markdown" and kinds.count("code") >= 4
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
 @pytest.mark.lesson
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs(path):
