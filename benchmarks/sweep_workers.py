@@ -19,18 +19,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from record import RESULTS, stamp, write_csv
 from sweep import bytes_model
 
 from minilora.lab.byte_model import code
 
 FEW, MORE = 4, 16  # steps
-WAYS = {
-    "one process, 1 thread": (1, 1),
-    "one process, 2 threads": (1, 2),
-    "two workers, 1 thread each": (2, 2),
-}  # workers, threads
+# Workers, and threads of all of them together.
+WAYS = {"one process, 1 thread": (1, 1), "one process, 2 threads": (1, 2), "two workers, 1 thread each": (2, 2)}
 
 
 def prepare(folder: Path) -> None:
@@ -52,28 +48,13 @@ def prepare(folder: Path) -> None:
 def seconds(folder: Path, way: tuple[int, int], steps: int, options: argparse.Namespace) -> float:
     """Of one command."""
     workers, threads = way
-    command = [
-        sys.executable,
-        "-m",
-        "minilora",
-        "sweep",
-        "--model",
-        str(folder / "model"),
-        "--data",
-        str(folder / "data.jsonl"),
-    ]
-    command += [
-        "--grid",
-        "lr=1e-4,1e-3",
-        "--seeds",
-        str(options.trials // 2),
-        "--steps",
-        str(steps),
-        "--batch-size",
-        str(options.rows),
-    ]
-    command += ["--max-length", "128", "--workers", str(workers), "--quant", "none", "--eval-share", "0"]
-    command += ["--out", str(folder / "out"), "--overwrite"]
+    places = {"model": "model", "data": "data.jsonl", "out": "out"}
+    command = [sys.executable, "-m", "minilora", "sweep", "--grid", "lr=1e-4,1e-3", "--overwrite"]
+    for name, place in places.items():
+        command += [f"--{name}", str(folder / place)]
+    asked = {"seeds": options.trials // 2, "steps": steps, "batch-size": options.rows, "max-length": 128}
+    for name, value in (asked | {"workers": workers, "quant": "none", "eval-share": 0}).items():
+        command += [f"--{name}", str(value)]
     counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **counts})
@@ -84,8 +65,8 @@ def seconds(folder: Path, way: tuple[int, int], steps: int, options: argparse.Na
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=8, help="an even number")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=4, help="an even number")
     parser.add_argument("--rows", type=int, default=16, help="of 128 tokens, a step of a trial")
     parser.add_argument("--out", type=Path, default=RESULTS / "sweep_workers.csv")
     options = parser.parse_args()
@@ -102,20 +83,9 @@ def main() -> None:
     for name, taken in found.items():
         ratios = [own / one for own, one in zip(taken, found[first], strict=True)]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        rows.append(
-            {
-                "way": name,
-                "s a step": f"{statistics.median(taken):.2f}",
-                f"of {first}": spread,
-                "trials": options.trials,
-            }
-        )
-    marks = stamp("transformers") | {
-        "rounds": options.rounds,
-        "rows": options.rows,
-        "cores": os.cpu_count(),
-        "torch threads": torch.get_num_threads(),
-    }
+        row = {"way": name, "s a step": f"{statistics.median(taken):.2f}", f"of {first}": spread}
+        rows.append(row | {"trials": options.trials, "rows": options.rows, "rounds": options.rounds})
+    marks = stamp("transformers") | {"cores": os.cpu_count()}
     write_csv(options.out, rows, marks)
 
 

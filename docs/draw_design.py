@@ -16,7 +16,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "files",
         "reading and writing files safely",
-        ["validate", "parse", "disk", "read", "tensors", "write", "staging", "hub"],
+        ["validate", "parse", "disk", "read", "tensors", "write", "staging", "fresh", "hub"],
     ),
     (
         "quant",

@@ -195,9 +195,9 @@ print(f"lower with {lower} of {len(differences)} seeds, by {-mean(differences):.
 print(f"another seed changes the loss of LoRA by up to {apart:.5f}")
 
 # %% [markdown]
-# With one seed both variants begin with the same $A$ and read the same data, so they are compared seed by seed. With the volumes the loss
-# is lower by about 0.0002 in all three; a seed changes it by about 0.01, fifty times as much. At the largest rate, 0.01, the loss is
-# higher with the volumes in all three. So twenty steps do not show that the volumes help. That is a result, too.
+# With one seed both variants begin with the same $A$ and read the same data, so they are compared seed by seed. What the volumes change is
+# far less than what another seed changes, and at the largest rate it goes the other way. So twenty steps do not show that the volumes
+# help. That is a result, too.
 # `minilora lab variants --plugin FILE` makes the comparison with more steps, a rate tuned for each variant, and an interval beside each
 # difference.
 #

@@ -7,13 +7,13 @@ is known where it was. What the reader prints goes where this process prints. Ne
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from minilora.files.fresh import environment
 from minilora.learn.answer import WRONG, Grade
 from minilora.learn.course import lesson
 
@@ -46,8 +46,6 @@ def check(path: Path, kind: str, number: int, seconds: float) -> list[Grade]:
 
 def _process(path: Path, kind: str, number: int, first: int, seconds: float) -> tuple[list[dict[str, str]], str]:
     """What a process said from function ``first`` on, and how it ended, if not as it should."""
-    package = str(Path(__file__).parents[2])  # where `import minilora` is found
-    package = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as place:
         told = Path(place) / "told"
         told.touch()
@@ -55,7 +53,7 @@ def _process(path: Path, kind: str, number: int, first: int, seconds: float) -> 
         try:
             code = subprocess.run(
                 [sys.executable, "-c", "from minilora.learn.apart import serve; serve()", *words],
-                env=os.environ | {"PYTHONPATH": package},
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 timeout=seconds,
             ).returncode

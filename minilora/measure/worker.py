@@ -20,15 +20,14 @@ from typing import Any
 
 from minilora import errors
 from minilora.errors import MiniLoraError, StateError
+from minilora.files.fresh import environment
 
 __all__ = ["Worker", "anonymous_bytes", "can_measure", "peak_anonymous_bytes", "reset_peak", "serve"]
 
-# Of glibc. To measure memory, larger blocks are mapped alone, and unmapped when they are freed. To be fast, what is freed stays.
+# Of glibc. To measure memory, larger blocks are mapped alone, and unmapped when they are freed. To be fast, what is freed stays: the
+# first number is the largest that glibc takes.
 _EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-_FAST = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}  # the former is the largest that glibc takes
+_FAST = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 _QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -52,13 +51,10 @@ class Worker:
         measured: bool = True,
     ) -> None:
         self.target, self.smaller = target, smaller
-        package = str(Path(__file__).parents[2])  # where `import minilora` is found
-        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from minilora.measure.worker import serve; serve()", target],
-            env=os.environ | _QUIET | (_EXACT if measured else _FAST) | counts | {"PYTHONPATH": path},
+            env=environment(threads, _QUIET | (_EXACT if measured else _FAST)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

@@ -1,5 +1,6 @@
 """The page of claims says what was claimed and found, and shows its figures; it is made from ``lab.json`` alone."""
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -76,3 +77,17 @@ def test_without_matplotlib_there_are_words_alone(tried, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("seconds", "words"), [(0.04, "0.0 s"), (12.4, "12 s"), (119, "119 s"), (512, "9 min")])
 def test_a_time_has_its_unit(seconds, words):
     assert page._time(seconds) == words
+
+
+def test_times_are_added_up_and_a_line_that_leaves_the_picture_is_explained(tried, tmp_path):
+    write_page(tmp_path, tried)
+    text = (tmp_path / "lab.md").read_text()
+    whole = page._time(sum(one.seconds for one in tried.values()))
+    assert f"The times are of one thread each, {whole} together" in text and "leaves the picture" not in text
+    one = tried["one"]
+    for before, leaves in ((-1.0, True), (1e9, False)):
+        picture = dataclasses.replace(one.finding.picture, before=before)
+        write_page(
+            tmp_path, {"one": dataclasses.replace(one, finding=dataclasses.replace(one.finding, picture=picture))}
+        )
+        assert ("leaves the picture is worse there" in (tmp_path / "lab.md").read_text()) is leaves

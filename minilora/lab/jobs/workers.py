@@ -18,10 +18,10 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from minilora.errors import Interrupted, MiniLoraError
+from minilora.files.fresh import environment
 from minilora.lab.jobs.job import SweepJob, look, run_here
 from minilora.lab.sweeps.trial import Trial
 
@@ -65,13 +65,10 @@ class Worker:
     ) -> None:
         self.number, self.asked, self.done, self.stopped = number, asked, False, False
         self.error: tuple[str, str] | None = None  # its class and its line
-        package = str(Path(__file__).parents[3])
-        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from minilora.lab.jobs.workers import serve; serve()"],
-            env=os.environ | counts | {"PYTHONPATH": path},
+            env=environment(threads),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,

@@ -5,7 +5,7 @@
     runs.csv           a row a trial: its settings, losses, what was measured
     log.jsonl          a line a step and an evaluation, with the name of the trial
     report.html        figures, table and verdict, and sweep-*.svg where figures were asked for: written by ``lab/verdicts/report.py``
-    <trial>/           its adapter, which minilora and PEFT open
+    <trial>/           its adapter, as ``save_adapter`` writes it
     workers.json       while several processes share the trials out: which has which, each in its own worker-N/ (``lab/jobs/workers.py``)
 
 The state is written as one step, so all trials in it are at the same one. Next file: ``lab/sweeps/left.py``.
@@ -57,8 +57,7 @@ from minilora.training.signals import Wish
 
 __all__ = ["SweepFolder"]
 
-
-_SETTINGS = "forget or measured_on, tokens_at_once, start_examples, together"
+_SETTINGS = "forget or measured_on, tokens_at_once, start_examples, together"  # as a user knows them
 
 
 class SweepFolder:

@@ -43,10 +43,8 @@ from minilora.training.signals import Wish, caught
 
 __all__ = ["names_of", "sweep"]
 
-_OF_HEADS = (
-    "summary",
-    "classifier",
-)  # settings of heads that stand in other classes; where one is there, its module is found
+# How settings of heads begin that stand in other classes of a model; where one is there, its module is found.
+_OF_HEADS = ("summary", "classifier")
 Measure = Callable[[nn.Module, Result], Mapping[str, float]]
 
 
