@@ -27,6 +27,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "config",
             "blockwise",
             "quantized",
+            "stack",
             "nested",
             "scales",
             "lookup",
@@ -38,7 +39,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "linear",
         "multiplying with a frozen weight",
-        ["layers", "convolution", "foreign", "packed", "shown", "fronts", "ops", "fused", "stacked", "cuda"],
+        ["layers", "convolution", "foreign", "packed", "shown", "fronts", "ops", "fused", "stacked", "cuda", "experts"],
     ),
     (
         "lora",

@@ -1,8 +1,8 @@
 """Base layers: the one place that knows which way round a weight lies, and what it takes to multiply with one.
 
 ``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, ``QuantLinear`` keeps packed codes, a
-convolution a kernel, ``nn.MultiheadAttention`` a bare parameter. Everybody else asks the functions here and always gets ``[out, in]``.
-Next file: ``linear/cuda.py``.
+convolution a kernel, ``nn.MultiheadAttention`` a bare parameter. Everybody else asks the functions here and always gets ``[out, in]``;
+of the experts of a mixture ``[experts, out, in]``. Next file: ``linear/cuda.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ from torch import Tensor, nn
 
 from minilora.errors import TargetError
 from minilora.linear.convolution import is_convolution, patch_weight, put_patch_weight
+from minilora.linear.experts.layers import (
+    ExpertsLinear,
+    QuantExperts,
+    as_model_keeps,
+    is_experts,
+    rows_of_experts,
+    with_experts,
+)
 from minilora.linear.foreign import foreign_of
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
 from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_attributes, take_hooks
+from minilora.quant.config import QuantConfig
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -40,14 +49,27 @@ def is_foreign(layer: nn.Module) -> bool:
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """Which kind of layer an adapter would stand on: "linear", "embedding", "convolution", "attention"; None for any other."""
+    """Which kind of layer an adapter would stand on: "linear", "embedding", "convolution", "attention", "experts", "router"; None for any
+    other.
+    """
     if is_linear(layer):
         return "linear"
+    if is_experts(layer):
+        return "experts"
     if isinstance(layer, nn.Embedding):
         return "embedding"
     if is_convolution(layer):
         return "convolution"
-    return "attention" if isinstance(layer, nn.MultiheadAttention) else None
+    if isinstance(layer, nn.MultiheadAttention):
+        return "attention"
+    return "router" if is_router(layer) else None
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether this chooses experts with a matrix ``weight [experts, in]`` of its own that its forward reads, and holds no layers."""
+    weight = module._parameters.get("weight")
+    named = type(module).__name__.endswith(("Router", "Gate", "Gating"))
+    return named and weight is not None and weight.dim() == 2 and not module._modules and not is_linear(module)
 
 
 def is_attention_output(module: nn.Module) -> bool:
@@ -110,9 +132,17 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
         return known.in_features, known.out_features
     if is_conv1d(layer):
         return known.weight.shape[0], known.weight.shape[1]
+    if is_router(layer):
+        return known.weight.shape[1], known.weight.shape[0]
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, layer.num_embeddings
     raise _no_weight(layer)
+
+
+def dense_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of ``dense_weight``, without making it."""
+    columns, rows = in_out_features(layer)
+    return (layer.experts, rows, columns) if isinstance(layer, (ExpertsLinear, QuantExperts)) else (rows, columns)
 
 
 def _no_weight(layer: nn.Module) -> TargetError:
@@ -143,17 +173,21 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
     """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer; fp32 where it is not known)."""
     if (foreign := foreign_of(layer)) is not None:
         return foreign.dtype(layer) or torch.float32
-    return layer.dtype if isinstance(layer, QuantLinear) else getattr(layer, weight_name(layer)).dtype
+    return layer.dtype if isinstance(layer, (QuantLinear, QuantExperts)) else getattr(layer, weight_name(layer)).dtype
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight as ``[out, in]``, detached; shares memory with the layer unless it is quantized."""
+    """The weight as ``[out, in]``, of experts ``[experts, out, in]``, detached; shares memory with the layer unless it is quantized."""
     if isinstance(layer, QuantLinear):
         whole = layer.quantized()
         return dequantize(whole) if torch.compiler.is_compiling() or is_transformed() else whole.dequantize()
     if (foreign := foreign_of(layer)) is not None:
         return foreign.dense(layer).detach().to(compute_dtype(layer))
-    if isinstance(layer, (nn.Linear, nn.Embedding)) or is_conv1d(layer):
+    if isinstance(layer, QuantExperts):
+        return layer.quantized().dequantize()
+    if isinstance(layer, ExpertsLinear):
+        return rows_of_experts(layer, layer.weight.detach())
+    if isinstance(layer, (nn.Linear, nn.Embedding)) or is_conv1d(layer) or is_router(layer):
         return rows_of(layer)
     if is_convolution(layer):
         return patch_weight(layer)
@@ -166,6 +200,8 @@ def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
     """``[out, in]`` the way round that ``layer`` keeps its weight; of a convolution without its groups."""
     if is_convolution(layer):
         return put_patch_weight(layer, weight)
+    if isinstance(layer, (ExpertsLinear, QuantExperts)):
+        return as_model_keeps(layer, weight)
     return weight.t() if is_transposed(layer) else weight
 
 
@@ -231,6 +267,8 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     Class, settings and hooks are the layer's, and so are the modules in it. A quantized layer becomes the kind of dense layer that it
     was, a convolution one without groups. ``bias`` replaces the bias, which is otherwise shared with ``layer``.
     """
+    if isinstance(layer, (ExpertsLinear, QuantExperts)):
+        return with_experts(layer, weight)
     like = _dense_like(layer) if isinstance(layer, QuantLinear) or is_foreign(layer) else layer
     new = copy.copy(like)
     take_from_front(new, Frozen)
@@ -269,6 +307,20 @@ def _dense_like(layer: Any) -> nn.Module:
     return dense.train(layer.training)
 
 
-def is_quantized(layer: nn.Module) -> TypeGuard[QuantLinear]:
-    """Whether the layer's weight is packed."""
-    return isinstance(layer, QuantLinear)
+def is_quantized(layer: nn.Module) -> TypeGuard[QuantLinear | QuantExperts]:
+    """Whether the layer's weight is packed: of a linear layer, or of experts."""
+    return isinstance(layer, (QuantLinear, QuantExperts))
+
+
+def packed_like(layer: nn.Module, dense: nn.Module, name: str) -> nn.Module:
+    """``dense`` packed as the packed ``layer`` is. Raises ``QuantizationError`` as ``quantize``."""
+    known: Any = layer
+    config = QuantConfig(known.book, known.blocksize, known.double_quant)
+    return pack(dense, config, name)
+
+
+def pack(layer: nn.Module, config: QuantConfig, name: str = "weight", importance: Tensor | None = None) -> nn.Module:
+    """A dense linear layer or projection of experts with its weight packed. Arguments and errors as ``quantize``."""
+    if isinstance(layer, ExpertsLinear):
+        return QuantExperts.from_experts(layer, config, name)
+    return QuantLinear.from_linear(layer, config, name, importance)

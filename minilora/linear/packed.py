@@ -72,10 +72,10 @@ class QuantLinear(nn.Module):
         self.book, self.blocksize, self.dtype = weight.book, weight.blocksize, weight.dtype
         self.double_quant = weight.nested_absmax is not None
         nested, offset = weight.nested_absmax, weight.nested_offset
-        self.register_parameter("weight", _stored(weight.packed))
-        self.absmax = _stored(weight.absmax)
-        self.nested_absmax = None if nested is None else _stored(nested)
-        self.nested_offset = None if offset is None else _stored(offset)
+        self.register_parameter("weight", stored(weight.packed))
+        self.absmax = stored(weight.absmax)
+        self.nested_absmax = None if nested is None else stored(nested)
+        self.nested_offset = None if offset is None else stored(offset)
         self.bias = bias
         self.conv1d = conv1d
 
@@ -116,15 +116,10 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a ``QuantizedTensor`` over the same memory."""
-        codes = self._parameters["weight"]
-        if codes is None or codes.dtype != torch.uint8:
-            kind = "nothing" if codes is None else codes.dtype
-            raise QuantizationError(
-                f"a packed layer holds {kind} where its uint8 codes were; something wrote over them, pack it again"
-            )
-        absmax = self.absmax if self.double_quant else _floats(self.absmax)
-        nested = None if self.nested_absmax is None else _floats(self.nested_absmax)
-        offset = None if self.nested_offset is None else _floats(self.nested_offset)
+        codes = refuse_other_codes(self._parameters["weight"])
+        absmax = self.absmax if self.double_quant else floats(self.absmax)
+        nested = None if self.nested_absmax is None else floats(self.nested_absmax)
+        offset = None if self.nested_offset is None else floats(self.nested_offset)
         shape = torch.Size((self.out_features, self.in_features))
         return QuantizedTensor(codes, absmax, shape, self.dtype, self.book, self.blocksize, nested, offset)
 
@@ -138,24 +133,17 @@ class QuantLinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What the bytes mean, as JSON in uint8: a tensor, so that every writer of tensors can write it."""
-        return torch.tensor(list(json.dumps(self._format(), sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+        return format_state(format_of(self, [self.out_features, self.in_features]))
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing to set: ``_load_from_state_dict`` has compared it."""
-
-    def _format(self) -> dict[str, Any]:
-        levels = hashlib.sha256(repr(self.book.levels).encode()).hexdigest()[:16]
-        shape = [self.out_features, self.in_features]
-        known = {"format": self.format, "levels": levels, "blocksize": self.blocksize}
-        return known | {"double_quant": self.double_quant, "shape": shape}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Raises ``QuantizationError`` for the bytes of another format, which would decode to anything.
 
         A state that names no format was put together from parameters: torch says that a key is missing, and takes it with ``strict=False``.
         """
-        if isinstance(said := state_dict.get(prefix + _FORMAT), Tensor):
-            _refuse_other_format(prefix.removesuffix("."), said, self._format())
+        load_format(state_dict, prefix, format_of(self, [self.out_features, self.in_features]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -163,7 +151,23 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits} bits"
 
 
-def _refuse_other_format(path: str, said: Tensor, own: dict[str, Any]) -> None:
+def format_of(layer: Any, shape: list[int]) -> dict[str, Any]:
+    """What the bytes of a packed layer mean: JSON values."""
+    levels = hashlib.sha256(repr(layer.book.levels).encode()).hexdigest()[:16]
+    known = {"format": layer.book.name, "levels": levels, "blocksize": layer.blocksize}
+    return known | {"double_quant": layer.double_quant, "shape": shape}
+
+
+def format_state(known: dict[str, Any]) -> Tensor:
+    """The same as a tensor for a state dict, ``uint8``."""
+    return torch.tensor(list(json.dumps(known, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+
+
+def load_format(state_dict: Any, prefix: str, own: dict[str, Any]) -> None:
+    """Raise ``QuantizationError`` where a state says that its bytes are of another format."""
+    if not isinstance(said := state_dict.get(prefix + _FORMAT), Tensor):
+        return
+    path = prefix.removesuffix(".")
     try:
         found = json.loads(bytes(said.cpu().tolist()))
         other = [f"{key}={found[key]} and this layer {value}" for key, value in own.items() if found[key] != value]
@@ -197,12 +201,22 @@ def take_attributes(new: nn.Module, old: nn.Module) -> None:
     new.__dict__.update({name: value for name, value in vars(old).items() if name[0] != "_" and name not in known})
 
 
-def _stored(values: Tensor) -> nn.Parameter:
+def refuse_other_codes(codes: Tensor | None) -> Tensor:
+    """The codes of a packed layer. Raises ``QuantizationError`` where they are no longer ``uint8``."""
+    if codes is None or codes.dtype != torch.uint8:
+        kind = "nothing" if codes is None else codes.dtype
+        raise QuantizationError(
+            f"a packed layer holds {kind} where its uint8 codes were; something wrote over them, pack it again"
+        )
+    return codes
+
+
+def stored(values: Tensor) -> nn.Parameter:
     """A frozen uint8 parameter; fp32 becomes its four bytes in a last dimension."""
     held = values if values.dtype == torch.uint8 else values.unsqueeze(-1).view(torch.uint8)
     return nn.Parameter(held, requires_grad=False)
 
 
-def _floats(stored: Tensor) -> Tensor:
-    """The fp32 values whose bytes ``_stored`` holds."""
-    return stored.view(torch.float32).squeeze(-1)
+def floats(held: Tensor) -> Tensor:
+    """The fp32 values whose bytes ``stored`` holds."""
+    return held.view(torch.float32).squeeze(-1)

@@ -27,7 +27,14 @@ from minilora.lora.config import LoraConfig
 __all__ = ["VARIANTS", "Adapter", "register", "registered", "variant", "variants_on"]
 
 VARIANTS: dict[str, type[Adapter]] = {}  # for linear layers
-_ON: dict[str, dict[str, type[Adapter]]] = {"linear": VARIANTS, "embedding": {}, "convolution": {}, "attention": {}}
+_ON: dict[str, dict[str, type[Adapter]]] = {
+    "linear": VARIANTS,
+    "embedding": {},
+    "convolution": {},
+    "attention": {},
+    "experts": {},
+    "router": {},
+}
 
 
 class Adapter(nn.Module, ABC):
@@ -84,6 +91,14 @@ class Adapter(nn.Module, ABC):
     def file_path(path: str) -> str:
         """The layer's path as it stands in a file."""
         return path
+
+    def to_file(self, name: str, tensor: Tensor) -> Tensor:
+        """The attribute ``name`` as a file has it."""
+        return tensor
+
+    def from_file(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse of ``to_file``; a tensor of another layout comes back as it is."""
+        return tensor
 
     def delta_bias(self) -> Tensor | None:
         """The update of the bias, ``[out]`` in fp32, or None."""
@@ -221,7 +236,7 @@ def variant_at(name: str, kind: str, path: str, layer: nn.Module) -> type[Adapte
         return linear
     if name not in _ON[kind]:
         known = " or ".join(sorted(_ON[kind]))
-        a = "an" if kind == "embedding" else "a"
+        a = "an" if type(layer).__name__[0] in "AEIOU" else "a"
         raise TargetError(
             f"{path} is {a} {type(layer).__name__}, which takes {known}, not {name}; leave it out, or give it an adapter of its own"
         )

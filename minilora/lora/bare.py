@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from minilora.linear.experts.hook import put_projection
+from minilora.linear.experts.known import note_home, projections
+from minilora.linear.experts.layers import ExpertsLinear
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import adapters_of, has_adapters, unwrapped
@@ -52,22 +55,29 @@ class Bare:
                 return
             seen.add(id(module))
         yield path, module
-        for name in list(module._modules):
+        note_home(module)
+        for name in dict.fromkeys((*projections(module), *module._modules)):
             child = self._child(module, name)
             if child is not None:
                 yield from self._walk(child, f"{path}.{name}" if path else name, seen)
 
     def _child(self, module: nn.Module, name: str) -> nn.Module | None:
+        note_home(module)
         base = self._bases.get((id(module), name))
-        return base if isinstance(base, nn.Module) else module._modules.get(name)
+        if isinstance(base, nn.Module):
+            return base
+        return module._modules[name] if name in module._modules else projections(module).get(name)
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module once."""
         return (module for _, module in self.named_modules())
 
     def parameters_of(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of one module, without its children's."""
+        """Name and parameter of one module, without its children's; a projection of experts is a child, whether it is adapted or not."""
+        layers = projections(module)
         for name, parameter in list(module._parameters.items()):
+            if name in layers:
+                continue
             base = self._bases.get((id(module), name), parameter)
             if isinstance(base, nn.Parameter):
                 yield name, base
@@ -128,7 +138,14 @@ class Bare:
                 shown = (home._modules if isinstance(slot.base, nn.Module) else home._parameters).get(slot.attr)
                 if shown is not None and shown is not slot.base:
                     memo[id(shown)] = copy.deepcopy(slot.base, memo)
-            return copy.deepcopy(self.get_submodule(path), memo)
+            whole = copy.deepcopy(self.get_submodule(path), memo)
+            with Change() as change:
+                for within in inside:
+                    if isinstance(self._slots[within].base, ExpertsLinear):
+                        owner, _, name = within.removeprefix(path + ".").rpartition(".")
+                        home = whole.get_submodule(owner)
+                        put_projection(change, home, name, home._modules[name])  # type: ignore[arg-type]
+            return whole
 
 
 def _home(slots: dict[str, Slot], path: str) -> nn.Module:

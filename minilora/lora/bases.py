@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError, TargetError
 from minilora.linear.convolution import convolve, is_convolution, of_channels
+from minilora.linear.experts.layers import is_experts
 from minilora.linear.layers import (
     dense_weight,
     embed_scale,
     is_attention_output,
     is_foreign,
     is_plain,
+    is_router,
     kind_of,
     stored_weight,
 )
@@ -47,6 +49,8 @@ _IS = {
     "embedding": "an embedding's rows",
     "convolution": "a convolution",
     "attention": "torch's attention",
+    "experts": "x W^T for each expert",
+    "router": "a router",
 }
 _KNOWN = (
     QuantLinear.forward,
@@ -106,7 +110,7 @@ def refuse_odd_attention(path: str, layer: nn.MultiheadAttention, output: nn.Mod
 
 def _more_of(layer: nn.Module) -> list[str]:
     """Names of what a layer holds beside its weight and bias (of an attention: beside what torch gives it)."""
-    if isinstance(layer, nn.MultiheadAttention) or is_foreign(layer):
+    if isinstance(layer, nn.MultiheadAttention) or is_foreign(layer) or is_router(layer):
         return []
     return sorted((layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - _OWN)
 
@@ -123,7 +127,7 @@ def refuse_to_replace(path: str, layer: nn.Module) -> None:
 
 def is_more_than_its_weight(layer: nn.Module) -> bool:
     """Whether calling this layer is something else than its product (an embedding: its rows), tried where its class does not say."""
-    if is_foreign(layer):
+    if is_foreign(layer) or is_experts(layer) or is_router(layer):
         return False
     if type(layer).__call__ is not nn.Module.__call__ or _more_of(layer):
         return True

@@ -38,6 +38,8 @@ class LoraConfig:
         target_modules: names of layers (each matches whole dotted suffixes), one regex for the full path, or ``"all-linear"``
             (in Python also None: the default of the architecture).
         exclude_modules: layers that are left out, named as in ``target_modules``.
+        target_parameters: names of weights of experts, such as mlp.experts.gate_up_proj, which "all-linear" has too, and of routers, such
+            as mlp.gate.weight, which are adapted only if they are named here.
         lora_dropout: probability in [0, 1) of dropping an input of the low-rank path.
         fan_in_fan_out: kept for PEFT's sake; orientation is read from each layer, and the file says what was found.
         bias: which biases train: "none", "lora_only" (of the adapted layers), "all".
@@ -94,6 +96,7 @@ class LoraConfig:
     revision: str | None = None
     inference_mode: bool = False
     alora_invocation_tokens: Sequence[int] | None = None
+    target_parameters: Sequence[str] | None = None
     in_use = False  # no field: whether a model has adapters of it
 
     def __getattr__(self, name: str) -> Any:
@@ -186,8 +189,14 @@ class LoraConfig:
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified; "
                 f"layers_pattern={validate.shown(self.layers_pattern)} does nothing alone"
             )
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             put(name, validate.names(name, getattr(self, name)))
+        if isinstance(self.target_parameters, str):
+            said = validate.shown(self.target_parameters)
+            raise ConfigError(f"target_parameters={said}: wanted a list of names; write [{said}]")
+        put("target_parameters", self.target_parameters or None)  # PEFT writes an empty list
+        if self.target_parameters and self.target_modules == ():
+            put("target_modules", None)
         if isinstance(self.modules_to_save, str):
             said = validate.shown(self.modules_to_save)
             raise ConfigError(f"modules_to_save={said}: wanted a list of names; write [{said}]")

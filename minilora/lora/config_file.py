@@ -22,14 +22,12 @@ OUT_OF_SCOPE: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
 }
 WHY_NOT = {
     "layer_replication": "replicated layers share weights, so merging one would change its twins; build the deeper model first",
-    "target_parameters": "it adapts bare parameters of expert layers, and minilora adapts layers",
 }
 # Written by PEFT beside the fields; they describe the file, not the adapter.
 FILE_FIELDS = ("auto_mapping", "peft_type", "peft_version", "runtime_config")
@@ -82,7 +80,6 @@ def own_fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, 
 def refuse_set(fields: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` for a field of PEFT's that is set otherwise than by default, and for one that PEFT lacks too."""
     for name, value in fields.items():
-        # PEFT writes target_parameters=[] for experts.
         if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False, []):
             why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
             raise ConfigError(f"{name}={shown(value)}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")

@@ -25,6 +25,7 @@ from minilora.lora.slot import Slot, Value, own_parameters
 from minilora.lora.slots import Adapters, adapters_of, attach, has_adapters, unwrapped
 from minilora.lora.tying import adapt_embedding, copy_biases, copy_modules, trained_rows
 from minilora.lora.variants.attention import attention_adapters
+from minilora.lora.variants.experts import nest
 
 
 def build(
@@ -74,6 +75,7 @@ def build(
             )
         with around(path):
             values[path] = make(layer, config, path)
+    nest(values)
     adapted = set(found.targets)
     for path, indices in found.tokens.items():
         if path in adapted:
@@ -233,4 +235,4 @@ def build_new(
 def slot_at(modules: Mapping[str, nn.Module], path: str) -> Slot:
     parent_path, _, attr = path.rpartition(".")
     parent = modules[parent_path]
-    return Slot(path, parent, attr, getattr(parent, attr))
+    return Slot(path, parent, attr, modules[path] if path in modules else getattr(parent, attr))

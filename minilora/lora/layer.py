@@ -67,14 +67,14 @@ class LoRALinear(Adapter):
         """
         # Drawn one after the other as PEFT's two constructors and its own start value do, whether or not a draw is used.
         A, B = (
-            _uniform((self.r, self.in_features), self.in_features),
-            _uniform((self.out_features, self.thin), self.thin),
+            uniform((self.r, self.in_features), self.in_features),
+            uniform((self.out_features, self.thin), self.thin),
         )
-        bias = _uniform((self.out_features,), self.thin) if config.lora_bias else None
+        bias = uniform((self.out_features,), self.thin) if config.lora_bias else None
         if config.init_lora_weights == "gaussian":
             A.normal_(std=1 / self.r)
         elif config.init_lora_weights is True:
-            A = _uniform((self.r, self.in_features), self.in_features)
+            A = uniform((self.r, self.in_features), self.in_features)
         if config.init_lora_weights:
             B.zero_()
             if bias is not None:
@@ -136,7 +136,7 @@ def is_known_dropout(dropout: Any) -> bool:
     return (kind is nn.Identity or (kind is nn.Dropout and 0 <= dropout.p < 1)) and calls_only_forward(dropout)
 
 
-def _uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
+def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
     """Uniform in +-1/sqrt(fan_in), as ``nn.Linear`` starts (kaiming with a = sqrt(5)), rounding included."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
     return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)

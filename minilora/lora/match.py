@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from minilora.errors import StateError, TargetError, nearest
+from minilora.linear.experts.hook import refuse_strange_experts
+from minilora.linear.experts.layers import is_experts
 from minilora.linear.layers import is_foreign, is_linear, is_quantized, kind_of
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
@@ -56,7 +58,7 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
     targets = _wanted(bare, modules, config)
     if config.exclude_modules is not None:
         excluded = set(select(modules, config.exclude_modules, "exclude_modules"))
-        targets = [path for path in targets if path not in excluded]
+        targets = [path for path in targets if path not in excluded and not _is_inside(path, modules, excluded)]
     copied = set(saved)
     targets = [path for path in targets if not inside(path, copied)]
     targets = _in_layers(targets, config)
@@ -79,12 +81,46 @@ def match(model: nn.Module, config: LoraConfig) -> Match:
     return Match(tuple(targets), tuple(saved), tuple(_biases(bare, config, targets, saved)), tokens)
 
 
+def _is_inside(path: str, modules: Mapping[str, nn.Module], places: set[str]) -> bool:
+    """Whether this is a projection of experts whose module is one of ``places``: who leaves that out leaves out what is in it."""
+    return is_experts(modules[path]) and inside(path, places) is not None
+
+
 def _wanted(bare: Bare, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+    """The paths that ``target_modules`` and ``target_parameters`` name together, in the model's order."""
+    named = _parameters(modules, config)
+    layers = {path: module for path, module in modules.items() if not is_experts(module)}
+    if config.target_modules is not None or not named:
+        named |= set(_modules(bare, layers, config, modules))
+    return [path for path in modules if path in named]
+
+
+def _parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> set[str]:
+    """Paths of the experts' projections, routers and linear layers whose weights ``target_parameters`` names."""
+    if config.target_parameters is None:
+        return set()
+    weights = {
+        path if is_experts(module) else f"{path}.weight": path
+        for path, module in modules.items()
+        if _has_weight(module)
+    }
+    return {weights[name] for name in select(weights, config.target_parameters, "target_parameters")}
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether ``target_parameters`` can name its weight."""
+    return kind_of(module) in ("linear", "experts", "router")
+
+
+def _modules(
+    bare: Bare, modules: dict[str, nn.Module], config: LoraConfig, every: Mapping[str, nn.Module]
+) -> Iterable[str]:
+    """Paths that ``target_modules`` names; experts' projections are among them for "all-linear" only, as in PEFT."""
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         heads = _HEADS.get(config.task_type or "", ())
         tied = _tables(modules) if config.ensure_weight_tying else {}  # a head that is tied stays so, with no adapter
-        linear = [path for path in linear_paths(bare) if _weight(modules[path]) not in tied]
+        linear = [path for path in linear_paths(bare) if _weight(every[path]) not in tied]
         return [path for path in linear if not any(ends_with(path, head) for head in heads)]
     if wanted is not None:
         return select(modules, wanted, "target_modules")
@@ -106,10 +142,13 @@ def default_targets(model: nn.Module | Bare) -> Selection:
 
 
 def linear_paths(model: nn.Module | Bare) -> list[str]:
-    """Paths of every linear layer but the output head, those that are more than their weight (routers), and those known to be read only."""
+    """Paths of every linear layer, experts' projections included, but the output head, those that are more than their weight (routers), and
+    those known to be read only.
+    """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    modules = dict(model.named_modules())
-    linear = [path for path, module in modules.items() if path and is_linear(module) and module is not output]
+    modules = dict((model if isinstance(model, Bare) else Bare(model)).named_modules())
+    found = [path for path, module in modules.items() if path and (is_linear(module) or is_experts(module))]
+    linear = [path for path in found if modules[path] is not output]
     return [
         path for path in linear if not is_read_by_parent(modules, path) and not is_more_than_its_weight(modules[path])
     ]
@@ -156,6 +195,8 @@ def refuse_unfit(model: nn.Module | Bare, modules: dict[str, nn.Module], targets
                 else "; wanted Linear, Conv1D or Embedding, Conv1d to Conv3d, or MultiheadAttention"
             )
             raise TargetError(f"{path} is a {type(module).__name__}, which takes no adapter{hint}")
+        if is_experts(module):
+            refuse_strange_experts(path, modules[path.rpartition(".")[0]])
         if isinstance(module, nn.MultiheadAttention):
             refuse_odd_attention(path, module, modules[f"{path}.out_proj"])
         refuse_not_a_weight(path, module)

@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import StateError
+from minilora.linear.experts.hook import put_projection
+from minilora.linear.experts.layers import is_experts
 from minilora.linear.packed import hooks_of, take_hooks
 from minilora.lora.adapter import Adapter
 from minilora.lora.change import Change
@@ -75,7 +77,9 @@ class Slot:
             value = above
         _follow(change, value, place)
         # What setattr does, without its search for other kinds of attribute.
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) and is_experts(self.base):
+            put_projection(change, place, self.attr, self._front(change, value))
+        elif isinstance(value, nn.Module):
             change.item(place._modules, self.attr, self._front(change, value))
         else:
             change.item(place._parameters, self.attr, value)
@@ -100,7 +104,7 @@ class Slot:
     @property
     def standing(self) -> nn.Module:
         """What a call of the place runs, without a face."""
-        found = self.parent._modules[self.attr]
+        found = self.parent._modules.get(self.attr, self.under)  # of experts that nothing adapts a parameter is there
         return found if self.face is None else self.face.stands  # type: ignore[return-value]
 
     def _take_hooks(self, change: Change, layer: nn.Module, stands: bool) -> None:

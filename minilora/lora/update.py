@@ -40,7 +40,8 @@ def _owner(kind: type, method: str) -> type:
 
 @torch.no_grad()
 def spectrum(adapter: Adapter) -> Tensor:
-    """Singular values of the update, largest first, fp32 ``[min(r, in, out)]``; ``[min(in, out)]`` where it has no low rank.
+    """Singular values of the update, largest first, fp32 ``[min(r, in, out)]``; ``[min(in, out)]`` where it has no low rank. Of experts
+    those of each, ``[experts, ...]``.
 
     Raises:
         StateError: the update is another one for each input (aLoRA).
@@ -65,8 +66,8 @@ def _core(adapter: Adapter) -> Tensor:
     if (factors := low_rank(adapter)) is None:
         return adapter.delta_weight().float()
     A, B = (_exact(factor) for factor in factors)
-    left, right = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
-    return left @ right.T
+    left, right = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.mT, mode="r").R
+    return left @ right.mT
 
 
 def _exact(factor: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from minilora.errors import StateError
 from minilora.linear.foreign import foreign_of
 from minilora.linear.layers import (
-    QuantLinear,
     compute_dtype,
     dense_weight,
     is_foreign,
     is_quantized,
+    packed_like,
     stored_weight,
     weight_name,
     with_weight,
@@ -33,7 +33,6 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Slot, check_stack, own_parameters
 from minilora.lora.slots import Adapters, adapters_of
 from minilora.lora.tying import holders
-from minilora.quant.config import QuantConfig
 from minilora.quant.finite import is_finite
 
 __all__ = ["MergeReport", "Merged", "merge", "merged_layers", "put_in", "unmerge"]
@@ -195,7 +194,7 @@ def _merged_layer(
         )
     layer = with_weight(base, merged, bias).train(base.training)
     if requantize and is_quantized(base):
-        layer = QuantLinear.from_linear(layer, QuantConfig(base.book, base.blocksize, base.double_quant), slot.path)
+        layer = packed_like(base, layer, slot.path)
     error = (dense_weight(layer).float() - before.float()) - update
     return layer, (float(error.square().sum()), float(update.square().sum()))
 

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError, StateError, TargetError
-from minilora.linear.layers import QuantLinear, dense_weight, is_foreign, is_linear, is_quantized
+from minilora.linear.experts.hook import put_layer
+from minilora.linear.experts.layers import is_experts
+from minilora.linear.layers import dense_weight, is_foreign, is_linear, is_quantized, pack
+from minilora.lora.bare import Bare
 from minilora.lora.bases import refuse_nested, refuse_to_replace
 from minilora.lora.change import LOCK, Change
 from minilora.lora.inject import slot_at
@@ -30,12 +33,12 @@ def quantize_model(
     target_modules: Selection = ALL_LINEAR,
     importance: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Replace linear layers by ``QuantLinear``, in place. If it fails, whatever the reason, no layer is replaced.
+    """Replace linear layers by ``QuantLinear`` and experts' projections by ``QuantExperts``, in place. If it fails, none is replaced.
 
     Args:
         model: any module; changed in place, frozen layers replaced, and returned.
         config: format, blocksize, double quantization; default NF4, 64, single.
-        target_modules: list of names, one regex, or "all-linear" (all but the output head).
+        target_modules: list of names, one regex, or "all-linear" (all but the output head and the routers of experts).
         importance: what ``calibrate`` returned, for ``scale="weighted"``.
 
     Raises:
@@ -46,21 +49,21 @@ def quantize_model(
         raise StateError("the model carries adapters; quantize it first and inject then")
     config = quant_config(config)
     paths = quantizable_paths(model, target_modules)
+    modules = dict(Bare(model).named_modules(remove_duplicate=False))
     for path in paths:  # all of them before the first is replaced
-        check_quantizable(dense_weight(unwrapped(model).get_submodule(path)), path + ".weight")
+        check_quantizable(dense_weight(modules[path]), path + ".weight")
         if config.scale == "weighted" and path not in (importance or {}):
             raise QuantizationError(
                 f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"
             )
-    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
     slots = [slot_at(modules, path) for path in paths]
     packed = [
-        QuantLinear.from_linear(slot.base, config, slot.path + ".weight", (importance or {}).get(slot.path))  # type: ignore[arg-type]
+        pack(modules[slot.path], config, slot.path + ".weight", (importance or {}).get(slot.path)).train(model.training)
         for slot in slots
     ]
     with LOCK, Change() as change:
         for slot, layer in zip(slots, packed, strict=True):
-            change.item(slot.parent._modules, slot.attr, layer.train(model.training))
+            put_layer(change, slot.parent, slot.attr, layer)
     return model
 
 
@@ -68,15 +71,17 @@ def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     """Paths of the layers to quantize; one that is packed already is passed over by "all-linear" and refused by name."""
     model = unwrapped(model)
     refuse_nested(model.named_modules())
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = {path: module for path, module in Bare(model).named_modules() if path}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         paths = [path for path in linear_paths(model) if not (is_quantized(modules[path]) or is_foreign(modules[path]))]
     else:
         paths = select(modules, target_modules, "target_modules")
-    refuse_unfit(model, modules, paths)
-    if tables := [path for path in paths if not is_linear(modules[path])]:
-        kind = type(modules[tables[0]]).__name__
-        raise TargetError(f"{tables[0]}: {kind} has no packed form; quantize linear layers only")
+    refuse_unfit(Bare(model), modules, paths)
+    if others := [path for path in paths if not (is_linear(modules[path]) or is_experts(modules[path]))]:
+        kind = type(modules[others[0]]).__name__
+        raise TargetError(
+            f"{others[0]}: {kind} has no packed form; quantize linear layers and experts' projections only"
+        )
     for path in paths:
         refuse_to_replace(path, modules[path])
     if packed := [path for path in paths if is_quantized(modules[path]) or is_foreign(modules[path])]:

@@ -62,10 +62,11 @@ def nested_scales(absmax: Tensor, name: str) -> dict[str, Tensor]:
     }
 
 
-def unnested(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
-    """The fp32 scales, ``[blocks]``, that ``nested_scales`` made ``codes``, ``nested`` and ``offset`` of."""
+def unnested(codes: Tensor, nested: Tensor, offset: Tensor, first: int = 0) -> Tensor:
+    """The fp32 scales, ``[n]``, that ``nested_scales`` made ``codes``, ``nested`` and ``offset`` of; ``codes`` begin at block ``first``."""
     levels = dynamic_map().to(codes.device)[codes.int()]
-    return levels * _spread(nested, NESTED_BLOCKSIZE, levels.numel()) + offset
+    own, within = nested[first // NESTED_BLOCKSIZE :], first % NESTED_BLOCKSIZE
+    return levels * _spread(own, NESTED_BLOCKSIZE, within + levels.numel())[within:] + offset
 
 
 def _spread(values: Tensor, size: int, count: int) -> Tensor:

@@ -57,11 +57,11 @@ class QuantizedTensor:
         """Exact storage per weight in bits, scales included (4.127 for NF4, blocksize 64, double quantization)."""
         return 8 * self.nbytes / max(1, self.shape.numel())
 
-    def scales(self) -> Tensor:
-        """The fp32 scale of every block, ``[blocks]``, decoded from 8 bits where it is stored so."""
+    def scales(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The fp32 scales of blocks ``first`` to ``last`` (all of them), decoded from 8 bits where they are stored so."""
         if self.nested_absmax is None or self.nested_offset is None:
-            return self.absmax
-        return unnested(self.absmax, self.nested_absmax, self.nested_offset)
+            return self.absmax if (first, last) == (0, None) else self.absmax[first:last]
+        return unnested(self.absmax[first:last], self.nested_absmax, self.nested_offset, first)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The dense weight, ``shape``, in ``dtype`` (default: its dtype before): fp32 level x fp32 scale, rounded once.

@@ -17,7 +17,7 @@ from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Value
 from minilora.store.adapter_files import Stored
-from minilora.store.save import tensors_of
+from minilora.store.save import laid_out, tensors_of
 from minilora.store.tables import brought_tables, carrier
 
 __all__ = ["LoadReport", "fill"]
@@ -48,9 +48,9 @@ def fill(
 
     With ``ignore_mismatched_sizes`` a tensor of another shape is left out and told of, and not refused.
     """
-    own = tensors_of(values)
-    tables, not_ours, unlike = brought_tables(model, values, stored.tensors, own, fresh, ignore_mismatched_sizes)
-    tensors = {key: tensor for key, tensor in stored.tensors.items() if key not in not_ours}
+    own, theirs = tensors_of(values), laid_out(values, stored.tensors, False)
+    tables, not_ours, unlike = brought_tables(model, values, theirs, own, fresh, ignore_mismatched_sizes)
+    tensors = {key: tensor for key, tensor in theirs.items() if key not in not_ours}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
     if strict and missing:

@@ -9,6 +9,7 @@ apart only between dense models. Next file: ``store/save.py``.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear, stored_weight
+from minilora.linear.layers import dense_shape, dense_weight, is_quantized, stored_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Around, Bare
 from minilora.lora.slot import Value
@@ -27,12 +28,13 @@ from minilora.store.tensors import (
     DENSE,
     PACKED,
     are_prints,
-    decoded,
     floats,
+    has_matrix,
     hexadecimal,
     other_tensors,
     prints,
     same,
+    values_at,
 )
 
 __all__ = ["brought_by", "differs", "fingerprint", "is_fingerprint", "strange_tensors"]
@@ -96,10 +98,10 @@ def _parameters_hash(bare: Bare) -> str:
     for named, module in bare.named_modules(remove_duplicate=False):
         path = named.replace("._orig_mod", "")  # of a part that torch.compile wrapped
         for name, tensor in bare.parameters_of(module):
-            if not (is_linear(module) and name != "bias"):
+            if not (has_matrix(module) and name != "bias"):
                 lines.append(f"{path}.{name} {list(tensor.shape)}")
-        if is_linear(module):
-            lines.append(f"{path}.weight {list(in_out_features(module)[::-1])}")
+        if has_matrix(module):
+            lines.append(f"{path}.weight {list(dense_shape(module))}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -108,15 +110,10 @@ def _sample(layer: nn.Module) -> list[str] | None:
     weight = stored_weight(layer)
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
-    in_features, out_features = in_out_features(layer)
-    count = in_features * out_features
+    count = math.prod(dense_shape(layer))
     places = [(at * 2_654_435_761 + 12_345) % count for at in range(_VALUES)]
-    if isinstance(layer, QuantLinear):
-        return [PACKED, hexadecimal(decoded(layer, places, count))]
-    rows, columns = zip(*(divmod(place, in_features) for place in places), strict=True)
-    values = dense_weight(layer)[torch.tensor(rows, device="cpu"), torch.tensor(columns, device="cpu")]
-    kind = str(values.dtype).removeprefix("torch.")
-    return [kind, hexadecimal(values.float().tolist())] if kind in DENSE else None
+    kind = PACKED if is_quantized(layer) else str(dense_weight(layer).dtype).removeprefix("torch.")
+    return [kind, hexadecimal(values_at(layer, places))] if kind in (PACKED, *DENSE) else None
 
 
 def is_fingerprint(value: Any) -> bool:

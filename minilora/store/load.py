@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
-from minilora.linear.layers import in_out_features
+from minilora.linear.experts.known import has_projections
+from minilora.linear.layers import in_out_features, is_router
 from minilora.lora.adapter import Adapter, variant
 from minilora.lora.bare import Bare
 from minilora.lora.config import LoraConfig
@@ -191,7 +192,7 @@ def load_values(
     model: nn.Module, stored: Stored, adapter_name: str, strict: bool = True, ignore_mismatched_sizes: bool = False
 ) -> tuple[dict[str, Value], LoadReport]:
     """What a stored adapter puts into each slot, without touching the model, and what was left out. Raises as ``load_adapter``."""
-    config = _exact(stored)
+    config = _exact(stored, Bare(model))
     _refuse_huge(model, config, stored)
     values = build(model, config, adapter_name, stored.variant)
     replaced = [value for value in values.values() if isinstance(value, Adapter) and value.base_replaced]
@@ -234,7 +235,7 @@ def _refuse_huge(model: nn.Module, config: LoraConfig, stored: Stored) -> None:
             )
 
 
-def _exact(stored: Stored) -> LoraConfig:
+def _exact(stored: Stored, bare: Bare) -> LoraConfig:
     """The config without regular expressions of the file: targets become the layers that have tensors in it."""
     refuse_regexes(stored)
     config = stored.config
@@ -247,9 +248,11 @@ def _exact(stored: Stored) -> LoraConfig:
     paths = {
         path for path in paths if ".base_layer." not in path
     }  # an attention's output projection goes with its attention
+    others = {path for path, module in bare.named_modules() if has_projections(module) or is_router(module)}
+    paths -= others  # of experts and routers target_parameters says which, and it has no expressions
     return dataclasses.replace(
         config,
-        target_modules="|".join(map(re.escape, sorted(paths))),
+        target_modules="|".join(map(re.escape, sorted(paths))) or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

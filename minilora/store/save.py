@@ -19,6 +19,7 @@ from minilora.errors import StateError
 from minilora.files import validate
 from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
+from minilora.linear.experts.layers import is_experts
 from minilora.linear.layers import is_conv1d
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Around, Bare
@@ -41,11 +42,20 @@ from minilora.store.adapter_files import (
 from minilora.store.fingerprint import brought_by, fingerprint
 from minilora.store.tables import saved_tables, table_of
 
-__all__ = ["adapter_files", "adapter_state_dict", "file_base", "file_key", "save_adapter", "saved_config", "tensors_of"]
+__all__ = [
+    "adapter_files",
+    "adapter_state_dict",
+    "file_base",
+    "file_key",
+    "laid_out",
+    "save_adapter",
+    "saved_config",
+    "tensors_of",
+]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The tensors of one adapter under the names that its file has; they share memory with the model."""
+    """The tensors of one adapter under the names that its file has; they share memory with the model, and are laid out as there."""
     return tensors_of(adapters_of(model).named(adapter_name))
 
 
@@ -64,6 +74,18 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
             own = {_in_file(f"{path}.{name}"): tensor for name, tensor in value.state_dict().items()}
         tensors.update({key: tensor.detach() for key, tensor in own.items()})
     return tensors
+
+
+def laid_out(values: Mapping[str, Value], tensors: Mapping[str, Tensor], to_file: bool) -> dict[str, Tensor]:
+    """``tensors_of`` these values as a file has them (``to_file``), or a file's tensors as ``tensors_of`` has them."""
+    laid = dict(tensors)
+    for path, value in values.items():
+        if not isinstance(value, Adapter):
+            continue
+        for name in value.file_names:
+            if (tensor := laid.get(key := file_key(path, value, name))) is not None:
+                laid[key] = value.to_file(name, tensor) if to_file else value.from_file(name, tensor)
+    return laid
 
 
 def file_key(path: str, adapter: Adapter, name: str) -> str:
@@ -110,7 +132,8 @@ def adapter_files(
     ``base`` is what ``file_base`` said while the model was whole, where it lies in shards now.
     """
     tables = saved_tables(model, adapter_name, save_embedding_layers, base_config)
-    held = adapter_state_dict(model, adapter_name) | tables
+    values = adapters_of(model).named(adapter_name)
+    held = laid_out(values, tensors_of(values), True) | tables
     tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
     if (key := not_finite(tensors)) is not None:
         raise StateError(
@@ -170,10 +193,12 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     config = adapters.configs[adapter_name]
     content = config.to_dict()
     held = adapters.named(adapter_name)
-    paths = [path for path, value in held.items() if isinstance(value, Adapter) and value.targeted]
-    bare = Bare(model)
-    content["target_modules"] = _named_targets(bare, config, paths)
-    content["fan_in_fan_out"] = any(is_conv1d(bare.get_submodule(path)) for path in paths)
+    targeted = {path: value for path, value in held.items() if isinstance(value, Adapter) and value.targeted}
+    paths, bare = list(targeted), Bare(model)
+    modules = [path for path, value in targeted.items() if value.on not in ("experts", "router")]
+    content["target_modules"] = _named_targets(bare, config, modules) if modules else None
+    content["target_parameters"] = _named_parameters(bare, config, targeted)
+    content["fan_in_fan_out"] = any(is_conv1d(bare.get_submodule(path)) for path in modules)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     for field, own in (("rank_pattern", 0), ("alpha_pattern", 1)):
         if not all(map(validate.PLAIN.fullmatch, content[field])):  # no regex is run from a file: say what it came to
@@ -185,6 +210,28 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
         content["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     content["base_model_name_or_path"] = config.base_model_name_or_path or base or None
     return content
+
+
+def _named_parameters(bare: Bare, config: LoraConfig, targeted: Mapping[str, Adapter]) -> list[str] | None:
+    """Names of the weights of experts and routers that are adapted, as PEFT's ``target_parameters`` means them: the user's, the shortest
+    that mean exactly these, or their paths.
+    """
+    wanted = [
+        path if value.on == "experts" else f"{path}.weight"
+        for path, value in targeted.items()
+        if value.on in ("experts", "router")
+    ]
+    if not wanted:
+        return None
+    every = [
+        path if is_experts(module) else f"{path}.{name}"
+        for path, module in bare.named_modules()
+        for name in (("weight",) if is_experts(module) else module._parameters)
+    ]
+    for names in (config.target_parameters or (), sorted({".".join(path.split(".")[-3:]) for path in wanted})):
+        if {path for path in every if any(ends_with(path, name) for name in names)} == set(wanted):
+            return sorted(names)
+    return sorted(wanted)
 
 
 def _named_targets(bare: Bare, config: LoraConfig, paths: list[str]) -> list[str] | str:

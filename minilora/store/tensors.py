@@ -10,6 +10,7 @@ places of a tensor and not of all of it. Next file: ``store/fingerprint.py``.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,21 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_linear
+from minilora.linear.experts.layers import is_experts
+from minilora.linear.layers import dense_shape, dense_weight, is_linear, is_quantized
 from minilora.lora.bare import Around, Bare
 from minilora.quant.quantized import decode_range
+from minilora.quant.stack import QuantizedStack
 
 __all__ = [
     "CLOSE",
     "DENSE",
     "PACKED",
     "are_prints",
-    "decoded",
     "floats",
+    "has_matrix",
     "hexadecimal",
     "other_tensors",
     "prints",
     "same",
+    "values_at",
 ]
 
 PACKED = "packed"
@@ -89,7 +93,7 @@ def _tensors(bare: Bare, around: Around = nullcontext) -> Iterator[tuple[str, nn
         path = named.replace("._orig_mod", "")  # of a part that torch.compile wrapped
         with around(named):
             for name, tensor in (*bare.parameters_of(module), *module._buffers.items()):
-                packed = isinstance(module, QuantLinear) and name != "bias"
+                packed = is_quantized(module) and name != "bias"
                 if tensor is None or name in module._non_persistent_buffers_set or (packed and name != "weight"):
                     continue
                 if id(tensor) not in seen and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
@@ -98,7 +102,7 @@ def _tensors(bare: Bare, around: Around = nullcontext) -> Iterator[tuple[str, nn
 
 
 def _print(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) -> str | None:
-    if isinstance(layer, QuantLinear) and tensor is not layer._parameters.get("bias"):
+    if is_quantized(layer) and tensor is not layer._parameters.get("bias"):
         return None if _is_one_of_many(name) else f"{PACKED}  {hexadecimal(_values(name, layer, tensor, rows))}"
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {_hash(tensor, rows)} {hexadecimal(_values(name, layer, tensor, rows)) if kind in DENSE else ''}"
@@ -106,7 +110,7 @@ def _print(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) -
 
 def _differs(name: str, layer: nn.Module, tensor: Tensor, said: str, rows: Collection[int]) -> bool:
     before, digest, values = said.split(" ")
-    packed = isinstance(layer, QuantLinear) and tensor is not layer._parameters.get("bias")
+    packed = is_quantized(layer) and tensor is not layer._parameters.get("bias")
     now = PACKED if packed else str(tensor.dtype).removeprefix("torch.")
     if now == before != PACKED:
         return digest != _hash(tensor, rows)
@@ -141,33 +145,47 @@ def _hash(tensor: Tensor, rows: Collection[int]) -> str:
 
 def _values(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) -> list[float]:
     """Some values in fp32, the last one among them; of a linear layer as in ``[out, in]``, whatever it holds. 0 for rows left out."""
-    linear = is_linear(layer) and tensor is layer._parameters.get("weight")
-    width, count = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.numel()
-    if linear:
-        width, out_features = in_out_features(layer)
-        count = width * out_features
+    matrix = has_matrix(layer) and tensor is layer._parameters.get("weight")
+    shape = dense_shape(layer) if matrix else tuple(tensor.shape)
+    width, count = shape[-1] if len(shape) > 1 else 1, math.prod(shape)
     if not count:
         return []
     many = _VALUES if _is_one_of_many(name) else _MORE
     places = [*((at * 2_654_435_761 + 12_345) % count for at in range(many - 1)), count - 1]
-    if isinstance(layer, QuantLinear) and linear:
-        values = decoded(layer, places, count)
-    elif linear:
-        held = dense_weight(layer).detach()
-        values = held[[at // width for at in places], [at % width for at in places]].float().tolist()
-    else:
-        values = tensor.detach().reshape(-1)[places].float().tolist()
+    values = values_at(layer, places) if matrix else tensor.detach().reshape(-1)[places].float().tolist()
     return [0.0 if at // width in rows else value for at, value in zip(places, values, strict=True)]
 
 
-def decoded(layer: QuantLinear, places: Sequence[int], count: int) -> list[float]:
-    """Values of a packed weight at places of the flattened ``[out, in]``; ``count`` is how many it has."""
-    weight = layer.quantized()
-    scales, values = weight.scales(), []
+def has_matrix(layer: nn.Module) -> bool:
+    """Whether this is a linear layer or a projection of experts, whose weight is looked at as ``dense_weight`` has it."""
+    return is_linear(layer) or is_experts(layer)
+
+
+def values_at(layer: nn.Module, places: Sequence[int]) -> list[float]:
+    """Values of a weight at places of its flattened ``dense_weight``, in fp32; of a packed one only their blocks are decoded."""
+    if is_quantized(layer):
+        return _decoded(layer, places)
+    held, found = dense_weight(layer).detach(), []
     for place in places:
-        start = place - place % weight.blocksize
-        block = torch.empty(min(weight.blocksize, count - start), dtype=torch.float32, device=scales.device)
-        decode_range(weight, scales, start, block)
+        at = []
+        for size in reversed(held.shape):
+            place, rest = divmod(place, size)
+            at.append(rest)
+        found.append(float(held[tuple(reversed(at))]))
+    return found
+
+
+def _decoded(layer: nn.Module, places: Sequence[int]) -> list[float]:
+    known: Any = layer.quantized()  # type: ignore[operator]
+    whole, stack = (known.stored, known) if isinstance(known, QuantizedStack) else (known, None)
+    scales, values, count = whole.scales(), [], whole.shape.numel()
+    for place in places:
+        if stack is not None:  # each matrix may be filled up
+            expert, rest = divmod(place, stack.shape[1] * stack.shape[2])
+            place = expert * stack.each + rest
+        start = place - place % whole.blocksize
+        block = torch.empty(min(whole.blocksize, count - start), dtype=torch.float32, device=scales.device)
+        decode_range(whole, scales, start, block)
         values.append(block[place - start].item())
     return values
 

@@ -9,6 +9,8 @@ from minilora.lora.variants import (
     dora,
     dora_embedding,
     embedding,
+    experts,
+    experts_starts,
     loftq,
     lora_fa,
     lora_ga,
@@ -17,6 +19,7 @@ from minilora.lora.variants import (
     olora,
     orthogonal,
     pissa,
+    router,
     tokens,
     vera,
 )
@@ -29,6 +32,8 @@ __all__ = [
     "dora",
     "dora_embedding",
     "embedding",
+    "experts",
+    "experts_starts",
     "loftq",
     "lora_fa",
     "lora_ga",
@@ -38,6 +43,7 @@ __all__ = [
     "orthogonal",
     "pissa",
     "register",
+    "router",
     "tokens",
     "vera",
 ]

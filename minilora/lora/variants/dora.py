@@ -26,8 +26,10 @@ _NOTHING = 1e-6  # of the sum of two squared norms: what rounding leaves of a di
 
 
 def moved_norms(squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """The norms of the rows of ``W + s B A``, ``[out]``: from ``squared``, those of W squared, and ``WA = A W^T`` ``[r, out]``."""
-    cross, square = (WA.T * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)
+    """The norms of the rows of ``W + s B A``, ``[out]``: from ``squared``, those of W squared, and ``WA = A W^T`` ``[r, out]``; or
+    of several, with one more dimension in front.
+    """
+    cross, square = (WA.mT * B).sum(-1), ((B @ (A @ A.mT)) * B).sum(-1)
     moved = squared + 2 * s * cross + s * s * square
     return torch.where(moved > _NOTHING * (squared + s * s * square), moved, 0).sqrt()
 
@@ -59,7 +61,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         super().__init__(base_layer, config, path)
-        squared = dense_weight(self.innermost).float().square().sum(1)
+        squared = dense_weight(self.innermost).float().square().sum(-1)
         self.register_buffer("base_norm_squared", squared, persistent=False)
         self.lora_magnitude_vector = nn.Parameter(self.over_outputs(self.row_norms()).clone())
 
@@ -105,7 +107,7 @@ class DoRALinear(LoRALinear):
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.innermost).float()
         ratio, moves = self._ratio()
-        return ratio[:, None] * (weight + moves[:, None] * super().delta_weight()) - weight
+        return ratio[..., None] * (weight + moves[..., None] * super().delta_weight()) - weight
 
     def reset(self) -> None:
         super().reset()

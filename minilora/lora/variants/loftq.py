@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from minilora.lora.starts import LoftQConfig, settings
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
+from minilora.quant.stack import QuantizedStack, quantize_stack
 
+Packed = QuantizedTensor | QuantizedStack
 _importance: ContextVar[Mapping[str, Tensor] | None] = ContextVar("importance", default=None)
 
 
@@ -57,19 +59,21 @@ def loftq(
     rounds: int = 5,
     name: str = "weight",
     importance: Tensor | None = None,
-) -> tuple[QuantizedTensor, Tensor, Tensor]:
+) -> tuple[Packed, Tensor, Tensor]:
     """``(Q, A [r, in], B [out, r])`` of the best of ``rounds`` turns by the norm of ``(W - (Q + scaling B A)) D``.
 
     Args:
-        weight: ``[out, in]``, any floating dtype. config: any format. r, scaling: of the adapter.
+        weight: ``[out, in]``, any floating dtype; of experts ``[E, out, in]``, with factors for each and one best turn for all.
+        config: any format. r, scaling: of the adapter.
         importance: E[x^2] per input, ``[in]``; ``D`` is the diagonal of its root, and the identity without it.
     """
     wide = weight.detach().float()
     heavy = _column_weights(wide, importance)
     low = torch.zeros_like(wide)
-    best: tuple[float, QuantizedTensor, Tensor, Tensor] | None = None
+    best: tuple[float, Packed, Tensor, Tensor] | None = None
     for _ in range(rounds):
-        packed = quantize(wide - low, config, name, importance)
+        left = wide - low
+        packed = quantize(left, config, name, importance) if left.dim() == 2 else quantize_stack(left, config, name)
         A, B = best_factors((wide - packed.dequantize(torch.float32)) * heavy, r, scaling)
         A = A / heavy
         low = scaling * (B @ A)
@@ -77,20 +81,27 @@ def loftq(
         if best is None or error < best[0]:
             best = (error, packed, A, B)
     assert best is not None  # rounds >= 1 is validated
-    return replace(best[1], dtype=weight.dtype), best[2], best[3]
+    return _as_of(best[1], weight.dtype), best[2], best[3]
+
+
+def _as_of(packed: Packed, dtype: torch.dtype) -> Packed:
+    """The same, of a weight of this dtype."""
+    if isinstance(packed, QuantizedStack):
+        return replace(packed, stored=replace(packed.stored, dtype=dtype))
+    return replace(packed, dtype=dtype)
 
 
 def best_factors(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """``(A [r, in], B [out, r])`` for which ``scaling * B A`` is the best rank-r part of ``[out, in]``, split evenly."""
+    """``(A [r, in], B [out, r])`` for which ``scaling * B A`` is the best rank-r part of ``[out, in]`` (or each), split evenly."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    root = (S[:r] / scaling).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    root = (S[..., :r] / scaling).sqrt()
+    return root[..., :, None] * Vh[..., :r, :], U[..., :r] * root[..., None, :]
 
 
 def _column_weights(weight: Tensor, importance: Tensor | None) -> Tensor:
     """The root of the importance, its mean 1; all ones without it, or where no input ever spoke."""
     if importance is None or not importance.any():
-        return weight.new_ones(weight.shape[1])
+        return weight.new_ones(weight.shape[-1])
     heavy = importance.to(weight).clamp(min=1e-4 * float(importance.mean())).sqrt()
     return heavy / heavy.mean()
 
@@ -118,11 +129,15 @@ class LoftQLinear(LoRALinear):
             scale = "weighted" if seen is not None else "absmax" if bits == 4 else "mse"
             form = QuantConfig(f"nf{bits}", scale=scale)
             packed, A, B = loftq(dense_weight(base_layer), form, self.r, self.scaling, rounds, path + ".weight", seen)
-            self.base_layer = QuantLinear(packed, base_layer.bias).train(base_layer.training)  # type: ignore[arg-type]
+            self.base_layer = self.around(packed, base_layer).train(base_layer.training)
             self.base_replaced, self.wants_file = True, ""
             if seen is not None:
                 self.made_with = hashlib.sha256(seen.detach().cpu().float().numpy().tobytes()).hexdigest()
             self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+
+    def around(self, packed: Any, layer: nn.Module) -> nn.Module:
+        """The packed layer that takes the place of a dense one."""
+        return QuantLinear(packed, layer.bias)  # type: ignore[arg-type]
 
     def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
         return super().initial_factors(replace(config, init_lora_weights=True))

@@ -23,12 +23,16 @@ class OrthogonalLoRA(LoRALinear):
 
     def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, None]:
         super().initial_factors(config)  # draws what PEFT draws before
-        if self.r % 2:
-            raise ConfigError(
-                f"Orthogonal initialization requires the LoRA rank to be even, got {self.r} instead. Set r={self.r + 1}"
-            )
-        plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        Q = torch.linalg.qr(torch.randn(self.r, self.r, **plain)).Q
-        A = (torch.randn(self.in_features, self.r // 2, **plain) @ Q[0::2]).T / 10
-        B = torch.randn(self.r // 2, self.out_features, **plain).T @ Q[1::2] / 10
-        return A, B, None
+        return (*orthogonal_factors(self.r, self.in_features, self.out_features), None)
+
+
+def orthogonal_factors(r: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """``(A [r, in], B [out, r])``, both random, with ``B A = 0``. Raises ``ConfigError`` for an odd rank."""
+    if r % 2:
+        raise ConfigError(
+            f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead. Set r={r + 1}"
+        )
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    Q = torch.linalg.qr(torch.randn(r, r, **plain)).Q
+    A = (torch.randn(in_features, r // 2, **plain) @ Q[0::2]).T / 10
+    return A, torch.randn(r // 2, out_features, **plain).T @ Q[1::2] / 10

@@ -1,0 +1,105 @@
+"""What experts compute, with projections that are layers: adapters, packed codes, or the module's own parameters.
+
+``routed`` is what transformers' experts interface calls; the others are for classes of another shape, each equal to its class's own
+``forward`` when nothing is adapted. Next file: ``linear/experts/hook.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.linear.experts.known import projections
+from minilora.linear.experts.routes import Routes, route
+
+__all__ = ["dbrx", "jetmoe", "llama4", "longcat", "routed", "shared"]
+
+
+def project(home: Any, name: str, x: Tensor, routes: Routes) -> Tensor:
+    """The projection ``name`` of sorted rows ``[S, in]``, with its bias: ``[S, out]``."""
+    layer = home._modules.get(name)
+    y: Tensor = (projections(home)[name] if layer is None else layer)(x, routes)
+    bias = home._parameters.get(f"{name}_bias")
+    return y if bias is None else y + routes.of_experts(bias).to(y.dtype)
+
+
+def routed(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Each token through its k experts, weighted and summed: ``[T, H]`` to ``[T, H]``.
+
+    Args:
+        experts: up (with the gate), the gate's function, down; a norm behind each expert where it says so.
+        top_k_index, top_k_weights: ``[T, k]``; an index beyond the last expert adds nothing.
+    """
+    routes = route(top_k_index, experts.num_experts)
+    gated = getattr(experts, "has_gate", True)
+    y = project(experts, "gate_up_proj" if gated else "up_proj", hidden_states[routes.tokens], routes)
+    y = project(experts, "down_proj", experts._apply_gate(y) if gated else experts.act_fn(y), routes)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    return gathered(y, top_k_weights, routes, experts.num_experts).to(hidden_states.dtype)
+
+
+def gathered(y: Tensor, weights: Tensor, routes: Routes, experts: int) -> Tensor:
+    """Sorted rows ``[S, H]`` times their weights ``[T, k]``, summed for each token: ``[T, H]``, in the wider of both dtypes."""
+    weighted = y * weights.reshape(-1)[routes.order].unsqueeze(1)
+    weighted = weighted.masked_fill((routes.ids >= experts).unsqueeze(1), 0)
+    back = torch.empty_like(routes.order)
+    back[routes.order] = torch.arange(len(back), device=back.device)
+    return weighted[back].view(*weights.shape, -1).sum(1)
+
+
+def longcat(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """``routed``, where the indices from ``num_routed_experts`` on are experts that return the token itself."""
+    count = experts.num_routed_experts
+    routes = route(top_k_index, count)
+    x = hidden_states[routes.tokens]
+    gate, up = project(experts, "gate_up_proj", x, routes).chunk(2, dim=-1)
+    y = project(experts, "down_proj", experts.act_fn(gate) * up, routes)
+    y = torch.where((routes.ids >= count).unsqueeze(1), x, y)
+    return gathered(y, top_k_weights, routes, experts.total_experts).to(hidden_states.dtype)
+
+
+def dbrx(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """DBRX: gate (w1) and up (v1) apart, ``[B, T, H]``."""
+    mlp, flat = experts.mlp, hidden_states.reshape(-1, experts.hidden_size)
+    routes = route(top_k_index, experts.num_experts)
+    x = flat[routes.tokens]
+    y = mlp.activation_fn(project(mlp, "w1", x, routes)) * project(mlp, "v1", x, routes)
+    y = gathered(project(mlp, "w2", y, routes), top_k_weights, routes, experts.num_experts)
+    return y.to(flat.dtype).view(len(hidden_states), -1, experts.hidden_size)
+
+
+def jetmoe(experts: Any, inputs: Tensor, expert_size: Any) -> Tensor:
+    """JetMoE: one projection of rows that are sorted already, ``expert_size`` of them for each expert."""
+    sizes = torch.as_tensor(expert_size, device=inputs.device)
+    ids = torch.arange(len(sizes), device=inputs.device).repeat_interleave(sizes)
+    return project(
+        experts, "weight", inputs, Routes(torch.arange(len(ids), device=ids.device), ids, sizes.cumsum(0).int())
+    )
+
+
+def llama4(experts: Any, hidden_states: Tensor) -> Tensor:
+    """Llama 4: every expert gets every token, ``[E * T, H]``, times its score, which is 0 where the router did not choose it.
+
+    A row of zeros gives a row of zeros (the gate's function of 0 is multiplied by an up of 0), so only the others are computed.
+    """
+    count = experts.num_experts
+    rows = hidden_states.view(-1, experts.hidden_size)
+    live = rows.detach().any(1).nonzero().flatten()
+    routes = route((live // (len(rows) // count)).unsqueeze(1), count)
+    x = rows[live]
+    gate, up = project(experts, "gate_up_proj", x, routes).chunk(2, dim=-1)
+    y = project(experts, "down_proj", up * experts.act_fn(gate), routes)
+    return torch.zeros_like(rows).index_copy(0, live, y)
+
+
+def shared(experts: Any, hidden_states: Tensor, gammas: Tensor) -> Tensor:
+    """Inkling's shared experts: every token through all of them, weighted by ``gammas`` before the last projection."""
+    count, flat = experts.n_shared_experts, hidden_states.reshape(-1, hidden_states.shape[-1])
+    routes = route(torch.arange(count, device=flat.device).repeat_interleave(len(flat)).unsqueeze(1), count)
+    x, weights = flat.repeat(count, 1), gammas.reshape(-1, count).t().reshape(-1, 1)
+    y = experts.act_fn(project(experts, "gate_proj", x, routes)) * project(experts, "up_proj", x, routes) * weights
+    y = project(experts, "down_proj", y, routes)
+    return y.view(count, *flat.shape).float().sum(0).to(hidden_states.dtype).view(hidden_states.shape)
