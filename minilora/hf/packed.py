@@ -18,14 +18,19 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.files.tensors import Tensors, open_tensors
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
-from minilora.linear.layers import QuantLinear, is_conv1d, is_linear, is_quantized
+from minilora.linear.experts.hook import put_layer
+from minilora.linear.experts.layers import ExpertsLinear, QuantExperts, is_experts
+from minilora.linear.layers import QuantLinear, dense_shape, is_conv1d, is_linear, is_quantized
+from minilora.lora.bare import Bare
 from minilora.lora.bases import refuse_nested
+from minilora.lora.change import Change
 from minilora.lora.slots import has_adapters
 from minilora.qlora.kbit import dtype_on_disk
 from minilora.quant.bnb import is_state, storable, weight_of
 from minilora.quant.codebooks import CODEBOOKS, OF_BITSANDBYTES, Codebook, codebook
 from minilora.quant.config import QuantConfig
 from minilora.quant.on_disk import from_disk, to_disk
+from minilora.quant.stack import QuantizedStack
 from minilora.training.guards import refuse_nonfinite
 from minilora.training.rows import Rows
 
@@ -54,7 +59,8 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise StateError("the model has no packed layer; call quantize_model first")
     tensors: dict[str, Tensor] = {}
     for path, layer in packed.items():
-        tensors |= {f"{path}.weight{suffix}": tensor for suffix, tensor in to_disk(layer.quantized()).items()}
+        name = weight_name_of(path, layer)
+        tensors |= {f"{name}{suffix}": tensor for suffix, tensor in to_disk(layer.quantized()).items()}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, own = name.rpartition(".")
@@ -66,15 +72,25 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def weight_name_of(path: str, layer: nn.Module) -> str:
+    """What the weight of a layer is called in the dense model: of experts' projections there is a parameter at the path itself."""
+    return path if is_experts(layer) else f"{path}.weight"
+
+
 def dense_linears(model: nn.Module) -> list[str]:
-    """Paths of the linear layers that are not packed."""
-    return sorted(path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
+    """Paths of the linear layers and of the experts' projections that are not packed."""
+    modules = Bare(model).named_modules()
+    return sorted(path for path, layer in modules if isinstance(layer, (nn.Linear, ExpertsLinear)) or is_conv1d(layer))
 
 
-def packed_entry(config: QuantConfig, dense: list[str]) -> dict[str, Any]:
-    """The entry of ``config.json``: the format, and the linear layers that stay dense; bitsandbytes' own, if it has the format."""
+def packed_entry(config: QuantConfig, dense: list[str], experts: bool = False) -> dict[str, Any]:
+    """The entry of ``config.json``: the format, and the linear layers that stay dense; bitsandbytes' own, if it has the format.
+
+    Args:
+        experts: whether experts are packed. transformers reads none, although bitsandbytes can store them: the entry is our own then.
+    """
     name = codebook(config.format).name
-    if storable(config.format, config.blocksize):
+    if storable(config.format, config.blocksize) and not experts:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -113,7 +129,8 @@ def write_packed(model: Any, folder: Path) -> None:
         key=lambda layer: storable(layer.book, layer.blocksize)
     )  # one that bitsandbytes lacks makes the folder our own
     nested = any(layer.double_quant for layer in layers)
-    quantization = packed_entry(QuantConfig(layers[0].book, layers[0].blocksize, nested), dense_linears(model))
+    experts = any(map(is_experts, layers))
+    quantization = packed_entry(QuantConfig(layers[0].book, layers[0].blocksize, nested), dense_linears(model), experts)
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
@@ -210,8 +227,10 @@ def _fill(
         path = weight.removesuffix(".weight")
         layer = _packed_layer(model, path, from_disk(own, weight), tensors, left, dtype)
         if rows is not None:
-            rows.keep_packed(path, layer)
-        model.set_submodule(path, layer.to(device))
+            rows.keep_packed(weight, layer)
+        owner, _, name = path.rpartition(".")
+        with Change() as change:
+            put_layer(change, model.get_submodule(owner), name, layer.to(device))
 
     def dense(name: str) -> Tensor:
         tensor = tensors.read(name)
@@ -243,13 +262,17 @@ def _packed_groups(tensors: Tensors) -> tuple[dict[str, list[str]], dict[str, No
 
 def _packed_layer(
     model: nn.Module, path: str, weight: Any, tensors: Tensors, left: dict[str, None], dtype: torch.dtype
-) -> QuantLinear:
+) -> nn.Module:
     """The layer at ``path`` with this weight and its bias, which leaves ``left``. Raises ``CheckpointError`` where they do not fit."""
     try:
-        old: Any = model.get_submodule(path)
+        old: Any = Bare(model).get_submodule(path)
     except AttributeError:
         raise CheckpointError(f"{path[:200]}.weight: the model has no such layer; wrong config.json?") from None
-    if not is_linear(old):
+    if isinstance(old, ExpertsLinear) and isinstance(weight, QuantizedStack):
+        if tuple(weight.shape) != dense_shape(old):
+            raise CheckpointError(f"{path}: is {list(weight.shape)}, the model wants {list(dense_shape(old))}")
+        return QuantExperts(weight, old.transposed, old.flat)
+    if not is_linear(old) or isinstance(weight, QuantizedStack):
         raise CheckpointError(
             f"{path}.weight: is packed, and the model has a {type(old).__name__} there; wrong config.json?"
         )

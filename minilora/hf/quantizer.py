@@ -34,7 +34,12 @@ from minilora.errors import (
 )
 from minilora.files import validate
 from minilora.hf.packed import METHOD, dense_linears, packed_entry, packed_state_dict
+from minilora.linear.experts.hook import put_layer
+from minilora.linear.experts.known import owner_of, projections
+from minilora.linear.experts.layers import ExpertsLinear, QuantExperts, with_stored
 from minilora.linear.layers import QuantLinear, dense_weight, in_out_features, is_conv1d, is_quantized, with_weight
+from minilora.lora.bare import Bare
+from minilora.lora.change import Change
 from minilora.lora.match import ALL_LINEAR
 from minilora.lora.slots import has_adapters
 from minilora.lora.targets import Selection, check_form
@@ -48,6 +53,8 @@ from minilora.training.rows import Rows
 __all__ = ["NF4Config", "NF4Quantizer"]
 
 OLDEST = (5, 21)  # of transformers
+
+_CONVERSIONS = "_minilora_conversions"  # what transformers would do to the names of a model's weights when it saves them
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +109,7 @@ class NF4Config(QuantizationConfigMixin):
         self.why = Failure()
         self.packs = True  # this and the next as ``packing_config`` says
         self.rows: Rows | None = None
+        self.experts: set[str] = set()  # names of the experts' weights that are packed; known once a model is being loaded
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
     @classmethod
@@ -111,7 +119,7 @@ class NF4Config(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``config.json``: bitsandbytes' where it has the format, for any program that reads its checkpoints."""
-        return packed_entry(self.quant, self.dense or self.skip_modules or [])
+        return packed_entry(self.quant, self.dense or self.skip_modules or [], bool(self.experts))
 
 
 def packing_config(quant: QuantConfig | None, rows: Rows | None = None) -> NF4Config:
@@ -138,7 +146,10 @@ class _Pack(ConversionOps):
             for name, found in input_dict.items():
                 path, _, own = name.rpartition(".")
                 value = found[0] if isinstance(found, list) else found
-                if own == "weight" and is_quantized(model.get_submodule(path)):
+                if name in self.config.experts:
+                    self._pack_experts(name, model, value, missing_keys)
+                    self.waiting.discard(name)
+                elif own == "weight" and is_quantized(model.get_submodule(path)):
                     stored |= self._packed(name, model.get_submodule(path), value, missing_keys)
                     self.waiting.discard(path)
                 elif rows is not None and rows.expects(name):
@@ -149,6 +160,23 @@ class _Pack(ConversionOps):
             self.config.why.error = self.config.why.error or error
             raise
         return stored
+
+    def _pack_experts(self, name: str, model: Any, weight: Tensor, missing_keys: set[str] | None) -> None:
+        """Put the packed projection ``name`` in the place of the parameter of that name, which transformers then waits for no longer."""
+        owner, _, own = name.rpartition(".")
+        home = model.get_submodule(owner)
+        dense = projections(home)[own]
+        if weight.shape != dense.weight.shape:
+            shapes = f"is {list(weight.shape)}, the model wants {list(dense.weight.shape)}"
+            raise CheckpointError(f"{name}: {shapes}; the weights do not fit config.json")
+        layer = QuantExperts.from_experts(with_stored(dense, weight), self.config.quant, name)
+        if self.config.rows is not None:
+            self.config.rows.keep_packed(name, layer)
+        with Change() as change:
+            put_layer(change, home, own, layer)
+        for part in (home, owner_of(home)):
+            part._is_hf_initialized = True  # or transformers draws the weights that it misses there
+        (missing_keys or set()).discard(name)
 
     def _packed(self, name: str, layer: Any, weight: Tensor, missing_keys: set[str] | None) -> dict[str, Tensor]:
         """The parameters of ``layer`` by their names in the model, from the dense weight that the file calls ``name``."""
@@ -171,7 +199,7 @@ class _Pack(ConversionOps):
                 (missing_keys or set()).discard(f"{path}.{part}")
         layer._is_hf_initialized = True
         if self.config.rows is not None:
-            self.config.rows.keep_packed(path, packed)
+            self.config.rows.keep_packed(name, packed)
         return {f"{path}.{part}": values for part, values in packed.state_dict().items()}
 
 
@@ -200,13 +228,19 @@ class NF4Quantizer(HfQuantizer):
         """Whether it goes through ``_Pack``; of what does, transformers does not compare shapes, and of rows it must not."""
         path, _, own = param_name.rpartition(".")
         rows = self.quantization_config.rows
+        if param_name in self.quantization_config.experts:
+            return True
         if is_quantized(model.get_submodule(path)):
             return own == "weight" or (own != "bias" and rows is not None)
         return rows is not None and rows.expects(param_name)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per weight that this process keeps, of which transformers asks a GPU for as many before it reads."""
-        rows, packed = self.quantization_config.rows, is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
+        rows, packed = self.quantization_config.rows, self.param_needs_quantization(model, param_name)
+        if packed and param_name in self.quantization_config.experts:
+            size = self.quantized_element_size
+            return size / rows.processes.size if rows is not None and rows.expects(param_name) else size
+        packed = is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
         size = super().param_element_size(model, param_name, param) if packed else param.element_size()
         return size / rows.processes.size if rows is not None and rows.expects(param_name) else size
 
@@ -222,9 +256,15 @@ class NF4Quantizer(HfQuantizer):
         config = self.quantization_config
         if config.rows is not None:
             config.rows.expect(model)
-        chosen = {path: layer for path, layer in model.named_modules() if type(layer) is nn.Linear or is_conv1d(layer)}
+        bare = Bare(model)
+        kinds = (nn.Linear, ExpertsLinear)
+        chosen = {path: layer for path, layer in bare.named_modules() if type(layer) in kinds or is_conv1d(layer)}
         for path in self._to_pack(model, chosen):
-            layer: Any = model.get_submodule(path)
+            layer: Any = chosen[path]
+            if isinstance(layer, ExpertsLinear):  # packed as a whole once transformers has gathered all experts
+                config.experts.add(path)
+                self._waiting.add(path)
+                continue
             if config.importance is not None and path not in config.importance:
                 raise QuantizationError(f"{path}: importance has no entry for it; calibrate the same model")
             columns, rows = in_out_features(layer)
@@ -254,8 +294,9 @@ class NF4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._waiting:
             path = min(self._waiting)
+            name = path if path in self.quantization_config.experts else f"{path}.weight"
             raise CheckpointError(
-                f"{path}.weight: is not in the file, so there is nothing to pack; copy the model again, or leave this layer dense and new "
+                f"{name}: is not in the file, so there is nothing to pack; copy the model again, or leave this layer dense and new "
                 f"with NF4Config(skip_modules=[{path!r}])"
             )
         for layer in model.modules():
@@ -273,11 +314,21 @@ class NF4Quantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        self._convert(model, not any(isinstance(layer, QuantExperts) for layer in model.modules()))
         if not any(is_quantized(layer) for layer in model.modules()):  # all merged: an ordinary dense model
             self.remove_quantization_config(model)
             return None, {}
         self.quantization_config.dense = dense_linears(model)
         return packed_state_dict(model), {}
+
+    def _convert(self, model: Any, plain: bool) -> None:
+        """Let transformers write the experts of a model one by one, as its files have them; not while they are packed together."""
+        own = vars(model)
+        if not plain and _CONVERSIONS not in own:
+            own[_CONVERSIONS] = own.get("_weight_conversions")
+            model._weight_conversions = []
+        elif plain and _CONVERSIONS in own:
+            model._weight_conversions = own.pop(_CONVERSIONS)
 
     @property
     def is_trainable(self) -> bool:
@@ -297,5 +348,9 @@ class NF4Quantizer(HfQuantizer):
         kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved model's config holds the name
         for path, layer in list(model.named_modules()):
             if is_quantized(layer):
-                model.set_submodule(path, with_weight(layer, dense_weight(layer).to(kind or layer.dtype)))
+                dense = with_weight(layer, dense_weight(layer).to(kind or layer.dtype))
+                owner, _, name = path.rpartition(".")
+                with Change() as change:
+                    put_layer(change, model.get_submodule(owner), name, dense)
+        self._convert(model, True)
         return model

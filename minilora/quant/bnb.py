@@ -75,10 +75,10 @@ def to_bitsandbytes(weight: QuantizedTensor) -> dict[str, Tensor]:
         QuantizationError: the format or shape is not one that bitsandbytes has.
     """
     kind = weight.book.name
-    if not storable(weight.book, weight.blocksize) or len(weight.shape) != 2:
+    if not storable(weight.book, weight.blocksize) or len(weight.shape) not in (2, 3):
         raise QuantizationError(
-            f"{kind}, {len(weight.shape)}-D, blocksize {weight.blocksize}: bitsandbytes cannot store that; it stores nf4 and fp4, 2-D, "
-            "blocksize 64 to 4096"
+            f"{kind}, {len(weight.shape)}-D, blocksize {weight.blocksize}: bitsandbytes cannot store that; it stores nf4 and fp4, 2-D or "
+            "3-D, blocksize 64 to 4096"
         )
     return laid_out(weight, _STATE, {})
 
@@ -182,7 +182,7 @@ def state_content(tensors: Mapping[str, Tensor], name: str, mark: str, kind: str
         raise CheckpointError(f"{where}: is not JSON ({error}); the file is damaged, copy it again") from None
     if not _is_state(state, kind):
         raise CheckpointError(
-            f"{where}: {str(state)[:120]} is not a state that minilora reads; wanted 2-D, blocksize a power of two from 32 to 4096, "
+            f"{where}: {str(state)[:120]} is not a state that minilora reads; wanted 2-D or 3-D, blocksize a power of two from 32 to 4096, "
             "nested by 256 in float32"
         )
     return state
@@ -191,7 +191,7 @@ def state_content(tensors: Mapping[str, Tensor], name: str, mark: str, kind: str
 def _is_state(state: Mapping[str, Any], kind: str) -> bool:
     """Whether this is a state as bitsandbytes writes it: nothing in it means more or less than it says."""
     size, shape, dtype = state.get("blocksize"), state.get("shape"), state.get("dtype")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
+    if not (isinstance(shape, list) and len(shape) in (2, 3) and all(type(n) is int and 0 < n < 2**31 for n in shape)):
         return False
     if type(size) is not int or not 32 <= size <= 4096 or size & (size - 1):
         return False

@@ -27,31 +27,55 @@ from minilora.quant.bnb import (
 )
 from minilora.quant.codebooks import CODEBOOKS, Codebook
 from minilora.quant.quantized import QuantizedTensor
+from minilora.quant.stack import QuantizedStack
 
 __all__ = ["from_disk", "to_disk"]
 
 _MARK = STATES[1]
 
 
-def to_disk(weight: QuantizedTensor) -> dict[str, Tensor]:
-    """Tensors by what is appended to the weight's name ("" for the codes). Raises ``QuantizationError`` for what is not 2-D."""
-    if storable(weight.book, weight.blocksize):
-        return to_bitsandbytes(weight)
-    if len(weight.shape) != 2:
-        raise QuantizationError(f"a packed weight of {len(weight.shape)} dimensions cannot be stored; wanted 2")
-    return laid_out(weight, _MARK, {"bits": weight.book.bits, "signed": weight.book.signed})
+def to_disk(weight: QuantizedTensor | QuantizedStack) -> dict[str, Tensor]:
+    """Tensors by what is appended to the weight's name ("" for the codes). Raises ``QuantizationError`` for what is not 2-D.
+
+    Experts are as bitsandbytes' ``replace_parameter_4bit`` writes a 3-D parameter; filled up, in the own layout, with their true shape.
+    """
+    if isinstance(weight, QuantizedStack):
+        own, known = weight.stored, {} if weight.is_whole else {"experts": list(weight.shape)}
+    else:
+        own, known = weight, {}
+    if storable(own.book, own.blocksize) and not known:
+        return to_bitsandbytes(own)
+    if len(own.shape) != 2 and not isinstance(weight, QuantizedStack):
+        raise QuantizationError(f"a packed weight of {len(own.shape)} dimensions cannot be stored; wanted 2")
+    return laid_out(own, _MARK, {"bits": own.book.bits, "signed": own.book.signed, **known})
 
 
-def from_disk(tensors: Mapping[str, Tensor], name: str) -> QuantizedTensor:
+def from_disk(tensors: Mapping[str, Tensor], name: str) -> QuantizedTensor | QuantizedStack:
     """The inverse. Raises ``CheckpointError`` as ``from_bitsandbytes``, and for a codebook that has other levels here."""
     if not any(suffix.startswith(_MARK) for suffix in tensors):
-        return from_bitsandbytes(tensors, name)
+        return _stack(from_bitsandbytes(tensors, name), None, name)
     kind, where = named_state(tensors, name, _MARK)
     state = state_content(tensors, name, _MARK, kind)
     bits, signed = state.get("bits"), state.get("signed")
     if type(bits) is not int or bits not in (2, 3, 4, 8) or type(signed) is not bool or not kind.isidentifier():
         raise CheckpointError(f"{where}: says bits={str(bits)[:20]}, signed={str(signed)[:20]}; the file is damaged")
-    return restored(tensors, name, _book(kind, table_of(tensors, name, 2**bits), signed, where), state)
+    weight = restored(tensors, name, _book(kind, table_of(tensors, name, 2**bits), signed, where), state)
+    return _stack(weight, state.get("experts"), name)
+
+
+def _stack(weight: QuantizedTensor, experts: Any, name: str) -> QuantizedTensor | QuantizedStack:
+    """The experts in a stored weight that has three dimensions, or says what its rows are; any other as it is."""
+    if experts is None and len(weight.shape) == 2:
+        return weight
+    shape = list(weight.shape) if experts is None else experts
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
+    each = weight.shape.numel() // weight.shape[0]
+    if not whole or shape[0] != weight.shape[0] or each % weight.blocksize or not 0 <= each - shape[1] * shape[2] < weight.blocksize:
+        raise CheckpointError(
+            f"{name}: its blocks of {weight.blocksize} cross from one expert into the next, found {list(weight.shape)} as {str(shape)[:60]}; "
+            "wanted experts of whole blocks; pack the dense model again"
+        )
+    return QuantizedStack(weight, torch.Size(shape))
 
 
 def _book(kind: str, levels: Tensor, signed: bool, where: str) -> Codebook:

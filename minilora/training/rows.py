@@ -87,10 +87,11 @@ class Rows:
             )
         return self._cut(name, weight)
 
-    def keep_packed(self, path: str, layer: QuantLinear) -> None:
-        """The same of the codes and scales of a packed layer, in place; nothing for a layer that is not in a block."""
+    def keep_packed(self, weight: str, layer: nn.Module) -> None:
+        """The same of the codes and scales of a packed layer, in place, whose dense weight has this name; nothing for one in no block."""
+        path = weight.removesuffix(".weight")
         for name, values in list(layer._parameters.items()):
-            if values is not None and name != "bias" and self.expects(f"{path}.weight"):
+            if values is not None and name != "bias" and self.expects(weight):
                 own = self._cut(f"{path}.{name}", values.detach())
                 layer._parameters[name] = nn.Parameter(own, requires_grad=False)
 

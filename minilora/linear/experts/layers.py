@@ -146,9 +146,14 @@ def as_model_keeps(layer: ExpertsLinear | QuantExperts, rows: Tensor) -> Tensor:
 
 def with_experts(layer: ExpertsLinear | QuantExperts, rows: Tensor) -> ExpertsLinear:
     """A new dense projection like ``layer`` that holds ``rows [E, out, in]``."""
-    kept = nn.Parameter(as_model_keeps(layer, rows).contiguous(), requires_grad=False)
+    return with_stored(layer, as_model_keeps(layer, rows).contiguous())
+
+
+def with_stored(layer: ExpertsLinear | QuantExperts, weight: Tensor) -> ExpertsLinear:
+    """A projection like ``layer`` whose parameter is ``weight``, laid out as the model keeps it."""
     sizes = (layer.experts, layer.out_features, layer.in_features)
-    return ExpertsLinear(kept, layer.transposed, (sizes[0], sizes[2], sizes[1]) if layer.transposed else sizes)
+    given = (sizes[0], sizes[2], sizes[1]) if layer.transposed else sizes
+    return ExpertsLinear(nn.Parameter(weight, requires_grad=False), layer.transposed, given)
 
 
 def quantized_experts(layer: Any) -> Stack:
