@@ -165,3 +165,24 @@ def byte_tokenizer(template=CHATML, **special):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def moe(seed=0, **fields):
+    """A small Qwen3-MoE with weights that no expert shares: 5 experts, 2 for each token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {
+        "hidden_size": 24,
+        "moe_intermediate_size": 20,
+        "intermediate_size": 36,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    routing = {"num_experts": 5, "num_experts_per_tok": 2}
+    known = sizes | routing | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61} | fields
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(max_position_embeddings=64, **known))
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False).eval()

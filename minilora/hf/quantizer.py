@@ -54,7 +54,9 @@ __all__ = ["NF4Config", "NF4Quantizer"]
 
 OLDEST = (5, 21)  # of transformers
 
-_CONVERSIONS = "_minilora_conversions"  # what transformers would do to the names of a model's weights when it saves them
+_CONVERSIONS = (
+    "_minilora_conversions"  # what transformers would do to the names of a model's weights when it saves them
+)
 
 logger = logging.get_logger(__name__)
 
@@ -109,7 +111,9 @@ class NF4Config(QuantizationConfigMixin):
         self.why = Failure()
         self.packs = True  # this and the next as ``packing_config`` says
         self.rows: Rows | None = None
-        self.experts: set[str] = set()  # names of the experts' weights that are packed; known once a model is being loaded
+        self.experts: set[str] = (
+            set()
+        )  # names of the experts' weights that are packed; known once a model is being loaded
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
     @classmethod

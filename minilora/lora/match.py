@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ from minilora.lora.bases import (
     refuse_odd_attention,
 )
 from minilora.lora.config import LoraConfig
-from minilora.lora.targets import Selection, ends_with, inside, layer_index, select
+from minilora.lora.targets import Selection, ends_with, exactly, inside, layer_index, select
 
 ALL_LINEAR = "all-linear"
 # A new task head is trained whole: PEFT's rule by task type.
@@ -129,6 +130,20 @@ def _modules(
         return select(modules, default, "target_modules")
     present = [entry for entry in default if any(ends_with(path, entry) for path in modules)]
     return select(modules, present or default, "target_modules")
+
+
+def targets_of(bare: Bare, paths: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config that means exactly the layers at these paths: ``target_modules``, and ``target_parameters`` for weights that
+    belong to no linear layer.
+    """
+    modules = {path: module for path, module in bare.named_modules() if path}
+    kinds = {path: kind_of(modules[path]) for path in paths}
+    bare_weights = [
+        path if kinds[path] == "experts" else f"{path}.weight" for path in paths if kinds[path] in ("experts", "router")
+    ]
+    layers = tuple(path for path in paths if kinds[path] not in ("experts", "router"))
+    known = [path for path, module in modules.items() if not is_experts(module)]
+    return {"target_modules": exactly(layers, known) if layers else None, "target_parameters": bare_weights or None}
 
 
 def default_targets(model: nn.Module | Bare) -> Selection:

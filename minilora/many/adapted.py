@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from minilora.errors import StateError, nearest
-from minilora.linear.layers import in_out_features, is_foreign, is_quantized, stored_weight
+from minilora.linear.layers import dense_shape, in_out_features, is_foreign, is_quantized, stored_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
@@ -168,7 +168,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _logical_size(module: nn.Module, name: str, parameter: Tensor) -> int:
     if is_quantized(module) and name != "bias":
-        return module.out_features * module.in_features if name == "weight" else 0
+        return math.prod(dense_shape(module)) if name == "weight" else 0
     if is_foreign(module) and parameter is stored_weight(module):
         return math.prod(in_out_features(module))
     return parameter.numel()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.linear.convolution import convolve_rows, is_convolution
+from minilora.linear.experts.routes import Routes, route
 from minilora.linear.layers import embed_scale
 from minilora.linear.shown import shown_weight
 from minilora.lora.adapter import Adapter
@@ -33,6 +34,8 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters, Block, adapters_of
 from minilora.lora.variants.attention import LoRAAttention, LoRAOutProj
+from minilora.lora.variants.experts import thin
+from minilora.lora.variants.router import LoRARouter
 from minilora.lora.variants.tokens import TiedRows, TiedTable, TokenRows
 
 __all__ = ["BASE", "batch_adapters"]
@@ -47,7 +50,7 @@ class Rows(Block):
 
     Attributes:
         stacks: by path of the slot ``(A [names + 1, r, in], B [names + 1, out, r])``: scaled, ranks filled up with zeros, the last row zero
-            for the base; None where none of the names adapts the layer.
+            for the base; of experts with their dimension after the first; None where none of the names adapts the layer.
         apart: by path, place in the stacks to what computes the rows of that adapter there: token rows, or a copy of the module.
         on: ``index`` as a tensor, kept once per device.
     """
@@ -103,11 +106,27 @@ class MixedLayer(nn.Module):
             return self.usual(*args, **kwargs)
         base = self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(x, Tensor) and (routes := _routes_in(args, kwargs)) is not None:
+            return self._of_experts(rows, x, routes, base)
         if (stack := rows.stacks.get(self.path)) is not None:
             base = self._with_update(rows.pick(x), x, base, stack)
         if apart := rows.apart.get(self.path):
             base = _with_rows_of(apart, rows.pick(x), base, args, kwargs)
         return base
+
+    def _of_experts(self, rows: Rows, x: Tensor, routes: Routes, base: Tensor) -> Tensor:
+        """Of experts: as if each adapter's were experts of their own, among which the row and the router's choice decide."""
+        stack = rows.stacks.get(self.path)
+        if stack is None:
+            return base
+        A, B = stack  # [names + 1, E, ...]
+        tokens = len(routes.order) // routes.choices
+        pick = rows.pick(routes.order.new_empty(tokens))[routes.tokens]
+        count = A.shape[1]
+        choice = torch.where(routes.ids < count, pick * count + routes.ids, len(A) * count)
+        own = route(choice, len(A) * count)
+        update = thin(x[own.order], A.flatten(0, 1), B.flatten(0, 1), own)
+        return base.index_add(0, own.order, update.to(base.dtype))
 
     def _with_update(self, pick: Tensor, x: Tensor, base: Tensor, stack: Factors) -> Tensor:
         A, B = stack
@@ -135,6 +154,11 @@ class MixedLayer(nn.Module):
         if "usual" not in self.__dict__:  # a copy that is being made
             raise AttributeError(name)
         return getattr(self.usual if _rows_of(self.adapters) is None else self.base, name)
+
+
+def _routes_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routes | None:
+    """What a projection of experts is called with beside its rows."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Routes)), None)
 
 
 def _with_rows_of(
@@ -231,12 +255,13 @@ def _stack(slot: Slot, names: Sequence[str]) -> Factors | None:
     known = next((pair for pair in pairs if pair is not None), None)
     if known is None:
         return None
-    r = max(len(pair[0]) for pair in pairs if pair is not None)
-    A = known[0].new_zeros(len(names) + 1, r, known[0].shape[1])
-    B = known[1].new_zeros(len(names) + 1, known[1].shape[0], r)
+    r = max(pair[0].shape[-2] for pair in pairs if pair is not None)
+    A = known[0].new_zeros(len(names) + 1, *known[0].shape[:-2], r, known[0].shape[-1])
+    B = known[1].new_zeros(len(names) + 1, *known[1].shape[:-1], r)
     for place, pair in enumerate(pairs):
         if pair is not None:
-            A[place, : len(pair[0])], B[place, :, : len(pair[0])] = pair
+            own = pair[0].shape[-2]
+            A[place, ..., :own, :], B[place, ..., :own] = pair
     return A, B
 
 
@@ -257,9 +282,10 @@ def _low_rank(slot: Slot, name: str) -> Factors | None:
         raise StateError(
             f"adapter {name!r} trains {slot.path}, a bias, which cannot differ from row to row; use set_adapter instead"
         )
-    if isinstance(value, (LoRAAttention, LoRAOutProj)):
+    if isinstance(value, (LoRAAttention, LoRAOutProj, LoRARouter)):
+        kind = "router" if isinstance(value, LoRARouter) else "MultiheadAttention"
         raise StateError(
-            f"adapter {name!r}, {slot.path}: the weights of a MultiheadAttention are read and not called, so they cannot differ from row "
+            f"adapter {name!r}, {slot.path}: the weights of a {kind} are read and not called, so they cannot differ from row "
             "to row; use set_adapter instead"
         )
     try:

@@ -26,10 +26,11 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.inject import build, place
 from minilora.lora.layer import LoRALinear
+from minilora.lora.match import targets_of
 from minilora.lora.slot import Value, own_parameters
 from minilora.lora.slots import Adapters, adapters_of
-from minilora.lora.targets import exactly
 from minilora.lora.variants.embedding import LoRAEmbedding
+from minilora.lora.variants.experts import LoRAExperts
 from minilora.lora.variants.residual import ResidualLoRA
 from minilora.many import arithmetic
 from minilora.many.parts import sorted_parts
@@ -72,10 +73,10 @@ class _How:
         )
 
     def factors(self, update: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """``(A, B)``: the best part of rank r, all of its size in B; values beyond the quantile ``clamp`` are cut off."""
+        """``(A, B)``: the best part of rank r (of each expert), all of its size in B; values beyond the quantile ``clamp`` are cut off."""
         U, S, Vh = torch.linalg.svd(update, full_matrices=self.full_matrices, driver=self.driver)
-        kept = min(r, len(S))
-        A, B = Vh[:kept], U[:, :kept] * S[:kept]
+        kept = min(r, S.shape[-1])
+        A, B = Vh[..., :kept, :], U[..., :kept] * S[..., None, :kept]
         if self.clamp is not None:
             highest = quantile(torch.cat([B.flatten(), A.flatten()]), self.clamp)
             A, B = A.clamp(-highest, highest), B.clamp(-highest, highest)
@@ -124,12 +125,11 @@ def add_weighted_adapter(
     _check(record, adapters, weights, how)
     parts = sorted_parts(record, adapters, weights)
     rank = _rank(parts.low, combination_type, svd_rank)
-    paths = [path for path, _ in Bare(model).named_modules() if path]
     config = dataclasses.replace(
         record.configs[adapters[0]],
         r=rank,
         lora_alpha=rank,
-        target_modules=exactly(tuple(parts.low), paths),
+        **targets_of(Bare(model), tuple(parts.low)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -187,7 +187,7 @@ def _check(record: Adapters, adapters: Sequence[str], weights: Sequence[float], 
 
 
 def _rank(by_path: Mapping[str, Sequence[tuple[Adapter, float]]], combination: str, svd_rank: int | None) -> int:
-    ranks = {path: [len(adapter.as_lora()[0]) for adapter, _ in parts] for path, parts in by_path.items()}
+    ranks = {path: [adapter.as_lora()[0].shape[-2] for adapter, _ in parts] for path, parts in by_path.items()}
     if combination == "cat":
         return max(sum(each) for each in ranks.values())
     largest = max(max(each) for each in ranks.values())
@@ -216,24 +216,26 @@ def _fill(target: Value, parts: Sequence[tuple[Adapter, float]], how: _How) -> N
     weights = [weight for _, weight in parts]
     if how.combination == "cat":
         low = [_scaled_factors(adapter) for adapter, _ in parts]
-        A = torch.cat([weight * a for (_, weight), (a, _) in zip(parts, low, strict=True)])
-        B = torch.cat([b for _, b in low], 1)
+        A = torch.cat([weight * a for (_, weight), (a, _) in zip(parts, low, strict=True)], -2)
+        B = torch.cat([b for _, b in low], -1)
     elif how.combination.endswith("svd"):
-        A, B = how.factors(how.sum([_dense(adapter) for adapter, _ in parts], weights), len(own_A))
+        A, B = how.factors(how.sum([_dense(adapter) for adapter, _ in parts], weights), own_A.shape[-2])
     else:
         scaled = [weight * _scaling(adapter) for adapter, weight in parts]
         roots = [math.sqrt(abs(each)) for each in scaled]
         signed = [math.copysign(root, each) for root, each in zip(roots, scaled, strict=True)]
         A = how.sum([_factors(adapter)[0] for adapter, _ in parts], signed)
         B = how.sum([_factors(adapter)[1] for adapter, _ in parts], roots)
-    own_A.zero_()[: len(A)] = A
-    own_B.zero_()[:, : B.shape[1]] = B
+    own_A.zero_()[..., : A.shape[-2], :] = A
+    own_B.zero_()[..., : B.shape[-1]] = B
 
 
 def _factors(value: Value) -> tuple[Tensor, Tensor]:
-    """``(A [r, in], B [out, r])`` as they are stored; of an embedding ``(A [r, tokens], B [dimension, r])``."""
+    """``(A [r, in], B [out, r])`` as they are stored, of experts each; of an embedding ``(A [r, tokens], B [dimension, r])``."""
     if isinstance(value, LoRAEmbedding):
         return value.lora_embedding_A.data, value.lora_embedding_B.data
+    if isinstance(value, LoRAExperts):
+        return value.lora_A.data, value.lora_B.data
     if isinstance(value, LoRALinear):
         return value.lora_A.data.flatten(1), value.lora_B.data.flatten(
             1

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
-from minilora.lora.factors import widened
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
@@ -114,9 +113,9 @@ def _in_scaling_of(old: LoRALinear, new: LoRALinear | None) -> dict[str, Tensor]
     again.reset()
     if new is not None:
         ratio = new.scaling / old.scaling
-        A, B = widened(new.lora_A, new.lora_B * ratio, old.r)
+        A, B = new.widened(old.r)
         again.lora_A.copy_(A)
-        again.lora_B.copy_(B)
+        again.lora_B.copy_(B * ratio)
         if again.lora_bias is not None and new.lora_bias is not None:
             again.lora_bias.copy_(new.lora_bias * ratio)
         for name in old.file_names.keys() - {"lora_A", "lora_B", "lora_bias"}:

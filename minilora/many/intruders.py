@@ -21,6 +21,7 @@ from minilora.lora.layer import LoRALinear
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding
+from minilora.lora.variants.experts import LoRAExperts
 
 __all__ = ["closest_directions", "reduce_intruder_dimension"]
 
@@ -76,24 +77,40 @@ def reduce_intruder_dimension(
 def _fill(new: Any, old: Any, path: str, how: tuple[int, float, float], say: Callable[[str], Any]) -> None:
     """Write the factors of ``old``, without its intruders, into ``new``, which has its rank and scaling."""
     weight, update = dense_weight(old.innermost).float(), old.delta_weight()
-    smaller = _without_intruders(weight, update, *how)
-    if smaller is None:
-        say(f"{path}: No intruders")
+    if isinstance(old, LoRAExperts):  # each is a layer of its own
+        for expert in range(old.experts):
+            found = _reduced(weight[expert], update[expert], old, f"{path}, expert {expert}", how, say)
+            new.lora_A[expert], new.lora_B[expert] = found or (old.lora_A[expert], old.lora_B[expert])
+        return
+    found = _reduced(weight, update, old, path, how, say)
+    if found is None:
         for name in old.file_names:
             if (factor := getattr(old, name)) is not None:
                 getattr(new, name).copy_(factor)
         return
+    (A, B), names = found, ("lora_A", "lora_B")
+    if isinstance(new, LoRAEmbedding):
+        (A, B), names = (B.T, A.T), ("lora_embedding_A", "lora_embedding_B")
+    getattr(new, names[0]).copy_(A)
+    getattr(new, names[1]).copy_(B)
+
+
+def _reduced(
+    weight: Tensor, update: Tensor, old: Any, path: str, how: tuple[int, float, float], say: Callable[[str], Any]
+) -> tuple[Tensor, Tensor] | None:
+    """``(A [r, in], B [out, r])`` of the update of one matrix with its intruders made smaller; None where it has none."""
+    smaller = _without_intruders(weight, update, *how)
+    if smaller is None:
+        say(f"{path}: No intruders")
+        return None
     left, count = smaller
     say(f"{path}: Intruders: {count}")
     U, S, Vh = torch.linalg.svd(left / old.scaling, full_matrices=False)
     kept = min(old.r, len(S))
     root = S[:kept].sqrt()
-    A, B = root[:, None] * Vh[:kept], U[:, :kept] * root
-    names = ("lora_A", "lora_B")
-    if isinstance(new, LoRAEmbedding):
-        (A, B), names = (B.T, A.T), ("lora_embedding_A", "lora_embedding_B")
-    getattr(new, names[0]).zero_()[:kept] = A
-    getattr(new, names[1]).zero_()[:, :kept] = B
+    A, B = weight.new_zeros(old.r, weight.shape[1]), weight.new_zeros(len(weight), old.r)
+    A[:kept], B[:, :kept] = root[:, None] * Vh[:kept], U[:, :kept] * root
+    return A, B
 
 
 def closest_directions(weight: Tensor, update: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -70,10 +70,15 @@ def _stack(weight: QuantizedTensor, experts: Any, name: str) -> QuantizedTensor 
     shape = list(weight.shape) if experts is None else experts
     whole = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
     each = weight.shape.numel() // weight.shape[0]
-    if not whole or shape[0] != weight.shape[0] or each % weight.blocksize or not 0 <= each - shape[1] * shape[2] < weight.blocksize:
+    if (
+        not whole
+        or shape[0] != weight.shape[0]
+        or each % weight.blocksize
+        or not 0 <= each - shape[1] * shape[2] < weight.blocksize
+    ):
         raise CheckpointError(
-            f"{name}: its blocks of {weight.blocksize} cross from one expert into the next, found {list(weight.shape)} as {str(shape)[:60]}; "
-            "wanted experts of whole blocks; pack the dense model again"
+            f"{name}: its blocks of {weight.blocksize} cross from one expert into the next, found {list(weight.shape)} as {str(shape)[:60]} / "
+            "wanted whole blocks; pack the dense model again"
         )
     return QuantizedStack(weight, torch.Size(shape))
 

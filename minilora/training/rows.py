@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
-from minilora.linear.packed import QuantLinear
 from minilora.lora.adapter import VARIANTS
 from minilora.lora.config import LoraConfig
 from minilora.lora.match import Match

@@ -91,6 +91,10 @@ class LoRAExperts(LoRALinear):
         """``scaling * B_e A_e x`` for the rows of every expert, in the dtype that flows."""
         return thin(x, self.lora_A, self.lora_B, routes) * self.scaling
 
+    def widened(self, r: int) -> tuple[Tensor, Tensor]:
+        more = r - self.r
+        return nn.functional.pad(self.lora_A, (0, 0, 0, more)), nn.functional.pad(self.lora_B, (0, more))
+
     def to_file(self, name: str, tensor: Tensor) -> Tensor:
         if name == "lora_A":
             return tensor.flatten(0, 1)
