@@ -64,6 +64,10 @@ def _notes(guess: Any, found: Any, place: Any) -> list[str]:
         notes.append(
             f"Predicted is {abs(guess.peak / found.peak - 1):.1%} {'above' if guess.peak >= found.peak else 'below'} measured."
         )
+    if guess.routed:
+        notes.append(
+            "Which experts a token takes is not known on paper: each is taken to get as many tokens as any other."
+        )
     if guess.loading:
         notes.append("Loading holds the packed model and one weight that is still dense, and never the dense model.")
     other = (

@@ -18,6 +18,7 @@ from minilora.hf.load import load_model, resolve
 from minilora.hf.packed import is_packed_folder, packing_said
 from minilora.hf.places import AUTO, packing
 from minilora.hf.trials import PlanJob
+from minilora.lora.bare import Bare
 from minilora.lora.inject import inject
 from minilora.lora.match import ALL_LINEAR
 from minilora.measure.plan import Memory, measure, pack_on_paper, predict, while_packed
@@ -40,7 +41,8 @@ def predicted(job: PlanJob) -> Memory:
     job, _ = on_this_machine(job)
     model, quant, dense = model_on_meta(job), _quantization(job), []
     if quant and not is_packed_folder(resolve(job.model)):
-        dense = [model.get_submodule(path).weight for path in quantizable_paths(model, ALL_LINEAR)]
+        bare = Bare(model)
+        dense = [bare.get_submodule(path).weight for path in quantizable_paths(model, ALL_LINEAR)]  # type: ignore[misc]
     frozen = pack_on_paper(model, quant) if quant else model
     loading = while_packed(frozen, dense) if quant else 0
     return dataclasses.replace(predict(_adapted(job, frozen), _loss_of(job, model)), loading=loading)

@@ -139,6 +139,12 @@ def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tens
     return out.to(out_dtype or x.dtype)
 
 
+def on_paper_matmul(x: Tensor, weight: QuantizedTensor, transpose: bool) -> Tensor:
+    """``matmul`` as an operator that is not looked into: for tensors without numbers, whose codes cannot be looked up."""
+    product: Tensor = _product(x, *_flatten(weight), transpose=transpose)
+    return product
+
+
 def takes_kernels(x: Tensor, weight: QuantizedTensor, backend: str | None) -> bool:
     """Whether the Triton kernels take this product. Raises ``ConfigError`` for a backend that does not exist."""
     if backend is None:

@@ -23,7 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from minilora.errors import StateError
 from minilora.linear import ops
-from minilora.linear.layers import QuantLinear, in_out_features
+from minilora.linear.experts.hook import compute_with_ours, put_layer
+from minilora.linear.experts.known import has_projections
+from minilora.linear.experts.layers import ExpertsLinear, QuantExperts
+from minilora.linear.layers import QuantLinear, dense_shape
+from minilora.lora.bare import Bare
+from minilora.lora.change import Change
 from minilora.lora.match import ALL_LINEAR
 from minilora.measure.ledger import Ledger, on_paper
 from minilora.measure.meter import Meter
@@ -31,6 +36,7 @@ from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch
+from minilora.quant.stack import empty_stack
 from minilora.report.tables import Row
 
 __all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step", "while_packed"]
@@ -46,6 +52,7 @@ class Memory:
     """Bytes at the peak of a step.
 
     Attributes:
+        routed: predicted: whether it rests on the assumption that every expert of a mixture gets as many tokens as any other.
         parts: predicted: by ``HELD`` and ``STEP``; measured: by ``HELD``, ``KEPT`` and "the step", as can be told apart from outside.
         phase: of the peak ("forward", "loss", "backward" or "update"); empty when measured.
         loading: predicted: the most that is held while the model is read and packed, 0 where nothing is packed. Never measured here, where
@@ -55,6 +62,7 @@ class Memory:
     parts: Mapping[str, int]
     phase: str = ""
     loading: int = 0
+    routed: bool = False
 
     @property
     def peak(self) -> int:
@@ -95,9 +103,12 @@ def predict(model: nn.Module, loss_of: LossOf) -> Memory:
         loss_of: the scalar loss of a batch, given the model; a batch of real tensors, since it is small.
 
     Raises:
-        StateError: the model looks at the values of its activations (a mixture of experts does), which are not there on paper.
+        StateError: the model looks at the values of its activations, which are not there on paper. (A mixture of experts does, in its
+            router; there every expert is taken to get as many tokens as any other.)
     """
     paper = on_paper(model).train()
+    with Change() as change:
+        compute_with_ours(change, paper)
     trained = [parameter for parameter in paper.parameters() if parameter.requires_grad]
     optimizer = _warm_optimizer(trained)
     ledger = Ledger({torch.ops.minilora.quant_matmul.default: _product_workspace})
@@ -119,7 +130,8 @@ def predict(model: nn.Module, loss_of: LossOf) -> Memory:
     release_scratch()
     phase, parts = ledger.peak()
     parts["temporaries"] = parts.pop("", 0)
-    return Memory({name: parts.get(name, 0) for name in HELD + STEP}, phase)
+    routed = any(has_projections(module) for module in paper.modules())
+    return Memory({name: parts.get(name, 0) for name in HELD + STEP}, phase, routed=routed)
 
 
 @contextmanager
@@ -182,11 +194,17 @@ def pack_on_paper(model: nn.Module, config: QuantConfig) -> nn.Module:
     def packed(shape: tuple[int, int], dtype: torch.dtype) -> Any:
         return quantize(torch.zeros(shape, dtype=dtype), config)
 
-    for path in quantizable_paths(model, ALL_LINEAR):
-        base: Any = model.get_submodule(path)
-        width, height = in_out_features(base)
-        layer = QuantLinear(packed((height, width), base.weight.dtype), base.bias).to("meta")
-        model.set_submodule(path, layer.train(base.training))
+    bare = Bare(model)
+    with Change() as change:
+        for path in quantizable_paths(model, ALL_LINEAR):
+            base: Any = bare.get_submodule(path)
+            owner, _, name = path.rpartition(".")
+            if isinstance(base, ExpertsLinear):
+                stack = empty_stack(dense_shape(base), config, base.weight.dtype)  # type: ignore[arg-type]
+                layer: nn.Module = QuantExperts(stack, base.transposed, base.flat)
+            else:
+                layer = QuantLinear(packed(dense_shape(base), base.weight.dtype), base.bias).to("meta")  # type: ignore[arg-type]
+            put_layer(change, bare.get_submodule(owner), name, layer.train(base.training))
     return model
 
 

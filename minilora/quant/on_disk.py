@@ -77,8 +77,8 @@ def _stack(weight: QuantizedTensor, experts: Any, name: str) -> QuantizedTensor 
         or not 0 <= each - shape[1] * shape[2] < weight.blocksize
     ):
         raise CheckpointError(
-            f"{name}: its blocks of {weight.blocksize} cross from one expert into the next, found {list(weight.shape)} as {str(shape)[:60]} / "
-            "wanted whole blocks; pack the dense model again"
+            f"{name}: found {list(weight.shape)} as experts of {str(shape)[:60]}, and blocks of {weight.blocksize} that cross from one "
+            "into the next; pack the dense model again"
         )
     return QuantizedStack(weight, torch.Size(shape))
 

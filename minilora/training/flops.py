@@ -2,17 +2,19 @@
 
 Counted is what the model asks for, not what is computed again by gradient checkpointing: two operations a weight and token forward, two
 for the gradient of the layer's input, and two more for the factors that train. The products inside attention are left out, so the share
-is a little too small for long texts; of a mixture of experts nothing is said. Next file: ``training/loop.py``.
+is a little too small for long texts; of a mixture the experts that a token takes count. Next file: ``training/loop.py``.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from minilora.linear.layers import in_out_features, is_linear
+from minilora.linear.experts.layers import is_experts
+from minilora.linear.layers import dense_shape, in_out_features, is_linear
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.slots import unwrapped
@@ -60,7 +62,19 @@ def flops_a_token(model: nn.Module) -> tuple[float, float]:
         if is_linear(layer) or isinstance(layer, nn.Linear):
             each = 4.0 * math.prod(in_out_features(layer))
             body, logits = (body, logits + each) if layer is head else (body + each, logits)
+        elif is_experts(layer):
+            body += 4.0 * math.prod(in_out_features(layer)) * _taken(model)
     for module in model.modules():  # factors are matrices too; tables whose rows are looked up multiply nothing
         if isinstance(module, Adapter) and module.on != "embedding":
-            body += 6.0 * sum(part.numel() for part in module.parameters() if part.requires_grad and part.dim() >= 2)
+            own = sum(part.numel() for part in module.parameters() if part.requires_grad and part.dim() >= 2)
+            body += 6.0 * own * (_taken(model) / dense_shape(module.innermost)[0] if module.on == "experts" else 1)
     return body, logits
+
+
+def _taken(model: nn.Module) -> float:
+    """How many experts each token takes; 0 where the model's config does not say it in a usual way."""
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+    found = (getattr(config, name, None) for name in names)
+    return float(next((value for value in found if isinstance(value, int)), 0))

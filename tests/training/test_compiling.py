@@ -15,7 +15,7 @@ from minilora.errors import ConfigError, StateError
 from minilora.training.compiling import as_written, compiled
 from minilora.training.losses import token_losses
 from minilora.training.settings import TrainConfig
-from tests.models import llama, lora, randomize
+from tests.models import llama, lora, moe, randomize
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 EXAMPLES = [Encoded(tuple(range(3, 3 + size)), tuple(range(3, 3 + size))) for size in (9, 6, 12, 7)]
@@ -184,6 +184,20 @@ def test_the_operations_of_a_step_are_those_that_torch_counts():
     body, head = flops.flops_a_token(model)
     rotary = 2 * 2 * 5 * 10  # positions, by a product in transformers
     assert abs((body + head) * ids.numel() - products) <= 10 * rotary
+
+
+def test_the_operations_of_a_mixture_are_those_of_the_experts_that_a_token_takes():
+    model = moe(hidden_size=48, moe_intermediate_size=40)
+    inject(model, lora("all-linear"))
+    ids = torch.arange(20).view(2, 10)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(
+        count for name, count in counts.items() if "attention" not in str(name) and "scaled_dot" not in str(name)
+    )
+    body, head = flops.flops_a_token(model)
+    assert abs((body + head) * ids.numel() / products - 1) < 0.05  # the routers and the rotary angles are left out
 
 
 @pytest.mark.parametrize(

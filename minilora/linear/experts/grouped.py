@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from minilora.linear.experts.routes import Routes
 from minilora.linear.fused import Weight, as_written, keep_masks, new_seed, parts_dropped
-from minilora.linear.ops import flowing_dtype, matmul, product_dtype
+from minilora.linear.ops import flowing_dtype, matmul, on_paper_matmul, product_dtype
 from minilora.quant.stack import QuantizedStack
 
 __all__ = ["Stack", "grouped_linear", "lora_experts", "lora_experts_reference"]
@@ -126,7 +127,7 @@ def _products(x: Tensor, weight: Stack, routes: Routes, transpose: bool, h: Tens
               out_dtype: torch.dtype) -> Tensor:  # fmt: skip
     """``x W[e]^T + h^T thin[e]^T`` (``transpose``; ``thin`` is B), or ``x W[e] + h^T thin[e]`` (``thin`` is A), expert by expert."""
     width = weight.shape[1] if transpose else weight.shape[2]
-    out = torch.empty(len(x), width, dtype=out_dtype, device=x.device)
+    out = x.new_empty(len(x), width, dtype=out_dtype)
     done = 0
     for expert, first, done in routes.spans:
         rows, low = x[first:done], None if h is None else h[:, first:done].t()
@@ -136,6 +137,9 @@ def _products(x: Tensor, weight: Stack, routes: Routes, transpose: bool, h: Tens
             if low is not None and own is not None:
                 own = own.to(x.dtype)
                 part.addmm_(low, own.t() if transpose else own)
+        elif isinstance(weight, QuantizedStack) and isinstance(x, FakeTensor):
+            part = on_paper_matmul(rows, weight.one(expert), transpose)
+            out[first:done] = part if low is None or own is None else part.addmm_(low, own.t() if transpose else own)
         else:
             out[first:done] = matmul(rows, one_expert(weight, expert), transpose, low, own, None, out_dtype)
     out[done:] = 0
@@ -152,7 +156,7 @@ def _thin(x: Tensor, weight: Tensor, routes: Routes) -> Tensor:
 
 def _outer(left: Tensor, right: Tensor, routes: Routes, like: Tensor) -> Tensor:
     """``left[:, rows of e] right[:, rows of e]^T`` for each expert: the gradient of a factor, zeros for an expert without rows."""
-    out = torch.zeros(like.shape, dtype=left.dtype, device=left.device)
+    out = left.new_zeros(like.shape)
     for expert, first, last in routes.spans:
         torch.mm(left[:, first:last], right[:, first:last].t(), out=out[expert])
     return out.to(like.dtype)

@@ -16,10 +16,10 @@ from torch import nn
 
 from minilora.errors import TargetError
 from minilora.linear.experts import forwards
-from minilora.linear.experts.known import has_projections, known_experts, owner_of
+from minilora.linear.experts.known import has_projections, known_experts, note_home, owner_of
 from minilora.linear.experts.layers import ExpertsLinear
 
-__all__ = ["put_layer", "put_projection", "refuse_strange_experts"]
+__all__ = ["compute_with_ours", "put_layer", "put_projection", "refuse_strange_experts"]
 
 _NAME = "minilora"  # ours in transformers' interface
 _BEFORE = "_minilora_before"  # the config or forward that a module had, and the order of its parameters
@@ -48,15 +48,28 @@ def put_projection(change: Any, home: nn.Module, name: str, layer: nn.Module) ->
         change.drop(home._parameters, name)
         change.item(home._modules, name, layer)
     opened = any(each in home._modules for each in known.names)
-    if known.forward:
-        if opened:
-            change.item(vars(experts), "forward", functools.partial(getattr(forwards, known.forward), experts))
-        else:
-            change.drop(vars(experts), "forward")
-    else:
-        _through_interface(change, experts, opened)
+    _compute(change, experts, opened)
     if not opened:
         change.drop(vars(home), _BEFORE)
+
+
+def _compute(change: Any, experts: nn.Module, ours: bool) -> None:
+    """Let an experts module compute with our function, or with its own again."""
+    known = known_experts(experts)
+    if known is None or not known.forward:
+        _through_interface(change, experts, ours)
+    elif ours:
+        change.item(vars(experts), "forward", functools.partial(getattr(forwards, known.forward), experts))
+    else:
+        change.drop(vars(experts), "forward")
+
+
+def compute_with_ours(change: Any, model: nn.Module) -> None:
+    """Let every experts module of a model compute with ours, adapted or not: for a run on paper, where others look at values."""
+    for module in model.modules():
+        note_home(module)
+        if known_experts(module) is not None:
+            _compute(change, module, True)
 
 
 def put_layer(change: Any, parent: nn.Module, name: str, layer: nn.Module) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Routes", "route"]
 
@@ -39,9 +40,14 @@ class Routes:
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int, int]]:
-        """``(expert, first row, last row)`` of the experts that have rows. A GPU is asked once, and waited for."""
+        """``(expert, first row, last row)`` of the experts that have rows. A GPU is asked once, and waited for.
+
+        On paper, where there are no values, every expert gets as many rows as any other.
+        """
+        rows, count = len(self.order), len(self.ends)
+        even = [rows * (expert + 1) // count for expert in range(count)]
         found, first = [], 0
-        for expert, last in enumerate(self.ends.tolist()):
+        for expert, last in enumerate(even if isinstance(self.ends, FakeTensor) else self.ends.tolist()):
             if last > first:
                 found.append((expert, first, last))
             first = last
