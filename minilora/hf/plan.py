@@ -42,7 +42,7 @@ def predicted(job: PlanJob) -> Memory:
     model, quant, dense = model_on_meta(job), _quantization(job), []
     if quant and not is_packed_folder(resolve(job.model)):
         bare = Bare(model)
-        dense = [bare.get_submodule(path).weight for path in quantizable_paths(model, ALL_LINEAR)]  # type: ignore[misc]
+        dense = [bare.get_parameter(f"{path}.weight") for path in quantizable_paths(model, ALL_LINEAR)]
     frozen = pack_on_paper(model, quant) if quant else model
     loading = while_packed(frozen, dense) if quant else 0
     return dataclasses.replace(predict(_adapted(job, frozen), _loss_of(job, model)), loading=loading)

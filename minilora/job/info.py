@@ -21,7 +21,7 @@ from minilora.files.tensors import open_tensors
 from minilora.hf.known_base import linear_layers
 from minilora.hf.packed import METHOD, is_packed_folder, packing_said
 from minilora.job.record import read_record
-from minilora.quant.bnb import is_state, weight_of
+from minilora.quant.bnb import is_state, storable, weight_of
 from minilora.quant.codebooks import codebook
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, Stored, read_adapter
 from minilora.store.contents import Layer, layers_in, others_in
@@ -176,6 +176,9 @@ def _model(place: Path) -> dict[str, Any]:
     if packed:
         packing = packing_said(str(place))
         own = config["quantization_config"]["quant_method"] == METHOD
+        why = "the layout is minilora's own; it opens nf4 and fp4"
+        if storable(packing.format, packing.blocksize):
+            why = "experts are packed, and it opens packed linear layers only"
         found |= {
             "format": codebook(packing.format).name,
             "double_quant": packing.double_quant,
@@ -183,7 +186,7 @@ def _model(place: Path) -> dict[str, Any]:
         }
         found["servers"] = [
             {"name": "minilora", "takes": "as it is", "why": f"--model {place}"},
-            {"name": "transformers", "takes": "no", "why": "the layout is minilora's own; it opens nf4 and fp4"}
+            {"name": "transformers", "takes": "no", "why": why}
             if own
             else {"name": "transformers", "takes": "as it is", "why": "with bitsandbytes, whose layout it is"},
             {"name": "llama.cpp", "takes": "no", "why": "it packs weights in its own way, from a dense model"},

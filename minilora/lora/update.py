@@ -16,7 +16,7 @@ from minilora.linear.layers import dense_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.layer import LoRALinear
 
-__all__ = ["low_rank", "spectrum", "update_norm", "weight_norm"]
+__all__ = ["low_rank", "spectra_at", "spectrum", "update_norm", "weight_norm"]
 
 
 def low_rank(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
@@ -47,6 +47,12 @@ def spectrum(adapter: Adapter) -> Tensor:
         StateError: the update is another one for each input (aLoRA).
     """
     return torch.linalg.svdvals(_core(adapter)).float()
+
+
+def spectra_at(path: str, adapter: Adapter) -> dict[str, Tensor]:
+    """``spectrum`` by the name of the matrix: the path, and of experts ``path[0]``, ``path[1]`` and so on."""
+    values = spectrum(adapter)
+    return {path: values} if values.dim() == 1 else {f"{path}[{at}]": own for at, own in enumerate(values)}
 
 
 @torch.no_grad()

@@ -203,7 +203,7 @@ def pack_on_paper(model: nn.Module, config: QuantConfig) -> nn.Module:
                 stack = empty_stack(dense_shape(base), config, base.weight.dtype)  # type: ignore[arg-type]
                 layer: nn.Module = QuantExperts(stack, base.transposed, base.flat)
             else:
-                layer = QuantLinear(packed(dense_shape(base), base.weight.dtype), base.bias).to("meta")  # type: ignore[arg-type]
+                layer = QuantLinear(packed(dense_shape(base), base.weight.dtype), base.bias).to("meta")
             put_layer(change, bare.get_submodule(owner), name, layer.train(base.training))
     return model
 

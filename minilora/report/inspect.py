@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 
 from torch import nn
 
-from minilora.linear.layers import is_linear, is_quantized
+from minilora.linear.experts.known import projections
+from minilora.linear.experts.layers import is_experts
+from minilora.linear.layers import dense_shape, is_linear, is_quantized, is_router
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Around
 from minilora.lora.slot import own_parameters
 from minilora.lora.slots import adapters_of, has_adapters
-from minilora.lora.update import spectrum, update_norm, weight_norm
+from minilora.lora.update import spectra_at, spectrum, update_norm, weight_norm
 
 __all__ = ["adapters_in", "memory_table", "parameter_table", "spectra", "spectrum", "update_ratios"]
 
@@ -43,7 +46,7 @@ def spectra(
     most: int = 4,
     around: Around = nullcontext,
 ) -> dict[str, list[float]]:
-    """Path to singular values of the ``most`` layers that moved most, the first of them first.
+    """Path to singular values of the ``most`` layers that moved most, the first of them first; of experts the one that moved most.
 
     Args:
         ratios: what ``update_ratios`` said of this adapter; None computes it. around: as for ``update_ratios``.
@@ -53,7 +56,9 @@ def spectra(
     found = {}
     for path in sorted(moved, key=moved.__getitem__, reverse=True)[:most]:
         with around(path):
-            found[path] = spectrum(adapters[path]).tolist()
+            each = spectra_at(path, adapters[path])
+            name = max(each, key=lambda name: float(each[name].norm()))
+            found[name] = each[name].tolist()
     return found
 
 
@@ -67,9 +72,10 @@ def parameter_table(model: nn.Module) -> list[dict]:
     }
     for module in model.modules():
         if is_quantized(module):
+            kind = "experts" if is_experts(module) else "linear layers"
             parts = [part for name, part in module.named_parameters(recurse=False) if name != "bias"]
-            weights, stored = module.in_features * module.out_features, sum(part.nbytes for part in parts)
-            _add(rows, f"linear layers ({module.format})", weights, 0, 8 * stored)
+            weights, stored = math.prod(dense_shape(module)), sum(part.nbytes for part in parts)
+            _add(rows, f"{kind} ({module.format})", weights, 0, 8 * stored)
         for name, parameter in module.named_parameters(recurse=False):
             if (is_quantized(module) and name != "bias") or id(parameter) in counted:
                 continue
@@ -91,6 +97,10 @@ def parameter_table(model: nn.Module) -> list[dict]:
 def _kind(module: nn.Module, name: str) -> str:
     if isinstance(module, nn.Embedding):
         return "embeddings (and a head tied to them)"
+    if is_experts(module) or name in projections(module):
+        return "experts"
+    if is_router(module) and name == "weight":
+        return "routers of experts"
     return "linear layers" if is_linear(module) and name == "weight" else "norms and biases"
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
+from minilora.lora.slots import adapters_of
 from minilora.store.adapter_files import WEIGHTS_FILE
-from minilora.store.save import adapter_state_dict
+from minilora.store.save import adapter_state_dict, laid_out
 from minilora.training.checkpoint import Checkpoint, parse_checkpoint, read_checkpoint_files, steps
 from minilora.training.meaning import refuse_other
 from minilora.training.optim_state import form_of, put_state, state_form
@@ -81,19 +82,19 @@ def restore(
         CheckpointError: it is of another run, by name; nothing has changed then.
     """
     refuse_other(checkpoint, now, say)
-    own = adapter_state_dict(model, name)
+    own, weights = adapter_state_dict(model, name), laid_out(adapters_of(model).named(name), checkpoint.weights, False)
     wanted = {
         f"{what}/{path}": form
         for path, parameter in named.items()
         for what, form in state_form(optimizer, parameter).items()
     }
-    strange = sorted(own.keys() ^ checkpoint.weights.keys()) + sorted(checkpoint.optimizer.keys() - wanted.keys())
+    strange = sorted(own.keys() ^ weights.keys()) + sorted(checkpoint.optimizer.keys() - wanted.keys())
     begun = {path for key in checkpoint.optimizer for _, _, path in [key.partition("/")]}
     strange += sorted({key for key in wanted if key.partition("/")[2] in begun} - checkpoint.optimizer.keys())
     if not begun:  # some may lack theirs: no gradient has reached them yet
         strange.append("the optimizer's state")
     if not strange:
-        strange = [key for key, tensor in checkpoint.weights.items() if form_of(tensor) != form_of(own[key])]
+        strange = [key for key, tensor in weights.items() if form_of(tensor) != form_of(own[key])]
         strange += [key for key, tensor in checkpoint.optimizer.items() if form_of(tensor) != wanted[key]]
     if strange:
         raise CheckpointError(
@@ -108,5 +109,5 @@ def restore(
 def put_weights(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's weights into the adapter that they are of."""
     own = adapter_state_dict(model, name)
-    for key, tensor in weights.items():
+    for key, tensor in laid_out(adapters_of(model).named(name), weights, False).items():
         own[key].copy_(tensor)

@@ -11,7 +11,7 @@ import torch
 SIZE, STEPS = 2, 3
 
 
-def model_and_data():
+def model_and_data(kind="dense"):
     import transformers
 
     import minilora
@@ -21,6 +21,11 @@ def model_and_data():
         vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attention_bias=True,
     )  # fmt: skip
+    if kind == "experts":
+        config = transformers.Qwen3MoeConfig(
+            vocab_size=96, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, num_experts=4, num_experts_per_tok=2,
+        )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     minilora.quantize_model(model, minilora.QuantConfig(double_quant=True))
     minilora.get_peft_model(model, minilora.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
@@ -51,10 +56,10 @@ def whole(model):
     return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in kept.items()}
 
 
-def worker(rank, way, folder):
+def worker(rank, way, folder, kind):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=SIZE, init_method=f"file://{folder}/meet")
-    model, data = model_and_data()
+    model, data = model_and_data(kind)
     if way == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     else:
@@ -64,7 +69,8 @@ def worker(rank, way, folder):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        packed = model.model.layers[0].mlp.up_proj.base_layer.weight
+        mlp = model.model.layers[0].mlp
+        packed = (mlp.experts.gate_up_proj if kind == "experts" else mlp.up_proj).base_layer.weight
         assert packed.to_local().shape[0] * SIZE == packed.shape[0]  # the codes are sharded, not copied
         assert packed.dtype == torch.uint8 and not packed.requires_grad
     losses = train(model, [rows[rank : rank + 1] for rows in data])
@@ -74,23 +80,26 @@ def worker(rank, way, folder):
     os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
 
 
+@pytest.mark.parametrize("kind", ["dense", "experts"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(way, tmp_path):
+def test_two_processes_equal_one(way, kind, tmp_path):
     setting = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), way, str(tmp_path)], env=setting, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), way, str(tmp_path), kind], env=setting, stderr=subprocess.PIPE
+        )
         for rank in range(SIZE)
     ]
     for process in started:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said.decode()[-2000:]
 
-    model, data = model_and_data()
+    model, data = model_and_data(kind)
     wanted_losses, wanted = train(model, data), whole(model)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(SIZE)]
     for step, loss in enumerate(wanted_losses):
         assert sum(part["losses"][step] for part in parts) / SIZE == pytest.approx(loss, abs=1e-6)
-    start = whole(model_and_data()[0])
+    start = whole(model_and_data(kind)[0])
     for name, tensor in wanted.items():
         for part in parts:
             torch.testing.assert_close(part["tensors"][name], tensor, rtol=0, atol=1e-6)

@@ -27,7 +27,7 @@ from minilora.training.checkpoint import _state_bytes
 from minilora.training.loop import TrainConfig, train
 from minilora.training.resume import newest
 from minilora.training.settings import SCHEDULE, SINCE
-from tests.models import Words
+from tests.models import Words, moe
 
 PAD = 40
 
@@ -149,6 +149,21 @@ def test_a_language_model_of_transformers_goes_on_to_the_same_bits(make_llama, t
         model = make_llama(0).to(dtype)
         if quant:
             quantize_model(model, QuantConfig(quant, double_quant=True))
+        return fresh(model, target_modules="all-linear")
+
+    run(made(), tmp_path / "whole", save_every=5)
+    (tmp_path / "half").mkdir()
+    as_if_killed_after(5, tmp_path / "whole", tmp_path / "half")
+    run(made(), tmp_path / "half", resume=True)
+    assert files_of(tmp_path / "half") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_a_mixture_of_experts_goes_on_to_the_same_bits(tmp_path, quant):
+    def made():
+        model = moe()
+        if quant:
+            quantize_model(model, QuantConfig(quant, 32, True))
         return fresh(model, target_modules="all-linear")
 
     run(made(), tmp_path / "whole", save_every=5)

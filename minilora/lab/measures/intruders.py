@@ -47,6 +47,11 @@ def intruder_dimensions(
     validate.number("epsilon", epsilon, 0, 2)
     found = {}
     for path, adapter in fixed_updates(model, adapter_name).items():
-        *_, cosines = closest_directions(dense_weight(adapter.innermost).float(), adapter.delta_weight(), k)
-        found[path] = Intruders(int((cosines < epsilon).sum()), cosines.cpu())
+        weight, delta = dense_weight(adapter.innermost).float(), adapter.delta_weight()
+        pairs = {path: (weight, delta)}
+        if weight.dim() == 3:  # experts
+            pairs = {f"{path}[{at}]": own for at, own in enumerate(zip(weight, delta, strict=True))}
+        for name, own in pairs.items():
+            *_, cosines = closest_directions(*own, k)
+            found[name] = Intruders(int((cosines < epsilon).sum()), cosines.cpu())
     return found

@@ -22,7 +22,8 @@ def spectrum(what: Adapter) -> Tensor: ...  # type: ignore[overload-overlap]
 @overload
 def spectrum(what: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]: ...
 def spectrum(what: nn.Module, adapter_name: str = "default") -> Tensor | dict[str, Tensor]:
-    """Singular values of the update, largest first, in fp32: of one adapted layer, or by path of every layer of a model.
+    """Singular values of the update, largest first, in fp32: of one adapted layer, or by path of every layer of a model (of experts by
+    path and number, as ``experts.down_proj[3]``).
 
     Where the update has a low rank (``lora.update.low_rank``), they come from its factors, O((in + out) r^2), and there are
     ``min(r, in, out)``; otherwise (DoRA) the update is formed, and there are ``min(in, out)``. Scaling is included.
@@ -32,7 +33,8 @@ def spectrum(what: nn.Module, adapter_name: str = "default") -> Tensor | dict[st
     """
     if isinstance(what, Adapter):
         return update.spectrum(what)
-    return {path: update.spectrum(adapter) for path, adapter in fixed_updates(what, adapter_name).items()}
+    each = [update.spectra_at(path, adapter) for path, adapter in fixed_updates(what, adapter_name).items()]
+    return {name: values for found in each for name, values in found.items()}
 
 
 def effective_rank(values: Tensor | Sequence[float]) -> float:
