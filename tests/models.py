@@ -168,7 +168,7 @@ def byte_tokenizer(template=CHATML, **special):
 
 
 def moe(seed=0, **fields):
-    """A small Qwen3-MoE with weights that no expert shares: 5 experts, 2 for each token."""
+    """A small Qwen3-MoE whose experts differ: 5 of them, 2 for each token."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = {
@@ -179,9 +179,9 @@ def moe(seed=0, **fields):
         "head_dim": 8,
     }
     routing = {"num_experts": 5, "num_experts_per_tok": 2}
-    known = sizes | routing | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61} | fields
+    known = sizes | routing | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64} | fields
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(max_position_embeddings=64, **known))
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**known))
     for parameter in model.parameters():
         if parameter.dim() == 3:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -107,13 +107,17 @@ class Rows:
             path, _, own = name.rpartition(".")
             module = model.get_submodule(path)
             rows: Any = module._parameters[own]
-            kept[module, own] = rows.detach()
+            kept[name] = rows.detach()
             whole = torch.empty(shape, dtype=rows.dtype, device="meta")
             module._parameters[own] = nn.Parameter(whole, requires_grad=False)
         for block in blocks_of(model):
             block.requires_grad_(False)
         shard_blocks(model, self.processes)
-        for (module, own), rows in kept.items():
+        for name, rows in kept.items():
+            path, _, own = name.rpartition(".")
+            module = model.get_submodule(path)
+            if own in module._modules:  # of experts, whose weight has become a layer
+                module, own = module.get_submodule(own), "weight"
             empty: Any = module._parameters[own]
             place = {"shape": empty.shape, "stride": empty.stride(), "run_check": False}
             filled = type(empty).from_local(rows, empty.device_mesh, empty.placements, **place)

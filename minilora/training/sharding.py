@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from minilora.errors import StateError
+from minilora.linear.experts.hook import open_experts
+from minilora.lora.change import Change
 from minilora.lora.slots import adapters_in
 from minilora.training.processes import Processes
 
@@ -68,6 +70,9 @@ def shard_blocks(model: nn.Module, processes: Processes) -> None:
     blocks = blocks_of(model)
     if any(_is_sharded(block) for block in blocks):  # while it was loaded
         return
+    with Change() as change:
+        for block in blocks:
+            open_experts(change, block)
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
     whole |= {
         p for adapter in adapters_in(model) for p in adapter._parameters.values() if p is not None

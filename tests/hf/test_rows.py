@@ -20,7 +20,7 @@ from minilora.lora.match import match
 from minilora.training.processes import Processes
 from minilora.training.rows import Rows, why_read_whole
 from tests.hf import rows_worker as worker
-from tests.models import byte_tokenizer, gpt2, llama, lora
+from tests.models import byte_tokenizer, gpt2, llama, lora, moe
 
 SCRIPT = str(Path(worker.__file__))
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
@@ -35,10 +35,12 @@ def folders(tmp_path_factory):
     models = {
         "llama": llama(intermediate_size=97, **sizes),
         "gpt2": gpt2(vocab_size=300, n_positions=96, n_embd=32),
+        "experts": moe(vocab_size=300, max_position_embeddings=96),
     }
     models["packed"] = quantize_model(llama(intermediate_size=97, **sizes), NF4, ["q_proj", "down_proj", "up_proj"])
+    models["packed experts"] = quantize_model(moe(vocab_size=300, max_position_embeddings=96), NF4)
     for kind, model in models.items():
-        (save_packed if kind == "packed" else type(model).save_pretrained)(model, place / kind)
+        (save_packed if "packed" in kind else type(model).save_pretrained)(model, place / kind)
         byte_tokenizer().save_pretrained(place / kind)
     data = "".join(json.dumps({"prompt": f"a{n}", "completion": "bc" * n}) + "\n" for n in range(1, 12))
     (place / "d.jsonl").write_text(data)
@@ -57,7 +59,7 @@ def processes(size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quant", [None, NF4, packing("nf3", False)], ids=["dense", "nf4", "nf3"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "packed"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "packed", "experts", "packed experts"])
 def test_the_rows_of_all_processes_are_the_weights(folders, monkeypatch, kind, quant, dtype):
     whole = dict(load_model(str(folders / kind), dtype, quant=quant).named_parameters())
     monkeypatch.setattr(Rows, "shard", lambda self, model: None)  # which needs the other processes
@@ -113,6 +115,10 @@ KINDS = {
     "pissa": ("llama", {"lora": {"init_lora_weights": "pissa"}}),
     "olora, packed": ("packed", {"lora": {"init_lora_weights": "olora"}}),
     "dora": ("llama", {"lora": {"use_dora": True}}),
+    "experts": ("experts", {}),
+    "dense experts": ("experts", {"quant": "none"}),
+    "packed experts": ("packed experts", {"lora": {"use_dora": True}}),
+    "experts left alone": ("experts", {"quant": "none", "lora": {"target_modules": ["q_proj"]}}),
     "tables": ("llama", {"lora": {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}}),
 }
 WHOLE = {

@@ -16,10 +16,10 @@ from torch import nn
 
 from minilora.errors import TargetError
 from minilora.linear.experts import forwards
-from minilora.linear.experts.known import has_projections, known_experts, note_home, owner_of
+from minilora.linear.experts.known import has_projections, known_experts, note_home, owner_of, projections
 from minilora.linear.experts.layers import ExpertsLinear
 
-__all__ = ["compute_with_ours", "put_layer", "put_projection", "refuse_strange_experts"]
+__all__ = ["compute_with_ours", "open_experts", "put_layer", "put_projection", "refuse_strange_experts"]
 
 _NAME = "minilora"  # ours in transformers' interface
 _BEFORE = "_minilora_before"  # the config or forward that a module had, and the order of its parameters
@@ -36,7 +36,7 @@ def put_projection(change: Any, home: nn.Module, name: str, layer: nn.Module) ->
     assert known is not None  # whoever has a projection is known
     if _BEFORE not in vars(home):
         change.item(vars(home), _BEFORE, tuple(home._parameters))
-    if type(layer) is ExpertsLinear:
+    if _is_plain(layer):
         change.drop(home._modules, name)
         held = {**home._parameters, name: layer._parameters["weight"]}
         order = [
@@ -51,6 +51,21 @@ def put_projection(change: Any, home: nn.Module, name: str, layer: nn.Module) ->
     _compute(change, experts, opened)
     if not opened:
         change.drop(vars(home), _BEFORE)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a dense projection can be the module's own parameter again: not while the layer is in shards."""
+    return type(layer) is ExpertsLinear and not layer.stays and type(layer._parameters["weight"]) is nn.Parameter
+
+
+def open_experts(change: Any, model: nn.Module) -> None:
+    """Make layers of all dense experts of a model, and let them stay layers: what is sharded now must not move afterwards."""
+    for module in model.modules():
+        note_home(module)
+    for module in list(model.modules()):
+        for name, layer in projections(module).items():
+            layer.stays = True
+            put_projection(change, module, name, layer)
 
 
 def _compute(change: Any, experts: nn.Module, ours: bool) -> None:

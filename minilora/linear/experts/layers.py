@@ -30,7 +30,10 @@ class ExpertsLinear(nn.Module):
     Attributes:
         weight: the parameter of the model itself, ``[E, out, in]``, or ``[E, in, out]`` where it is ``transposed``.
         experts, out_features, in_features: E, out, in.
+        stays: whether it stays a layer when nothing adapts it (``hook.open_experts``).
     """
+
+    stays = False
 
     def __init__(
         self, weight: nn.Parameter, transposed: bool = False, sizes: tuple[int, int, int] | None = None
