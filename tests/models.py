@@ -179,7 +179,12 @@ def moe(seed=0, **fields):
         "head_dim": 8,
     }
     routing = {"num_experts": 5, "num_experts_per_tok": 2}
-    known = sizes | routing | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64} | fields
+    known = (
+        sizes
+        | routing
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64}
+        | fields
+    )
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**known))
     for parameter in model.parameters():

@@ -37,7 +37,8 @@ class LoraFAOptimizer(Optimizer):
 
     Args:
         params: groups that have, beside ``params``, the lists ``names`` and ``scaling_factors`` of the same length: a parameter's dotted
-            name, in which the part ``lora_B`` (``lora_embedding_A``) says what it is, and the scaling of its layer or None.
+            name, in which the part ``lora_B`` (``lora_embedding_A``) says what it is, and the scaling of its layer or None. ``experts``
+            may list the names of factors that are those of several experts.
         lr, betas, eps, weight_decay, correct_bias: as in AdamW; the decay is decoupled and comes after the step.
 
     Raises:
@@ -69,11 +70,16 @@ class LoraFAOptimizer(Optimizer):
         loss = loss_again(closure)
         for group in self.param_groups:
             by_name = dict(zip(group["names"], group["params"], strict=True))
+            experts = group.get("experts", ())
             for name, parameter, scaling in zip(group["names"], group["params"], group["scaling_factors"], strict=True):
                 if parameter.grad is None or not parameter.requires_grad:
                     continue
                 frozen = None if scaling is None else by_name.get(_frozen_beside(name))
-                grad = parameter.grad if frozen is None else _projected(name, parameter.grad, frozen, scaling)
+                grad = (
+                    parameter.grad
+                    if frozen is None
+                    else _projected(name, parameter.grad, frozen, scaling, name in experts)
+                )
                 self._adamw(parameter, grad, group)
         return loss
 
@@ -101,8 +107,11 @@ def _frozen_beside(name: str) -> str:
     return ""
 
 
-def _projected(name: str, grad: Tensor, frozen: Tensor, scaling: float) -> Tensor:
-    """The gradient of a factor, projected as the head of this file says, in its own dtype and shape."""
+def _projected(name: str, grad: Tensor, frozen: Tensor, scaling: float, each: bool = False) -> Tensor:
+    """The gradient of a factor, projected as the head of this file says, in its own dtype and shape; of experts (``each``) one by one."""
+    if each:
+        steps = [_projected(name, *one, scaling) for one in zip(grad, frozen, strict=True)]
+        return torch.stack(steps)
     wide, other = grad.float().flatten(1), frozen.float().flatten(1)
     on_tokens = "lora_embedding_A" in name.split(".")
     gram = other.T @ other if on_tokens else other @ other.T
@@ -144,7 +153,7 @@ def create_lorafa_optimizer(
     if use_rslora is not None:
         warn("use_rslora of create_lorafa_optimizer is deprecated; the adapter's config says it", FutureWarning)
     pairs = list(_pairs(adapters_in(model)))
-    for _, beside, _ in pairs:
+    for _, beside, *_ in pairs:
         beside.requires_grad_(False)
     return LoraFAOptimizer([_group(model.named_parameters(), pairs)], lr=lr, weight_decay=weight_decay)
 
@@ -155,7 +164,7 @@ def create_lorafa_optimizer(
 @contextmanager
 def frozen_beside(model: nn.Module) -> Iterator[None]:
     """Inside the block A does not train where B does (of an embedding the other way round); after it, it is as before."""
-    frozen = [beside for _, beside, _ in _pairs(adapters_in(model)) if beside.requires_grad]
+    frozen = [beside for _, beside, *_ in _pairs(adapters_in(model)) if beside.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -167,7 +176,7 @@ def frozen_beside(model: nn.Module) -> Iterator[None]:
 
 def freeze_for_good(adapters: Iterable[nn.Module]) -> None:
     """What ``frozen_beside`` freezes, of these adapters and with no way back: for those that nobody trains otherwise afterwards."""
-    for _, beside, _ in list(_pairs(adapters)):
+    for _, beside, *_ in list(_pairs(adapters)):
         beside.requires_grad_(False)
 
 
@@ -183,15 +192,15 @@ def lorafa_group(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[st
         raise ConfigError(
             "optimizer='lora_fa': no lora_B trains beside a lora_A here, whose gradient it corrects; take adamw"
         )
-    beside = {_frozen_beside(names[id(factor)]): other for factor, other, _ in pairs}
+    beside = {_frozen_beside(names[id(factor)]): other for factor, other, *_ in pairs}
     return _group([*named.items(), *beside.items()], pairs)
 
 
-Pair = tuple[nn.Parameter, nn.Parameter, float]
+Pair = tuple[nn.Parameter, nn.Parameter, float, bool]
 
 
 def _pairs(adapters: Iterable[nn.Module]) -> Iterator[Pair]:
-    """``(trained, frozen, scaling)`` of each: the factors that train beside another one, in one layer."""
+    """``(trained, frozen, scaling, whether of experts)`` of each: the factors that train beside another one, in one layer."""
     for module in adapters:
         if not isinstance(scaling := getattr(module, "scaling", None), (int, float)):
             continue
@@ -199,14 +208,17 @@ def _pairs(adapters: Iterable[nn.Module]) -> Iterator[Pair]:
         for trained, frozen in _FROZEN_BESIDE.items():
             factor, beside = own.get(trained), own.get(frozen)
             if factor is not None and beside is not None and factor.requires_grad:
-                yield factor, beside, float(scaling)
+                yield factor, beside, float(scaling), getattr(module, "on", "") == "experts"
 
 
 def _group(named: Iterable[tuple[str, nn.Parameter]], pairs: Iterable[Pair]) -> dict[str, Any]:
-    scaling = {id(factor): each for trained, frozen, each in pairs for factor in (trained, frozen)}
+    known = list(pairs)
+    scaling = {id(factor): pair[2] for pair in known for factor in pair[:2]}
+    experts = {id(factor) for *factors, _, each in known for factor in factors if each}
     held = list(named)
     return {
         "params": [parameter for _, parameter in held],
         "names": [name for name, _ in held],
         "scaling_factors": [scaling.get(id(parameter)) for _, parameter in held],
+        "experts": [name for name, parameter in held if id(parameter) in experts],
     }

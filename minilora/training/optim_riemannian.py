@@ -75,13 +75,13 @@ def rescale_before_steps(optimizer: Optimizer, pairs: Sequence[Pair], reg: float
 
 
 def factor_pairs(model: nn.Module) -> list[Pair]:
-    """``(A [r, in], B [out, r])`` of every adapted linear layer of which both train."""
-    own = [adapter._parameters for adapter in adapters_in(model)]
-    pairs = [(held.get("lora_A"), held.get("lora_B")) for held in own]
+    """``(A [r, in], B [out, r])`` of every adapted linear layer of which both train; of experts with their dimension before."""
+    adapters = [adapter for adapter in adapters_in(model) if adapter.on != "convolution"]
+    pairs = [(adapter._parameters.get("lora_A"), adapter._parameters.get("lora_B")) for adapter in adapters]
     return [
         (A, B)
         for A, B in pairs
-        if A is not None and B is not None and A.requires_grad and B.requires_grad and A.ndim == B.ndim == 2
+        if A is not None and B is not None and A.requires_grad and B.requires_grad and A.ndim == B.ndim
     ]
 
 
@@ -92,10 +92,10 @@ def precondition(pairs: Sequence[Pair], reg: float) -> None:
         kind = torch.promote_types(A.dtype, torch.float32)
         a, b = A.to(kind), B.to(kind)
         if A.grad is not None:
-            A.grad.copy_(_inverse(b.T @ b, reg) @ A.grad.to(kind))
+            A.grad.copy_(_inverse(b.mT @ b, reg) @ A.grad.to(kind))
         if B.grad is not None:
-            B.grad.copy_(B.grad.to(kind) @ _inverse(a @ a.T, reg))
+            B.grad.copy_(B.grad.to(kind) @ _inverse(a @ a.mT, reg))
 
 
 def _inverse(gram: Tensor, reg: float) -> Tensor:
-    return torch.linalg.pinv(gram + reg * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    return torch.linalg.pinv(gram + reg * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
