@@ -124,7 +124,17 @@ def _modules(
         linear = [path for path in linear_paths(bare) if _weight(every[path]) not in tied]
         return [path for path in linear if not any(ends_with(path, head) for head in heads)]
     if wanted is not None:
-        return select(modules, wanted, "target_modules")
+        try:
+            return select(modules, wanted, "target_modules")
+        except TargetError as error:
+            names = [wanted] if isinstance(wanted, str) else list(wanted)
+            if held := [
+                path for path in every if is_experts(every[path]) and any(ends_with(path, name) for name in names)
+            ]:
+                raise TargetError(
+                    f"{held[0]} is a weight of experts and no module; name it in target_parameters"
+                ) from error
+            raise
     default = default_targets(bare)
     if isinstance(default, str):
         return select(modules, default, "target_modules")
@@ -204,8 +214,11 @@ def refuse_unfit(model: nn.Module | Bare, modules: dict[str, nn.Module], targets
             )
         if kind_of(module) is None:
             inside = [f"{path}.{name}" for name, child in module.named_modules() if name and is_linear(child)]
+            within = [name for name in modules if name.startswith(f"{path}.") and is_experts(modules[name])]
+            if within:
+                inside = [".".join(within[0].split(".")[-3:])]
             hint = (
-                f"; name its linear layers, such as {inside[0]!r}"
+                f"; name its {'weights in target_parameters' if within else 'linear layers'}, such as {inside[0]!r}"
                 if inside
                 else "; wanted Linear, Conv1D or Embedding, Conv1d to Conv3d, or MultiheadAttention"
             )

@@ -24,10 +24,9 @@ from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build, place_in
 from minilora.lora.layer import LoRALinear
-from minilora.lora.match import match
+from minilora.lora.match import match, targets_of
 from minilora.lora.slots import adapters_of, has_adapters, unwrapped
 from minilora.lora.starts import EvaConfig
-from minilora.lora.targets import exactly
 from minilora.many.principal import Principal
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights"]
@@ -230,7 +229,9 @@ def initialize_lora_eva_weights(
         if dataloader is None:
             raise StateError("dataloader is required if eva_state_dict is not provided")
         eva_state_dict = get_eva_state_dict(model, dataloader, adapter_name=adapter_name, **words)
-    low = [path for path, value in old.items() if isinstance(value, LoRALinear)]
+    low = [
+        path for path, value in old.items() if isinstance(value, LoRALinear) and value.on not in ("experts", "router")
+    ]
     missing = [path for path in low if path not in eva_state_dict]
     kept = [path for path in low if path in missing or len(eva_state_dict[path])]
     ranks, alphas = {}, {}
@@ -240,11 +241,10 @@ def initialize_lora_eva_weights(
         adjusts = config.eva_config is None or config.eva_config.adjust_scaling_factors
         alphas[path] = alpha * ranks[path] / r if adjusts else alpha
     others = [path for path in old if path not in low and getattr(old[path], "targeted", False)]
-    every = [path for path, _ in Bare(model).named_modules() if path]
     plain = all(ranks[path] == config.r and alphas[path] == config.lora_alpha for path in kept)
     new = dataclasses.replace(
         config,
-        target_modules=exactly((*kept, *others), every),
+        **targets_of(Bare(model), (*kept, *others)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import QuantizationError
+from minilora.linear.experts.layers import is_experts
+from minilora.lora.bare import Bare
 from minilora.lora.change import Change
 from minilora.lora.match import ALL_LINEAR
 from minilora.lora.slots import unwrapped
@@ -26,7 +28,7 @@ __all__ = ["calibrate"]
 def calibrate(
     model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], target_modules: Selection = ALL_LINEAR
 ) -> dict[str, Tensor]:
-    """Mean square of each input channel of every layer that ``quantize_model`` would pack.
+    """Mean square of each input channel of every linear layer that ``quantize_model`` would pack; experts are left out.
 
     Args:
         model: dense; runs in eval mode and is otherwise untouched.
@@ -53,7 +55,8 @@ def calibrate(
 
         return hook
 
-    paths = quantizable_paths(model, target_modules)
+    bare = Bare(model)
+    paths = [path for path in quantizable_paths(model, target_modules) if not is_experts(bare.get_submodule(path))]
     change = Change()
     try:
         try:  # twice, so that an interrupt on the way out cannot leave a hook

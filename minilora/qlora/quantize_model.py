@@ -52,6 +52,11 @@ def quantize_model(
     modules = dict(Bare(model).named_modules(remove_duplicate=False))
     for path in paths:  # all of them before the first is replaced
         check_quantizable(dense_weight(modules[path]), path + ".weight")
+        if config.scale == "weighted" and is_experts(modules[path]):
+            raise QuantizationError(
+                f"{path}: scale='weighted' wants the importance of each input, not measured for experts; use 'absmax' or 'mse', or name "
+                "the layers to pack (target_modules)"
+            )
         if config.scale == "weighted" and path not in (importance or {}):
             raise QuantizationError(
                 f"{path}: scale='weighted' wants its importance; pass importance=minilora.calibrate(model, batches)"

@@ -37,7 +37,8 @@ def refuse_without_muon() -> None:
 def factors_for_muon(named: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
     """Those parameters that are matrices between a layer's inputs and outputs.
 
-    Biases, magnitudes and kernels are no matrices, and the factors of experts are many in one parameter: AdamW steps these. Rows of a table are looked up one by one, and say nothing of a matrix's directions.
+    Biases, magnitudes and kernels are no matrices, and the factors of experts are many in one parameter: AdamW steps these. Rows of a table
+    are looked up one by one, and say nothing of a matrix's directions.
 
     Raises:
         ConfigError: there is none.
