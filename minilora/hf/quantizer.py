@@ -264,7 +264,7 @@ class NF4Quantizer(HfQuantizer):
         kinds = (nn.Linear, ExpertsLinear)
         chosen = {path: layer for path, layer in bare.named_modules() if type(layer) in kinds or is_conv1d(layer)}
         for path in self._to_pack(model, chosen):
-            layer: Any = chosen[path]
+            layer: Any = bare.get_submodule(path)
             if isinstance(layer, ExpertsLinear):  # packed as a whole once transformers has gathered all experts
                 config.experts.add(path)
                 self._waiting.add(path)

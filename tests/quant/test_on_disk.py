@@ -17,7 +17,8 @@ from minilora.errors import CheckpointError, QuantizationError
 from minilora.hf.packed import is_packed_folder, load_packed, packing_said, save_packed
 from minilora.quant.codebooks import CODEBOOKS
 from minilora.quant.on_disk import from_disk, to_disk
-from tests.models import llama
+from minilora.quant.stack import quantize_stack
+from tests.models import llama, moe
 
 OWN = Codebook("my__sevenths", tuple(max(k, -7) / 7 for k in range(-8, 8)), "for a test")
 SIGNED = Codebook("quarters", (-0.5, 0.0, 0.25, 1.0), "for a test", signed=True)
@@ -119,3 +120,60 @@ def test_a_codebook_of_ones_own_on_the_command_line(tmp_path, capsys, model_fold
     said = capsys.readouterr().out
     assert "ninths" in said and "the layout is minilora's own" in said
     assert main(["plan", "--model", str(tmp_path / "packed"), "--no-measure", "--batch", "1", "--seq", "16"]) == 0
+
+
+# ---- experts
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("shape", "whole"), [((3, 8, 24), True), ((4, 5, 7), False)])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "nf3"])
+def test_experts_come_back_to_the_bit(kind, shape, whole, double):
+    torch.manual_seed(0)
+    weight = quantize_stack(torch.randn(shape), QuantConfig(kind, 64, double))
+    tensors = to_disk(weight)
+    theirs = kind in ("nf4", "fp4") and whole
+    assert any("bitsandbytes__" in name for name in tensors) == theirs
+    again = from_disk(tensors, "w")
+    assert again.shape == weight.shape and again.is_whole == whole == weight.is_whole
+    assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("experts", [[3, 5, 7], [4, 5, 40], [4, 0, 7], "4", [4, 5], [True, 5, 7]], ids=str)
+def test_experts_that_cannot_be_in_the_file_are_refused(experts):
+    tensors = to_disk(quantize_stack(torch.randn(4, 5, 7), QuantConfig("nf4")))
+    with pytest.raises(CheckpointError, match=r"^w: found \[4, 64\] as experts of .*pack the dense model again"):
+        from_disk(changed(tensors, experts=experts), "w")
+
+
+def test_experts_of_bitsandbytes_whose_blocks_cross_are_refused():
+    """It packs a 3-D parameter as one row of numbers, so a block may belong to two experts."""
+    flat = quantize(torch.randn(4, 35), QuantConfig("nf4"))
+    tensors = changed(to_disk(flat), shape=[4, 5, 7])
+    with pytest.raises(CheckpointError, match="blocks of 64 that cross from one into the next"):
+        from_disk(tensors, "w")
+
+
+@pytest.mark.parametrize(("kind", "blocksize", "double"), [("nf4", 64, True), ("fp4", 64, False), ("nf3", 32, True)])
+def test_a_packed_mixture_is_read_back_and_streamed(tmp_path, kind, blocksize, double):
+    ids = torch.arange(14).view(2, 7)
+    model = moe(hidden_size=32, moe_intermediate_size=20)
+    model.save_pretrained(tmp_path / "dense")
+    config = QuantConfig(kind, blocksize, double)
+    with torch.no_grad():
+        wanted = minilora.quantize_model(model, config)(ids).logits
+        save_packed(model, tmp_path / "packed")
+        said = packing_said(str(tmp_path / "packed"))
+        assert (said.format.name, said.blocksize, said.double_quant) == (kind, blocksize, double)
+        again = load_packed(str(tmp_path / "packed"), torch.float32)
+        assert torch.equal(again(ids).logits, wanted)
+        quantized = minilora.hf.NF4Config(kind, blocksize, double)
+        streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=quantized)
+        assert torch.equal(streamed(ids).logits, wanted)
+        streamed.save_pretrained(tmp_path / "again")
+        assert torch.equal(load_packed(str(tmp_path / "again"), torch.float32)(ids).logits, wanted)
+        streamed.dequantize()
+        torch.testing.assert_close(streamed(ids).logits, wanted)
+        streamed.save_pretrained(tmp_path / "plain")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+        assert torch.equal(plain(ids).logits, streamed(ids).logits)
