@@ -97,7 +97,7 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h, *parts = ctx.saved_tensors
         need_x, need_A, need_B, *_ = ctx.needs_input_grad
-        weight = rebuilt(ctx.weight, parts) if need_x else torch.empty(0).expand(ctx.shape)
+        weight = rebuilt(ctx.weight, parts) if need_x else torch.empty(()).expand(ctx.shape)
         routes, dtype = ctx.routes, product_dtype(grad.dtype, grad.device)
         spans, rows = _one_chunk(routes)
         with as_written(grad):

@@ -28,8 +28,8 @@ from minilora.quant.stack import QuantizedStack
 
 __all__ = ["Gate", "Projection", "whole_experts", "whole_experts_reference"]
 
-_ROOM = 1 << 20  # numbers in a buffer: what a chunk of rows is made of stays in the cache
-_ROOM_PACKED = 1 << 22  # longer chunks, since each decodes its expert
+_ROOM = 1 << 20  # numbers in a buffer, so that what a chunk is made of stays in the cache
+_ROWS = 512  # but so many rows of one expert at least: every chunk reads its matrices again
 
 
 class Projection(NamedTuple):
@@ -113,7 +113,7 @@ class _Plan(NamedTuple):
         """Rows, and whose they are: several experts with few rows, or a part of the rows of one."""
         up, down = self.up.weight, self.down.weight
         packed = isinstance(up, QuantizedStack) or isinstance(down, QuantizedStack)
-        step = max(64, (_ROOM_PACKED if packed else _ROOM) // max(*up.shape[1:], *down.shape[1:]))
+        step = max(_ROWS, _ROOM // max(*up.shape[1:], *down.shape[1:])) * (2 if packed else 1)  # and decodes them
         start, spans = 0, []
         for expert, first, last in self.routes.spans:
             for at in range(first, last, step):
