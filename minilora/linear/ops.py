@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,29 @@ _ROWS = 1 << 20  # weights decoded at a time for a product: 4 MB of fp32
 _ROWS_FEW = 1 << 18  # the same where x has few rows: what was decoded is still in the cache when it is multiplied
 _FEW = 16
 BACKENDS = ("reference", "triton")
+
+
+class Paper:
+    """Buffers without numbers, kept from call to call as the real ones are. ``mode`` makes them, ``note`` sees each."""
+
+    def __init__(self, mode: AbstractContextManager[Any], note: Callable[[Tensor], None]) -> None:
+        self.mode, self.note, self.held = mode, note, dict[tuple[str, torch.dtype], Tensor]()
+
+    def buffer(self, name: str, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """``[count]``."""
+        own = self.held.pop((name, dtype), None)
+        if own is None or own.numel() < count:
+            own = None  # the smaller one goes first
+            with self.mode:
+                own = torch.empty(count, dtype=dtype, device=device)
+            self.note(own)
+        self.held[name, dtype] = own
+        return own[:count]
+
+
+paper: ContextVar[Paper | None] = ContextVar(
+    "minilora_paper", default=None
+)  # while a step runs on it (``measure/plan.py``)
 
 
 def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -192,6 +218,8 @@ def _times_columns(x: Tensor, weight: Tensor | QuantizedTensor, dtype: torch.dty
 
 def buffer(name: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Room for a slice: reused on a CPU, where fresh pages cost more than the work; elsewhere the allocator does that."""
+    if (page := paper.get()) is not None:
+        return page.buffer(name, math.prod(shape), device, dtype).view(*shape)
     if device.type == "cpu":
         return scratch(name, math.prod(shape), dtype).view(*shape)
     return torch.empty(*shape, dtype=dtype, device=device)

@@ -125,11 +125,16 @@ def predict(model: nn.Module, loss_of: LossOf) -> Memory:
         ledger.phase = phase
 
     release_scratch()  # buffers that are kept from call to call belong to a step's memory, whoever made them first
-    with _in_a_line(model), ledger:
-        training_step(paper, optimizer, loss_of, enter)
+    mode: Any = getattr(next(paper.parameters(), None), "fake_mode", None)
+    token = ops.paper.set(None if mode is None else ops.Paper(mode, lambda made: ledger.hold([made], "buffers")))
+    try:
+        with _in_a_line(model), ledger:
+            training_step(paper, optimizer, loss_of, enter)
+    finally:
+        ops.paper.reset(token)
     release_scratch()
     phase, parts = ledger.peak()
-    parts["temporaries"] = parts.pop("", 0)
+    parts["temporaries"] = parts.pop("", 0) + parts.pop("buffers", 0)
     routed = any(has_projections(module) for module in paper.modules())
     return Memory({name: parts.get(name, 0) for name in HELD + STEP}, phase, routed=routed)
 

@@ -57,7 +57,7 @@ class QuantizedStack:
         codes = own.packed.reshape(-1)[at * size : at * size + used]
         codes = codes.view(rows, -1) if columns * bits % 8 == 0 else codes
         scales = own.scales(at * blocks, (at + 1) * blocks)[: -(-rows * columns // own.blocksize)]
-        return replace(own, packed=codes, absmax=scales, shape=self.shape[1:], nested_absmax=None, nested_offset=None)
+        return QuantizedTensor(codes, scales, self.shape[1:], own.dtype, own.book, own.blocksize)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """All of it, ``[E, out, in]``."""

@@ -1,7 +1,8 @@
 """What experts compute, with projections that are layers: adapters, packed codes, or the module's own parameters.
 
 ``routed`` is what transformers' experts interface calls; the others are for classes of another shape, each equal to its class's own
-``forward`` when nothing is adapted. Next file: ``linear/experts/hook.py``.
+``forward`` when nothing is adapted. On a CPU ``routed`` is one function (``whole.py``) where that can be. Next file:
+``linear/experts/hook.py``.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.linear.experts.known import projections
 from minilora.linear.experts.routes import Routes, route
+from minilora.linear.experts.whole import Gate, Projection, whole_experts
+from minilora.linear.layers import calls_only_forward
+from minilora.linear.ops import is_transformed
 
 __all__ = ["dbrx", "jetmoe", "llama4", "longcat", "routed", "shared"]
 
@@ -34,11 +38,41 @@ def routed(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     """
     routes = route(top_k_index, experts.num_experts)
     gated = getattr(experts, "has_gate", True)
+    if (plain := _plainly(experts, gated, hidden_states)) is not None:
+        return whole_experts(hidden_states, top_k_weights, routes, *plain).to(hidden_states.dtype)
     y = project(experts, "gate_up_proj" if gated else "up_proj", hidden_states[routes.tokens], routes)
     y = project(experts, "down_proj", experts._apply_gate(y) if gated else experts.act_fn(y), routes)
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
     return gathered(y, top_k_weights, routes, experts.num_experts).to(hidden_states.dtype)
+
+
+def _plainly(experts: Any, gated: bool, x: Tensor) -> tuple[Projection, Projection, Gate] | None:
+    """What ``whole_experts`` wants, if that may compute this module: nothing trains but factors, and no hook wants to see a projection."""
+    names, act = ("gate_up_proj" if gated else "up_proj", "down_proj"), experts.act_fn
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed() or not isinstance(act, nn.Module):
+        return None
+    if getattr(experts, "has_post_expert_norm", False) or any(name not in names for name in experts._parameters):
+        return None
+    if next(act.parameters(), None) is not None or not calls_only_forward(act):
+        return None
+    dense = projections(experts)
+    up, down = (_projection_of(experts._modules.get(name) or dense[name]) for name in names)
+    if up is None or down is None:
+        return None
+    if not gated:
+        return up, down, Gate(act)
+    usual = getattr(type(experts)._apply_gate, "__name__", "") == "_default_apply_gate" and "_apply_gate" not in vars(
+        experts
+    )
+    return up, down, Gate(experts._apply_gate, usual and type(act).__name__ in ("SiLU", "SiLUActivation"))
+
+
+def _projection_of(layer: Any) -> Projection | None:
+    """What a layer multiplies with, if calling it is nothing else."""
+    own = getattr(type(layer), "as_projection", None)  # not what stands in front of one answers in its name
+    found: Projection | None = own(layer) if own is not None and calls_only_forward(layer) else None
+    return found
 
 
 def gathered(y: Tensor, weights: Tensor, routes: Routes, experts: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minilora.linear.experts.grouped import Stack, grouped_linear, lora_experts
 from minilora.linear.experts.routes import Routes
+from minilora.linear.experts.whole import Projection
 from minilora.linear.ops import is_transformed
 from minilora.linear.packed import dtype_after, floats, format_of, format_state, load_format, refuse_other_codes, stored
 from minilora.quant.config import QuantConfig
@@ -51,6 +52,12 @@ class ExpertsLinear(nn.Module):
         if self.weight.requires_grad or torch.compiler.is_compiling() or is_transformed():
             return grouped_linear(x, rows, routes)
         return lora_experts(x, rows, routes)
+
+    def as_projection(self) -> Projection | None:
+        """What ``forward`` multiplies with, where nobody has changed what it does and the weight is frozen."""
+        if self.weight.requires_grad or type(self).forward is not ExpertsLinear.forward:
+            return None
+        return Projection(rows_of_experts(self, self.weight))
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
@@ -107,6 +114,10 @@ class QuantExperts(nn.Module):
         if is_transformed():
             return grouped_linear(x, self.quantized().dequantize(x.dtype), routes)
         return lora_experts(x, self.quantized(), routes)
+
+    def as_projection(self) -> Projection | None:
+        """As in ``ExpertsLinear``."""
+        return Projection(self.quantized()) if type(self).forward is QuantExperts.forward else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dtype = dtype_after(fn, self.dtype, self.absmax.device)

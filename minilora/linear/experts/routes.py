@@ -53,6 +53,11 @@ class Routes:
             first = last
         return found
 
+    @property
+    def experts(self) -> list[int]:
+        """Those that have rows."""
+        return [expert for expert, _, _ in self.spans]
+
     def of_experts(self, values: Tensor) -> Tensor:
         """``values [E, ...]`` for every sorted row, ``[S, ...]``; rows of no expert get those of the last one."""
         return values[self.ids.clamp(max=len(values) - 1)]

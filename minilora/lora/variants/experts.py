@@ -20,6 +20,7 @@ from minilora.linear.experts.grouped import grouped_linear, lora_experts
 from minilora.linear.experts.known import declared
 from minilora.linear.experts.layers import ExpertsLinear, QuantExperts, quantized_experts
 from minilora.linear.experts.routes import Routes
+from minilora.linear.experts.whole import Projection
 from minilora.linear.layers import calls_only_forward
 from minilora.linear.ops import is_transformed
 from minilora.lora.adapter import register
@@ -76,8 +77,19 @@ class LoRAExperts(LoRALinear):
         base, dropout = self.base_layer, self.lora_dropout
         if not self._at_once(base, dropout):
             return base(x, routes) + self.update(dropout(x), routes)
+        return lora_experts(x, quantized_experts(base), routes, *self._low_rank())
+
+    def as_projection(self) -> Projection | None:
+        """What ``forward`` multiplies with, where it does nothing else."""
+        if type(self).forward is not LoRAExperts.forward or not self._at_once(self.base_layer, self.lora_dropout):
+            return None
+        return Projection(quantized_experts(self.base_layer), *self._low_rank())
+
+    def _low_rank(self) -> tuple[Tensor, Tensor, float, float]:
+        """A, B, scaling, and the probability of dropout now."""
+        dropout = self.lora_dropout
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return lora_experts(x, quantized_experts(base), routes, self.lora_A, self.lora_B, self.scaling, p)
+        return self.lora_A, self.lora_B, self.scaling, p
 
     def _at_once(self, base: nn.Module, dropout: nn.Module) -> bool:
         """Whether nobody has changed what ``forward`` is made of, and the base is a frozen projection."""
