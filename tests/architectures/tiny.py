@@ -4,6 +4,7 @@ The list is transformers' own, ``CONFIG_MAPPING`` and the mappings of its auto c
 names of config fields makes a config small; what the rule does not fit stands in ``fields.py``.
 """
 
+import copy
 import re
 import warnings
 
@@ -202,20 +203,21 @@ def merge_fields(fields: dict, more: dict) -> dict:
     return fields
 
 
-def tiny_config(model_type: str):
-    """The config of a type, small."""
+def tiny_config(model_type: str, more: dict | None = None):
+    """The config of a type, small, with ``more`` fields put over it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind = transformers.CONFIG_MAPPING[model_type]
         fields = merge_fields(shrink(kind().to_dict()), FIELDS.get(model_type, {}))
+        fields = merge_fields(fields, copy.deepcopy(more or {}))
         for name in ("transformers_version", "architectures", "_name_or_path", "dtype"):
             fields.pop(name, None)
         return kind.from_dict(fields)
 
 
-def build(model_type: str, seed: int = 0):
+def build(model_type: str, seed: int = 0, more: dict | None = None):
     """The model in eval mode with every number drawn at random, so that no gate is shut and no bias zero."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, more)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -224,7 +226,11 @@ def build(model_type: str, seed: int = 0):
             count = sum(p.numel() for p in kind(config).parameters())
         if count > 4_000_000:
             raise OverflowError(f"{count / 1e6:.1f} million parameters")
-        model = kind(config).float().eval()
+        return drawn(kind(config).float().eval(), seed)
+
+
+def drawn(model, seed: int = 0):
+    """The model with every number drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -30,13 +30,18 @@ class ExpertsLinear(nn.Module):
     Attributes:
         weight: the parameter of the model itself, ``[E, out, in]``, or ``[E, in, out]`` where it is ``transposed``.
         experts, out_features, in_features: E, out, in.
+        crossed: whether it is transposed and its module does not say so, so that PEFT takes its inputs for its outputs.
     """
 
     def __init__(
-        self, weight: nn.Parameter, transposed: bool = False, sizes: tuple[int, int, int] | None = None
+        self,
+        weight: nn.Parameter,
+        transposed: bool = False,
+        sizes: tuple[int, int, int] | None = None,
+        crossed: bool = False,
     ) -> None:
         super().__init__()
-        self.weight, self.transposed = weight, transposed
+        self.weight, self.transposed, self.crossed = weight, transposed, crossed
         given = tuple(weight.shape) if sizes is None else sizes
         self.flat = tuple(weight.shape) != given  # DBRX keeps [E * out, in]
         self.experts, rows, columns = given
@@ -61,13 +66,15 @@ class QuantExperts(nn.Module):
 
     Attributes:
         dtype: of the weight before it was packed. transposed: whether the model keeps the dense weight ``[E, in, out]``.
-        flat: whether the model keeps it as one matrix, ``[E * rows, columns]``.
+        flat: whether the model keeps it as one matrix, ``[E * rows, columns]``. crossed: as in ``ExpertsLinear``.
     """
 
-    def __init__(self, weight: QuantizedStack, transposed: bool = False, flat: bool = False) -> None:
+    def __init__(
+        self, weight: QuantizedStack, transposed: bool = False, flat: bool = False, crossed: bool = False
+    ) -> None:
         super().__init__()
         self.experts, self.out_features, self.in_features = weight.shape
-        own, self.transposed, self.flat = weight.stored, transposed, flat
+        own, self.transposed, self.flat, self.crossed = weight.stored, transposed, flat, crossed
         self.book, self.blocksize, self.dtype = own.book, own.blocksize, own.dtype
         self.double_quant, self.whole = own.nested_absmax is not None, weight.is_whole
         nested, offset = own.nested_absmax, own.nested_offset
@@ -81,7 +88,7 @@ class QuantExperts(nn.Module):
     def from_experts(cls, layer: ExpertsLinear, config: QuantConfig, name: str = "weight") -> QuantExperts:
         """Quantize a dense projection. Arguments and errors as ``quantize_stack``."""
         rows = rows_of_experts(layer, layer.weight.detach())
-        return cls(quantize_stack(rows, config, name), layer.transposed, layer.flat)
+        return cls(quantize_stack(rows, config, name), layer.transposed, layer.flat, layer.crossed)
 
     @property
     def format(self) -> str:
@@ -148,7 +155,8 @@ def with_experts(layer: ExpertsLinear | QuantExperts, rows: Tensor) -> ExpertsLi
     """A new dense projection like ``layer`` that holds ``rows [E, out, in]``."""
     kept = nn.Parameter(as_model_keeps(layer, rows).contiguous(), requires_grad=False)
     sizes = (layer.experts, layer.out_features, layer.in_features)
-    return ExpertsLinear(kept, layer.transposed, (sizes[0], sizes[2], sizes[1]) if layer.transposed else sizes)
+    kept_sizes = (sizes[0], sizes[2], sizes[1]) if layer.transposed else sizes
+    return ExpertsLinear(kept, layer.transposed, kept_sizes, layer.crossed)
 
 
 def quantized_experts(layer: Any) -> Stack:
