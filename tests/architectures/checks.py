@@ -365,7 +365,7 @@ class PeftFault(Exception):
 
 # Layers of these names PEFT takes for the experts of models whose experts were layers once, wherever they stand (its
 # ``_convert_peft_config_moe``): the adapter of a dense layer or a shared expert is then left out, without a word.
-EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def asked_for(trial, paths) -> dict:
@@ -384,20 +384,26 @@ def _takes(model, asked) -> bool:
     )
 
 
-def both(trial, exchange):
-    """Exchange all layers; where PEFT takes some for experts, those that it leaves alone, and say so."""
-    if not exchange(trial, list(adapters(trial.adapted))):
-        rest = [path for path in adapters(trial.adapted) if path.rpartition(".")[2] not in EXPERTS]
-        if not rest or not exchange(trial, rest):
-            raise Wrong("PEFT takes other layers for experts than is known")
-        raise PeftFault(
-            "takes layers named as experts for experts, and adapts bare parameters instead; the other layers are right"
-        )
-
-
 def peft_reads(trial):
-    """PEFT loads minilora's folder and computes the same."""
-    both(trial, _peft_reads)
+    """PEFT loads minilora's folder and computes the same; where it takes some layers for experts, those that it leaves alone."""
+    paths = list(adapters(trial.adapted))
+    try:
+        if _peft_reads(trial, paths):
+            return
+        fault = None
+    except PeftFault as error:
+        fault = error
+    rest = [path for path in paths if path.rpartition(".")[2] not in LAYERS or adapters(trial.adapted)[path].on == "experts"]
+    if rest == paths or not _reads(trial, rest):
+        raise fault or Wrong("PEFT takes other layers for experts than is known")
+    raise PeftFault("takes layers named as experts for experts, and adapts bare parameters instead; the other layers are right")
+
+
+def _reads(trial, paths) -> bool:
+    try:
+        return _peft_reads(trial, paths)
+    except PeftFault:
+        return False
 
 
 def _peft_reads(trial, paths) -> bool:
@@ -439,15 +445,10 @@ def _peft_reads_its_own(trial, paths) -> bool:
 
 
 def peft_writes(trial):
-    """minilora loads PEFT's folder and computes the same."""
-    both(trial, _peft_writes)
-
-
-def _peft_writes(trial, paths) -> bool:
-    """False as ``_peft_reads``; minilora refuses such a file by name."""
+    """minilora loads PEFT's folder and computes the same, also where PEFT made experts of layers that were named as such."""
     import peft
 
-    asked = asked_for(trial, paths)
+    asked = asked_for(trial, list(adapters(trial.adapted)))
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, **asked, init_lora_weights=False)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -458,13 +459,6 @@ def _peft_writes(trial, paths) -> bool:
         except Exception as error:
             raise PeftFault(f"raises {type(error).__name__}: {one_line(error).partition('. ')[0]}") from error
         model = trial.copy()
-        if not _takes(theirs, asked):
-            try:
-                minilora.load_adapter(model, folder)
-            except minilora.errors.ConfigError as error:
-                if "target_parameters" in str(error):
-                    return False
-            raise Wrong("parameters of experts are adapted, and minilora loads the file")
         minilora.load_adapter(model, folder)
     if not same_updates(updates_of(model), updates_in_peft(theirs)):
         raise Wrong("minilora reads another adapter than PEFT wrote")
@@ -477,7 +471,6 @@ def _peft_writes(trial, paths) -> bool:
             "loaded from PEFT against dense",
         )
         raise PeftFault("computes something else than the law")
-    return True
 
 
 CHECKS = {check.__name__: check for check in (law, alive, step, merge, packed, reload, peft_reads, peft_writes)}
