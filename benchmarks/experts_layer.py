@@ -99,7 +99,10 @@ class Step:
         draw = torch.Generator().manual_seed(2)
         self.x = torch.randn(cell.tokens, cell.hidden, generator=draw).requires_grad_()
         scores = torch.randn(cell.tokens, cell.experts, generator=draw).softmax(-1).topk(cell.choices)
-        self.index, self.weights = scores.indices, (scores.values / scores.values.sum(-1, keepdim=True)).requires_grad_()
+        self.index, self.weights = (
+            scores.indices,
+            (scores.values / scores.values.sum(-1, keepdim=True)).requires_grad_(),
+        )
         self.cotangent = torch.randn(cell.tokens, cell.hidden, generator=draw)
 
     def step(self) -> Tensor:

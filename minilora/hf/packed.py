@@ -271,7 +271,7 @@ def _packed_layer(
     if isinstance(old, ExpertsLinear) and isinstance(weight, QuantizedStack):
         if tuple(weight.shape) != dense_shape(old):
             raise CheckpointError(f"{path}: is {list(weight.shape)}, the model wants {list(dense_shape(old))}")
-        return QuantExperts(weight, old.transposed, old.flat)
+        return QuantExperts.in_place_of(old, weight)
     if not is_linear(old) or isinstance(weight, QuantizedStack):
         raise CheckpointError(
             f"{path}.weight: is packed, and the model has a {type(old).__name__} there; wrong config.json?"

@@ -25,6 +25,7 @@ from minilora.linear.experts.layers import (
     rows_of_experts,
     with_experts,
 )
+from minilora.linear.experts.routers import is_named_router
 from minilora.linear.foreign import foreign_of
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
@@ -36,9 +37,9 @@ from minilora.quant.config import QuantConfig
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can take this layer: ``nn.Linear``, ``Conv1D``, ``QuantLinear``, or another library's packed layer.
 
-    The output projection of ``nn.MultiheadAttention`` is a Linear by class only: its weight is read and it is never called.
+    A router that is a Linear by class and computes more (Llama 4, Phi-MoE) is none. The output projection of ``nn.MultiheadAttention`` is a Linear by class only: its weight is read and it is never called.
     """
-    if is_attention_output(module):
+    if is_attention_output(module) or is_router(module):
         return False
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_foreign(module)
 
@@ -66,10 +67,11 @@ def kind_of(layer: nn.Module) -> str | None:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether this chooses experts with a matrix ``weight [experts, in]`` of its own that its forward reads, and holds no layers."""
+    """Whether this chooses experts with a matrix ``weight [experts, in]`` of its own that its forward reads, and holds no linear layers."""
     weight = module._parameters.get("weight")
-    named = type(module).__name__.endswith(("Router", "Gate", "Gating"))
-    return named and weight is not None and weight.dim() == 2 and not module._modules and not is_linear(module)
+    if weight is None or weight.dim() != 2 or not is_named_router(module) or is_plain(module):
+        return False
+    return not any(isinstance(part, (nn.Linear, QuantLinear)) for part in module.modules() if part is not module)
 
 
 def is_attention_output(module: nn.Module) -> bool:

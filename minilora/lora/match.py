@@ -15,6 +15,7 @@ from torch import nn
 from minilora.errors import StateError, TargetError, nearest
 from minilora.linear.experts.hook import refuse_strange_experts
 from minilora.linear.experts.layers import is_experts
+from minilora.linear.experts.routers import routers_among
 from minilora.linear.layers import is_foreign, is_linear, is_quantized, kind_of
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import DEFAULT_TARGETS
@@ -166,14 +167,15 @@ def default_targets(model: nn.Module | Bare) -> Selection:
     return DEFAULT_TARGETS[kind]
 
 
-def linear_paths(model: nn.Module | Bare) -> list[str]:
-    """Paths of every linear layer, experts' projections included, but the output head, those that are more than their weight (routers), and
-    those known to be read only.
+def linear_paths(model: nn.Module | Bare, routers: bool = False) -> list[str]:
+    """Paths of every linear layer, experts' projections included, but the output head, those that are more than their weight, those known to
+    be read only and, without ``routers``, those by which a mixture chooses its experts: an adapter there changes who learns, and is asked for.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict((model if isinstance(model, Bare) else Bare(model)).named_modules())
+    left = set() if routers else routers_among(modules)
     found = [path for path, module in modules.items() if path and (is_linear(module) or is_experts(module))]
-    linear = [path for path in found if modules[path] is not output]
+    linear = [path for path in found if modules[path] is not output and (not left or inside(path, left) is None)]
     return [
         path for path in linear if not is_read_by_parent(modules, path) and not is_more_than_its_weight(modules[path])
     ]

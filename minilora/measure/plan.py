@@ -206,7 +206,7 @@ def pack_on_paper(model: nn.Module, config: QuantConfig) -> nn.Module:
             owner, _, name = path.rpartition(".")
             if isinstance(base, ExpertsLinear):
                 stack = empty_stack(dense_shape(base), config, base.weight.dtype)  # type: ignore[arg-type]
-                layer: nn.Module = QuantExperts(stack, base.transposed, base.flat)
+                layer: nn.Module = QuantExperts.in_place_of(base, stack)
             else:
                 layer = QuantLinear(packed(dense_shape(base), base.weight.dtype), base.bias).to("meta")
             put_layer(change, bare.get_submodule(owner), name, layer.train(base.training))

@@ -38,7 +38,7 @@ def quantize_model(
     Args:
         model: any module; changed in place, frozen layers replaced, and returned.
         config: format, blocksize, double quantization; default NF4, 64, single.
-        target_modules: list of names, one regex, or "all-linear" (all but the output head and the routers of experts).
+        target_modules: list of names, one regex, or "all-linear" (all but the output head; of routers those that call a linear layer).
         importance: what ``calibrate`` returned, for ``scale="weighted"``.
 
     Raises:
@@ -78,7 +78,8 @@ def quantizable_paths(model: nn.Module, target_modules: Selection) -> list[str]:
     refuse_nested(model.named_modules())
     modules = {path: module for path, module in Bare(model).named_modules() if path}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        paths = [path for path in linear_paths(model) if not (is_quantized(modules[path]) or is_foreign(modules[path]))]
+        every = linear_paths(model, routers=True)
+        paths = [path for path in every if not (is_quantized(modules[path]) or is_foreign(modules[path]))]
     else:
         paths = select(modules, target_modules, "target_modules")
     refuse_unfit(Bare(model), modules, paths)

@@ -180,7 +180,16 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
     if ignored:
         say_unknown(ignored, path)
     known = {key: value for key, value in content.items() if key not in foreign}
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(pattern := known.get(name), dict):
+            known[name] = {_as_name(key): value for key, value in pattern.items()}
     return LoraConfig.from_dict(known, str(path)), ignored
+
+
+def _as_name(key: Any) -> Any:
+    """PEFT writes ``.*\\.down_proj`` for the experts that it made of layers called so; the name alone means the same."""
+    name = key.removeprefix(r".*\.") if isinstance(key, str) else ""
+    return name if validate.PLAIN.fullmatch(name) else key
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -4,6 +4,7 @@ The list is transformers' own, ``CONFIG_MAPPING`` and the mappings of its auto c
 names of config fields makes a config small; what the rule does not fit stands in ``fields.py``.
 """
 
+import copy
 import re
 import warnings
 
@@ -202,20 +203,21 @@ def merge_fields(fields: dict, more: dict) -> dict:
     return fields
 
 
-def tiny_config(model_type: str):
-    """The config of a type, small."""
+def tiny_config(model_type: str, more: dict | None = None):
+    """The config of a type, small, with ``more`` fields put over it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind = transformers.CONFIG_MAPPING[model_type]
         fields = merge_fields(shrink(kind().to_dict()), FIELDS.get(model_type, {}))
+        fields = merge_fields(fields, copy.deepcopy(more or {}))
         for name in ("transformers_version", "architectures", "_name_or_path", "dtype"):
             fields.pop(name, None)
         return kind.from_dict(fields)
 
 
-def build(model_type: str, seed: int = 0):
+def build(model_type: str, seed: int = 0, more: dict | None = None):
     """The model in eval mode with every number drawn at random, so that no gate is shut and no bias zero."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, more)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -224,14 +226,18 @@ def build(model_type: str, seed: int = 0):
             count = sum(p.numel() for p in kind(config).parameters())
         if count > 4_000_000:
             raise OverflowError(f"{count / 1e6:.1f} million parameters")
-        model = kind(config).float().eval()
+        return drawn(kind(config).float().eval(), seed)
+
+
+def drawn(model, seed: int = 0):
+    """The model with every number drawn at random."""
     generator = torch.Generator().manual_seed(seed)
+    many = {id(p) for module in model.modules() if "Experts" in type(module).__name__ for p in module.parameters(False)}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             elif parameter.is_floating_point():
-                parameter.copy_(
-                    torch.randn(parameter.shape, generator=generator) / max(1, parameter[:1].numel()) ** 0.5
-                )
+                inputs = parameter.shape[-1] if id(parameter) in many else parameter[:1].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, inputs) ** 0.5)
     return model

@@ -102,7 +102,9 @@ def projections(home: nn.Module) -> dict[str, ExpertsLinear]:
         if name not in cache or cache[name]._parameters["weight"] is not weight:
             count = getattr(home, known.flat) if known.flat else len(weight)
             sizes = (count, weight.shape[0] // count, weight.shape[1]) if known.flat else tuple(weight.shape)
-            cache[name] = ExpertsLinear(weight, name in known.transposed, sizes)  # type: ignore[arg-type]
+            turned = name in known.transposed
+            crossed = turned and not (known.marked or known.flat)
+            cache[name] = ExpertsLinear(weight, turned, sizes, crossed)  # type: ignore[arg-type]
         found[name] = cache[name]
     return found
 

@@ -32,15 +32,20 @@ class ExpertsLinear(nn.Module):
         weight: the parameter of the model itself, ``[E, out, in]``, or ``[E, in, out]`` where it is ``transposed``.
         experts, out_features, in_features: E, out, in.
         stays: whether it stays a layer when nothing adapts it (``hook.open_experts``).
+        crossed: whether it is transposed and its module does not say so, so that PEFT takes its inputs for its outputs.
     """
 
     stays = False
 
     def __init__(
-        self, weight: nn.Parameter, transposed: bool = False, sizes: tuple[int, int, int] | None = None
+        self,
+        weight: nn.Parameter,
+        transposed: bool = False,
+        sizes: tuple[int, int, int] | None = None,
+        crossed: bool = False,
     ) -> None:
         super().__init__()
-        self.weight, self.transposed = weight, transposed
+        self.weight, self.transposed, self.crossed = weight, transposed, crossed
         given = tuple(weight.shape) if sizes is None else sizes
         self.flat = tuple(weight.shape) != given  # DBRX keeps [E * out, in]
         self.experts, rows, columns = given
@@ -71,13 +76,15 @@ class QuantExperts(nn.Module):
 
     Attributes:
         dtype: of the weight before it was packed. transposed: whether the model keeps the dense weight ``[E, in, out]``.
-        flat: whether the model keeps it as one matrix, ``[E * rows, columns]``.
+        flat: whether the model keeps it as one matrix, ``[E * rows, columns]``. crossed: as in ``ExpertsLinear``.
     """
 
-    def __init__(self, weight: QuantizedStack, transposed: bool = False, flat: bool = False) -> None:
+    def __init__(
+        self, weight: QuantizedStack, transposed: bool = False, flat: bool = False, crossed: bool = False
+    ) -> None:
         super().__init__()
         self.experts, self.out_features, self.in_features = weight.shape
-        own, self.transposed, self.flat = weight.stored, transposed, flat
+        own, self.transposed, self.flat, self.crossed = weight.stored, transposed, flat, crossed
         self.book, self.blocksize, self.dtype = own.book, own.blocksize, own.dtype
         self.double_quant, self.whole = own.nested_absmax is not None, weight.is_whole
         nested, offset = own.nested_absmax, own.nested_offset
@@ -91,7 +98,12 @@ class QuantExperts(nn.Module):
     def from_experts(cls, layer: ExpertsLinear, config: QuantConfig, name: str = "weight") -> QuantExperts:
         """Quantize a dense projection. Arguments and errors as ``quantize_stack``."""
         rows = rows_of_experts(layer, layer.weight.detach())
-        return cls(quantize_stack(rows, config, name), layer.transposed, layer.flat)
+        return cls.in_place_of(layer, quantize_stack(rows, config, name))
+
+    @classmethod
+    def in_place_of(cls, layer: ExpertsLinear, weight: QuantizedStack) -> QuantExperts:
+        """A packed projection where the model keeps a dense one."""
+        return cls(weight, layer.transposed, layer.flat, layer.crossed)
 
     @property
     def format(self) -> str:
@@ -167,7 +179,7 @@ def with_stored(layer: ExpertsLinear | QuantExperts, weight: Tensor) -> ExpertsL
     """A projection like ``layer`` whose parameter is ``weight``, laid out as the model keeps it."""
     sizes = (layer.experts, layer.out_features, layer.in_features)
     given = (sizes[0], sizes[2], sizes[1]) if layer.transposed else sizes
-    return ExpertsLinear(nn.Parameter(weight, requires_grad=False), layer.transposed, given)
+    return ExpertsLinear(nn.Parameter(weight, requires_grad=False), layer.transposed, given, layer.crossed)
 
 
 def quantized_experts(layer: Any) -> Stack:

@@ -4,7 +4,8 @@
 
 It is LoRA as on a linear layer with one more dimension in front, so the law, sums, merging and spectra are the linear ones, expert by
 expert. PEFT forms ``W + delta`` in every forward pass; here no dense update is formed. A file has PEFT's layout (its ``ParamWrapper``):
-A as ``[E * r, in]``, B as ``[out, r * E]`` with the expert counting fastest. Next file: ``lora/variants/experts_starts.py``.
+A as ``[E * r, in]``, B as ``[out, r * E]`` with the expert counting fastest. Of a projection that lies ``[E, in, out]`` and does not say
+so (Llama 4), PEFT takes the inputs for the outputs: its A is our B and the other way round. Next file: ``lora/variants/experts_starts.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from minilora.lora.layer import LoRALinear, is_known_dropout, uniform
 
 __all__ = ["LoRAExperts", "nest", "thin"]
 
-_SIDES = {"lora_A": 0, "lora_B": 1}  # where the experts are in a file
+_OTHER = {"lora_A": "lora_B", "lora_B": "lora_A"}
 
 
 @register("lora", on="experts")
@@ -52,6 +53,9 @@ class LoRAExperts(LoRALinear):
                 f"{path}: lora_bias=True is not for experts; set it to False, or leave them out (exclude_modules)"
             )
         super().__init__(base_layer, config, path)
+        if self.crossed:
+            names = self.file_names
+            self.file_names = {name: names[_OTHER.get(name, name)] for name in names}  # type: ignore[misc]
 
     @property
     def experts(self) -> int:
@@ -70,7 +74,7 @@ class LoRAExperts(LoRALinear):
             A = uniform((E * r, self.in_features), self.in_features)
         if config.init_lora_weights:
             B.zero_()
-        return self.from_file("lora_A", A), self.from_file("lora_B", B), None
+        return A.unflatten(0, (E, r)), B.unflatten(1, (r, E)).permute(2, 0, 1), None
 
     def forward(self, x: Tensor, routes: Routes) -> Tensor:  # type: ignore[override]
         """``[S, in]`` sorted by expert to ``[S, out]``."""
@@ -107,17 +111,28 @@ class LoRAExperts(LoRALinear):
         more = r - self.r
         return nn.functional.pad(self.lora_A, (0, 0, 0, more)), nn.functional.pad(self.lora_B, (0, more))
 
+    @property
+    def crossed(self) -> bool:
+        """Whether a file has B where A is elsewhere."""
+        return bool(self.innermost.crossed)
+
     def to_file(self, name: str, tensor: Tensor) -> Tensor:
-        if name == "lora_A":
-            return tensor.flatten(0, 1)
-        return tensor.permute(1, 2, 0).flatten(1) if name == "lora_B" else tensor
+        if name not in _OTHER:
+            return tensor
+        turned = tensor.transpose(1, 2) if self.crossed else tensor
+        return turned.flatten(0, 1) if self._is_A(name) else turned.permute(1, 2, 0).flatten(1)
 
     def from_file(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in _SIDES or tensor.dim() != 2 or tensor.shape[_SIDES[name]] % self.experts:
+        side = 0 if self._is_A(name) else 1
+        if name not in _OTHER or tensor.dim() != 2 or tensor.shape[side] % self.experts:
             return tensor
-        if name == "lora_A":
-            return tensor.unflatten(0, (self.experts, -1))
-        return tensor.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+        E = self.experts
+        held = tensor.unflatten(0, (E, -1)) if side == 0 else tensor.unflatten(1, (-1, E)).permute(2, 0, 1)
+        return held.transpose(1, 2) if self.crossed else held
+
+    def _is_A(self, name: str) -> bool:
+        """Whether this is called A in a file."""
+        return (name == "lora_B") if self.crossed else (name == "lora_A")
 
     def file_path(self, path: str) -> str:  # type: ignore[override]
         """The experts module, and inside of how many other adapters of it: PEFT nests them, the first projection innermost."""

@@ -88,7 +88,7 @@ class LoftQExperts(LoRAExperts, LoftQLinear):
     """Packs the experts itself; each expert's factors make up for its own error."""
 
     def around(self, packed: Any, layer: nn.Module) -> nn.Module:
-        return QuantExperts(packed, layer.transposed, layer.flat)  # type: ignore[arg-type]
+        return QuantExperts.in_place_of(layer, packed)  # type: ignore[arg-type]
 
     def initial_factors(self, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor | None]:
         return LoRAExperts.initial_factors(self, replace(config, init_lora_weights=True))
