@@ -26,7 +26,7 @@ from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear, is_known_dropout, uniform
 
-__all__ = ["LoRAExperts", "nest", "thin"]
+__all__ = ["LoRAExperts", "in_file", "nest", "thin"]
 
 _SIDES = {"lora_A": 0, "lora_B": 1}  # where the experts are in a file
 
@@ -92,9 +92,7 @@ class LoRAExperts(LoRALinear):
         return thin(x, self.lora_A, self.lora_B, routes) * self.scaling
 
     def to_file(self, name: str, tensor: Tensor) -> Tensor:
-        if name == "lora_A":
-            return tensor.flatten(0, 1)
-        return tensor.permute(1, 2, 0).flatten(1) if name == "lora_B" else tensor
+        return in_file(name, tensor)
 
     def from_file(self, name: str, tensor: Tensor) -> Tensor:
         if name not in _SIDES or tensor.dim() != 2 or tensor.shape[_SIDES[name]] % self.experts:
@@ -106,6 +104,13 @@ class LoRAExperts(LoRALinear):
     def file_path(self, path: str) -> str:  # type: ignore[override]
         """The experts module, and inside of how many other adapters of it: PEFT nests them, the first projection innermost."""
         return path.rpartition(".")[0] + ".base_layer" * self.inside
+
+
+def in_file(name: str, tensor: Tensor) -> Tensor:
+    """A factor of all experts, ``A [E, r, in]`` or ``B [E, out, r]``, as a file has it: ``[E * r, in]``, ``[out, r * E]``."""
+    if name == "lora_A":
+        return tensor.flatten(0, 1)
+    return tensor.permute(1, 2, 0).flatten(1) if name == "lora_B" else tensor
 
 
 def thin(x: Tensor, A: Tensor, B: Tensor, routes: Routes) -> Tensor:

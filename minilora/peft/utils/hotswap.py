@@ -120,5 +120,5 @@ def _say(model: nn.Module, name: str, rank: int) -> None:
 
 def _widen(layer: LoRALinear, rank: int) -> None:
     """The same update at this rank; the factor stays."""
-    layer.lora_A.data, layer.lora_B.data = widened(layer.lora_A.data, layer.lora_B.data, rank)
+    layer.lora_A.data, layer.lora_B.data = widened(layer.lora_A.data, layer.lora_B.data, rank, layer.on == "experts")
     layer.r = rank
