@@ -35,8 +35,8 @@ _FIELDS = {
         "n_group": 1, "topk_group": 1, "head_dim": 8,
     },
     "nemotron_h": {
-        "layers_block_type": ["moe", "attention"], "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8,
-        "moe_shared_expert_intermediate_size": 12, "n_group": 1, "topk_group": 1, "intermediate_size": 24,
+        "layers_block_type": ["moe", "attention"], "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+        "head_dim": 8, "moe_shared_expert_intermediate_size": 12, "n_group": 1, "topk_group": 1, "intermediate_size": 24,
     },
 }  # fmt: skip
 

@@ -3,9 +3,9 @@
     experts.3.gate_proj, experts.3.up_proj (w1, w3)   ->  expert 3 of experts.gate_up_proj
     experts.3.down_proj (w2)                          ->  expert 3 of experts.down_proj
 
-Gate and up lie one above the other in one weight, so their updates do too: ``A = [A_gate; A_up]``, ``B = [[B_gate, 0], [0, B_up]]``, and rank
-and ``lora_alpha`` are doubled, which leaves the scaling. It is the same update to the last bit. A smaller rank, a half that has no adapter and
-an expert that has none are zeros. Dense layers of the same names keep their adapters. Next file: ``store/contents.py``.
+Gate and up lie one above the other in one weight, so their updates do too: ``A = [A_gate; A_up]``, ``B = [[B_gate, 0], [0, B_up]]``, and
+rank and ``lora_alpha`` are doubled, which leaves the scaling. It is the same update to the last bit. A smaller rank, a half and an expert
+without an adapter are zeros. Dense layers of the same names keep their adapters. Next file: ``store/contents.py``.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def as_today(stored: Stored, bare: Bare) -> Stored:
     """The adapter with the experts of this model; itself where it has no expert that is a layer, or the model has such layers.
 
     Raises:
-        CheckpointError: what the experts of this model cannot hold, by name: another variant than plain LoRA, an expert or a layer that they
-            have not, a shape that does not fit, a factor that is missing.
+        CheckpointError: what the experts of this model cannot hold, by name: another variant than plain LoRA, an expert or a layer that
+            they have not, a shape that does not fit, a factor that is missing.
     """
     if not any(_EXPERT.fullmatch(key) for key in stored.tensors):
         return stored
@@ -81,8 +81,8 @@ def as_today(stored: Stored, bare: Bare) -> Stored:
         return stored
     if stored.variant != "lora":
         raise CheckpointError(
-            f"{stored.path}: {before[next(iter(homes))]} are single layers with {stored.variant} adapters, which today's joined experts cannot "
-            "take over; merge them with the transformers 4 that made them"
+            f"{stored.path}: {before[next(iter(homes))]} are single layers with {stored.variant} adapters, which joined experts "
+            "cannot take over; merge them with the transformers 4 that made them"
         )
     _refuse_missing(stored, modules, homes, before)
     fused: list[_Fused] = []
@@ -172,13 +172,13 @@ def _pair(stored: Stored, old: str, pair: Mapping[str, Tensor], columns: int, ro
     A, B = pair.get("lora_A.weight"), pair.get("lora_B.weight")
     if A is None or B is None or len(pair) > 2:
         raise CheckpointError(
-            f"{stored.path}: {old} has {', '.join(sorted(pair))}; wanted lora_A.weight and lora_B.weight alone, which today's experts can take over"
+            f"{stored.path}: {old} has {', '.join(sorted(pair))}; wanted lora_A.weight and lora_B.weight alone"
         )
     r = stored.config.for_module(old)[0]
     if A.shape != (r, columns) or B.shape != (rows, r):
         raise CheckpointError(
-            f"{stored.path}: {old} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, config and model want {[r, columns]} and {[rows, r]}; "
-            "wrong base model or r"
+            f"{stored.path}: {old} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, config and model want {[r, columns]} "
+            f"and {[rows, r]}; wrong base model or r"
         )
     return A, B
 

@@ -26,7 +26,7 @@ from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear, is_known_dropout, uniform
 
-__all__ = ["LoRAExperts", "in_file", "nest", "thin"]
+__all__ = ["LoRAExperts", "from_file", "in_file", "nest", "thin"]
 
 _SIDES = {"lora_A": 0, "lora_B": 1}  # where the experts are in a file
 
@@ -97,9 +97,7 @@ class LoRAExperts(LoRALinear):
     def from_file(self, name: str, tensor: Tensor) -> Tensor:
         if name not in _SIDES or tensor.dim() != 2 or tensor.shape[_SIDES[name]] % self.experts:
             return tensor
-        if name == "lora_A":
-            return tensor.unflatten(0, (self.experts, -1))
-        return tensor.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+        return from_file(name, tensor, self.experts)
 
     def file_path(self, path: str) -> str:  # type: ignore[override]
         """The experts module, and inside of how many other adapters of it: PEFT nests them, the first projection innermost."""
@@ -111,6 +109,13 @@ def in_file(name: str, tensor: Tensor) -> Tensor:
     if name == "lora_A":
         return tensor.flatten(0, 1)
     return tensor.permute(1, 2, 0).flatten(1) if name == "lora_B" else tensor
+
+
+def from_file(name: str, tensor: Tensor, experts: int) -> Tensor:
+    """The inverse of ``in_file``."""
+    if name == "lora_A":
+        return tensor.unflatten(0, (experts, -1))
+    return tensor.unflatten(1, (-1, experts)).permute(2, 0, 1) if name == "lora_B" else tensor
 
 
 def thin(x: Tensor, A: Tensor, B: Tensor, routes: Routes) -> Tensor:
