@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from minilora.errors import StateError, nearest
-from minilora.linear.layers import in_out_features, is_foreign, is_quantized, stored_weight
+from minilora.linear.layers import dense_shape, in_out_features, is_foreign, is_quantized, stored_weight
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
@@ -96,6 +96,9 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
     change.put(adapters, "chosen", merged)
     change.put(adapters, "merged", merged)
     change.put(adapters, "faces", None)
+    for parent, attr, module in adapters.doors.values():
+        change.item(parent._modules, attr, module)
+    change.put(adapters, "doors", {})
     change.put(adapters, "odd", ())
     for slot in adapters.slots.values():
         for name, plain in (("face", None), ("only", None), ("off", False)):
@@ -168,7 +171,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _logical_size(module: nn.Module, name: str, parameter: Tensor) -> int:
     if is_quantized(module) and name != "bias":
-        return module.out_features * module.in_features if name == "weight" else 0
+        return math.prod(dense_shape(module)) if name == "weight" else 0
     if is_foreign(module) and parameter is stored_weight(module):
         return math.prod(in_out_features(module))
     return parameter.numel()
