@@ -34,7 +34,11 @@ class Bare:
     def __init__(self, model: nn.Module) -> None:
         self._slots: dict[str, Slot] = dict(adapters_of(model).slots) if has_adapters(model) else {}
         self.model = unwrapped(model)
-        self._bases = {(id(_home(self._slots, path)), slot.attr): slot.base for path, slot in self._slots.items()}
+        self._bases: dict[tuple[int, str], Any] = {
+            (id(_home(self._slots, path)), slot.attr): slot.base for path, slot in self._slots.items()
+        }
+        doors = list(adapters_of(model).doors.values()) if has_adapters(model) else []
+        self._bases |= {(id(parent), attr): module for parent, attr, module in doors}
 
     @property
     def config(self) -> Any:

@@ -23,7 +23,6 @@ from minilora.linear.fused import lora_linear
 from minilora.linear.layers import calls_only_forward, carries, compute_dtype, frozen_weight
 from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
-from minilora.lora.factors import widened
 
 
 @register("lora")
@@ -113,10 +112,6 @@ class LoRALinear(Adapter):
 
     def delta_bias(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias.float()
-
-    def widened(self, r: int) -> tuple[Tensor, Tensor]:
-        """``lora_A`` and ``lora_B`` at a larger rank: the rest is zeros."""
-        return widened(self.lora_A, self.lora_B, r)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -60,7 +60,8 @@ class Adapters:
     Attributes:
         slots: by path. configs, variants: by adapter name. chosen: names in the slots now, innermost first. merged: names folded
             into the layers. blocks: the ``with`` blocks that run now, on any thread. faces: gives slots their faces after their content
-            has changed, where the model has such (``minilora/peft``).
+            has changed, where the model has such (``minilora/peft``). doors: path to ``(parent, its attribute, module)`` of the modules in
+            whose places such faces stand.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Adapters:
         self.odd: tuple[str, ...] = ()  # paths of slots that show others than the rest (``only``, ``off``)
         self.merged: tuple[str, ...] = ()
         self.blocks: tuple[Block, ...] = ()
+        self.doors: dict[str, tuple[nn.Module, str, nn.Module]] = {}
         self.faces: Callable[[Change, Adapters, str | None], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -89,6 +89,13 @@ def exactly(paths: Sequence[str], known: Iterable[str]) -> Selection:
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
+def short_names(wanted: Collection[str], known: Iterable[str], parts: int = 3) -> list[str]:
+    """Names of these many parts that mean the wanted paths and no other of ``known``; the paths where there are none."""
+    every, names = list(known), sorted({".".join(path.split(".")[-parts:]) for path in wanted})
+    meant = {path for path in every if any(ends_with(path, name) for name in names)}
+    return names if meant == set(wanted) else sorted(wanted)
+
+
 def layer_index(path: str, pattern: Selection | None) -> int | None:
     """The number of the layer that ``path`` lies in: behind a component named in ``pattern``, or the last number in the path."""
     names = [pattern] if isinstance(pattern, str) else pattern

@@ -96,6 +96,9 @@ def take_out(change: Change, model: nn.Module, keep_merged: bool) -> None:
     change.put(adapters, "chosen", merged)
     change.put(adapters, "merged", merged)
     change.put(adapters, "faces", None)
+    for parent, attr, module in adapters.doors.values():
+        change.item(parent._modules, attr, module)
+    change.put(adapters, "doors", {})
     change.put(adapters, "odd", ())
     for slot in adapters.slots.values():
         for name, plain in (("face", None), ("only", None), ("off", False)):

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError
+from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
+from minilora.lora.factors import widened
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
 from minilora.store.adapter_files import WEIGHTS_FILE, Stored, read_adapter
 from minilora.store.load import load_values, refuse_other_base
+from minilora.store.old_experts import as_today
 
 __all__ = ["hotswap_adapter", "hotswap_tensors"]
 
@@ -71,7 +74,7 @@ def _refuse_what_stays(model: nn.Module, adapter_name: str, where: str) -> None:
 
 
 def _swap(model: nn.Module, stored: Stored, adapter_name: str) -> None:
-    adapters = adapters_of(model)
+    adapters, stored = adapters_of(model), as_today(stored, Bare(model))
     present, where = adapters.named(adapter_name), stored.path
     with torch.random.fork_rng(devices=[]):  # building draws start values that are overwritten at once
         incoming, _ = load_values(model, stored, "incoming-" + adapter_name[:48])
@@ -113,9 +116,9 @@ def _in_scaling_of(old: LoRALinear, new: LoRALinear | None) -> dict[str, Tensor]
     again.reset()
     if new is not None:
         ratio = new.scaling / old.scaling
-        A, B = new.widened(old.r)
+        A, B = widened(new.lora_A, new.lora_B * ratio, old.r, old.on == "experts")
         again.lora_A.copy_(A)
-        again.lora_B.copy_(B * ratio)
+        again.lora_B.copy_(B)
         if again.lora_bias is not None and new.lora_bias is not None:
             again.lora_bias.copy_(new.lora_bias * ratio)
         for name in old.file_names.keys() - {"lora_A", "lora_B", "lora_bias"}:

@@ -8,6 +8,7 @@ into the adapter. Next file: ``peft/shape.py``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.change import Change
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters, adapters_of, unwrapped
+from minilora.peft.experts import has_wrapper, wrap
 from minilora.peft.layers import lora_layer
 from minilora.peft.wrappers import is_rows, rows_wrapper, saved_wrapper
 
@@ -25,19 +27,20 @@ __all__ = ["give_faces", "twin"]
 def give_faces(change: Change, model: nn.Module) -> None:
     """From now on every slot of this model has a face."""
     adapters = adapters_of(model)
-    change.put(adapters, "faces", _refresh)
-    _refresh(change, adapters)
+    change.put(adapters, "faces", partial(_refresh, unwrapped(model)))
+    adapters.refresh(change)
     adapters.settle(change)
 
 
-def _refresh(change: Change, adapters: Adapters, name: str | None = None) -> None:
+def _refresh(model: nn.Module, change: Change, adapters: Adapters, name: str | None = None) -> None:
     """Bring the faces in line with what their slots keep of adapter ``name``, which came, went or was replaced (None: with what they
     stand on, after a merge)."""
     for slot in adapters.slots.values():
-        if isinstance(slot.base, nn.Module) and not (
-            _stand(change, slot) if name is None else _follow(change, slot, name)
-        ):
+        if not isinstance(slot.base, nn.Module) or has_wrapper(slot, adapters):
+            continue
+        if not (_stand(change, slot) if name is None else _follow(change, slot, name)):
             _rebuild(change, slot, adapters)
+    wrap(change, model, adapters)
 
 
 def _stand(change: Change, slot: Slot) -> bool:

@@ -53,7 +53,7 @@ class Facts(Shape):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """Bare parameters that have an adapter: none."""
+        """Paths of the weights of experts and routers that have an adapter."""
         return self.base_model.targeted_parameter_names
 
     @property

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import is_transposed
+from minilora.linear.experts.layers import is_experts
+from minilora.linear.layers import as_stored, is_transposed, kind_of
 from minilora.lora.adapter import Adapter
 from minilora.lora.slot import Slot
 from minilora.lora.slots import Adapters
@@ -19,7 +20,17 @@ from minilora.many import scaling
 from minilora.peft.base import BaseTunerLayer, face_of
 from minilora.peft.parts import Field
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "lora_layer"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoraLayer",
+    "MultiheadAttention",
+    "ParamWrapper",
+    "lora_layer",
+]
 
 
 class LoraLayer(BaseTunerLayer):
@@ -164,6 +175,48 @@ class MultiheadAttention(LoraLayer):
     """``nn.MultiheadAttention``."""
 
 
+class ParamWrapper(LoraLayer):
+    """A weight that its module reads and does not call: of experts, or of a router.
+
+    Of experts ``lora_A[name].weight`` is ``[E, r, in]`` and ``lora_B[name].weight`` is ``[E, out, r]``, as they train; in a state dict they
+    have PEFT's layout, ``[E * r, in]`` and ``[out, r * E]``.
+    """
+
+    @property
+    def parameter_name(self) -> str:
+        """What its module calls the weight."""
+        return self.slot.attr if is_experts(self.slot.base) else "weight"
+
+    @property
+    def num_experts(self) -> int:
+        """How many share the weight; 1 of a router."""
+        return getattr(self.slot.base, "experts", 1)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that has the weight."""
+        base: Any = self._modules["base_layer"]
+        return base.get_base_layer() if isinstance(base, ParamWrapper) else base
+
+    def get_param(self) -> Tensor:
+        """The weight; while adapters are merged, with their updates in it."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """As of the base class."""
+        return as_stored(self.slot.base, super().get_delta_weight(adapter))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes with all adapters of its weights."""
+        stands = self.__dict__["stands"]
+        return stands(*args, **kwargs) if is_experts(self.slot.base) else stands.forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As of the base class."""
+        if is_experts(self.slot.base):
+            self.__dict__["stands"].training = mode
+        return super().train(mode)
+
+
 _KINDS: tuple[tuple[Any, type], ...] = (
     (nn.Embedding, Embedding),
     (nn.Conv1d, Conv1d),
@@ -175,7 +228,8 @@ _KINDS: tuple[tuple[Any, type], ...] = (
 
 def lora_layer(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
     """The ``LoraLayer`` of a slot, which shows ``base`` as its ``base_layer``, and no adapter yet."""
-    kind = next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
+    read = kind_of(slot.base) in ("experts", "router")  # type: ignore[arg-type]
+    kind = ParamWrapper if read else next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
     layer = face_of(kind, slot, adapters)
     layer._modules["base_layer"] = base
     return layer

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import ConfigError, StateError
+from minilora.lora.adapter import Adapter
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import inject
@@ -70,19 +71,21 @@ class LoraModel(BaseTuner):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the layers that have an adapter."""
-        from minilora.lora.adapter import Adapter
-
-        slots = adapters_of(self._whole).slots
-        return [
-            path
-            for path, slot in slots.items()
-            if any(isinstance(v, Adapter) and v.targeted for v in slot.kept.values())
-        ]
+        return [path for path, read in self._targeted().items() if not read]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """No bare parameter is adapted."""
-        return []
+        """Paths of the weights that have one: of experts and routers."""
+        return [path if read == "experts" else f"{path}.weight" for path, read in self._targeted().items() if read]
+
+    def _targeted(self) -> dict[str, str]:
+        """Path to "experts", "router", or "" for a layer that is called."""
+        found = {}
+        for path, slot in adapters_of(self._whole).slots.items():
+            kinds = [v.on for v in slot.kept.values() if isinstance(v, Adapter) and v.targeted]
+            if kinds:
+                found[path] = kinds[0] if kinds[0] in ("experts", "router") else ""
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
@@ -159,9 +162,9 @@ class LoraModel(BaseTuner):
         combine.add_weighted_adapter(self._whole, *args, **kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update can be written as a plain LoRA: it is a matrix for each layer, so always."""
-        adapters_of(self._whole).check([adapter_name])
-        return True
+        """Whether the update can be written as a plain LoRA: where it is a matrix for each layer, and not one for each expert."""
+        values = adapters_of(self._whole).named(adapter_name).values()
+        return not any(isinstance(value, Adapter) and value.on == "experts" for value in values)
 
     def __getattr__(self, name: str) -> Any:
         """What PEFT's object lacks is asked of the model."""

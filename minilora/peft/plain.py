@@ -26,7 +26,7 @@ from minilora.lora.variants.embedding import LoRAEmbedding, TiedEmbedding, TiedH
 from minilora.lora.variants.residual import ResidualLoRA
 from minilora.peft.wrappers import is_rows
 from minilora.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE, not_finite, read_adapter, seal
-from minilora.store.save import base_of, file_key, saved_config, tensors_of
+from minilora.store.save import base_of, file_key, laid_out, saved_config, tensors_of
 from minilora.store.tables import saved_tables
 
 __all__ = ["plain_files"]
@@ -67,7 +67,8 @@ def plain_files(
             "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA adapter to a LoRA adapter; "
             f"{adapter_name!r} is written as the LoRA that it is"
         )
-    values, known = adapters_of(model).named(adapter_name), read_adapter(start).tensors
+    values = adapters_of(model).named(adapter_name)
+    known = laid_out(values, read_adapter(start).tensors, False)
     tensors, tables = tensors_of(values), saved_tables(model, adapter_name, save_embedding_layers, base_config)
     for path, value in values.items():
         if isinstance(value, Adapter) and not is_rows(value):
@@ -110,17 +111,20 @@ def _doubled(path: str, value: Adapter, known: Mapping[str, Tensor], start: obje
                 f"{start}: has {key} {found}, wanted {list(own.shape)}: it is not the start of this adapter; give the folder in which it "
                 "was saved before training"
             )
+    experts = value.on == "experts"
     first, second = (known[key] for key in keys)
-    _compare(path, (first.to(A).float(), second.to(B).float()), (A0.float(), B0.float()), first.dtype, start)
-    return dict(zip(keys, beside(A, B, A0, -B0), strict=True))
+    _compare(path, (first.to(A).float(), second.to(B).float()), (A0.float(), B0.float()), first.dtype, start, experts)
+    both = zip(names, beside(A, B, A0, -B0, experts), strict=True)
+    return {key: value.to_file(name, tensor) for key, (name, tensor) in zip(keys, both, strict=True)}
 
 
-def _compare(path: str, found: Any, own: Any, kind: torch.dtype, start: object) -> None:
-    """Whether both pairs have one product; that of a plain LoRA starts at zero."""
-    (A, B), (A0, B0) = ((a.flatten(1), b.flatten(1)) for a, b in (found, own))
+def _compare(path: str, found: Any, own: Any, kind: torch.dtype, start: object, experts: bool) -> None:
+    """Whether both pairs have one product (of experts: each expert's); that of a plain LoRA starts at zero."""
+    (A, B), (A0, B0) = found, own
     size = (A.norm() + A0.norm()) * (B.norm() + B0.norm())
-    groups = len(A) // B.shape[1]
-    A, B, A0, B0 = (each.unflatten(0, (groups, -1)) for each in (A, B, A0, B0))
+    if not experts:
+        groups = len(A) // B.shape[1]
+        A, B, A0, B0 = (each.flatten(1).unflatten(0, (groups, -1)) for each in (A, B, A0, B0))
     if not (B @ A - B0 @ A0).norm() <= _CLOSE.get(kind, 1e-4) * size:
         raise CheckpointError(
             f"{start}: {path} begins with another update than this adapter did; give the folder in which it was saved before training"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.lora.slots import adapters_of, has_adapters
+from minilora.peft.experts import has_wrapper
 from minilora.peft.face import Face
 
 __all__ = ["Shape"]
@@ -92,7 +93,9 @@ class Shape(Face):
 def _refuse_into_merged(model: Any, state_dict: Mapping[str, Any]) -> None:
     """What is written into a merged layer is lost when it is unmerged, and what is written into its adapter counts only then."""
     adapters = adapters_of(model)
-    places = tuple(f"base_model.model.{path}." for path, slot in adapters.slots.items() if slot.merged is not None)
+    merged = [slot for slot in adapters.slots.values() if slot.merged is not None]
+    homes = [slot.path.rpartition(".")[0] if has_wrapper(slot, adapters) else slot.path for slot in merged]
+    places = tuple(f"base_model.model.{path}." for path in homes)
     for key, own in model.state_dict().items() if places else ():
         if not key.startswith(places) or key not in state_dict:
             continue

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import StateError
-from minilora.linear.layers import is_foreign, is_quantized
+from minilora.linear.layers import is_foreign, is_quantized, kind_of
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.slot import Slot, own_parameters
 from minilora.lora.slots import Adapters, adapters_of, has_adapters, unwrapped
 from minilora.many.adapted import count_parameters
+from minilora.peft.experts import shown_path
 from minilora.peft.face import Face
 from minilora.peft.wrappers import is_rows
 
@@ -66,15 +67,22 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     adapters = adapters_of(model)
     order = {path: at for at, (path, _) in enumerate(Bare(model).named_modules())}
     slots = [slot for slot in adapters.slots.values() if isinstance(slot.base, nn.Module)]
-    slots.sort(key=lambda slot: order.get(slot.path, len(order)))
+    slots.sort(key=lambda slot: _place(shown_path(adapters, slot.path), order))
     prefix = "model." if isinstance(unwrapped(model), Face) else ""
     return [_of_layer(slot, adapters, prefix) for slot in slots]
+
+
+def _place(path: str, order: dict[str, int]) -> tuple[int, int]:
+    """Where a path stands in PEFT's tree: what is inside of another adapter of experts comes after that."""
+    return order.get(path.replace(".base_layer", ""), len(order)), path.count(".base_layer")
 
 
 def _of_layer(slot: Slot, adapters: Adapters, prefix: str) -> TunerLayerStatus:
     trained = {name: list(own_parameters(value)) for name, value in slot.kept.items()}
     return TunerLayerStatus(
-        name=prefix + slot.path + (".token_adapter" if any(map(is_rows, slot.kept.values())) else ""),
+        name=prefix
+        + shown_path(adapters, slot.path)
+        + (".token_adapter" if any(map(is_rows, slot.kept.values())) else ""),
         module_type=_type_of(slot),
         enabled=not (adapters.is_bare or slot.off),
         active_adapters=_active_here(slot, adapters),
@@ -103,6 +111,8 @@ def _type_of(slot: Slot) -> str:
         return "ModulesToSaveWrapper"
     if any(map(is_rows, slot.kept.values())):
         return "TrainableTokensLayer"
+    if kind_of(slot.base) in ("experts", "router"):  # type: ignore[arg-type]
+        return "lora.ParamWrapper"
     kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     name = next((kind.__name__ for kind in kinds if isinstance(slot.base, kind)), "Linear")
     return f"lora.{name}"

@@ -36,6 +36,7 @@ SEAL_FILE = "minilora.json"
 PREFIX = "base_model.model."
 VARIANT = "minilora_variant"  # in the metadata of the weights file
 MADE_WITH = "minilora_made_with"  # likewise: ``Adapter.made_with`` of all layers
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _MOST_FOREIGN = 1_000  # keys of another program's config
 _PURPOSES = {
     CONFIG_FILE: "the adapter's config",
@@ -179,17 +180,20 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
         )
     if ignored:
         say_unknown(ignored, path)
-    known = {key: value for key, value in content.items() if key not in foreign}
-    for name in ("rank_pattern", "alpha_pattern"):
-        if isinstance(pattern := known.get(name), dict):
-            known[name] = {_as_name(key): value for key, value in pattern.items()}
+    known = {key: _named(value) if key in _PATTERNS else value for key, value in content.items() if key not in foreign}
     return LoraConfig.from_dict(known, str(path)), ignored
 
 
-def _as_name(key: Any) -> Any:
-    """PEFT writes ``.*\\.down_proj`` for the experts that it made of layers called so; the name alone means the same."""
-    name = key.removeprefix(r".*\.") if isinstance(key, str) else ""
-    return name if validate.PLAIN.fullmatch(name) else key
+def _named(pattern: Any) -> Any:
+    r"""A pattern with ``.*\.gate_up_proj``, which PEFT writes for experts, as the name that it means: none is run from a file."""
+    if not isinstance(pattern, dict):
+        return pattern  # which is told of in its place
+    named = {}
+    for key, value in pattern.items():
+        name = re.sub(r"\\(.)", r"\1", key.removeprefix(r".*\."))
+        means = key == rf".*\.{re.escape(name)}" and validate.PLAIN.fullmatch(name)
+        named[name if means else key] = value
+    return named
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -211,7 +215,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def refuse_regexes(stored: Stored) -> None:
     """Raise ``CheckpointError`` for a pattern of ranks or alphas in a file that is more than a module's name."""
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in _PATTERNS:
         for key in getattr(stored.config, name):
             if stored.from_file and not validate.PLAIN.fullmatch(key):
                 raise CheckpointError(

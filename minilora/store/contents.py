@@ -1,7 +1,7 @@
 """What an adapter folder holds, told from its tensors alone: which layers, with which rank and scaling, and how large each update is.
 
 No base model is loaded, and no update is formed: ``||s B A||^2 = s^2 sum((B^T B) * (A A^T))`` (Frobenius) takes the two matrices ``[r, r]``
-only. Next file: ``store/export.py``.
+only. Which tensors are those of experts, the config says (``target_parameters``). Next file: ``store/export.py``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minilora.linear.experts.known import declared
 from minilora.lora.adapter import Adapter, variant, variants_on
 from minilora.lora.layer import LoRALinear
+from minilora.lora.targets import ends_with
 from minilora.lora.variants.embedding import LoRAEmbedding
+from minilora.lora.variants.experts import from_file
 from minilora.store.adapter_files import PREFIX, Stored
 
-__all__ = ["Layer", "by_factors", "layers_in", "others_in", "update_norm"]
+__all__ = ["Layer", "by_factors", "layers_in", "others_in", "parameters_in", "update_norm"]
 
-_KINDS = ("linear", "embedding", "convolution", "attention")
+_KINDS = ("linear", "embedding", "convolution", "attention", "experts", "router")
 _INNER = ".base_layer"  # of a part that has its adapter inside another one
 
 
@@ -28,8 +31,9 @@ class Layer:
     """One adapted layer.
 
     Attributes:
-        path: in the model. r: rank. scaling: factor of the update. norm: Frobenius norm of the update, scaling included; None where it
-            depends on the base's weights. untrained: whether a factor is all zeros, so that the layer is as it was.
+        path: in the model; of experts their projection's. r: rank; of experts each one's. scaling: factor of the update.
+        norm: Frobenius norm of the update, scaling included; None where it depends on the base's weights.
+        untrained: whether a factor is all zeros, so that the layer is as it was. experts: how many share the layer, 0 where it is its own.
     """
 
     path: str
@@ -37,6 +41,7 @@ class Layer:
     scaling: float
     norm: float | None
     untrained: bool
+    experts: int = 0
 
     @property
     def kind(self) -> str:
@@ -50,7 +55,41 @@ def layers_in(stored: Stored) -> list[Layer]:
     for key, tensor in stored.tensors.items():
         if (found := _split(key)) is not None:
             parts.setdefault(found[0], {})[found[1]] = tensor
-    return [_layer(stored, path, own) for path, own in parts.items()]
+    names = parameters_in(stored)
+    return [
+        _layer(stored, names.get(path, path.replace(_INNER, "")), own, path in names) for path, own in parts.items()
+    ]
+
+
+def parameters_in(stored: Stored) -> dict[str, str]:
+    """Of the experts in a stored adapter: what the file calls each projection -> its path in the model.
+
+    A file nests the adapters of one module of experts, the first projection innermost (``lora/variants/experts.py``).
+    """
+    entries = [entry.rpartition(".") for entry in stored.config.target_parameters or () if not entry.endswith("weight")]
+    depths: dict[str, int] = {}
+    for key, tensor in stored.tensors.items():
+        path, name = _split(key) or ("", "")
+        home, joined = _home(path), name == "lora_A.weight" and len(tensor) != stored.config.for_module(path)[0]
+        # A name without its owner could be anybody's: then the rank tells, which is that of all experts together.
+        if any(ends_with(home, owner) if owner else joined for owner, _, _ in entries) and not _is_module(stored, home):
+            depths[home] = max(depths.get(home, 0), path.count(_INNER))
+    found: dict[str, str] = {}
+    for home, depth in depths.items():
+        own = declared({name for owner, _, name in entries if not owner or ends_with(home, owner)})
+        for at, name in enumerate(reversed(own[-depth - 1 :] if len(own) > depth else own)):
+            found[home + _INNER * at] = f"{home}.{name}"
+    return found
+
+
+def _home(path: str) -> str:
+    return path[: path.index(_INNER)] if _INNER in path else path
+
+
+def _is_module(stored: Stored, path: str) -> bool:
+    """Whether ``target_modules`` means this path."""
+    wanted = stored.config.target_modules
+    return not isinstance(wanted, str) and any(ends_with(path, entry) for entry in wanted or ())
 
 
 def others_in(stored: Stored) -> dict[str, int]:
@@ -63,22 +102,25 @@ def others_in(stored: Stored) -> dict[str, int]:
     return counts
 
 
-def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
-    """``||scaling * B A||`` (Frobenius) of ``A [r, ...]`` and ``B [out, r / groups, ...]``, in double precision."""
+def update_norm(A: Tensor, B: Tensor, scaling: float, experts: bool = False) -> float:
+    """``||scaling * B A||`` (Frobenius) of ``A [r, ...]`` and ``B [out, r / groups, ...]``, in double precision; of experts
+    ``A [E, r, in]`` and ``B [E, out, r]``.
+    """
     groups = max(1, len(A) // max(1, B.shape[1]))
     total = torch.zeros((), dtype=torch.float64)
-    for rows, columns in zip(A.chunk(groups), B.chunk(groups), strict=True):
+    for rows, columns in zip(A, B, strict=True) if experts else zip(A.chunk(groups), B.chunk(groups), strict=True):
         a, b = rows.double().flatten(1), columns.double().flatten(1)
         total += ((b.T @ b) * (a @ a.T)).sum()
     return abs(scaling) * float(total.clamp(min=0).sqrt())
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """``(path of the layer, what its variant calls the tensor)``; None for what is no part of a low-rank update."""
+    """``(path of the layer in the file, what its variant calls the tensor)``; None for what is no part of a low-rank update."""
     name = key.removeprefix(PREFIX)
     for ending in _endings():
         if name.endswith(f".{ending}"):
-            return name.removesuffix(f".{ending}").replace(_INNER, ""), ending
+            owner = name.removesuffix(f".{ending}")
+            return owner if owner.endswith(_INNER) else owner.replace(_INNER, ""), ending
     return None
 
 
@@ -93,18 +135,23 @@ _PAIR = (("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embeddin
 _START = ("lora_start_A", "lora_start_B")
 
 
-def _layer(stored: Stored, path: str, own: Mapping[str, Tensor]) -> Layer:
-    scaling = stored.config.scaling(path)
+def _layer(stored: Stored, path: str, own: Mapping[str, Tensor], experts: bool) -> Layer:
+    scaling, r = stored.config.scaling(path), stored.config.for_module(path)[0]
     A, B = (next((own[name] for name in names if name in own), None) for names in _PAIR)
     if A is None or B is None:
-        return Layer(path, stored.config.for_module(path)[0] if A is None else len(A), scaling, None, False)
+        return Layer(path, r if A is None or experts else len(A), scaling, None, False)
+    count = len(A) // r if experts else 0
+    if experts and (count * r != len(A) or B.dim() != 2 or B.shape[1] != len(A)):
+        return Layer(path, r, scaling, None, not B.any(), count)  # the config speaks of another rank
+    if experts:
+        A, B = from_file("lora_A", A, count), from_file("lora_B", B, count)
     kind: type[Adapter] = LoRAEmbedding if "lora_embedding_A" in own else variant(stored.variant)
     norm = None
     if own.keys() >= set(_START):  # what it started from is in the file, and taken away
         norm = update_norm(torch.cat([A, own[_START[0]]]), torch.cat([B, -own[_START[1]]], 1), scaling)
     elif "lora_magnitude_vector" not in own and by_factors(kind):
-        norm = update_norm(A, B, scaling)
-    return Layer(path, len(A), scaling, norm, norm == 0 or not B.any())
+        norm = update_norm(A, B, scaling, experts)
+    return Layer(path, r if experts else len(A), scaling, norm, norm == 0 or not B.any(), count)
 
 
 def by_factors(kind: type[Adapter]) -> bool:

@@ -24,6 +24,7 @@ from minilora.lora.variants.attention import LoRAOutProj
 from minilora.lora.variants.embedding import TiedHead
 from minilora.quant.finite import is_finite
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Stored, read_adapter, refuse_regexes, seal
+from minilora.store.contents import parameters_in
 from minilora.store.programs import TARGETS
 from minilora.store.save import base_of, saved_config
 
@@ -99,6 +100,12 @@ def _stored_factors(stored: Stored) -> dict[str, tuple[Tensor, Tensor]]:
     if stored.variant != "lora":
         raise StateError(f"{stored.path}: a {stored.variant} adapter depends on its base model; give it with --model")
     refuse_regexes(stored)
+    for path in parameters_in(stored).values():
+        raise StateError(
+            f"{stored.path}: {path} is a projection of experts, and other programs differ in how they read those; merge instead"
+        )
+    if routers := [entry for entry in stored.config.target_parameters or () if entry.endswith("weight")]:
+        raise StateError(f"{stored.path}: {routers[0]} is no weight that other programs adapt; merge instead")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
         path, _, name = key.removeprefix(PREFIX).rpartition(".lora_")

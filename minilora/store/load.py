@@ -36,6 +36,7 @@ from minilora.store.adapter_files import (
 )
 from minilora.store.fill import LoadReport, fill
 from minilora.store.fingerprint import differs, fingerprint, strange_tensors
+from minilora.store.old_experts import as_today
 from minilora.store.save import adapter_state_dict, made_with_of, save_adapter, saved_config
 
 __all__ = [
@@ -111,7 +112,7 @@ def prepare_adapter(
         key_mapping: renames the file's tensors: regular expressions, and what each is replaced by; the first that is found counts.
         ignore_mismatched_sizes: leave out a tensor of another shape, and say so in the report.
     """
-    stored = _read(folder, config, expect_sha256, key_mapping)
+    stored = as_today(_read(folder, config, expect_sha256, key_mapping), Bare(model))
     values, report = load_values(model, stored, adapter_name, strict, ignore_mismatched_sizes)
     refuse_other_base(model, stored, allow_other_base)
     return stored, values, report
@@ -156,7 +157,7 @@ def restore_adapter(
     Raises:
         CheckpointError: as ``load_adapter``. StateError: no such adapter, or it is merged. The adapter is then as it was.
     """
-    stored, adapters = _read(folder, None, expect_sha256, key_mapping), adapters_of(model)
+    stored, adapters = as_today(_read(folder, None, expect_sha256, key_mapping), Bare(model)), adapters_of(model)
     refuse_other_base(model, stored, allow_other_base)
     own, kind = adapters.configs.get(adapter_name), adapters.variants.get(adapter_name)
     for path, value in adapters.named(adapter_name).items():
@@ -185,7 +186,7 @@ def fill_adapter(
     stored = Stored(adapters.configs[adapter_name], dict(tensors), adapters.variants[adapter_name], Path("state dict"))
     if (bad := not_finite(stored.tensors)) is not None:
         raise CheckpointError(f"{stored.path}: {bad} holds NaN or infinity; the run that saved it had diverged")
-    return fill(model, values, stored, strict, False, ignore_mismatched_sizes)
+    return fill(model, values, as_today(stored, Bare(model)), strict, False, ignore_mismatched_sizes)
 
 
 def load_values(
@@ -246,8 +247,8 @@ def _exact(stored: Stored, bare: Bare) -> LoraConfig:
     keys = [key.removeprefix(PREFIX) for key in stored.tensors]
     paths = {key.removesuffix(file) for key in keys for file in files if key.endswith(file)}
     paths = {
-        path for path in paths if ".base_layer." not in path
-    }  # an attention's output projection goes with its attention
+        path for path in paths if "base_layer" not in path.split(".")
+    }  # an attention's output projection goes with its attention, one projection of experts with the other
     others = {path for path, module in bare.named_modules() if has_projections(module) or is_router(module)}
     paths -= others  # of experts and routers target_parameters says which, and it has no expressions
     return dataclasses.replace(

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.errors import StateError
+from minilora.errors import StateError, warn
 from minilora.files import validate
 from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
@@ -27,7 +27,7 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.match import ALL_LINEAR, default_targets
 from minilora.lora.slot import Value
 from minilora.lora.slots import adapters_of, unwrapped
-from minilora.lora.targets import ends_with, exactly
+from minilora.lora.targets import ends_with, exactly, short_names
 from minilora.lora.variants.tokens import TiedRows, TokenRows
 from minilora.store.adapter_files import (
     CONFIG_FILE,
@@ -40,6 +40,7 @@ from minilora.store.adapter_files import (
     seal,
 )
 from minilora.store.fingerprint import brought_by, fingerprint
+from minilora.store.old_experts import lost_in_peft
 from minilora.store.tables import saved_tables, table_of
 
 __all__ = [
@@ -140,6 +141,9 @@ def adapter_files(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
         )
     content, base = saved_config(model, adapter_name), base or base_of(model, adapter_name, tables)
+    linear = [path for path, value in values.items() if isinstance(value, Adapter) and value.on == "linear"]
+    if said := lost_in_peft(getattr(Bare(model).config, "model_type", None), content["target_modules"], linear):
+        warn(said)
     files = {
         WEIGHTS_FILE: tensor_bytes(tensors, _metadata(model, adapter_name)),
         CONFIG_FILE: f"{json.dumps(content, indent=2)}\n".encode(),  # unsorted: the first pattern that matches wins
@@ -228,10 +232,10 @@ def _named_parameters(bare: Bare, config: LoraConfig, targeted: Mapping[str, Ada
         for path, module in bare.named_modules()
         for name in (("weight",) if is_experts(module) else module._parameters)
     ]
-    for names in (config.target_parameters or (), sorted({".".join(path.split(".")[-3:]) for path in wanted})):
-        if {path for path in every if any(ends_with(path, name) for name in names)} == set(wanted):
-            return sorted(names)
-    return sorted(wanted)
+    own = config.target_parameters or ()
+    if {path for path in every if any(ends_with(path, name) for name in own)} == set(wanted):
+        return sorted(own)
+    return short_names(wanted, every)
 
 
 def _named_targets(bare: Bare, config: LoraConfig, paths: list[str]) -> list[str] | str:

@@ -42,6 +42,11 @@ def servers_of(stored: Stored, folder: Path) -> list[Server]:
 
 
 def _peft(stored: Stored) -> Server:
+    if stored.config.target_parameters and (stored.variant != "lora" or stored.config.lora_dropout):
+        what = "lora_dropout" if stored.variant == "lora" else stored.variant
+        return Server(
+            "PEFT", "no", f"it refuses {what} on experts and routers; minilora merge makes a whole model of it"
+        )
     if stored.variant == stored.config.variant or by_factors(variant(stored.variant)):
         return Server("PEFT", "as it is", "the folder is in its layout")
     return Server("PEFT", "no", f"its config has no word for {stored.variant}")

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from minilora import LoraConfig, inject, save_adapter
+from minilora.errors import StateError
 from minilora.lora.slots import adapters_of
 from minilora.store.adapter_files import read_adapter
 from minilora.store.contents import layers_in, others_in, update_norm
-from minilora.store.export import export_folder
+from minilora.store.export import export_adapter, export_folder
 from minilora.store.servers import servers_of
 from tests import models
+from tests.mixtures import mixture
 
 pytest.importorskip("transformers")
 
@@ -154,3 +156,56 @@ def test_vllm_is_told_a_rank_that_it_takes(tmp_path, r, wanted):
     stored, _ = saved(tmp_path / "a", r=r, base_model_name_or_path="owner/base")
     (said,) = [server.why for server in servers_of(stored, Path("runs/mine")) if server.name == "vLLM"]
     assert said == f"vllm serve owner/base --enable-lora --max-lora-rank {wanted} --lora-modules mine=runs/mine"
+
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_parameters": BOTH},
+        {"target_parameters": ["down_proj"], "target_modules": ["q_proj"]},
+        {"target_parameters": ["gate_up_proj", "down_proj"], "target_modules": r".*\.[qv]_proj"},
+        {"target_parameters": ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"], "use_rslora": True},
+        {
+            "target_parameters": [*BOTH, "mlp.gate.weight"],
+            "rank_pattern": {"experts.down_proj": 5},
+            "alpha_pattern": {"gate": 7},
+        },
+        {"target_parameters": BOTH, "init_lora_weights": "orthogonal", "r": 4},
+        {"target_modules": "all-linear"},
+    ],
+    ids=str,
+)
+def test_experts_and_routers_are_told_by_their_projections(tmp_path, fields):
+    stored, model = saved(tmp_path / "a", model=mixture(), **{"target_modules": None, **fields})
+    layers, wanted = {layer.path: layer for layer in layers_in(stored)}, formed(model)
+    assert layers.keys() == wanted.keys()
+    assert not others_in(stored)
+    for path, layer in layers.items():
+        value = adapters_of(model).named("default")[path]
+        assert layer.norm == pytest.approx(wanted[path], rel=1e-5)
+        assert (layer.r, layer.scaling) == (value.r, pytest.approx(value.scaling))
+        assert layer.experts == (6 if "experts" in path else 0)
+
+
+@pytest.mark.parametrize("names", [BOTH, ["down_proj"], ["mlp.gate.weight"]], ids=str)
+def test_no_other_program_is_promised_experts_or_routers(tmp_path, names):
+    stored, model = saved(tmp_path / "a", model=mixture(), target_modules=["q_proj"], target_parameters=names)
+    takes = {server.name: server for server in servers_of(stored, tmp_path / "a")}
+    assert takes.pop("PEFT").takes == "as it is"
+    for target, server in zip(("vllm", "llama.cpp", "mlx"), takes.values(), strict=True):
+        assert server.takes == "no" and "minilora merge" in server.why
+        for export in (
+            lambda t: export_folder(tmp_path / "a", tmp_path / "b", t),
+            lambda t: export_adapter(model, tmp_path / "b", t),
+        ):
+            with pytest.raises(StateError, match=r"experts|gate") as caught:
+                export(target)
+            assert "\n" not in str(caught.value) and not (tmp_path / "b").exists()
+
+
+def test_peft_takes_no_dropout_on_experts(tmp_path):
+    stored, _ = saved(tmp_path / "a", model=mixture(), target_modules=None, target_parameters=BOTH, lora_dropout=0.1)
+    assert servers_of(stored, tmp_path / "a")[0].takes == "no"

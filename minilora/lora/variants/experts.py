@@ -28,7 +28,7 @@ from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear, is_known_dropout, uniform
 
-__all__ = ["LoRAExperts", "nest", "thin"]
+__all__ = ["LoRAExperts", "from_file", "in_file", "nest", "thin"]
 
 _OTHER = {"lora_A": "lora_B", "lora_B": "lora_A"}
 
@@ -107,10 +107,6 @@ class LoRAExperts(LoRALinear):
         """``scaling * B_e A_e x`` for the rows of every expert, in the dtype that flows."""
         return thin(x, self.lora_A, self.lora_B, routes) * self.scaling
 
-    def widened(self, r: int) -> tuple[Tensor, Tensor]:
-        more = r - self.r
-        return nn.functional.pad(self.lora_A, (0, 0, 0, more)), nn.functional.pad(self.lora_B, (0, more))
-
     @property
     def crossed(self) -> bool:
         """Whether a file has B where A is elsewhere."""
@@ -119,24 +115,33 @@ class LoRAExperts(LoRALinear):
     def to_file(self, name: str, tensor: Tensor) -> Tensor:
         if name not in _OTHER:
             return tensor
-        turned = tensor.transpose(1, 2) if self.crossed else tensor
-        return turned.flatten(0, 1) if self._is_A(name) else turned.permute(1, 2, 0).flatten(1)
+        return in_file(_OTHER[name], tensor.transpose(1, 2)) if self.crossed else in_file(name, tensor)
 
     def from_file(self, name: str, tensor: Tensor) -> Tensor:
-        side = 0 if self._is_A(name) else 1
-        if name not in _OTHER or tensor.dim() != 2 or tensor.shape[side] % self.experts:
+        if name not in _OTHER:
             return tensor
-        E = self.experts
-        held = tensor.unflatten(0, (E, -1)) if side == 0 else tensor.unflatten(1, (-1, E)).permute(2, 0, 1)
-        return held.transpose(1, 2) if self.crossed else held
-
-    def _is_A(self, name: str) -> bool:
-        """Whether this is called A in a file."""
-        return (name == "lora_B") if self.crossed else (name == "lora_A")
+        held = from_file(_OTHER[name] if self.crossed else name, tensor, self.experts)
+        return held.transpose(1, 2) if self.crossed and held is not tensor else held
 
     def file_path(self, path: str) -> str:  # type: ignore[override]
         """The experts module, and inside of how many other adapters of it: PEFT nests them, the first projection innermost."""
         return path.rpartition(".")[0] + ".base_layer" * self.inside
+
+
+def in_file(name: str, tensor: Tensor) -> Tensor:
+    """A factor of all experts, ``A [E, r, in]`` or ``B [E, out, r]``, as a file has it: ``[E * r, in]``, ``[out, r * E]``."""
+    if name == "lora_A":
+        return tensor.flatten(0, 1)
+    return tensor.permute(1, 2, 0).flatten(1) if name == "lora_B" else tensor
+
+
+def from_file(name: str, tensor: Tensor, experts: int) -> Tensor:
+    """The inverse of ``in_file``; a tensor that is not of so many experts comes back as it is."""
+    if tensor.dim() != 2 or name not in _OTHER or tensor.shape[0 if name == "lora_A" else 1] % experts:
+        return tensor
+    if name == "lora_A":
+        return tensor.unflatten(0, (experts, -1))
+    return tensor.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
 def thin(x: Tensor, A: Tensor, B: Tensor, routes: Routes) -> Tensor:

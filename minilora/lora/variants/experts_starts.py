@@ -19,6 +19,7 @@ from minilora.linear.layers import dense_weight
 from minilora.linear.ops import matmul
 from minilora.lora.adapter import Adapter, register
 from minilora.lora.config import LoraConfig
+from minilora.lora.factors import beside
 from minilora.lora.variants.dora import DoRALinear, moved_norms, ratio_and_moves
 from minilora.lora.variants.experts import LoRAExperts, thin
 from minilora.lora.variants.loftq import LoftQLinear
@@ -49,8 +50,7 @@ class _EachExpert(LoRAExperts, ResidualLoRA):
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
-        start_A, start_B = self.start_A.float(), self.start_B.float()
-        return torch.cat([A, start_A], 1), self.scaling * torch.cat([B, -start_B], 2)
+        return beside(A, self.scaling * B, self.start_A.float(), -self.scaling * self.start_B.float(), True)
 
 
 @register("pissa", on="experts")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minilora.errors import StateError, warn
 from minilora.lora.change import LOCK, Change
 from minilora.lora.config import LoraConfig
+from minilora.lora.factors import widened
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of, has_adapters
 from minilora.many import hotswap
@@ -119,5 +120,5 @@ def _say(model: nn.Module, name: str, rank: int) -> None:
 
 def _widen(layer: LoRALinear, rank: int) -> None:
     """The same update at this rank; the factor stays."""
-    layer.lora_A.data, layer.lora_B.data = (factor.data for factor in layer.widened(rank))
+    layer.lora_A.data, layer.lora_B.data = widened(layer.lora_A.data, layer.lora_B.data, rank, layer.on == "experts")
     layer.r = rank

@@ -15,6 +15,7 @@ from minilora.files.hub import cached
 from minilora.lora.bare import Bare
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slots import adapters_of
+from minilora.peft.experts import experts_paths
 from minilora.peft.face import Face
 from minilora.peft.hub import folder_of, name_of
 from minilora.peft.inner import gathered, innermost
@@ -22,6 +23,7 @@ from minilora.peft.meta import made_real
 from minilora.peft.notes import say_left_out
 from minilora.store.adapter_files import read_adapter
 from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
+from minilora.store.save import laid_out
 from minilora.store.tables import saved_tables
 
 __all__ = [
@@ -55,12 +57,21 @@ def get_peft_model_state_dict(
     adapters_of(inner).check([adapter_name])
     base = adapters_of(inner).configs[adapter_name].base_model_name_or_path or name_of(inner)
     with gathered(model) as copied:
-        own = adapter_state_dict(inner, adapter_name)
+        own = laid_out(adapters_of(inner).named(adapter_name), adapter_state_dict(inner, adapter_name), True)
         if state_dict is not None:
-            own = {key: _found(key, adapter_name, state_dict) for key in own}
+            shown = {
+                f"{_PREFIX}{path}.": f"{_PREFIX}{now}." for path, now in experts_paths(inner, adapter_name).items()
+            }
+            own = {key: _found(_shown(key, shown), adapter_name, state_dict) for key in own}
         own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
         own = {key: copied(value) for key, value in own.items()}
     return own if isinstance(inner, Face) else {key.removeprefix(_PREFIX): value for key, value in own.items()}
+
+
+def _shown(key: str, paths: Mapping[str, str]) -> str:
+    """A name in a file as PEFT's tree has it: one projection of experts may be inside of another adapter's."""
+    owner = key.partition("lora_")[0]
+    return paths.get(owner, owner) + key[len(owner) :]
 
 
 def _found(key: str, adapter_name: str, state_dict: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ STRICTER, WORKS, SCOPE, INTERNAL, WORDS, OPEN = (
 EXCLUDED = "excluded"  # not about LoRA alone
 # Features that `docs/limits.md` says are refused by name.
 OUT_OF_SCOPE = (
-    "target_parameters", "Arrow", "BD-LoRA", "VeLoRA", "KaSA", "MonteCLoRA", "QA-LoRA", "Megatron", "layer replication", "mixed models",
+    "Arrow", "BD-LoRA", "VeLoRA", "KaSA", "MonteCLoRA", "QA-LoRA", "Megatron", "layer replication", "mixed models",
 )  # fmt: skip
 REASONS: tuple[tuple[str, str, str], ...] = (
     (STRICTER, "a pickle is not written (`safe_serialization=False`)", r"would write a pickle"),

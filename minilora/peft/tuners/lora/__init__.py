@@ -30,6 +30,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "Linear",
             "LoraLayer",
             "MultiheadAttention",
+            "ParamWrapper",
         ),
         "minilora.peft.lora_model": ("LoraModel",),
     },

@@ -17,4 +17,5 @@ from minilora.peft.layers import Embedding as Embedding
 from minilora.peft.layers import Linear as Linear
 from minilora.peft.layers import LoraLayer as LoraLayer
 from minilora.peft.layers import MultiheadAttention as MultiheadAttention
+from minilora.peft.layers import ParamWrapper as ParamWrapper
 from minilora.peft.lora_model import LoraModel as LoraModel
