@@ -49,7 +49,7 @@ def routed(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
 
 def _plainly(experts: Any, gated: bool, x: Tensor) -> tuple[Projection, Projection, Gate] | None:
     """What ``whole_experts`` wants, if that may compute this module: nothing trains but factors, and no hook wants to see a projection."""
-    names, act = ("gate_up_proj" if gated else "up_proj", "down_proj"), experts.act_fn
+    names, act = ("gate_up_proj" if gated else "up_proj", "down_proj"), getattr(experts, "act_fn", None)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed() or not isinstance(act, nn.Module):
         return None
     if getattr(experts, "has_post_expert_norm", False) or any(name not in names for name in experts._parameters):
