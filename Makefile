@@ -81,7 +81,7 @@ fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=100000
 kernels: $(VENV)/.installed-test $(TRITONS:%=$(VENV)/triton-%/.installed) ## interpret the Triton kernels and compile them for five GPUs, with each of TRITONS
 	@for version in $(TRITONS); do \
 	  printf '\n== triton %s\n' "$$version"; \
-	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernels_lookup.py && \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernels_grouped.py tests/kernels/test_kernels_lookup.py && \
 	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python kernels/aot.py $(ARGS) || exit 1; \
 	done
 

@@ -28,12 +28,15 @@ else:
     os.environ.pop("TRITON_INTERPRET", None)
 
 import gpu_checks  # noqa: E402
+import gpu_grouped  # noqa: E402
 import gpu_timing  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
-from gpu_checks import DEVICE, HALF, INTERPRET, STAGES  # noqa: E402
+from gpu_checks import DEVICE, HALF, INTERPRET  # noqa: E402
 
 from minilora_kernels.launch import arch_of  # noqa: E402
+
+STAGES = gpu_checks.STAGES | {"grouped": gpu_grouped.check_grouped}
 
 
 def run_checks(name: str) -> bool:
@@ -56,7 +59,7 @@ def run_stage(name: str, out: Path, minutes: float) -> bool:
     """One stage in this process."""
     if name != "timing":
         return run_checks(name)
-    return gpu_timing.run(out, minutes, DEVICE, HALF, gpu_checks.weight)
+    return gpu_timing.run(out, minutes, DEVICE, HALF, gpu_checks.weight, gpu_grouped.cells)
 
 
 def describe() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import platform
 import re
 import statistics
@@ -25,6 +26,8 @@ from torch import Tensor
 
 import minilora_kernels as mk
 
+Size = tuple[int, int, int]  # N, K, M
+Cells = Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]
 RANK, SCALE = 16, 2.0
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # N, K
 ROWS = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
@@ -143,13 +146,26 @@ def measure(card: Card, weights: list[mk.Weight], dense: list[Tensor], m: int, f
     n, k = weights[0].shape
     x, down, up = low_rank(m, k if forward else n, n if forward else k, card)
     ways = [methods(w, dense[i % len(dense)], x, down, up, forward) for i, w in enumerate(weights)]
-    rows = []
+    low = 2 * m * RANK * (n + k)
+    return timed(card, ways, "forward" if forward else "dgrad", (n, k, m), low)
+
+
+def timed(
+    card: Card, ways: list[dict[str, Callable[[], Tensor]]], which: str, size: Size, low: int, experts: int = 1
+) -> list[dict[str, Any]]:
+    """Rows of the table for one product.
+
+    Args:
+        ways: for every copy of the weight the methods by name. which: the product's name. size: ``N``, ``K`` and ``M``.
+        low: operations of a low-rank part. experts: how many weights of ``N`` x ``K`` are read.
+    """
+    (n, k, m), rows = size, []
     for name in ways[0]:
         taken = seconds([way[name] for way in ways], card.device)
-        moved = (2 * n * k if name == "bf16 product" else stored_bytes(n, k)) + 2 * m * (n + k)
-        done = 2 * m * n * k + (2 * m * RANK * (n + k) if "low rank" in name else 0)
+        moved = experts * (2 * n * k if name == "bf16 product" else stored_bytes(n, k)) + 2 * m * (n + k)
+        done = 2 * m * n * k + (low if "low rank" in name else 0)
         floor = max(moved / card.bandwidth, done / card.rate)
-        row = {"pass": "forward" if forward else "dgrad", "N": n, "K": k, "M": m, "method": name, "us": taken * 1e6}
+        row = {"pass": which, "N": n, "K": k, "M": m, "method": name, "us": taken * 1e6}
         rates = {"TFLOPs": done / taken / 1e12, "GBps": moved / taken / 1e9}
         rows.append(row | {"floor_us": floor * 1e6, "share_of_floor": floor / taken} | rates)
     times = {row["method"]: row["us"] for row in rows}
@@ -184,7 +200,7 @@ def written(row: dict[str, Any]) -> dict[str, Any]:
     return {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in kept.items()}
 
 
-def cells(card: Card, make: Callable[..., mk.Weight]) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+def cells(card: Card, make: Callable[..., mk.Weight]) -> Cells:
     """What is measured, in order: ``(name, the call that gives its rows)``."""
     shapes, many = ([(128, 128)], [1, 70]) if card.device == "cpu" else (SHAPES, ROWS)
     for n, k in shapes:
@@ -195,8 +211,18 @@ def cells(card: Card, make: Callable[..., mk.Weight]) -> Iterator[tuple[str, Cal
                 yield f"{n}x{k} M{m}", lambda: measure(card, weights, dense, m, forward)  # noqa: B023
 
 
-def run(out: Path, minutes: float, device: str, dtype: torch.dtype, make: Callable[..., mk.Weight]) -> bool:
-    """Measures what fits into the time, writes each row as it comes; False if a kernel failed or time ran out."""
+def run(
+    out: Path,
+    minutes: float,
+    device: str,
+    dtype: torch.dtype,
+    make: Callable[..., mk.Weight],
+    more: Callable[..., Cells],
+) -> bool:
+    """Measures what fits into the time, writes each row as it comes; False if a kernel failed or time ran out.
+
+    ``make`` makes a packed weight; ``more`` gives further cells, which follow those above.
+    """
     start, good, rows = time.time(), True, []
     name = "interpreter" if device == "cpu" else torch.cuda.get_device_name()
     card = ceilings(device, dtype)
@@ -211,7 +237,7 @@ def run(out: Path, minutes: float, device: str, dtype: torch.dtype, make: Callab
         file.write(f"# {name}; {rates}; {versions}; rank {RANK}, double-quantized scales, medians of 11\n")
         table = csv.DictWriter(file, FIELDS, restval="")
         table.writeheader()
-        for what, call in cells(card, make):
+        for what, call in itertools.chain(cells(card, make), more(card, make)):
             if (time.time() - start) / 60 > minutes:
                 print(f"SKIP  timings from {what} on: no time left", flush=True)
                 good = False

@@ -179,7 +179,7 @@ def on_a_gpu(card: str) -> str:
     first, *lines = (RESULTS / f"gpu_{card}.csv").read_text(encoding="utf-8").splitlines()
     times: dict[tuple[str, ...], dict[str, str]] = {}
     for row in csv.DictReader(lines):
-        if row["M"]:
+        if row["pass"] in ("forward", "dgrad"):
             times.setdefault((row["pass"], row["N"], row["K"], row["M"]), {})[row["method"]] = row["us"]
     rows = []
     for (which, n, k, m), own in times.items():

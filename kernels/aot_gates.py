@@ -17,7 +17,7 @@ BASELINE = HERE / "aot_baseline.json"
 RESULTS = HERE.parent / "benchmarks" / "results" / "kernels.csv"
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
-WIDE = {"linear_kernel", "dgrad_kernel"}
+WIDE = {"linear_kernel", "dgrad_kernel", "grouped_linear_kernel", "grouped_dgrad_kernel"}
 
 
 def checked(one: Launch) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def accept(rows: list[dict[str, Any]], version: str) -> None:
     BASELINE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     with RESULTS.open(newline="", encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["triton"] != version]
-    for row in rows:
+    order = list(dict.fromkeys(row["launch"] for row in rows))  # a launch's architectures stand together
+    for row in sorted(rows, key=lambda row: order.index(row["launch"])):
         compiled = {"registers": row["registers"], "shared_kb": f"{row['shared'] / 1024:.0f}", "length": row["length"]}
         lines.append({"triton": version, "launch": row["launch"], "arch": row["arch"], **compiled})
     lines.sort(key=lambda line: [int(part) for part in line["triton"].split(".")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,35 @@ def calls(arch: str) -> dict[str, Any]:
         of(4096, 4096, dtype=f16), plain, of(4096, 16, dtype=f16), of(4096, 16)
     )
     found["linear M4096 bias"] = lambda: linear(of(4096, 4096), plain, bias=of(4096))
+    found |= grouped_calls(of)
     found["total"] = lambda: total(of(8, 16, 4096, dtype=torch.float32), bf16)
+    return found
+
+
+def grouped_calls(of: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Those with eight experts, which have M rows each on average."""
+    experts, found = 8, {}
+    offs, f16 = of(experts, dtype=torch.int32), torch.float16
+    plain, double, two = (weight(experts * 4096, **kind) for kind in ({}, {"nested": True}, {"bits": 2}))
+    linear, dgrad = (
+        functools.partial(call, experts=experts, offs=offs, path="fused")
+        for call in (mk.grouped_linear, mk.grouped_dgrad)
+    )
+
+    def low(m: int, *shape: int) -> dict[str, torch.Tensor]:
+        return {"h": of(m * experts, min(shape)), "B" if shape[0] > shape[1] else "A": of(experts, *shape)}
+
+    for m in (8, 20, 64, 128, 4096):  # each takes another tile
+        x = of(m * experts, 4096)
+        found[f"grouped linear M{m} nested r16"] = lambda m=m, x=x: linear(x, double, **low(m, 4096, 16))
+        found[f"grouped dgrad M{m} nested r16"] = lambda m=m, x=x: dgrad(x, double, **low(m, 16, 4096))
+    found["grouped linear M4096"] = lambda: linear(x, plain)
+    found["grouped dgrad M4096"] = lambda: dgrad(x, plain)
+    found["grouped linear M4096 r64"] = lambda: linear(x, plain, **low(4096, 4096, 64))
+    found["grouped dgrad M4096 r64"] = lambda: dgrad(x, plain, **low(4096, 64, 4096))
+    found["grouped linear M4096 2 bits"] = lambda: linear(x, two)
+    found["grouped dgrad M4096 2 bits"] = lambda: dgrad(x, two)
+    found["grouped linear M4096 fp16"] = lambda: linear(x.to(f16), plain)
     return found
 
 

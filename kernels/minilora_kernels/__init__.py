@@ -1,13 +1,19 @@
 """Triton kernels for LoRA over weights of 4 or 2 bits, stored as bitsandbytes stores them. Imports torch and triton only.
 
-In order of reading: ``weight`` (what is stored), ``lookup`` (code to number), ``dequant``, ``linear``, ``dgrad``, ``lowrank``, ``gemv``,
-``quantize``; ``launch`` has the tile sizes. Beside each kernel stands a reference of a few lines that says what it computes.
-They have been interpreted and compiled, but not yet run on hardware: see ``kernels/README.md``. Next file: ``weight.py``.
+In order of reading: ``weight`` (what is stored), ``lookup`` (code to number), ``dequant``, ``linear``, ``dgrad``, ``grouped`` (both for
+a mixture of experts), ``lowrank``, ``gemv``, ``quantize``; ``launch`` has the tile sizes. Beside each kernel stands a reference of a few
+lines that says what it computes. What has been run on hardware says ``docs/kernels.md``. Next file: ``weight.py``.
 """
 
 from minilora_kernels.dequant import dequant_reference, nf4_dequant
 from minilora_kernels.dgrad import dgrad_reference, nf4_dgrad
 from minilora_kernels.gemv import gemv_fits, gemv_reference, nf4_gemv
+from minilora_kernels.grouped import (
+    grouped_dgrad,
+    grouped_dgrad_reference,
+    grouped_linear,
+    grouped_linear_reference,
+)
 from minilora_kernels.launch import supported
 from minilora_kernels.linear import linear_reference, nf4_linear
 from minilora_kernels.lowrank import (
@@ -27,6 +33,10 @@ __all__ = [
     "dgrad_reference",
     "gemv_fits",
     "gemv_reference",
+    "grouped_dgrad",
+    "grouped_dgrad_reference",
+    "grouped_linear",
+    "grouped_linear_reference",
     "linear_reference",
     "lora_bwd_a",
     "lora_bwd_a_reference",

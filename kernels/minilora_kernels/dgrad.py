@@ -1,7 +1,7 @@
 """``nf4_dgrad``: dx = dy W + dyb A from the same packed bytes that the forward pass read.
 
 Transposed as in ``linear``: dx^T = W^T dy^T, the decoded weight in registers on the left. The scale differs along the reduction, so it
-is always applied before the product. Bytes moved: as ``linear``, with dy for x and dx for out. Next file: ``lowrank.py``.
+is always applied before the product. Bytes moved: as ``linear``, with dy for x and dx for out. Next file: ``grouped.py``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ def dgrad_reference(dy: Tensor, w: Weight, dyb: Tensor | None = None, a: Tensor 
 
 
 @triton.jit
-def dgrad_kernel(dy, packed, absmax, code2, absmax2, offset, words, levels, dyb, a, out, inverse, M, N, K, r,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SB: tl.constexpr, BITS: tl.constexpr,
-                 LOOKUP: tl.constexpr, NESTED: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """One tile ``[BM, BK]`` of dx. ``N`` is a multiple of ``BN``, ``K`` of ``BK`` and of ``SB``; ``M`` is free."""
+def dgrad_tile(dy, packed, absmax, code2, absmax2, offset, words, levels, dyb, a, out, inverse, N, K, r,
+               row_m, rows, strip, pk,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SB: tl.constexpr, BITS: tl.constexpr,
+               LOOKUP: tl.constexpr, NESTED: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """One tile ``[BM, BK]`` of dx: number ``pk`` across, of rows ``row_m .. row_m + min(rows, BM)``, by the rows of W from ``strip`` on.
+
+    ``strip`` is 0, or in a stack of weights (``grouped.py``) the first row of one. ``N`` is a multiple of ``BN``, ``K`` of ``BK`` and of
+    ``SB``.
+    """
     CT: tl.constexpr = dy.dtype.element_ty
     PER: tl.constexpr = 8 // BITS
     GROUPS: tl.constexpr = BK // min(SB, BK)
     tl.assume(N >= BN)
-    pm, pk = tile_of(tl.program_id(0), tl.cdiv(K, BK), tl.cdiv(M, BM), GROUP)
     m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    row_m = (pm * BM).to(tl.int64)
-    live = m < M - pm * BM
+    live = m < rows
     dy_tile = dy + row_m * N + m[:, None] * N + n[None, :]
-    w_tile = packed + pk * (BK // PER) + n[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]
-    block = n[:, None] * (K // SB) + (pk * BK + tl.arange(0, GROUPS)[None, :] * min(SB, BK)) // SB
+    first = packed + tl.cast(strip, tl.int64) * (K // PER) + pk * (BK // PER)
+    w_tile = first + n[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]
+    block = (strip + n)[:, None] * (K // SB) + (pk * BK + tl.arange(0, GROUPS)[None, :] * min(SB, BK)) // SB
     table, shift = load_words(words, LOOKUP), load_shift(offset, NESTED)
     acc = tl.zeros((BK, BM), tl.float32)
     if R > 0:
@@ -49,18 +53,29 @@ def dgrad_kernel(dy, packed, absmax, code2, absmax2, offset, words, levels, dyb,
         right = tl.load(dyb + (row_m + m)[:, None] * r + i[None, :], mask=live[:, None] & (i < r)[None, :], other=0.0)
         acc = tl.dot(tl.trans(left), tl.trans(right.to(CT)), acc, input_precision="ieee")
     for start in range(0, N, BN):
-        rows = tl.load(dy_tile + start, mask=live[:, None], other=0.0)
+        values = tl.load(dy_tile + start, mask=live[:, None], other=0.0)
         codes = tl.load(w_tile + tl.cast(start, tl.int64) * (K // PER))
         scales = load_scales(absmax, code2, absmax2, shift, block + start * (K // SB), NESTED) * inverse
         weights = decode(codes, scales, table, levels, LOOKUP, BITS, True, CT, BN, GROUPS, BK)
-        acc = tl.dot(tl.trans(weights), tl.trans(rows), acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(weights), tl.trans(values), acc, input_precision="ieee")
     place = out + row_m * K + pk * BK + m[:, None] * K + k[None, :]
     tl.store(place, tl.trans(acc.to(CT)), mask=live[:, None])
 
 
-def dgrad_fits(w: Weight, tile: Tile) -> bool:
-    """Whether the fused kernel can take this weight: whole tiles both ways, rows of whole blocks."""
-    rows, columns = w.shape
+@triton.jit
+def dgrad_kernel(dy, packed, absmax, code2, absmax2, offset, words, levels, dyb, a, out, inverse, M, N, K, r,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SB: tl.constexpr, BITS: tl.constexpr,
+                 LOOKUP: tl.constexpr, NESTED: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """A program for each tile of dx; ``M`` is free."""
+    pm, pk = tile_of(tl.program_id(0), tl.cdiv(K, BK), tl.cdiv(M, BM), GROUP)
+    dgrad_tile(dy, packed, absmax, code2, absmax2, offset, words, levels, dyb, a, out, inverse, N, K, r,
+               (pm * BM).to(tl.int64), M - pm * BM, 0, pk,
+               BM, BN, BK, SB, BITS, LOOKUP, NESTED, R)  # fmt: skip
+
+
+def dgrad_fits(w: Weight, tile: Tile, experts: int = 1) -> bool:
+    """Whether the fused kernel can take this weight, or stack of ``experts``: whole tiles both ways, rows of whole blocks."""
+    rows, columns = w.shape[0] // experts, w.shape[1]
     return rows % tile.BN == 0 and columns % tile.BK == 0 and columns % w.blocksize == 0
 
 

@@ -55,6 +55,8 @@ GEMV: dict[str, list[Tile]] = dict.fromkeys(ARCHS, _SMALL) | {
     "gfx942": [Tile(16, 128, 64, 4, 2), Tile(32, 128, 64, 4, 2), Tile(64, 128, 64, 8, 2)],  # 64 KB of shared memory
     "cpu": [Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)],
 }
+# Rows of a tile of which, with experts, Triton makes nothing (sm_100), or a loop thrice as long as of twice the rows (gfx942).
+_TOO_FEW = {"sm_100": (16, 32), "gfx942": (16,)}
 # Rows of the input up to which a fused kernel is taken, forward and backward; above, it is decoded first and the library multiplies.
 # On an H200 the fused forward is 1.3 to 2.1 times as fast up to 64 rows. Of 51 other products measured, forward and backward, four are
 # faster fused (by up to a third), one is equal, and 46 are 0.35 to 0.8 times as fast.
@@ -63,16 +65,23 @@ GROUP = 8  # rows of tiles that are walked together, so that they share the seco
 RANKS = (16, 32, 64)  # ranks are padded to one of these; a larger one is multiplied apart
 
 
-def pick(tiles: list[Tile], arch: str, rows: int, columns: int, side: str) -> Tile:
+def pick(tiles: list[Tile], arch: str, rows: int, columns: int, side: str, experts: int = 1) -> Tile:
     """The largest tile that still gives nearly every processor a program and is at most half empty; the smallest if none does.
 
     Args:
         rows, columns: of the result. side: "BN" or "BK", the tile's size along the result's columns.
+        experts: weights that share the rows, evenly as far as anybody knows; a tile has rows of one of them.
     """
-    enough = 0.9 * _PROCESSORS.get(arch, 1)
-    good = (tile for tile in reversed(tiles) if 2 * rows > tile.BM
-            and -(-rows // tile.BM) * -(-columns // getattr(tile, side)) >= enough)  # fmt: skip
+    enough, each = 0.9 * _PROCESSORS.get(arch, 1), -(-rows // experts)
+    good = (tile for tile in reversed(tiles) if 2 * each > tile.BM
+            and experts * -(-each // tile.BM) * -(-columns // getattr(tile, side)) >= enough)  # fmt: skip
     return next(good, tiles[0])
+
+
+def grouped_tiles(arch: str) -> list[Tile]:
+    """Those of the forward product with experts, fewest rows first: an expert may have few, for which ``GEMV`` has the tiles, or many."""
+    tiles = (tile for tile in [*GEMV[arch], *LINEAR[arch]] if tile.BM not in _TOO_FEW.get(arch, ()))
+    return sorted(tiles, key=lambda tile: tile.BM)
 
 
 def fused_wins(arch: str, rows: int, forward: bool) -> bool:

@@ -40,41 +40,55 @@ def tile_of(program, across, down, GROUP: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(x, packed, absmax, code2, absmax2, offset, words, levels, xa, b, bias, out, inverse, M, N, K, r,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SB: tl.constexpr, BITS: tl.constexpr,
-                  LOOKUP: tl.constexpr, NESTED: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """One tile ``[BM, BN]`` of out. ``K`` is a multiple of ``BK`` and of ``SB``; ``M`` and ``N`` are free."""
+def linear_tile(x, packed, absmax, code2, absmax2, offset, words, levels, xa, b, bias, out, inverse, N, K, r,
+                row_m, rows, strip, column,
+                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SB: tl.constexpr, BITS: tl.constexpr,
+                LOOKUP: tl.constexpr, NESTED: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """One tile ``[BM, BN]`` of out: rows ``row_m .. row_m + min(rows, BM)``, columns from ``column`` on, by rows of W from ``strip`` on.
+
+    ``strip`` is ``column``, or in a stack of weights (``grouped.py``) as far into one of them. ``K`` is a multiple of ``BK`` and of ``SB``.
+    """
     CT: tl.constexpr = x.dtype.element_ty
     PER: tl.constexpr = 8 // BITS
     GROUPS: tl.constexpr = BK // min(SB, BK)
     tl.assume(K >= BK)  # a loop that may be empty makes ptxas serialise the tensor cores (its warning C7515)
-    pm, pn = tile_of(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM), GROUP)
     # Offsets inside a tile fit 32 bits; those of the tile itself need not. Rows beyond the end read the last one and are not stored.
-    m, n = tl.arange(0, BM), tl.minimum(tl.arange(0, BN), N - 1 - pn * BN)
-    row_m, row_n = (pm * BM).to(tl.int64), (pn * BN).to(tl.int64)
-    live = m < M - pm * BM
+    m, n = tl.arange(0, BM), tl.minimum(tl.arange(0, BN), N - 1 - column)
+    row_w, row_n = strip.to(tl.int64), column.to(tl.int64)
+    live = m < rows
     x_tile = x + row_m * K + m[:, None] * K + tl.arange(0, BK)[None, :]
-    w_tile = packed + row_n * (K // PER) + n[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]
-    block = (pn * BN + n)[:, None] * (K // SB)
+    w_tile = packed + row_w * (K // PER) + n[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]
+    block = (strip + n)[:, None] * (K // SB)
     within = tl.arange(0, GROUPS)[None, :] * min(SB, BK)
     table, shift = load_words(words, LOOKUP), load_shift(offset, NESTED)
     acc = tl.zeros((BN, BM), tl.float32)
     if R > 0:
         i = tl.arange(0, R)
-        left = tl.load(b + (row_n + n)[:, None] * r + i[None, :], mask=(i < r)[None, :], other=0.0).to(CT)
+        left = tl.load(b + (row_w + n)[:, None] * r + i[None, :], mask=(i < r)[None, :], other=0.0).to(CT)
         right = tl.load(xa + (row_m + m)[:, None] * r + i[None, :], mask=live[:, None] & (i < r)[None, :], other=0.0)
         acc = tl.dot(left, tl.trans(right.to(CT)), acc, input_precision="ieee")
     for k in range(0, K, BK):
-        rows = tl.load(x_tile + k, mask=live[:, None], other=0.0)
+        values = tl.load(x_tile + k, mask=live[:, None], other=0.0)
         codes = tl.load(w_tile + k // PER)
         scales = load_scales(absmax, code2, absmax2, shift, block + (k + within) // SB, NESTED) * inverse
         weights = decode(codes, scales, table, levels, LOOKUP, BITS, True, CT, BN, GROUPS, BK)
-        acc = tl.dot(weights, tl.trans(rows), acc, input_precision="ieee")
+        acc = tl.dot(weights, tl.trans(values), acc, input_precision="ieee")
     if BIAS:
         acc += tl.load(bias + row_n + n).to(tl.float32)[:, None]
     place = out + row_m * N + row_n + m[:, None] * N + tl.arange(0, BN)[None, :]
-    keep = live[:, None] & (tl.arange(0, BN) < N - pn * BN)[None, :]
+    keep = live[:, None] & (tl.arange(0, BN) < N - column)[None, :]
     tl.store(place, tl.trans(acc.to(CT)), mask=keep)
+
+
+@triton.jit
+def linear_kernel(x, packed, absmax, code2, absmax2, offset, words, levels, xa, b, bias, out, inverse, M, N, K, r,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SB: tl.constexpr, BITS: tl.constexpr,
+                  LOOKUP: tl.constexpr, NESTED: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """A program for each tile of out; ``M`` and ``N`` are free."""
+    pm, pn = tile_of(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM), GROUP)
+    linear_tile(x, packed, absmax, code2, absmax2, offset, words, levels, xa, b, bias, out, inverse, N, K, r,
+                (pm * BM).to(tl.int64), M - pm * BM, pn * BN, pn * BN,
+                BM, BN, BK, SB, BITS, LOOKUP, NESTED, R, BIAS)  # fmt: skip
 
 
 def linear_fits(w: Weight, tile: Tile) -> bool:

@@ -24,8 +24,8 @@ def test_checks_and_timings_run_and_are_written(tmp_path):
     first, *rows = path.read_text().splitlines()
     assert first.startswith("# interpreter; copy ") and "triton" in first
     rows = list(csv.DictReader(rows))
-    assert {row["pass"] for row in rows} == {"dequant", "forward", "dgrad"}
-    assert len({(row["pass"], row["M"], row["method"]) for row in rows}) == len(rows) == 1 + 2 * 2 * 6
+    assert {row["pass"] for row in rows} == {"dequant", "forward", "dgrad", "grouped forward", "grouped dgrad"}
+    assert len({(row["pass"], row["M"], row["method"]) for row in rows}) == len(rows) == 1 + 2 * 2 * 6 + 2 * 4
     assert all(float(row["us"]) > 0 for row in rows)
 
 

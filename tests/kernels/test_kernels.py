@@ -21,61 +21,10 @@ from minilora.quant.codebooks import CODEBOOKS
 from minilora_kernels import dequant, launch
 from minilora_kernels.launch import Tile
 from minilora_kernels.partials import total
+from tests.kernels.material import close, draw, packed
 
-CLOSE = 5e-7  # fp32 products, relative to the norm of the result
 BOOKS = [name for name, book in CODEBOOKS.items() if book.bits in (2, 4)]
-GUARD = 64
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """``torch.empty`` gives NaN (255 in bytes) between guards of the same, and the guards are looked at in the end."""
-    real, taken = torch.empty, []
-
-    def empty(*shape, dtype=None, device=None):
-        shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        memory = real(shape.numel() + 2 * GUARD, dtype=dtype, device=device)
-        memory.fill_(float("nan") if memory.is_floating_point() else 255)
-        taken.append((memory, shape.numel()))
-        return memory[GUARD : GUARD + shape.numel()].view(shape)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
-    for memory, count in taken:
-        for guard in (memory[:GUARD], memory[GUARD + count :]):
-            byte = 1 if guard.dtype == torch.bool else 255
-            assert bool((guard.isnan() if guard.is_floating_point() else guard == byte).all()), (
-                "written beyond the result"
-            )
-
-
-def between_nan(values):
-    """The same values in memory that has NaN (255 in bytes) on both sides."""
-    fill = float("nan") if values.is_floating_point() else 255
-    memory = torch.full((values.numel() + 2 * GUARD,), fill, dtype=values.dtype)
-    memory[GUARD : GUARD + values.numel()] = values.reshape(-1)
-    return memory[GUARD : GUARD + values.numel()].view(values.shape)
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return between_nan(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
-
-
-def packed(shape, book="nf4", blocksize=64, double=False):
-    """``(minilora's quantized tensor, the kernels' view of it)`` of a random weight."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.05
-    made = quantize(weight, QuantConfig(book, blocksize=blocksize, double_quant=double))
-    if made.book.bits == 3:
-        return made, None
-    inside = cuda.kernel_weight(made)
-    parts = {name: between_nan(tensor) for name in ("packed", "absmax", "nested_absmax", "nested_offset")
-             if (tensor := getattr(inside, name)) is not None}  # fmt: skip
-    return made, mk.Weight(**{**vars(inside), **parts})
-
-
-def close(got, want):
-    assert got.shape == want.shape and not bool(got.isnan().any())
-    assert (got.double() - want).norm() <= CLOSE * want.norm()
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 # --- dequant ---

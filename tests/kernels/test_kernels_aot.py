@@ -71,7 +71,19 @@ print([row["faults"] for row in rows])
 def test_every_architecture_has_all_kernels():
     names = run("print(sorted({(arch, one.fn.__name__) for arch in launch.ARCHS for label, call in calls(arch).items() "
                 "for one in record(arch, label, call)}))")  # fmt: skip
-    kernels = ["bwd_a", "bwd_b", "dequant", "dgrad", "down", "gemv", "linear", "quantize", "total"]
+    kernels = [
+        "bwd_a",
+        "bwd_b",
+        "dequant",
+        "dgrad",
+        "down",
+        "gemv",
+        "grouped_dgrad",
+        "grouped_linear",
+        "linear",
+        "quantize",
+        "total",
+    ]
     assert all(
         f"('{arch}', '{name}_kernel')" in names
         for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
