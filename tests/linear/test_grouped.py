@@ -6,7 +6,10 @@ import torch
 from minilora import QuantConfig
 from minilora.errors import MissingPackageError, QuantizationError
 from minilora.linear import cuda
+from minilora.linear.experts.grouped import lora_experts
+from minilora.linear.experts.routes import Routes
 from minilora.quant.blockwise import quantize
+from minilora.quant.stack import quantize_stack
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is there for Linux only: pip install triton")
 
@@ -97,3 +100,28 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(cuda, "kernels", lambda: None)
     with pytest.raises(MissingPackageError, match="Triton, which is not installed"):
         cuda.grouped(draw(9, 64), quantize(draw(3, 8, 64), QuantConfig()), offs, True)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("config", FORMS[:3], ids=lambda config: f"{config.format}-{config.double_quant}")
+def test_experts_take_the_kernels_where_they_can_be_had(monkeypatch, config, p):
+    """The layer's own function, forward and backward: with the kernels what it is without."""
+    stack, (expert, ends) = quantize_stack(draw(3, 64, 128, seed=1) * 0.1, config), rows_of(3)
+    routes = Routes(torch.arange(9), expert, ends)
+    x, A, B = (
+        draw(9, 128).requires_grad_(),
+        draw(3, R, 128, seed=2).requires_grad_(),
+        draw(3, 64, R, seed=3).requires_grad_(),
+    )
+    found, calls = [], []
+    for kernels in (False, True):
+        monkeypatch.setattr(cuda, "grouped_available", lambda weight, x, kernels=kernels: kernels)
+        whole = cuda.grouped
+        monkeypatch.setattr(cuda, "grouped", lambda *args: (calls.append(args[3]), whole(*args))[1])
+        torch.manual_seed(5)
+        out = lora_experts(x, stack, routes, A, B, SCALING, p)
+        found.append((out, *torch.autograd.grad(out, (x, A, B), draw(9, 64, seed=4))))
+        monkeypatch.undo()
+    assert calls == [True, False]  # one launch forward, one backward
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        close(ours, theirs)

@@ -4,7 +4,7 @@
 
 ``lora_experts_reference`` is that formula and defines ``lora_experts``. No dense ``B A`` is formed, an expert without rows is neither
 decoded nor read, and the loop is over experts, never over tokens. Dropout keeps a seed, as in ``linear/fused.py``. On a GPU packed
-weights go to the grouped Triton kernels, and dense bf16 weights to the library's grouped product. Next file: ``linear/experts/whole.py``.
+weights go to the grouped Triton kernels in one launch, dense ones are multiplied expert by expert. Next file: ``linear/experts/whole.py``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class _Grouped(torch.autograd.Function):
         routes, dtype = ctx.routes, product_dtype(grad.dtype, grad.device)
         spans, rows = _one_chunk(routes)
         with as_written(grad):
-            of = Matrices(weight, A, B, ctx.factors, routes.experts, dtype)
+            of = Matrices(weight, A, B, ctx.factors, routes.experts, dtype, routes.ends)
             grad_A = factor_gradient(A, routes, dtype) if need_A else None
             grad_B = factor_gradient(B, routes, dtype) if need_B else None
             grad_x = grad.new_empty(len(grad), ctx.shape[2]) if need_x else None
@@ -123,7 +123,7 @@ def _forward(x: Tensor, A: Tensor | None, B: Tensor | None, weight: Stack, route
     """The output ``[S, out]``, and ``h = scaling * A dropout(x)`` as ``[S, r]``; ``scaling`` makes up for what is dropped."""
     dtype = product_dtype(x.dtype, x.device)
     with as_written(x):
-        of = Matrices(weight, A, B, factors, routes.experts, dtype)
+        of = Matrices(weight, A, B, factors, routes.experts, dtype, routes.ends)
         (spans, rows), out = _one_chunk(routes), x.new_empty(len(x), weight.shape[1])
         h = None if A is None else x.new_empty(len(x), A.shape[1], dtype=dtype)
         forward_rows(of, spans, x[rows].to(dtype), 0, None if h is None else h[rows], out[rows])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from minilora.linear import cuda
 from minilora.linear.fused import Weight, keep_masks, new_seed, parts_dropped
 from minilora.linear.ops import buffer, matmul, on_paper_matmul
 from minilora.quant.stack import QuantizedStack
@@ -73,21 +74,27 @@ class Matrices:
     Args:
         weight: ``[E, out, in]``. A: ``[E, r, in]`` and B: ``[E, out, r]``, or None for both.
         experts: those with rows. dtype: of the products.
+        ends: ``[E]`` int32, where each expert's rows end, if a pass is one chunk: the grouped kernels may take it then.
     """
 
     def __init__(self, weight: Stack, A: Tensor | None, B: Tensor | None, factors: Factors, experts: Sequence[int],
-                 dtype: torch.dtype) -> None:  # fmt: skip
-        self.factors, self.dtype, self.stack = factors, dtype, weight
+                 dtype: torch.dtype, ends: Tensor | None = None) -> None:  # fmt: skip
+        self.factors, self.dtype, self.stack, self.ends, self.pair = factors, dtype, weight, ends, (A, B)
         self.out_features, self.in_features = weight.shape[1:]
         self.r = 0 if A is None else A.shape[1]
         self.weight = _each(weight, experts) if isinstance(weight, Tensor) and weight.dtype == dtype else None
         self.A, self.B = ({} if part is None else _each(part, experts, dtype) for part in (A, B))
 
-    def products(self, x: Sequence[Tensor], spans: Sequence[Span], outs: Sequence[Tensor], h: Sequence[Tensor | None],
-                 forward: bool) -> None:  # fmt: skip
-        """``x W^T + h B^T`` (``forward``), or ``x W + h A``, expert by expert into ``outs``."""
-        thin = self.B if forward else self.A
-        for part, span, out, low in zip(x, spans, outs, h, strict=True):
+    def products(self, x: Tensor, spans: Sequence[Span], into: Tensor, h: Tensor | None, forward: bool) -> None:
+        """``x W^T + h B^T`` (``forward``), or ``x W + h A``, into ``into``: by the kernels in one launch, or expert by expert."""
+        if self.ends is not None and isinstance(self.stack, QuantizedStack) and self.stack.is_whole:
+            if cuda.grouped_available(self.stack.stored, x):
+                pair = None if h is None else self.pair[1 if forward else 0]
+                into.copy_(cuda.grouped(x, self.stack.stored, self.ends, forward, h, pair, into.dtype))
+                return
+        thin, sizes = self.B if forward else self.A, [span.last - span.first for span in spans]
+        lows: Sequence[Tensor | None] = [None] * len(spans) if h is None else h.split(sizes)
+        for part, span, out, low in zip(x.split(sizes), spans, into.split(sizes), lows, strict=True):
             own = None if low is None else thin[span.expert]
             if isinstance(part, FakeTensor) and isinstance(self.stack, QuantizedStack):
                 out.copy_(on_paper_matmul(part, self.stack.one(span.expert), forward))
@@ -119,13 +126,13 @@ def forward_rows(of: Matrices, spans: Sequence[Span], x: Tensor, first: int, h: 
     """
     sizes = [span.last - span.first for span in spans]
     if h is None:
-        of.products(x.split(sizes), spans, out.split(sizes), [None] * len(spans), True)
+        of.products(x, spans, out, None, True)
         return
     low = h.split(sizes)
     for part, span, into in zip(_dropped(x, of.factors, first).split(sizes), spans, low, strict=True):
         torch.mm(part, of.A[span.expert].t(), out=into)
     h.mul_(of.factors.scaling)
-    of.products(x.split(sizes), spans, out.split(sizes), low, True)
+    of.products(x, spans, out, h, True)
 
 
 def backward_rows(of: Matrices, spans: Sequence[Span], g: Tensor, x: Tensor | None, first: int, h: Tensor | None,
@@ -147,9 +154,9 @@ def backward_rows(of: Matrices, spans: Sequence[Span], g: Tensor, x: Tensor | No
     if out is None:
         return
     if gh is None or not of.factors.drop:
-        of.products(parts, spans, out.split(sizes), [None] * len(spans) if gh is None else gh.split(sizes), False)
+        of.products(g, spans, out, gh, False)
         return
-    of.products(parts, spans, out.split(sizes), [None] * len(spans), False)
+    of.products(g, spans, out, None, False)
     through = buffer("through", out.shape, g.device, of.dtype)
     for part, span, into in zip(gh.split(sizes), spans, through.split(sizes), strict=True):
         torch.mm(part, of.A[span.expert], out=into)
