@@ -185,6 +185,7 @@ def test_adapters_are_combined(how):
     assert torch.isfinite(logits(model)).all()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_spectra_are_each_experts(variant):
     for value in adapters_in(adapted(moe(), variant)):
