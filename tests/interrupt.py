@@ -9,7 +9,10 @@ ROOT = str(Path(minilora.__file__).parent)
 
 
 class Interrupt:
-    """Inside the block ``KeyboardInterrupt`` comes before line number ``at`` of those in minilora's files; counts them."""
+    """Inside the block ``KeyboardInterrupt`` comes before line number ``at`` of those in minilora's files; counts them.
+
+    Lines of a destructor are passed over: Python itself swallows what is raised there.
+    """
 
     def __init__(self, at=0):
         self.at, self.lines, self.where = at, 0, ""
@@ -22,6 +25,9 @@ class Interrupt:
         sys.settrace(None)
 
     def call(self, frame, event, argument):
+        callers = (frame, frame.f_back)
+        if any(each is not None and each.f_code.co_name == "__del__" for each in callers):
+            return None
         return self.line if frame.f_code.co_filename.startswith(ROOT) else None
 
     def line(self, frame, event, argument):

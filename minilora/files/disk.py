@@ -68,7 +68,8 @@ class Held:
         if self._handles:
             os.close(self._handles.pop())  # on one line: never twice, as the number may be another file's by then
 
-    __del__ = close
+    def __del__(self) -> None:
+        self.close()
 
     def lock(self) -> bool:
         """Whether the open file could be locked; False if another one has it."""
