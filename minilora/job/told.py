@@ -55,5 +55,5 @@ def say_adapted(job: Job, model: Any, say: _Say) -> None:
     if left := experts_left(model):
         kinds = ", ".join(repr(name) for name in sorted({path.rsplit(".", 1)[-1] for path in left}))
         say(
-            f"the experts stay as they are: no adapter on their {len(left)} weights ({kinds}); name them in target_parameters, or take all-linear"
+            f"the experts stay as they are: none of their {len(left)} weights ({kinds}) has an adapter; all-linear has them all"
         )

@@ -22,9 +22,8 @@ from tests.architectures import batches, tiny
 R, ALPHA = 4, 6
 SCALING = ALPHA / R
 CLOSE, CLOSE_TO_PEFT, CLOSE_GRADIENT = 1e-4, 1e-5, 1e-3
-CROSSED = (
-    "Llama4TextExperts",
-)  # they lie [E, in, out] and do not say so: PEFT takes in for out, and its A is over out
+# These lie [E, in, out] and do not say so: PEFT takes in for out, and its A is over out.
+CROSSED = ("Llama4TextExperts",)
 
 
 class Wrong(AssertionError):
@@ -438,7 +437,11 @@ def _peft_reads(trial, paths) -> bool:
         if not _peft_reads_its_own(trial, paths):
             raise PeftFault("does not read back its own file: some layers get other names, and stay at zero")
         raise Wrong("PEFT reads another adapter")
-    if far(got, call(ours, trial.batch)) > CLOSE_TO_PEFT:
+    # Between the two limits it is the model that rounds: routers, and states that go from word to word, make more of a last digit.
+    if (
+        far(got, call(ours, trial.batch)) > CLOSE_TO_PEFT
+        and far(got, call(with_updates(trial.copy(), want), trial.batch)) > CLOSE
+    ):
         raise PeftFault("holds the same update and computes something else than the law")
     return True
 

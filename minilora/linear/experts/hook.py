@@ -74,7 +74,8 @@ def _compute(change: Any, experts: nn.Module, ours: bool) -> None:
     if known is None or not known.forward:
         _through_interface(change, experts, ours)
     elif ours:
-        change.item(vars(experts), "forward", functools.partial(getattr(forwards, known.forward), experts))
+        forwards.out_of_graphs()
+        change.item(vars(experts), "forward", functools.partial(forwards.apart, known.forward, experts))
     else:
         change.drop(vars(experts), "forward")
 
@@ -112,7 +113,8 @@ def register() -> None:
     """Make ours known to transformers, where that is loaded."""
     found: Any = sys.modules.get("transformers.integrations.moe")
     if found is not None:
-        found.ExpertsInterface.register(_NAME, forwards.routed)
+        forwards.out_of_graphs()
+        found.ExpertsInterface.register(_NAME, functools.partial(forwards.apart, "routed"))
 
 
 def refuse_strange_experts(path: str, home: nn.Module) -> None:
