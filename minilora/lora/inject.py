@@ -54,9 +54,7 @@ def build(
     # PEFT draws the start values of layers first, then those of weights that are read, each in the model's order.
     targets = sorted(found.targets, key=lambda path: kind_of(modules[path]) in ("experts", "router"))
     # What a variant cannot stand on is refused first; tables come first then, for they bring their tied heads along.
-    makers = {
-        path: variant_at(means, kind_of(modules[path]) or "linear", path, modules[path]) for path in targets
-    }
+    makers = {path: variant_at(means, kind_of(modules[path]) or "linear", path, modules[path]) for path in targets}
     for path, make in makers.items():
         if isinstance(table := modules[path], nn.Embedding):
             values |= adapt_embedding(bare, path, table, config, make)

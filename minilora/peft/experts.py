@@ -119,4 +119,6 @@ def experts_paths(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Of an adapter's experts: where its file has each -> where PEFT's tree has it now, inside of those of other adapters."""
     adapters = adapters_of(model)
     values = adapters.named(adapter_name)
-    return {value.file_path(path): shown_path(adapters, path) for path, value in values.items() if value.on == "experts"}  # type: ignore[union-attr]
+    return {
+        value.file_path(path): shown_path(adapters, path) for path, value in values.items() if value.on == "experts"
+    }  # type: ignore[union-attr]

@@ -20,7 +20,17 @@ from minilora.many import scaling
 from minilora.peft.base import BaseTunerLayer, face_of
 from minilora.peft.parts import Field
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "ParamWrapper", "lora_layer"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoraLayer",
+    "MultiheadAttention",
+    "ParamWrapper",
+    "lora_layer",
+]
 
 
 class LoraLayer(BaseTunerLayer):

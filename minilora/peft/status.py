@@ -80,7 +80,9 @@ def _place(path: str, order: dict[str, int]) -> tuple[int, int]:
 def _of_layer(slot: Slot, adapters: Adapters, prefix: str) -> TunerLayerStatus:
     trained = {name: list(own_parameters(value)) for name, value in slot.kept.items()}
     return TunerLayerStatus(
-        name=prefix + shown_path(adapters, slot.path) + (".token_adapter" if any(map(is_rows, slot.kept.values())) else ""),
+        name=prefix
+        + shown_path(adapters, slot.path)
+        + (".token_adapter" if any(map(is_rows, slot.kept.values())) else ""),
         module_type=_type_of(slot),
         enabled=not (adapters.is_bare or slot.off),
         active_adapters=_active_here(slot, adapters),

@@ -59,7 +59,9 @@ def get_peft_model_state_dict(
     with gathered(model) as copied:
         own = laid_out(adapters_of(inner).named(adapter_name), adapter_state_dict(inner, adapter_name), True)
         if state_dict is not None:
-            shown = {f"{_PREFIX}{path}.": f"{_PREFIX}{now}." for path, now in experts_paths(inner, adapter_name).items()}
+            shown = {
+                f"{_PREFIX}{path}.": f"{_PREFIX}{now}." for path, now in experts_paths(inner, adapter_name).items()
+            }
             own = {key: _found(_shown(key, shown), adapter_name, state_dict) for key in own}
         own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
         own = {key: copied(value) for key, value in own.items()}
