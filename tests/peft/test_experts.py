@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 import minilora
 from minilora import LoraConfig
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, StateError
 from minilora.lora.slots import adapters_of
 from minilora.peft import (
     get_layer_status,
@@ -174,3 +174,23 @@ def test_what_names_alone_do_not_say_is_refused():
             config(UP), mixture(), state_dict={"model.layers.0.mlp.experts.lora_A.weight": torch.ones(1)}
         )
     assert not faced(UP).supports_lora_conversion() and faced(GATE).supports_lora_conversion()
+
+
+def test_mixed_batches_and_combinations_are_refused_by_name_where_experts_are_concerned():
+    model = faced(UP, DOWN)
+    model.add_adapter("linear", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
+    model.add_adapter("router", config(GATE, r=2))
+    for value in adapters_of(model).named("linear").values():
+        randomize(value)
+    model.eval()
+    for name, path in (("default", UP), ("router", "mlp.gate")):
+        with pytest.raises(StateError, match=rf"'{name}', model.layers.0.{path}.*set_adapter"):
+            model(input_ids=IDS, adapter_names=[name, "__base__"])
+    model.set_adapter("linear")
+    want = logits(model)
+    mixed = model(input_ids=IDS, adapter_names=["linear", "__base__"]).logits
+    torch.testing.assert_close(mixed[0], want[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[1], logits(mixture())[1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(StateError, match="add_weighted_adapter does not support"):
+        model.add_weighted_adapter(["default", "linear"], [1.0, 1.0], "sum")
+    assert list(model.peft_config) == ["default", "linear", "router"]
