@@ -58,8 +58,8 @@ def inject_adapter_in_model(
     if state_dict is not None:
         if config.target_parameters:
             raise ConfigError(
-                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: its names do not say which "
-                "weights they are of; inject without the state_dict"
+                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: its names do not say "
+                "which weights they are of; inject without the state_dict"
             )
         config = _targets_of(model, config, state_dict)
     values = build_new(model, config, adapter_name, None)

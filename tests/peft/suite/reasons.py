@@ -76,12 +76,17 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         r"the config is a \w+Config|Config: minilora has LoRA|Error: VBLORA|test_unilora|test_mixed.*_(LoHa|LoKr|AdaLora)",
     ),
     (SCOPE, "mixed models", r"mixed=True"),
-    (SCOPE, "expert parameters", r"ParamWrapper|target_parameters="),
     (
         INTERNAL,
         "`model.forward` does not take `adapter_names`; the call of the model does",
         r"unexpected keyword argument 'adapter_names'",
     ),
+    (
+        INTERNAL,
+        "factors of experts are `[experts, r, in]` and `[experts, out, r]` in the model",
+        r"test_rank_pattern_for_moe",
+    ),
+    (STRICTER, "a weight that is computed (a parametrization) is refused", r"its weight is computed"),
     (INTERNAL, "functions and classes inside PEFT's tuners", r"MissingInMinilora|test_input_embeds_warning"),
     (INTERNAL, "`LoraConfig._register_custom_module`, experimental in PEFT", r"_register_custom_module"),
     (INTERNAL, "one layer is merged or loses its adapter alone", r"changes a whole model here, not one layer"),

@@ -24,7 +24,17 @@ from reasons import INTERNAL, OPEN, OUT_OF_SCOPE, SCOPE, STRICTER, WORDS, WORKS,
 HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs" / "peft-tests.md"
 # What the first comparison of the two libraries called the core: plain LoRA on linear layers and embeddings.
-NOT_CORE = (*OUT_OF_SCOPE, "convolutions", "nn.MultiheadAttention", "aLoRA", "CorDA", "EVA", "LoRA-GA", "MiCA")
+NOT_CORE = (
+    *OUT_OF_SCOPE,
+    "target_parameters",
+    "convolutions",
+    "nn.MultiheadAttention",
+    "aLoRA",
+    "CorDA",
+    "EVA",
+    "LoRA-GA",
+    "MiCA",
+)
 KINDS = (STRICTER, WORKS, WORDS, INTERNAL, SCOPE, OPEN)
 
 
