@@ -288,11 +288,6 @@ def _low_rank(slot: Slot, name: str) -> Factors | None:
             f"adapter {name!r}, {slot.path}: the weights of a {kind} are read and not called, so they cannot differ from row "
             "to row; use set_adapter instead"
         )
-    if value.on in ("experts", "router"):
-        raise StateError(
-            f"adapter {name!r}, {slot.path}: lora.ParamWrapper does not support mixed adapter batches yet. It stands for weights of "
-            "experts and routers, which a call reads for all rows; use set_adapter instead"
-        )
     try:
         A, B = value.as_lora()
     except StateError as error:

@@ -159,13 +159,6 @@ def add_weighted_adapter(
 def _check(record: Adapters, adapters: Sequence[str], weights: Sequence[float], how: _How) -> None:
     combination, density, majority = how.combination, how.density, how.majority
     record.check(adapters)
-    for name in adapters:
-        for path, value in record.named(name).items():
-            if isinstance(value, Adapter) and value.on == "experts":
-                raise StateError(
-                    f"adapter {name!r}, {path}: add_weighted_adapter does not support targeting nn.Parameter, the weights of experts; "
-                    "activate several adapters, whose updates are added, or merge them one by one"
-                )
     if not isinstance(weights, Sequence):
         raise ConfigError(f"weights={weights!r}: wanted a list with one number for each adapter")
     if not adapters or len(adapters) != len(weights):
