@@ -1,6 +1,4 @@
-"""Products of experts equal their formula, gradients too, for every weight, dtype, routing and need; and nothing is done for experts without
-rows.
-"""
+"""Products of experts equal their formula, gradients too, for every weight, dtype, routing and need; experts without rows cost nothing."""
 
 import pytest
 import torch
@@ -307,17 +305,23 @@ def test_dropout_of_a_whole_module(kind):
         torch.manual_seed(3)
         moved = [part + shift * draw(*part.shape, seed=30, grad=False) for part in (up.A, up.B, down.A, down.B)]
         own = up._replace(A=moved[0], B=moved[1]), down._replace(A=moved[2], B=moved[3])
-        return whole_experts(x + shift * draw(*x.shape, seed=31, grad=False), weights, routes, *own, SWIGLU).double().sum()
+        return (
+            whole_experts(x + shift * draw(*x.shape, seed=31, grad=False), weights, routes, *own, SWIGLU).double().sum()
+        )
 
     torch.manual_seed(3)
     out = whole_experts(x, weights, routes, up, down, SWIGLU)
     parts = [up.A, up.B, down.A, down.B, x]
     found = torch.autograd.grad(out.sum(), parts)
     seeds = [30] * 4 + [31]
-    slope = sum((one * draw(*one.shape, seed=seed, grad=False)).double().sum() for one, seed in zip(found, seeds, strict=True))
+    slope = sum(
+        (one * draw(*one.shape, seed=seed, grad=False)).double().sum() for one, seed in zip(found, seeds, strict=True)
+    )
     with torch.no_grad():
         measured = (run(1e-2) - run(-1e-2)) / 2e-2
-        assert (whole_experts(x, weights, routes, up, down, SWIGLU) - out).abs().max() > 1e-2  # another seed, another mask
+        assert (
+            whole_experts(x, weights, routes, up, down, SWIGLU) - out
+        ).abs().max() > 1e-2  # another seed, another mask
     assert abs(slope - measured) < 2e-2 * abs(measured)
 
 
@@ -399,7 +403,10 @@ def adapted(kind, dtype=torch.float32, **fields):
     if kind != "dense":
         minilora.quantize_model(model, PACKED[kind])
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    inject(model, LoraConfig(r=R, lora_alpha=7, target_modules=[], target_parameters=targets, init_lora_weights=False, **fields))
+    inject(
+        model,
+        LoraConfig(r=R, lora_alpha=7, target_modules=[], target_parameters=targets, init_lora_weights=False, **fields),
+    )
     return model
 
 
@@ -442,7 +449,9 @@ def test_a_hook_on_a_projection_is_called(called):
     assert seen == [(14, H)] and not called
 
 
-@pytest.mark.parametrize("change", ["a gate of the object's own", "a hook on the activation", "another parameter", "a base that trains"])
+@pytest.mark.parametrize(
+    "change", ["a gate of the object's own", "a hook on the activation", "another parameter", "a base that trains"]
+)
 def test_what_is_not_the_plain_module_goes_its_own_way(change, called):
     model = adapted("dense")
     if change == "a gate of the object's own":

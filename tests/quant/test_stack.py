@@ -10,7 +10,13 @@ from minilora.quant.config import QuantConfig
 from minilora.quant.stack import empty_stack, quantize_stack
 
 FORMATS = ["nf4", "fp4", "nf2", "nf3", "int8"]
-SHAPES = {"whole": (5, 24, 64), "ragged": (5, 21, 33), "odd": (3, 7, 5), "shorter than a block": (4, 3, 3), "one": (1, 8, 96)}
+SHAPES = {
+    "whole": (5, 24, 64),
+    "ragged": (5, 21, 33),
+    "odd": (3, 7, 5),
+    "shorter than a block": (4, 3, 3),
+    "one": (1, 8, 96),
+}
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 

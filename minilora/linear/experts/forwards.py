@@ -62,13 +62,17 @@ def _plainly(experts: Any, gated: bool, x: Tensor) -> tuple[Projection, Projecti
         return None
     if not gated:
         return up, down, Gate(act)
-    usual = getattr(type(experts)._apply_gate, "__name__", "") == "_default_apply_gate" and "_apply_gate" not in vars(experts)
+    usual = getattr(type(experts)._apply_gate, "__name__", "") == "_default_apply_gate" and "_apply_gate" not in vars(
+        experts
+    )
     return up, down, Gate(experts._apply_gate, usual and type(act).__name__ in ("SiLU", "SiLUActivation"))
 
 
 def _projection_of(layer: Any) -> Projection | None:
     """What a layer multiplies with, if calling it is nothing else."""
-    found: Projection | None = layer.as_projection() if hasattr(layer, "as_projection") and calls_only_forward(layer) else None
+    found: Projection | None = (
+        layer.as_projection() if hasattr(layer, "as_projection") and calls_only_forward(layer) else None
+    )
     return found
 
 

@@ -83,7 +83,9 @@ class _Grouped(torch.autograd.Function):
     """``h`` is ``[S, r]``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor | None, B: Tensor | None, weight: Stack, routes: Routes, factors: Factors) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor | None, B: Tensor | None, weight: Stack, routes: Routes, factors: Factors
+    ) -> Tensor:
         need_x, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.routes, ctx.factors = routes, factors
         out, h = _forward(x, A, B, weight, routes, factors)
@@ -107,7 +109,9 @@ class _Grouped(torch.autograd.Function):
             grad_x = grad.new_empty(len(grad), ctx.shape[2]) if need_x else None
             values = None if x is None else x[rows].to(dtype)
             part = None if grad_x is None else grad_x[rows]
-            backward_rows(of, spans, grad[rows].to(dtype), values, 0, None if h is None else h[rows], grad_A, grad_B, part)
+            backward_rows(
+                of, spans, grad[rows].to(dtype), values, 0, None if h is None else h[rows], grad_A, grad_B, part
+            )
             if grad_x is not None:
                 grad_x[rows.stop :] = 0
         grad_A, grad_B = (None if each is None else each.to(like.dtype) for each, like in ((grad_A, A), (grad_B, B)))

@@ -20,7 +20,17 @@ from minilora.linear.fused import Weight, keep_masks, new_seed, parts_dropped
 from minilora.linear.ops import buffer, matmul
 from minilora.quant.stack import QuantizedStack
 
-__all__ = ["Factors", "Matrices", "Span", "Stack", "backward_rows", "forward_rows", "one_expert", "rebuilt", "tensors_of"]
+__all__ = [
+    "Factors",
+    "Matrices",
+    "Span",
+    "Stack",
+    "backward_rows",
+    "forward_rows",
+    "one_expert",
+    "rebuilt",
+    "tensors_of",
+]
 
 Stack = Tensor | QuantizedStack
 _PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
@@ -115,7 +125,7 @@ def forward_rows(of: Matrices, spans: Sequence[Span], x: Tensor, first: int, h: 
 
 
 def backward_rows(of: Matrices, spans: Sequence[Span], g: Tensor, x: Tensor | None, first: int, h: Tensor | None,
-                  grad_A: Sequence[Tensor] | None, grad_B: Sequence[Tensor] | None, out: Tensor | None) -> None:  # fmt: skip
+                  grad_A: Tensor | None, grad_B: Tensor | None, out: Tensor | None) -> None:  # fmt: skip
     """Of a chunk ``g [m, out]`` in the products' dtype: what is not None of ``out [m, in]``, and the gradients of the factors of its
     experts, ``grad_A[e] [r, in]`` and ``grad_B[e] [out, r]``, which are added to what is there for an expert that had rows before.
     """
@@ -142,7 +152,7 @@ def backward_rows(of: Matrices, spans: Sequence[Span], g: Tensor, x: Tensor | No
     out += _dropped(through, of.factors, first)
 
 
-def _outer(left: Sequence[Tensor], right: Sequence[Tensor], spans: Sequence[Span], grads: Sequence[Tensor]) -> None:
+def _outer(left: Sequence[Tensor], right: Sequence[Tensor], spans: Sequence[Span], grads: Tensor) -> None:
     """``left[i] right[i]`` into the gradient of each expert's factor, or added to it."""
     for one, other, span in zip(left, right, spans, strict=True):
         if span.again:

@@ -15,13 +15,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.linear.experts.grouped import factor_gradient, lora_experts
 from minilora.linear.experts.routes import Routes
-from minilora.linear.experts.rows import Factors, Matrices, Span, Stack, backward_rows, forward_rows, rebuilt, tensors_of
+from minilora.linear.experts.rows import (
+    Factors,
+    Matrices,
+    Span,
+    Stack,
+    backward_rows,
+    forward_rows,
+    tensors_of,
+)
 from minilora.linear.fused import as_written
 from minilora.linear.ops import buffer, flowing_dtype, product_dtype
 from minilora.quant.stack import QuantizedStack
@@ -114,7 +121,7 @@ class _Plan(NamedTuple):
         up, down = self.up.weight, self.down.weight
         packed = isinstance(up, QuantizedStack) or isinstance(down, QuantizedStack)
         step = max(_ROWS, _ROOM // max(*up.shape[1:], *down.shape[1:])) * (2 if packed else 1)  # and decodes them
-        start, spans = 0, []
+        start, spans = 0, list[Span]()
         for expert, first, last in self.routes.spans:
             for at in range(first, last, step):
                 end = min(at + step, last)
@@ -149,7 +156,9 @@ class _Whole(torch.autograd.Function):
             return *_backward(grad, x, weights, y, h_up, h_down, ctx.plan, ctx.needs_input_grad), None
 
 
-def _forward(x: Tensor, weights: Tensor, plan: _Plan, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _forward(
+    x: Tensor, weights: Tensor, plan: _Plan, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The sum ``[T, H]``; and where they are kept what goes into the gate ``[S, 2I]``, and both ``h [S, r]``."""
     dtype, routes = product_dtype(x.dtype, x.device), plan.routes
     with as_written(x):
@@ -191,7 +200,9 @@ def _backward(grad: Tensor, x: Tensor, weights: Tensor, y: Tensor, h_up: Tensor 
         gated = plan.gate.forward(before).to(dtype)
         # Not g but what it meets is weighted, so that the weights' own gradient can be read off.
         h = None if h_down is None or grads[3] is None else h_down[rows] * share
-        values = torch.mul(gated, share, out=buffer("met", gated.shape, x.device, dtype)) if grads[2] is not None else None
+        values = (
+            torch.mul(gated, share, out=buffer("met", gated.shape, x.device, dtype)) if grads[2] is not None else None
+        )
         back = buffer("back", gated.shape, x.device, dtype) if deeper or need_weights else None
         backward_rows(down, spans, g, values, rows.start, h, grads[2], grads[3], back)
         if back is None:
@@ -203,7 +214,9 @@ def _backward(grad: Tensor, x: Tensor, weights: Tensor, y: Tensor, h_up: Tensor 
             g = plan.gate.backward(back.mul_(share).to(x.dtype), before).to(dtype)
             values = _taken("x", x, own).to(dtype) if grads[0] is not None else None
             part = None if grad_x is None else buffer("each", (len(own), up.in_features), x.device, dtype)
-            backward_rows(up, spans, g, values, rows.start, None if h_up is None else h_up[rows], grads[0], grads[1], part)
+            backward_rows(
+                up, spans, g, values, rows.start, None if h_up is None else h_up[rows], grads[0], grads[1], part
+            )
             if grad_x is not None and part is not None:
                 grad_x.index_add_(0, own, part.to(grad.dtype))
     grads = [None if each is None else each.to(like.dtype) for each, like in zip(grads, factors, strict=True)]  # type: ignore[union-attr]
