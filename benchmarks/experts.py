@@ -2,8 +2,8 @@
 
     python benchmarks/experts.py [--rounds N] [--cells 8,2,256,128 64,8,256,1024] [--out FILE]
 
-A step is forward and backward of one experts module of Qwen3-MoE, one thread, fp32: the gradients of the tokens, of the router's weights and
-of the factors (r = 16, both projections). "frozen" is the module alone, as transformers computes it by default, with the gradient of
+A step is forward and backward of one experts module of Qwen3-MoE, one thread, fp32: the gradients of the tokens, of the router's weights
+and of the factors (r = 16, both projections). "frozen" is the module alone, as transformers computes it by default, with the gradient of
 its inputs; "packed" is minilora's adapter on experts in NF4 with double quantization. All take turns in one process; before that,
 minilora and PEFT have loaded one adapter file and shown the same outputs. Time is the processor's, the median of the rounds. Memory is what
 a process of its own per side holds that no file stands behind: the layer, and what a step adds at its peak. Writes ``results/experts.csv``.

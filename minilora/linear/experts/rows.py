@@ -104,8 +104,11 @@ def one_expert(weight: Stack, expert: int) -> Weight:
 
 def _each(stack: Tensor, experts: Sequence[int], dtype: torch.dtype | None = None) -> dict[int, Tensor]:
     """The matrices of these experts. All of a stack at once are made faster than one by one, unless few are wanted."""
-    own: Any = stack if 2 * len(experts) < len(stack) else stack.to(dtype or stack.dtype).unbind()
-    return {expert: own[expert].to(dtype or stack.dtype) for expert in experts}
+    wanted = stack.dtype if dtype is None else dtype
+    if 2 * len(experts) < len(stack):
+        return {expert: stack[expert].to(wanted) for expert in experts}
+    own = stack.to(wanted).unbind()
+    return {expert: own[expert] for expert in experts}
 
 
 def forward_rows(of: Matrices, spans: Sequence[Span], x: Tensor, first: int, h: Tensor | None, out: Tensor) -> None:
