@@ -5,8 +5,8 @@
 A step is forward and backward of one experts module of Qwen3-MoE, one thread, fp32: the gradients of the tokens, of the router's weights
 and of the factors (r = 16, both projections). "frozen" is the module alone, as transformers computes it by default, with the gradient of
 its inputs; "packed" is minilora's adapter on experts in NF4 with double quantization. All take turns in one process; before that,
-minilora and PEFT have loaded one adapter file and shown the same outputs. Time is the processor's, the median of the rounds. Memory is what
-a process of its own per side holds that no file stands behind: the layer, and what a step adds at its peak. Writes ``results/experts.csv``.
+minilora and PEFT have loaded one adapter file and shown the same outputs. Time is the processor's, the median of the rounds. Memory is the
+layer's tensors, and what a step adds at its peak to a process of its own per side. Writes ``results/experts.csv``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def memory(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             for side, sizes in found.items():
                 made |= {f"{side} {what} MB": f"{size / 1e6:.4g}" for what, size in sizes.items()}
             made["memory ours / peer"] = f"{found['ours']['step'] / found['peer']['step']:.3f}"
-            whole = {side: found[side]["held"] + found[side]["step"] for side in found}
+            whole = {side: found[side]["layer"] + found[side]["step"] for side in found}
             rows.append(made | {"memory packed / frozen": f"{whole['packed'] / whole['frozen']:.3f}"})
     return rows
 
@@ -80,11 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     cells = [Cell(*map(int, cell.split(","))) for cell in options.cells] if options.cells else CELLS
-    rows = []
+    rows, marks = [], stamp("peft", "transformers")
     for cell, sizes in zip(cells, memory(cells), strict=True):
         rows.append(row(cell, options.rounds) | sizes)
         print(rows[-1], flush=True)
-    write_csv(options.out, rows, stamp("peft", "transformers"))
+        write_csv(options.out, rows, marks)
 
 
 if __name__ == "__main__":

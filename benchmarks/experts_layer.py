@@ -126,14 +126,14 @@ def memory(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         cell = Cell(*request)
         with tempfile.TemporaryDirectory(prefix="minilora-bench-") as folder:
             write_adapter(cell, folder)
-            empty = anonymous_bytes()
             step = Step(side, cell, folder)
+        layer = sum(tensor.nbytes for tensor in (*step.layer.parameters(), *step.layer.buffers()))
         step.step()
         step.gradients = step.trained = []
         release_scratch()
         held = anonymous_bytes()
         reset_peak()
         step.step()
-        return {"held": held - empty, "step": peak_anonymous_bytes() - held}
+        return {"layer": layer, "step": peak_anonymous_bytes() - held}
 
     return answer
