@@ -1,6 +1,6 @@
 """A small mixture of experts from nothing to a merged adapter: does each step do what it says, and how far does each expert move?
 
-    python benchmarks/experts_run.py [--seconds 60] [--steps 80] [--out FILE]
+    python benchmarks/experts_run.py [--seconds 60] [--steps 80] [--out FILE] [--figure docs]
 
 A Qwen3-MoE of 1.3 million weights (two layers, 32 experts, two for a token, a token a byte) learns Python's prose, is packed to NF4 with double
 quantization, and learns Python's source through LoRA on every linear layer, experts and router included. Then the adapter is loaded on
@@ -108,13 +108,22 @@ def experts_moved(model: nn.Module, counts: dict[str, Tensor]) -> list[dict[str,
     for path, layer in model.named_modules():
         if ".experts." in path and hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight"):
             mixture_path, _, projection = path.rpartition("model.")[2].partition(".experts.")
-            norms.setdefault(mixture_path, {})[projection] = layer.get_delta_weight("default").detach().flatten(1).norm(dim=1)
+            norms.setdefault(mixture_path, {})[projection] = (
+                layer.get_delta_weight("default").detach().flatten(1).norm(dim=1)
+            )
     for name, tokens in counts.items():
         for expert, seen in enumerate(tokens.tolist()):
             moved = {key: float(values[expert]) for key, values in norms[name].items()}
             if any((value > 0) != (seen > 0) for value in moved.values()):
                 raise RuntimeError(f"{name}, expert {expert}: {seen} tokens and updates of {moved}")
-            rows.append({"mixture": name, "expert": expert, "tokens": seen, **{key: f"{value:.4g}" for key, value in moved.items()}})
+            rows.append(
+                {
+                    "mixture": name,
+                    "expert": expert,
+                    "tokens": seen,
+                    **{key: f"{value:.4g}" for key, value in moved.items()},
+                }
+            )
     return rows
 
 
@@ -132,7 +141,10 @@ def job(base: Any, steps: int, lr: float = 3e-3) -> tuple[list[dict[str, Any]], 
     learnt, held_out = code(), code(held_out=True)
     base = base.eval().requires_grad_(False)
     packed = minilora.quantize_model(copy.deepcopy(base), QuantConfig("nf4", double_quant=True))
-    rows = [{"what": "dense, before", "loss": loss_of(base, held_out)}, {"what": "packed, before", "loss": loss_of(packed, held_out)}]
+    rows = [
+        {"what": "dense, before", "loss": loss_of(base, held_out)},
+        {"what": "packed, before", "loss": loss_of(packed, held_out)},
+    ]
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         model = minilora.get_peft_model(packed, LORA)
@@ -164,16 +176,48 @@ def job(base: Any, steps: int, lr: float = 3e-3) -> tuple[list[dict[str, Any]], 
     return rows, experts
 
 
+def figure(rows: list[dict[str, Any]]) -> Any:
+    """How far each expert moved over the tokens that it saw, a point an expert and projection."""
+    from minilora.report.canvas import add_line, canvas, finish
+    from minilora.report.svg import SERIES
+
+    with canvas(6.4, 3.2) as (drawn, axes):
+        for place, (key, name) in enumerate((("gate_up_proj", "gate and up"), ("down_proj", "down"))):
+            points = sorted((row["tokens"] + 1.0, float(row[key])) for row in rows)
+            add_line(axes, name, points, SERIES[place], linestyle="none")
+        finish(drawn, axes, "tokens of the expert during the fine-tuning, plus one", "norm of the update of an expert")
+        most = max(row["tokens"] for row in rows) + 1
+        ticks = [10**power for power in range(len(str(most)))]
+        axes.set_xscale("log")
+        axes.set_xlim(0.8, 1.2 * most)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+    return drawn
+
+
+def write_figure(rows: list[dict[str, Any]], folder: Path) -> None:
+    """``experts-moved.svg`` for light pages and ``experts-moved-dark.svg`` for dark ones."""
+    from minilora.report.svg import svg_file
+
+    words = "The norm of each expert's update over the tokens it saw: 0 where it saw none, and rising with the tokens elsewhere"
+    for dark in (False, True):
+        place = folder / f"experts-moved{'-dark' * dark}.svg"
+        place.write_text(svg_file(figure(rows), words, dark), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the base learns")
     parser.add_argument("--steps", type=int, default=80, help="of the fine-tuning")
     parser.add_argument("--out", type=Path, default=RESULTS / "experts_run.csv")
+    parser.add_argument("--figure", type=Path, help="folder for a figure of the experts")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     base = mixture()
     losses = train(base, docs(), 4e-3, seconds=options.seconds)
-    print(f"{base.num_parameters():,} weights, {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+    print(
+        f"{base.num_parameters():,} weights, {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True
+    )
     rows, experts = job(base, options.steps)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
@@ -182,6 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     marks = stamp("peft", "transformers")
     write_csv(options.out, [{**row, "base steps": len(losses)} for row in rows], marks)
     write_csv(options.out.with_name(f"{options.out.stem}_experts.csv"), experts, marks)
+    if options.figure is not None:
+        write_figure(experts, options.figure)
 
 
 if __name__ == "__main__":
