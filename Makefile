@@ -71,6 +71,8 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again ever
 	$(BIN)/python benchmarks/job.py --sets long-tailed --repeats 1 --trl-packing --out benchmarks/results/job_packed.csv
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/experts.py --rounds 3
+	$(BIN)/python benchmarks/experts_run.py --figure docs
 	$(BIN)/python benchmarks/sweep.py --rounds 2 --steps 4
 	$(BIN)/python benchmarks/sweep_workers.py
 	$(BIN)/python docs/tables.py

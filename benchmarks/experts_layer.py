@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import minilora
 from minilora import QuantConfig
 from minilora.measure.worker import anonymous_bytes, peak_anonymous_bytes, reset_peak
+from minilora.quant.lookup import release_scratch
 
 R, ALPHA = 16, 24
 SIDES = ("ours", "peer", "frozen", "packed")
@@ -98,11 +99,8 @@ class Step:
         self.layer = layer_of(side, cell, folder)
         draw = torch.Generator().manual_seed(2)
         self.x = torch.randn(cell.tokens, cell.hidden, generator=draw).requires_grad_()
-        scores = torch.randn(cell.tokens, cell.experts, generator=draw).softmax(-1).topk(cell.choices)
-        self.index, self.weights = (
-            scores.indices,
-            (scores.values / scores.values.sum(-1, keepdim=True)).requires_grad_(),
-        )
+        chosen, self.index = torch.randn(cell.tokens, cell.experts, generator=draw).softmax(-1).topk(cell.choices)
+        self.weights = (chosen / chosen.sum(-1, keepdim=True)).requires_grad_()
         self.cotangent = torch.randn(cell.tokens, cell.hidden, generator=draw)
 
     def step(self) -> Tensor:
@@ -115,16 +113,12 @@ class Step:
         return out.detach()
 
     def found(self) -> list[Tensor]:
-        """Output and gradients; those of the factors in the layout of a file, so that two libraries can be compared."""
-        found = [self.step(), *(part for part in self.gradients[:2] if part is not None)]
-        for part in self.gradients[2:]:
-            assert part is not None
-            found.append(part)
-        return found
+        """The output, then all gradients."""
+        return [self.step(), *(part for part in self.gradients if part is not None)]
 
 
 def memory(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
-    """For a worker: what a step adds to this process at its peak, and what the layer itself holds, in bytes."""
+    """For a worker: what the layer itself holds, and what a step adds to this process at its peak, its buffers included; in bytes."""
     torch.set_num_threads(1)
     side = settings["side"]
 
@@ -132,13 +126,14 @@ def memory(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         cell = Cell(*request)
         with tempfile.TemporaryDirectory(prefix="minilora-bench-") as folder:
             write_adapter(cell, folder)
-            empty = anonymous_bytes()
             step = Step(side, cell, folder)
+        layer = sum(tensor.nbytes for tensor in (*step.layer.parameters(), *step.layer.buffers()))
         step.step()
-        step.gradients = []
+        step.gradients = step.trained = []
+        release_scratch()
         held = anonymous_bytes()
         reset_peak()
         step.step()
-        return {"held": held - empty, "step": peak_anonymous_bytes() - held}
+        return {"layer": layer, "step": peak_anonymous_bytes() - held}
 
     return answer

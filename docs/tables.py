@@ -269,6 +269,43 @@ def views() -> str:
     return markdown(["", "time", "against without the names", "least and most"], rows)
 
 
+def experts() -> str:
+    """A step of one experts module beside PEFT's and beside the module alone: time, and memory."""
+    rows = []
+    for row in read("experts"):
+        size = [
+            f"{row['experts']}, {row['choices']}",
+            f"{int(row['hidden']):,}",
+            row["inner"],
+            f"{int(row['tokens']):,}",
+        ]
+        times = [f"{three_digits(float(row[f'{side} ms']))} ms" for side in EXPERT_SIDES]
+        shares = [row["peer / ours"], row["ours / frozen"], row["packed / frozen"]]
+        rows.append([*size, *times, *shares, row["memory ours / peer"], row["memory packed / frozen"]])
+    heads = [
+        "E, k",
+        "H",
+        "I",
+        "tokens",
+        "minilora",
+        "PEFT",
+        "frozen",
+        "NF4 + LoRA",
+        "PEFT / minilora",
+        "minilora / frozen",
+    ]
+    return markdown([*heads, "NF4 / frozen", "peak of a step, minilora / PEFT", "layer and peak, NF4 / frozen"], rows)
+
+
+EXPERT_SIDES = ("ours", "peer", "frozen", "packed")
+
+
+def experts_run() -> str:
+    """Losses of a small mixture before and after, packed, loaded and merged."""
+    rows = [[row["what"], row["loss"], row["logits differ from PEFT's by"]] for row in read("experts_run")]
+    return markdown(["", "held-out loss (nats per byte)", "logits differ from PEFT's by"], rows)
+
+
 def job(file: str) -> str:
     """A whole fine-tuning in minilora and in TRL: medians with the least and the most, and minilora's share of TRL's."""
     rows, lines = [], read(file)
@@ -296,6 +333,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu, two threads": lambda: speed("cpu_2_threads"),
     "cpu, without bf16": lambda: speed("cpu_no_bf16"),
     "cost": cost,
+    "experts": experts,
+    "experts, a run": experts_run,
     "formats": formats,
     "loading": loading,
     "store": store,

@@ -73,3 +73,23 @@ def test_both_ways_of_a_heads_loss_are_measured_and_agree(benchmark):
 def test_the_long_tailed_set_is_the_one_that_is_described(benchmark):
     lengths = [len(example.input_ids) for example in benchmark("packing")["long_tailed"](list(range(50)))]
     assert len(lengths) == 64 and round(sum(lengths) / 64) == 119 and max(lengths) == 512 and min(lengths) >= 16
+
+
+def test_a_step_of_experts_is_the_same_in_both_libraries(benchmark, monkeypatch):
+    pytest.importorskip("peft")
+    found = benchmark("experts")
+    row = found["row"](found["Cell"](4, 2, 32, 12), 1)
+    assert row["inner"] == 64 and float(row["differ by"]) < 1e-5
+    assert all(float(row[f"{side} ms"]) > 0 for side in ("ours", "peer", "frozen", "packed"))
+
+
+def test_the_run_of_a_small_mixture_checks_itself(benchmark):
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    found = benchmark("experts_run")
+    rows, experts = found["job"](found["mixture"](num_hidden_layers=1, moe_intermediate_size=32), 3)
+    assert float(rows[2]["loss"]) < float(rows[1]["loss"]) and len(experts) == 32
+    assert all(
+        (row["tokens"] > 0) == (float(row["gate_up_proj"]) > 0) == (float(row["down_proj"]) > 0) for row in experts
+    )
+    assert sum(row["tokens"] for row in experts) == 3 * 8 * 128 * 2

@@ -1,6 +1,4 @@
-"""Products of experts equal their formula, gradients too, for every weight, dtype, routing and need; and nothing is done for experts without
-rows.
-"""
+"""Products of experts equal their formula, gradients too, for every weight, dtype, routing and need; experts without rows cost nothing."""
 
 import pytest
 import torch

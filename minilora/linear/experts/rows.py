@@ -115,8 +115,11 @@ def one_expert(weight: Stack, expert: int) -> Weight:
 
 def _each(stack: Tensor, experts: Sequence[int], dtype: torch.dtype | None = None) -> dict[int, Tensor]:
     """The matrices of these experts. All of a stack at once are made faster than one by one, unless few are wanted."""
-    own: Any = stack if 2 * len(experts) < len(stack) else stack.to(dtype or stack.dtype).unbind()
-    return {expert: own[expert].to(dtype or stack.dtype) for expert in experts}
+    wanted = stack.dtype if dtype is None else dtype
+    if 2 * len(experts) < len(stack):
+        return {expert: stack[expert].to(wanted) for expert in experts}
+    own = stack.to(wanted).unbind()
+    return {expert: own[expert] for expert in experts}
 
 
 def forward_rows(of: Matrices, spans: Sequence[Span], x: Tensor, first: int, h: Tensor | None, out: Tensor) -> None:
@@ -136,7 +139,7 @@ def forward_rows(of: Matrices, spans: Sequence[Span], x: Tensor, first: int, h: 
 
 
 def backward_rows(of: Matrices, spans: Sequence[Span], g: Tensor, x: Tensor | None, first: int, h: Tensor | None,
-                  grad_A: Sequence[Tensor] | None, grad_B: Sequence[Tensor] | None, out: Tensor | None) -> None:  # fmt: skip
+                  grad_A: Tensor | None, grad_B: Tensor | None, out: Tensor | None) -> None:  # fmt: skip
     """Of a chunk ``g [m, out]`` in the products' dtype: what is not None of ``out [m, in]``, and the gradients of the factors of its
     experts, ``grad_A[e] [r, in]`` and ``grad_B[e] [out, r]``, which are added to what is there for an expert that had rows before.
     """
@@ -163,7 +166,7 @@ def backward_rows(of: Matrices, spans: Sequence[Span], g: Tensor, x: Tensor | No
     out += _dropped(through, of.factors, first)
 
 
-def _outer(left: Sequence[Tensor], right: Sequence[Tensor], spans: Sequence[Span], grads: Sequence[Tensor]) -> None:
+def _outer(left: Sequence[Tensor], right: Sequence[Tensor], spans: Sequence[Span], grads: Tensor) -> None:
     """``left[i] right[i]`` into the gradient of each expert's factor, or added to it."""
     for one, other, span in zip(left, right, spans, strict=True):
         if span.again:

@@ -121,7 +121,7 @@ class _Plan(NamedTuple):
         up, down = self.up.weight, self.down.weight
         packed = isinstance(up, QuantizedStack) or isinstance(down, QuantizedStack)
         step = max(_ROWS, _ROOM // max(*up.shape[1:], *down.shape[1:])) * (2 if packed else 1)  # and decodes them
-        start, spans = 0, []
+        start, spans = 0, list[Span]()
         for expert, first, last in self.routes.spans:
             for at in range(first, last, step):
                 end = min(at + step, last)
