@@ -73,6 +73,12 @@ def refuse_not_a_weight(path: str, layer: nn.Module) -> None:
             f"{path}: its weight is computed (a parametrization, weight norm or pruning), so an adapter would not last; make it a plain "
             "parameter first, such as with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    if is_router(layer) and not stored_weight(layer).is_floating_point():
+        kind = str(stored_weight(layer).dtype).removeprefix("torch.")
+        raise TargetError(
+            f"{path}: the weight of a router is {kind}, packed, and an update cannot be added to it; give the dense model, or leave it out "
+            "(exclude_modules)"
+        )
     if more := _more_of(layer):
         raise TargetError(
             f"{path}: {type(layer).__name__} holds {more[0]!r} beside its weight and bias, which would be lost to the model; leave it out "

@@ -232,12 +232,12 @@ def build(model_type: str, seed: int = 0, more: dict | None = None):
 def drawn(model, seed: int = 0):
     """The model with every number drawn at random."""
     generator = torch.Generator().manual_seed(seed)
+    many = {id(p) for module in model.modules() if "Experts" in type(module).__name__ for p in module.parameters(False)}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             elif parameter.is_floating_point():
-                parameter.copy_(
-                    torch.randn(parameter.shape, generator=generator) / max(1, parameter[:1].numel()) ** 0.5
-                )
+                inputs = parameter.shape[-1] if id(parameter) in many else parameter[:1].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, inputs) ** 0.5)
     return model
