@@ -75,7 +75,7 @@ def _layers(layers: Mapping[str, Any]) -> str:
     rest = (
         f"; not {', '.join(layers['without'][:4])}{' ...' * (len(layers['without']) > 4)}" if layers["without"] else ""
     )
-    return f"{layers['covered']} of {layers['of']} linear layers and convolutions{rest}"
+    return f"{layers['covered']} of {layers['of']} linear weights, experts included{rest}"
 
 
 def _each(counts: Mapping[str, int]) -> str:

@@ -98,6 +98,8 @@ def _covered(stored: Stored, layers: list[Layer]) -> dict[str, Any]:
     """How many layers have an adapter, of how many, and which kinds have none; the latter where the base is on this disk."""
     paths = {layer.path for layer in layers}
     every = linear_layers(stored.config.base_model_name_or_path)
+    if every is not None:  # PEFT names the weight of a linear layer too
+        paths = {path if path in set(every) else path.removesuffix(".weight") for path in paths}
     if every is None or not paths & set(every):
         return {"covered": len(paths), "of": None, "without": []}
     rest = [path for path in every if path not in paths]

@@ -131,7 +131,7 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
     if is_convolution(layer):
         return layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
     if hasattr(layer, "in_features"):
-        return known.in_features, known.out_features
+        return int(known.in_features), int(known.out_features)  # some models write a tensor of one number there
     if is_conv1d(layer):
         return known.weight.shape[0], known.weight.shape[1]
     if is_router(layer):

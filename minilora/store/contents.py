@@ -6,14 +6,17 @@ only. Next file: ``store/export.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minilora.linear.experts.known import declared
 from minilora.lora.adapter import Adapter, variant, variants_on
 from minilora.lora.layer import LoRALinear
+from minilora.lora.targets import ends_with
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.store.adapter_files import PREFIX, Stored
 
@@ -50,7 +53,24 @@ def layers_in(stored: Stored) -> list[Layer]:
     for key, tensor in stored.tensors.items():
         if (found := _split(key)) is not None:
             parts.setdefault(found[0], {})[found[1]] = tensor
-    return [_layer(stored, path, own) for path, own in parts.items()]
+    names = _named_parameters(stored, parts)
+    return [
+        _experts(stored, names[path], own) if path in names else _layer(stored, path.replace(_INNER, ""), own)
+        for path, own in parts.items()
+    ]
+
+
+def _named_parameters(stored: Stored, paths: Iterable[str]) -> dict[str, str]:
+    """What the parameters that ``target_parameters`` names are called in the model: those of one module lie in each other in a file, the
+    first that the module declares innermost.
+    """
+    wanted = [name.rpartition(".")[::2] for name in stored.config.target_parameters or ()]
+    found, owners = {}, {path.replace(_INNER, "") for path in paths}
+    for owner in owners:
+        held = {name for place, name in wanted if not place or ends_with(owner, place)}
+        for depth, name in enumerate(reversed(declared(held))):
+            found[owner + _INNER * depth] = f"{owner}.{name}"
+    return found
 
 
 def others_in(stored: Stored) -> dict[str, int]:
@@ -74,11 +94,11 @@ def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """``(path of the layer, what its variant calls the tensor)``; None for what is no part of a low-rank update."""
+    """``(path of the layer in the file, what its variant calls the tensor)``; None for what is no part of a low-rank update."""
     name = key.removeprefix(PREFIX)
     for ending in _endings():
         if name.endswith(f".{ending}"):
-            return name.removesuffix(f".{ending}").replace(_INNER, ""), ending
+            return name.removesuffix(f".{ending}"), ending
     return None
 
 
@@ -105,6 +125,22 @@ def _layer(stored: Stored, path: str, own: Mapping[str, Tensor]) -> Layer:
     elif "lora_magnitude_vector" not in own and by_factors(kind):
         norm = update_norm(A, B, scaling)
     return Layer(path, len(A), scaling, norm, norm == 0 or not B.any())
+
+
+def _experts(stored: Stored, path: str, own: Mapping[str, Tensor]) -> Layer:
+    """As ``_layer``, of a parameter that may hold many experts: each has ``r`` rows of A, and every E-th column of B."""
+    r, A, B = stored.config.for_module(path)[0], own.get("lora_A.weight"), own.get("lora_B.weight")
+    if A is None or B is None or len(A) == r or len(A) % r or B.shape[1] != len(A):
+        return _layer(stored, path, own)
+    E = len(A) // r
+    each = [
+        _layer(stored, path, {**{name: tensor[e] for name, tensor in own.items() if len(tensor) == E},
+                              "lora_A.weight": A[e * r : (e + 1) * r], "lora_B.weight": B[:, e::E]})
+        for e in range(E)
+    ]  # fmt: skip
+    norms = [layer.norm for layer in each if layer.norm is not None]
+    norm = math.sqrt(sum(norm**2 for norm in norms)) if len(norms) == E else None
+    return Layer(path, r, each[0].scaling, norm, all(layer.untrained for layer in each))
 
 
 def by_factors(kind: type[Adapter]) -> bool:

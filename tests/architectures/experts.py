@@ -5,7 +5,6 @@ matrices of experts without it. A class is examined in the whole model where tha
 """
 
 import importlib
-import inspect
 import re
 import warnings
 from pathlib import Path
@@ -200,20 +199,35 @@ def three_dimensional() -> dict[str, str]:
     return found
 
 
-def marks(module: nn.Module) -> str:
-    """How a class of experts differs from the usual one, in words."""
-    own = vars(module)
-    said = []
-    if own.get("is_transposed"):
-        said.append("weights `[E, in, out]`")
-    if own.get("is_concatenated") is False:
-        said.append("gate and up interleaved")
-    if own.get("has_bias"):
-        said.append("biases")
-    if own.get("has_gate") is False:
-        said.append("no gate")
-    if own.get("has_post_expert_norm"):
-        said.append("a norm behind each expert")
-    if "_apply_gate" in vars(type(module)) and "_default_apply_gate" not in str(inspect.unwrap(type(module)._apply_gate)):
-        said.append("a gate of its own")
-    return ", ".join(said)
+_MARKS = {
+    "is_transposed=True": "weights `[E, in, out]`",
+    "is_concatenated=False": "gate and up interleaved",
+    "has_bias=True": "biases",
+    "has_gate=False": "no gate",
+    "has_post_expert_norm=True": "a norm behind each expert",
+}
+_OWN = {
+    "DbrxExperts": "one matrix for all experts, `[E * I, H]`, three of them",
+    "InklingSharedExperts": "every token goes through all of them; gate and up apart",
+    "JetMoeParallelExperts": "one projection, of rows that are sorted already",
+    "Llama4TextExperts": "weights `[E, in, out]`; the scores come before the experts",
+    "LongcatFlashExperts": "some experts return the token itself; up and down count otherwise",
+    "Step3p7Experts": "a gate of its own",
+}
+
+
+def about() -> dict[str, str]:
+    """Class to how it differs from the usual one, in words, read in the source."""
+    found = dict(_OWN)
+    for _, text in sources():
+        for part in re.split(r"^(?=@use_experts_implementation)", text, flags=re.M)[1:]:
+            head, _, body = part.partition("class ")
+            name, own = re.match(r"\w+", body)[0], re.split(r"\n(?=\S)", body)[0]
+            said = [words for mark, words in _MARKS.items() if mark in head]
+            found[name] = ", ".join(said + ["a gate of its own"] * ("def _apply_gate" in own))
+    return found
+
+
+def model_type(name: str) -> str:
+    """The model type in which a class is found: that of the tiny model, or of its file."""
+    return MODELS[name][0] if name in MODELS else ALONE[name][0]

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from tests.architectures import checks, tiny  # noqa: E402
+from tests.architectures import checks, experts, tiny  # noqa: E402
 from tests.architectures.checks import CHECKS, Outcome  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -116,8 +116,8 @@ def page(built: dict[str, str], missing: dict[str, str]) -> str:
         "<!-- written by `python tests/architectures/table.py`; do not edit -->",
         "",
         f"transformers {transformers.__version__} lists {len(built) + len(missing)} model types that have a model. {len(built)} of them "
-        "are built here, tiny and from random numbers, and LoRA on all their linear layers (`all-linear`: not the output head, nor fused "
-        "experts, which are bare parameters) is asked eight questions. "
+        "are built here, tiny and from random numbers, and LoRA on all their linear layers (`all-linear`: experts among them, "
+        "and not the output head and the routers) is asked eight questions. "
         f"{whole} are right in all eight, and {silent} answers are silently wrong: what minilora does not do, it refuses by name.",
         "",
         "| question | " + " | ".join(KINDS.values()) + " |",
@@ -133,7 +133,8 @@ def page(built: dict[str, str], missing: dict[str, str]) -> str:
         "then held to the law alone. Which numbers count as equal stands in `tests/architectures/checks.py`.",
         "",
         "The third column says how many of the weights that a model multiplies with have an adapter. Counted are linear layers, "
-        "convolutions and matrices that are bare parameters, such as fused experts; tables whose rows are looked up are not.",
+        "convolutions and matrices that are bare parameters; a projection of all experts is one. Tables whose rows are looked up are not "
+        "counted.",
         "",
         "## Built",
         "",
@@ -150,8 +151,27 @@ def page(built: dict[str, str], missing: dict[str, str]) -> str:
         "|-|-|",
         *(missing[name] for name in sorted(missing)),
         "",
+        *experts_of_transformers(),
     ]
     return "\n".join(lines)
+
+
+def experts_of_transformers() -> list[str]:
+    """The section on classes of experts, read in transformers' source."""
+    about, own = experts.about(), experts.of_own_shape()
+    return [
+        "## Experts",
+        "",
+        f"{len(experts.CLASSES)} classes of transformers hold the weights of many experts in one parameter: {len(experts.decorated())} carry "
+        f"its mark (`use_experts_implementation`), {len(own)} have a shape of their own. Each is in a tiny model or a small mixture of its "
+        "own, and is asked the same eight questions, and whether a gradient reaches the experts that got tokens and no others "
+        "(`tests/architectures/test_experts.py`). Mixtures that keep their experts as a list of layers (Switch, NLLB) need nothing of this.",
+        "",
+        "| class | model type | beside gate and up `[E, 2 I, H]` and down `[E, H, I]` |",
+        "|-|-|-|",
+        *(f"| {cell(name)} | {cell(experts.model_type(name))} | {about[name]} |" for name in experts.CLASSES),
+        "",
+    ]
 
 
 def lines_of(found: list[Outcome]) -> tuple[dict[str, str], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 
@@ -12,6 +13,7 @@ import torch
 import minilora
 from minilora.linear.experts.known import known_experts
 from minilora.lora.coverage import coverage, experts_left
+from minilora.many.adapted import disabled
 from tests.architectures import batches, checks, tiny
 
 # By transformers' interface, transposed with biases, and by a forward of minilora's.
@@ -37,6 +39,8 @@ def test_any_implementation_before_and_after(bare, name):
     batch = batches.batch_for(bare)
     wanted = checks.call(adapted(bare), batch)
     before = copy.deepcopy(bare)
+    if not before._can_set_experts_implementation():
+        pytest.skip("the class has one way")
     before.set_experts_implementation(name)
     plain = checks.call(before, batch)
     checks.randomize(minilora.inject(before, CONFIG))
@@ -63,28 +67,47 @@ def test_checkpointing_gives_the_same_gradients(bare, reentrant):
     plain, saving = adapted(bare).train(), adapted(bare).train()
     if not saving.supports_gradient_checkpointing:
         pytest.skip("the model has none")
-    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers 6 has another name
+        saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
     saving.enable_input_require_grads()
     (loss, grads), (other, others) = loss_and_gradients(plain, batch), loss_and_gradients(saving, batch)
     assert torch.equal(loss, other) and grads.keys() == others.keys()
-    checks.equal([others[name] for name in grads], list(grads.values()), 1e-6, "checkpointing")
+    checks.equal([others[name] for name in grads], list(grads.values()), 1e-5, "checkpointing")
+
+
+def block_of(model):
+    """The first mixture of a model: a router and its experts."""
+    found = next(path for path, module in model.named_modules() if known_experts(module) is not None)
+    return model.get_submodule(found.rpartition(".")[0])
+
+
+def first(found):
+    return found[0] if isinstance(found, tuple) else found
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_it_computes_the_same(bare, packed):
-    if packed and bare.config.model_type not in ("qwen3_moe", "llama4_text"):
-        pytest.skip("one of each way is enough")
-    batch = batches.batch_for(bare)
+def test_compiled_it_computes_the_same_by_graphs_that_are_made_once(bare, packed):
     model = minilora.quantize_model(copy.deepcopy(bare)) if packed else copy.deepcopy(bare)
-    checks.randomize(minilora.inject(model, CONFIG))
-    loss, grads = loss_and_gradients(model, batch)
-    model.zero_grad()
+    block = block_of(checks.randomize(minilora.inject(model, CONFIG)))
+    batches_ = [batches.draw(2, 9, 64, seed=seed) for seed in range(4)]
+    wanted = [first(block(x)) for x in batches_]
+    wanted[0].square().sum().backward()
+    grads = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
+    block.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    other, others = loss_and_gradients(compiled, batch)
-    checks.equal([other], [loss], 1e-5, "loss")
-    found = {name.removeprefix("_orig_mod."): grad for name, grad in others.items()}
-    checks.equal([found[name] for name in grads], list(grads.values()), 1e-4, "gradients")
+    compiled, made = torch.compile(block, backend="eager"), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own tracing
+        for x, want in zip(batches_, wanted, strict=True):  # each sends other tokens to other experts
+            found = first(compiled(x))
+            checks.equal([found], [want], 1e-5, "outputs")
+            made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        first(compiled(batches_[0])).square().sum().backward()
+    assert made[0] == made[-1]
+    others = {name.removeprefix("_orig_mod."): p.grad for name, p in compiled.named_parameters() if p.requires_grad}
+    assert any(grad is not None and grad.any() for grad in grads.values()) and grads.keys() == others.keys()
+    checks.equal(*([grads_[name] for name in grads if grads[name] is not None] for grads_ in (others, grads)), 1e-4, "gradients")
 
 
 def test_a_base_in_bf16_has_adapters_in_fp32(bare):
@@ -141,5 +164,5 @@ def test_experts_that_nothing_adapts_are_told(bare):
     left = experts_left(model)
     assert left and set(left) <= set(others) and len({*covered, *others}) == len(covered) + len(others)
     assert not experts_left(adapted(bare)) and set(left) <= set(coverage(adapted(bare))[0])
-    minilora.set_adapter(model, [])
-    assert experts_left(model) == left
+    with disabled(model):
+        assert experts_left(model) == left

@@ -686,7 +686,7 @@ def test_train_says_what_it_does(trained, data_file):
     assert lines[2] == "4 to learn from, 4 a step: 50 steps are 50.0 epochs"
     assert lines[3].startswith("linear layers packed to nf4, double quantization (--quant none keeps")
     assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters for 50 steps", lines[4])
-    assert lines[5] == "the adapter covers 14 of 15 linear layers and convolutions; not lm_head"
+    assert lines[5] == "the adapter covers 14 of 15 linear weights, experts included; not lm_head"
     assert lines[6] == "asking 2 prompts before training"
     assert lines[7].startswith("step 1/50  loss ")
     assert any(line.startswith("step 50/50  loss ") and line.endswith("  0 s left") for line in lines)

@@ -48,7 +48,7 @@ def test_a_run(run, capsys, model_folder):
     assert found["run"]["packing"] == "packed to nf4, double quantization"
     assert sum(row["layers"] for row in found["updates"]) == 14 and not found["untrained"]
     text = shown(capsys, out)
-    assert text.startswith(f"{out}: run\n") and "14 of 15 linear layers and convolutions; not lm_head" in text
+    assert text.startswith(f"{out}: run\n") and "14 of 15 linear weights, experts included; not lm_head" in text
     assert f"{outcome.losses[0]:.3f} -> {outcome.losses[-1]:.3f}" in text and "who takes it:" in text
 
 

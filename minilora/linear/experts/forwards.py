@@ -1,11 +1,14 @@
 """What experts compute, with projections that are layers: adapters, packed codes, or the module's own parameters.
 
 ``routed`` is what transformers' experts interface calls; the others are for classes of another shape, each equal to its class's own
-``forward`` when nothing is adapted. Next file: ``linear/experts/hook.py``.
+``forward`` when nothing is adapted. ``torch.compile`` leaves them out of its graph: how many rows an expert gets is known only when they
+are there, and a graph would be made again for each batch. Next file: ``linear/experts/hook.py``.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from minilora.linear.experts.known import projections
 from minilora.linear.experts.routes import Routes, route
 
-__all__ = ["dbrx", "jetmoe", "llama4", "longcat", "routed", "shared"]
+__all__ = ["apart", "dbrx", "jetmoe", "llama4", "longcat", "out_of_graphs", "routed", "shared"]
 
 
 def project(home: Any, name: str, x: Tensor, routes: Routes) -> Tensor:
@@ -103,3 +106,21 @@ def shared(experts: Any, hidden_states: Tensor, gammas: Tensor) -> Tensor:
     y = experts.act_fn(project(experts, "gate_proj", x, routes)) * project(experts, "up_proj", x, routes) * weights
     y = project(experts, "down_proj", y, routes)
     return y.view(count, *flat.shape).float().sum(0).to(hidden_states.dtype).view(hidden_states.shape)
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    each.__name__: each for each in (dbrx, jetmoe, llama4, longcat, routed, shared)
+}
+
+
+def apart(name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a function of this file by its name, as ``out_of_graphs`` left it."""
+    return _FUNCTIONS[name](*args, **kwargs)
+
+
+def out_of_graphs() -> None:
+    """Let ``torch.compile`` step over all of them, where its machinery is loaded (transformers' models load it)."""
+    if "torch._dynamo" in sys.modules:
+        for name, each in _FUNCTIONS.items():
+            if not hasattr(each, "_torchdynamo_disable"):
+                _FUNCTIONS[name] = torch.compiler.disable(each)

@@ -50,7 +50,8 @@ def put_projection(change: Any, home: nn.Module, name: str, layer: nn.Module) ->
     opened = any(each in home._modules for each in known.names)
     if known.forward:
         if opened:
-            change.item(vars(experts), "forward", functools.partial(getattr(forwards, known.forward), experts))
+            forwards.out_of_graphs()
+            change.item(vars(experts), "forward", functools.partial(forwards.apart, known.forward, experts))
         else:
             change.drop(vars(experts), "forward")
     else:
@@ -84,7 +85,8 @@ def register() -> None:
     """Make ours known to transformers, where that is loaded."""
     found: Any = sys.modules.get("transformers.integrations.moe")
     if found is not None:
-        found.ExpertsInterface.register(_NAME, forwards.routed)
+        forwards.out_of_graphs()
+        found.ExpertsInterface.register(_NAME, functools.partial(forwards.apart, "routed"))
 
 
 def refuse_strange_experts(path: str, home: nn.Module) -> None:
