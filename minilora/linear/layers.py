@@ -37,7 +37,8 @@ from minilora.quant.config import QuantConfig
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can take this layer: ``nn.Linear``, ``Conv1D``, ``QuantLinear``, or another library's packed layer.
 
-    A router that is a Linear by class and computes more (Llama 4, Phi-MoE) is none. The output projection of ``nn.MultiheadAttention`` is a Linear by class only: its weight is read and it is never called.
+    A router that is a Linear by class and computes more (Llama 4, Phi-MoE) is none. The output projection of ``nn.MultiheadAttention`` is
+    a Linear by class only: its weight is read and it is never called.
     """
     if is_attention_output(module) or is_router(module):
         return False
@@ -67,7 +68,7 @@ def kind_of(layer: nn.Module) -> str | None:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether this chooses experts with a matrix ``weight [experts, in]`` of its own that its forward reads, and holds no linear layers."""
+    """Whether this chooses experts with a matrix ``weight [experts, in]`` that its own forward reads, and holds no linear layers."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not is_named_router(module) or is_plain(module):
         return False

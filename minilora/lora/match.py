@@ -143,8 +143,8 @@ def default_targets(model: nn.Module | Bare) -> Selection:
 
 
 def linear_paths(model: nn.Module | Bare, routers: bool = False) -> list[str]:
-    """Paths of every linear layer, experts' projections included, but the output head, those that are more than their weight, those known to
-    be read only and, without ``routers``, those by which a mixture chooses its experts: an adapter there changes who learns, and is asked for.
+    """Paths of every linear layer, experts' projections included, but the output head, those that are more than their weight, those known
+    to be read only and, without ``routers``, those by which a mixture chooses its experts: an adapter on them is asked for.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict((model if isinstance(model, Bare) else Bare(model)).named_modules())

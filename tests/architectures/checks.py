@@ -22,7 +22,8 @@ from tests.architectures import batches, tiny
 R, ALPHA = 4, 6
 SCALING = ALPHA / R
 CLOSE, CLOSE_TO_PEFT, CLOSE_GRADIENT = 1e-4, 1e-5, 1e-3
-CROSSED = ("Llama4TextExperts",)  # they lie [E, in, out] and do not say so: PEFT takes in for out, and its A is over out
+# These lie [E, in, out] and do not say so: PEFT takes in for out, and its A is over out.
+CROSSED = ("Llama4TextExperts",)
 
 
 class Wrong(AssertionError):
@@ -124,7 +125,9 @@ def turned(home, weight, values):
     """``[out, in]`` or ``[E, out, in]`` as the model keeps ``weight``; of square experts, which are none here, as they are."""
     if values.dim() == 3:
         fits = weight.shape[-2] == values.shape[1] or weight.shape[0] == values.shape[0] * values.shape[1]
-        return (values if fits and weight.shape[-1] == values.shape[2] else values.transpose(1, 2)).reshape(weight.shape)
+        return (values if fits and weight.shape[-1] == values.shape[2] else values.transpose(1, 2)).reshape(
+            weight.shape
+        )
     return values.t() if type(home).__name__ == "Conv1D" else values
 
 
@@ -158,7 +161,11 @@ def updates_in_peft(model):
     held = {path: module for path, module in model.named_modules() if len(getattr(module, "lora_A", ()))}
     found = {}
     for path, module in held.items():
-        path, a, b = path.removeprefix("base_model.model."), module.lora_A["default"].weight, module.lora_B["default"].weight
+        path, a, b = (
+            path.removeprefix("base_model.model."),
+            module.lora_A["default"].weight,
+            module.lora_B["default"].weight,
+        )
         if hasattr(module, "parameter_name"):  # one of experts: the expert counts fastest in B
             path = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
             a, b = a.unflatten(0, (module.num_experts, -1)), b.unflatten(1, (-1, module.num_experts)).permute(2, 0, 1)
@@ -393,10 +400,14 @@ def peft_reads(trial):
         fault = None
     except PeftFault as error:
         fault = error
-    rest = [path for path in paths if path.rpartition(".")[2] not in LAYERS or adapters(trial.adapted)[path].on == "experts"]
+    rest = [
+        path for path in paths if path.rpartition(".")[2] not in LAYERS or adapters(trial.adapted)[path].on == "experts"
+    ]
     if rest == paths or not _reads(trial, rest):
         raise fault or Wrong("PEFT takes other layers for experts than is known")
-    raise PeftFault("takes layers named as experts for experts, and adapts bare parameters instead; the other layers are right")
+    raise PeftFault(
+        "takes layers named as experts for experts, and adapts bare parameters instead; the other layers are right"
+    )
 
 
 def _reads(trial, paths) -> bool:
@@ -426,7 +437,11 @@ def _peft_reads(trial, paths) -> bool:
         if not _peft_reads_its_own(trial, paths):
             raise PeftFault("does not read back its own file: some layers get other names, and stay at zero")
         raise Wrong("PEFT reads another adapter")
-    if far(got, call(ours, trial.batch)) > CLOSE_TO_PEFT:
+    # Between the two limits it is the model that rounds: routers, and states that go from word to word, make more of a last digit.
+    if (
+        far(got, call(ours, trial.batch)) > CLOSE_TO_PEFT
+        and far(got, call(with_updates(trial.copy(), want), trial.batch)) > CLOSE
+    ):
         raise PeftFault("holds the same update and computes something else than the law")
     return True
 

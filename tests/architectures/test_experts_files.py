@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-import torch
 
 import minilora
 from minilora.errors import CheckpointError, ConfigError
@@ -47,7 +46,9 @@ def test_what_is_in_a_file_is_told(model_type, start, tmp_path):
 
 
 def test_a_router_and_a_linear_layer_beside_experts_are_told(tmp_path):
-    config = minilora.LoraConfig(r=3, target_parameters=["experts.down_proj", "router.weight"], target_modules=["o_proj"])
+    config = minilora.LoraConfig(
+        r=3, target_parameters=["experts.down_proj", "router.weight"], target_modules=["o_proj"]
+    )
     model = checks.randomize(minilora.inject(tiny.build("gpt_oss"), config))
     minilora.save_adapter(model, tmp_path)
     paths = {path if adapter.on != "router" else f"{path}.weight" for path, adapter in checks.adapters(model).items()}

@@ -107,7 +107,9 @@ def test_compiled_it_computes_the_same_by_graphs_that_are_made_once(bare, packed
     assert made[0] == made[-1]
     others = {name.removeprefix("_orig_mod."): p.grad for name, p in compiled.named_parameters() if p.requires_grad}
     assert any(grad is not None and grad.any() for grad in grads.values()) and grads.keys() == others.keys()
-    checks.equal(*([grads_[name] for name in grads if grads[name] is not None] for grads_ in (others, grads)), 1e-4, "gradients")
+    checks.equal(
+        *([grads_[name] for name in grads if grads[name] is not None] for grads_ in (others, grads)), 1e-4, "gradients"
+    )
 
 
 def test_a_base_in_bf16_has_adapters_in_fp32(bare):
@@ -158,7 +160,9 @@ def test_to_another_dtype(bare, dtype):
 
 
 def test_experts_that_nothing_adapts_are_told(bare):
-    some = minilora.LoraConfig(r=4, lora_alpha=6, target_modules=["o_proj" if bare.config.model_type != "jetmoe" else "kv_proj"])
+    some = minilora.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["o_proj" if bare.config.model_type != "jetmoe" else "kv_proj"]
+    )
     model = minilora.inject(copy.deepcopy(bare), some)
     covered, others = coverage(model)
     left = experts_left(model)

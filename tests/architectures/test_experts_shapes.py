@@ -12,11 +12,6 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 from torch import nn
-
-import minilora
-from minilora.linear.experts.known import projections
-from minilora.linear.experts.layers import QuantExperts
-from tests.architectures import checks, tiny
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.inkling.modeling_inkling import InklingSharedExperts
@@ -28,13 +23,24 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
-E, H, I, T, K = 5, 22, 35, 13, 2
+import minilora
+from minilora.linear.experts.known import projections
+from minilora.linear.experts.layers import QuantExperts
+from tests.architectures import checks, tiny
+
+E, H, INNER, T, K = 5, 22, 35, 13, 2
 FIELDS = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), E),
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size"), I),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size"), INNER),
     **dict.fromkeys(("hidden_size", "moe_hidden_size"), H),
     **{"hidden_act": "silu", "mlp_hidden_act": "relu2", "swiglu_alpha": 1.7, "swiglu_limit": 7.0, "zero_expert_num": 2},
-    **{"n_shared_experts": 3, "moe_latent_size": None, "mlp_bias": False, "post_norm_eps": 1e-6, "ffn_act_fn": {"name": "silu"}},
+    **{
+        "n_shared_experts": 3,
+        "moe_latent_size": None,
+        "mlp_bias": False,
+        "post_norm_eps": 1e-6,
+        "ffn_act_fn": {"name": "silu"},
+    },
 }
 
 
@@ -93,7 +99,7 @@ KINDS = {
     "no gate": (NemotronHExperts, lambda kind: kind(config()), of_all),
     "a norm behind": (MuseSparkExperts, lambda kind: kind(config()), of_all),
     "flat": (DbrxExperts, lambda kind: kind(config()), blocks),
-    "one projection": (JetMoeParallelExperts, lambda kind: kind(E, H, I), sized),
+    "one projection": (JetMoeParallelExperts, lambda kind: kind(E, H, INNER), sized),
     "scores before": (Llama4TextExperts, lambda kind: kind(config()), scored),
     "experts that do nothing": (LongcatFlashExperts, lambda kind: kind(config()), lambda experts, x: experts(x, *chosen(E + 2))),
     "clamped": (Step3p7Experts, lambda kind: kind(config(), swiglu_limit=0.4), of_all),
@@ -137,7 +143,7 @@ def test_the_law_and_its_gradients(kind, dtype):
     bare = whole(kind, dtype)
     model = adapted(copy.deepcopy(bare))
     dense = twin(model, bare)
-    x, goal = draw(T, H, seed=9).to(dtype), draw(T, I if kind == "one projection" else H, seed=10).to(dtype)
+    x, goal = draw(T, H, seed=9).to(dtype), draw(T, INNER if kind == "one projection" else H, seed=10).to(dtype)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     found, wanted = model(inputs[0]), dense(inputs[1])
     assert found.dtype == wanted.dtype

@@ -61,13 +61,18 @@ def test_the_law_its_gradients_and_a_file(model_type, tmp_path):
     routers = routers_among(dict(bare.named_modules()))
     assert held and all(any(path == each or path.startswith(f"{each}.") for each in routers) for path in held)
     scale = ALPHA / R
-    updates = {path: scale * adapter.lora_B.detach().double() @ adapter.lora_A.detach().double() for path, adapter in held.items()}
+    updates = {
+        path: scale * adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
+        for path, adapter in held.items()
+    }
     dense = checks.with_updates(copy.deepcopy(bare), updates, trains=True)
     wanted = checks.call(dense, batch)
     checks.equal(checks.call(model, batch), wanted, 1e-5, model_type)
     assert checks.far(checks.call(bare, batch), wanted) > 1e-3
     of_weights = checks.gradients(dense, batch, [checks.weight_of(dense, path) for path in held])
-    found = checks.gradients(model, batch, [part for adapter in held.values() for part in (adapter.lora_A, adapter.lora_B)])
+    found = checks.gradients(
+        model, batch, [part for adapter in held.values() for part in (adapter.lora_A, adapter.lora_B)]
+    )
     # Phi-MoE's two choices are each alone in their softmax in some rows, which have no gradient then.
     assert all(whole.any() for whole in of_weights) or model_type == "phimoe"
     for adapter, whole, in_A, in_B in zip(held.values(), of_weights, found[::2], found[1::2], strict=True):
@@ -126,13 +131,17 @@ def test_a_packed_linear_router_is_adapted_as_any_packed_layer():
 def test_what_cannot_be_done_is_refused_before_anything_has_changed():
     model = tiny.build("mixtral")
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(TargetError, match=r"layers\.0\.mlp\.gate: MixtralTopKRouter has no packed form; quantize linear layers"):
+    with pytest.raises(
+        TargetError, match=r"layers\.0\.mlp\.gate: MixtralTopKRouter has no packed form; quantize linear layers"
+    ):
         minilora.quantize_model(model, target_modules=["gate"])
-    with pytest.raises(ConfigError, match="is a router, whose weight is read and not called: lora_dropout=0.1"):
+    with pytest.raises(ConfigError, match=r"is a router, whose weight is read and not called: lora_dropout=0\.1"):
         minilora.inject(model, minilora.LoraConfig(lora_dropout=0.1, target_parameters=["gate.weight"]))
     for layer in model.model.layers:  # as another library's codes would lie
         layer.mlp.gate.weight = nn.Parameter(layer.mlp.gate.weight.detach().to(torch.uint8), requires_grad=False)
-    with pytest.raises(TargetError, match=r"layers\.0\.mlp\.gate: the weight of a router is uint8, packed.*; give the dense model") as said:
+    with pytest.raises(
+        TargetError, match=r"layers\.0\.mlp\.gate: the weight of a router is uint8, packed.*; give the dense model"
+    ) as said:
         minilora.inject(model, minilora.LoraConfig(target_parameters=["gate.weight"]))
     assert "\n" not in str(said.value) and not checks.adapters(model)
     rest = {key: value for key, value in model.state_dict().items() if not key.endswith("gate.weight")}

@@ -2,7 +2,7 @@
 
 Most classes of transformers carry marks (``use_experts_implementation`` sets ``is_transposed``, ``has_gate``, ``has_bias`` on each module);
 those are read. The others stand here by the name of their class. What is in neither is no experts module: a bare 3-D parameter of
-it is left alone, and told of. Next file: ``linear/experts/forwards.py``.
+it is left alone, and told of. Next file: ``linear/experts/routers.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Most are a class of their own that reads a matrix ``weight [experts, in]``; some call a plain linear layer, in a class of their own or
 straight in the block of the mixture. All are told by their names and by the experts beside them. An adapter reaches a router only where
-somebody names it. Next file: ``linear/experts/hook.py``.
+somebody names it. Next file: ``linear/experts/forwards.py``.
 """
 
 from __future__ import annotations
