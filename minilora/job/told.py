@@ -54,4 +54,6 @@ def say_adapted(job: Job, model: Any, say: _Say) -> None:
     say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear weights, experts included{rest}")
     if left := experts_left(model):
         kinds = ", ".join(repr(name) for name in sorted({path.rsplit(".", 1)[-1] for path in left}))
-        say(f"the experts stay as they are: none of their {len(left)} weights ({kinds}) has an adapter; all-linear has them all")
+        say(
+            f"the experts stay as they are: none of their {len(left)} weights ({kinds}) has an adapter; all-linear has them all"
+        )
