@@ -163,10 +163,10 @@ def experts_of_transformers() -> list[str]:
         "## Experts",
         "",
         f"{len(experts.CLASSES)} classes of transformers hold the weights of many experts in one parameter: "
-        f"{len(experts.decorated())} carry its mark (`use_experts_implementation`), {len(own)} have a shape of their own. Each is in a tiny "
-        "model or a small mixture, and is asked the same eight questions, and whether a gradient reaches the experts that got tokens and no "
-        "others (`tests/architectures/test_experts.py`). Mixtures that keep their experts as a list of layers (Switch, NLLB) need nothing "
-        "of this.",
+        f"{len(experts.decorated())} carry its mark (`use_experts_implementation`), {len(own)} have a shape of their own. Each is in a "
+        "tiny model or a small mixture, and is asked the same eight questions, and whether a gradient reaches the experts that got tokens "
+        "and no others (`tests/architectures/test_experts.py`). Mixtures that keep their experts as a list "
+        "of layers (Switch, NLLB) need nothing of this.",
         "",
         "| class | model type | beside gate and up `[E, 2 I, H]` and down `[E, H, I]` |",
         "|-|-|-|",

@@ -4,6 +4,7 @@ A part that has all kinds of experts in it runs by default, the whole with ``mak
 """
 
 import re
+import warnings
 
 import pytest
 
@@ -19,9 +20,9 @@ from minilora.linear.experts.layers import QuantExperts, is_experts
 from minilora.linear.experts.routers import routers_among
 from minilora.linear.layers import is_router
 from minilora.lora.bare import Bare
-from minilora.lora.coverage import coverage, experts_left
+from minilora.lora.coverage import coverage, experts_left, linear_weights
 from minilora.lora.match import linear_paths
-from tests.architectures import checks, experts
+from tests.architectures import checks, experts, tiny
 
 # One of each kind: usual, transposed, with biases, interleaved, without a gate, a norm behind, shapes of their own, routers of all kinds.
 FAST = [
@@ -48,6 +49,33 @@ def test_every_class_is_examined():
 def test_every_other_class_with_such_a_parameter_is_known():
     held = {name for name, sizes in experts.three_dimensional().items() if not re.match(r"\[?1,|.*dtype|.*, 1$", sizes)}
     assert held - set(experts.CLASSES) - NO_EXPERTS == set()
+
+
+@pytest.mark.slow
+def test_no_such_parameter_of_any_architecture_is_passed_over():
+    """Of every model type that can be made without memory: it is a projection of experts, or ``coverage`` tells of it."""
+    seen = set()
+    for model_type in tiny.model_types():
+        try:
+            config = tiny.tiny_config(model_type)
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = tiny.model_class(config)(config)
+        except Exception:  # docs/architectures.md says why
+            continue
+        told = set(linear_weights(Bare(model)))
+        for path, module in model.named_modules():
+            held = {
+                key: weight for key, weight in module._parameters.items() if weight is not None and weight.dim() == 3
+            }
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
+                continue
+            missing = {key for key, weight in held.items() if min(weight.shape) > 1 and f"{path}.{key}" not in told}
+            assert not missing, (model_type, path, missing)
+            if held and "Experts" in type(module).__name__:
+                assert known_experts(module) is not None, (model_type, path)
+                seen.add(type(module).__name__)
+    assert len(seen) > 60
 
 
 @pytest.fixture(scope="module")

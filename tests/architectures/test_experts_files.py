@@ -2,17 +2,20 @@
 
 import copy
 import dataclasses
+import types
 import warnings
 
 import pytest
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 
 import minilora
 from minilora.errors import CheckpointError, ConfigError
 from minilora.job.info import look
+from minilora.job.told import say_adapted
 from minilora.store.adapter_files import read_adapter
 from minilora.store.contents import layers_in
 from tests.architectures import batches, checks, tiny
@@ -126,3 +129,26 @@ def test_dbrx_in_peft_is_one_matrix_and_neither_reads_the_others_file(tmp_path):
         peft.PeftModel.from_pretrained(copy.deepcopy(bare), str(tmp_path / "ours"))
     minilora.load_adapter(bare, tmp_path / "ours")
     assert checks.far(checks.call(bare, batch), checks.call(model, batch)) == 0
+
+
+def test_how_much_of_a_model_a_folder_covers(tmp_path):
+    bare = tiny.build("mixtral")
+    bare.save_pretrained(tmp_path / "base")
+    for names, covered in ((NAMES["gpt_oss"], 4), (["gate.weight", "q_proj.weight"], 4)):
+        config = minilora.LoraConfig(target_parameters=names, base_model_name_or_path=str(tmp_path / "base"))
+        minilora.save_adapter(minilora.inject(copy.deepcopy(bare), config), tmp_path / "mine")
+        told = look(tmp_path / "mine")["layers"]
+        assert (told["covered"], told["of"]) == (covered, 15)
+        assert ("down_proj" in told["without"]) == (names is not NAMES["gpt_oss"]) and "lm_head" in told["without"]
+
+
+def test_a_run_says_whether_the_experts_are_adapted():
+    job = types.SimpleNamespace(training=types.SimpleNamespace(steps=3))
+    none = "the experts stay as they are: none of their 4 weights ('down_proj', 'gate_up_proj') has an adapter; all-linear has them all"
+    for names, last in (
+        ("all-linear", "the adapter covers 12 of 15 linear weights, experts included; not lm_head, weight"),
+        (["q_proj"], none),
+    ):
+        said: list[str] = []
+        say_adapted(job, minilora.inject(tiny.build("mixtral"), minilora.LoraConfig(target_modules=names)), said.append)
+        assert said[-1] == last and all("\n" not in line for line in said)

@@ -84,7 +84,6 @@ def zero_packed():
 
 MORE = {
     "doubled": (lambda: Doubled(IN, OUT), "Doubled computes something else"),
-    "router": (lambda: Router(IN, OUT), "Router computes something else"),
     "patched": (patched, "Linear computes something else"),
     "packed": (zero_packed, "Zero computes something else"),
     "weight norm": (weight_normed, "its weight is computed.*remove_parametrizations"),
@@ -107,11 +106,22 @@ def test_what_is_more_than_its_weight_is_refused(kind, call, snapshot):
 
 @pytest.mark.parametrize("kind", ["doubled", "router", "patched", "weight norm"])
 def test_it_is_not_packed_either(kind, snapshot):
-    model = Net(MORE[kind][0]())
+    make, words = MORE.get(kind, (lambda: Router(IN, OUT), "Router has no packed form"))
+    model = Net(make())
     before = snapshot(model)
-    with pytest.raises(TargetError, match=MORE[kind][1]):
+    with pytest.raises(TargetError, match=words):
         minilora.quantize_model(model, target_modules=["inner"])
     assert snapshot(model) == before
+
+
+def test_a_router_that_is_named_gets_the_update_into_its_weight(randomize):
+    router = Router(IN, OUT)
+    model = nn.ModuleDict({"inner": router})
+    randomize(minilora.inject(model, config("inner")))
+    x, adapter = torch.randn(3, IN), model["inner"]
+    logits = torch.nn.functional.linear(x, router.weight + adapter.delta_weight(), router.bias)
+    for got, want in zip(adapter(x), (logits.sigmoid(), logits), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_all_linear_leaves_out_layers_that_do_more():
