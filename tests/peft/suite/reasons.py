@@ -86,6 +86,11 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "factors of experts are `[experts, r, in]` and `[experts, out, r]` in the model",
         r"test_rank_pattern_for_moe",
     ),
+    (
+        SCOPE,
+        "weights of modules that are neither linear, experts nor routers",
+        r"target_parameters entry 'lin0.weight'",
+    ),
     (STRICTER, "a weight that is computed (a parametrization) is refused", r"its weight is computed"),
     (INTERNAL, "functions and classes inside PEFT's tuners", r"MissingInMinilora|test_input_embeds_warning"),
     (INTERNAL, "`LoraConfig._register_custom_module`, experimental in PEFT", r"_register_custom_module"),
