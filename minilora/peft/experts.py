@@ -14,6 +14,7 @@ from torch import nn
 
 from minilora.linear.experts.known import declared, owner_of
 from minilora.linear.experts.layers import ExpertsLinear, is_experts
+from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.change import Change
 from minilora.lora.slot import Slot
@@ -118,7 +119,5 @@ class _Written(dict):
 def experts_paths(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Of an adapter's experts: where its file has each -> where PEFT's tree has it now, inside of those of other adapters."""
     adapters = adapters_of(model)
-    values = adapters.named(adapter_name)
-    return {
-        value.file_path(path): shown_path(adapters, path) for path, value in values.items() if value.on == "experts"
-    }  # type: ignore[union-attr]
+    held = {path: value for path, value in adapters.named(adapter_name).items() if isinstance(value, Adapter)}
+    return {value.file_path(path): shown_path(adapters, path) for path, value in held.items() if value.on == "experts"}

@@ -228,8 +228,12 @@ _KINDS: tuple[tuple[Any, type], ...] = (
 
 def lora_layer(slot: Slot, base: nn.Module, adapters: Adapters) -> nn.Module:
     """The ``LoraLayer`` of a slot, which shows ``base`` as its ``base_layer``, and no adapter yet."""
-    read = kind_of(slot.base) in ("experts", "router")  # type: ignore[arg-type]
-    kind = ParamWrapper if read else next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
+    base_kind: Any = kind_of(slot.base)  # type: ignore[arg-type]
+    kind = (
+        ParamWrapper
+        if base_kind in ("experts", "router")
+        else next((shown for own, shown in _KINDS if isinstance(slot.base, own)), Linear)
+    )
     layer = face_of(kind, slot, adapters)
     layer._modules["base_layer"] = base
     return layer

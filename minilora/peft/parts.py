@@ -82,17 +82,20 @@ class LinearEntry(Entry, nn.Linear):  # type: ignore[override, misc]
 class ExpertsEntry(Entry):
     """One whose weight is that of all experts, which a state dict has in PEFT's layout."""
 
+    adapter: Any
+    attribute: Any
+
     def __init__(self, adapter: Adapter, attributes: Mapping[str, str]) -> None:
         super().__init__(adapter, attributes)
         self.__dict__["adapter"], self.__dict__["attribute"] = adapter, attributes["weight"]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self.weight if keep_vars else self.weight.detach()
-        destination[f"{prefix}weight"] = self.adapter.to_file(self.attribute, weight)  # type: ignore[operator]
+        destination[f"{prefix}weight"] = self.adapter.to_file(self.attribute, weight)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if (given := state_dict.get(key := f"{prefix}weight")) is not None:
-            state_dict[key] = self.adapter.from_file(self.attribute, given)  # type: ignore[operator]
+            state_dict[key] = self.adapter.from_file(self.attribute, given)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -111,7 +111,8 @@ def _type_of(slot: Slot) -> str:
         return "ModulesToSaveWrapper"
     if any(map(is_rows, slot.kept.values())):
         return "TrainableTokensLayer"
-    if kind_of(slot.base) in ("experts", "router"):  # type: ignore[arg-type]
+    base: Any = slot.base
+    if kind_of(base) in {"experts", "router"}:
         return "lora.ParamWrapper"
     kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     name = next((kind.__name__ for kind in kinds if isinstance(slot.base, kind)), "Linear")

@@ -141,7 +141,9 @@ def adapter_files(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
         )
     content, base = saved_config(model, adapter_name), base or base_of(model, adapter_name, tables)
-    linear = [path for path, value in values.items() if isinstance(value, Adapter) and value.on == "linear"]
+    config = adapters_of(model).configs[adapter_name]
+    layers = {path: value for path, value in values.items() if isinstance(value, Adapter) and value.on == "linear"}
+    linear = [path for path, value in layers.items() if not _by_parameter(path, value, config)]
     if said := lost_in_peft(getattr(Bare(model).config, "model_type", None), content["target_modules"], linear):
         warn(said)
     files = {
@@ -199,9 +201,10 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     held = adapters.named(adapter_name)
     targeted = {path: value for path, value in held.items() if isinstance(value, Adapter) and value.targeted}
     paths, bare = list(targeted), Bare(model)
-    modules = [path for path, value in targeted.items() if value.on not in ("experts", "router")]
+    read = {path: value for path, value in targeted.items() if _by_parameter(path, value, config)}
+    modules = [path for path in targeted if path not in read]
     content["target_modules"] = _named_targets(bare, config, modules) if modules else None
-    content["target_parameters"] = _named_parameters(bare, config, targeted)
+    content["target_parameters"] = _named_parameters(bare, config, read)
     content["fan_in_fan_out"] = any(is_conv1d(bare.get_submodule(path)) for path in modules)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     for field, own in (("rank_pattern", 0), ("alpha_pattern", 1)):
@@ -216,15 +219,21 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     return content
 
 
+def _by_parameter(path: str, value: Adapter, config: LoraConfig) -> bool:
+    """Whether a file says this layer in ``target_parameters``: experts, routers, and a linear layer that only that field names."""
+    if value.on in ("experts", "router"):
+        return True
+    wanted = config.target_modules
+    if isinstance(wanted, str) or not any(ends_with(f"{path}.weight", name) for name in config.target_parameters or ()):
+        return False
+    return not any(ends_with(path, name) for name in wanted or ())
+
+
 def _named_parameters(bare: Bare, config: LoraConfig, targeted: Mapping[str, Adapter]) -> list[str] | None:
-    """Names of the weights of experts and routers that are adapted, as PEFT's ``target_parameters`` means them: the user's, the shortest
-    that mean exactly these, or their paths.
+    """Names of the adapted weights as PEFT's ``target_parameters`` means them: the user's, the shortest that mean exactly these, or their
+    paths.
     """
-    wanted = [
-        path if value.on == "experts" else f"{path}.weight"
-        for path, value in targeted.items()
-        if value.on in ("experts", "router")
-    ]
+    wanted = [path if value.on == "experts" else f"{path}.weight" for path, value in targeted.items()]
     if not wanted:
         return None
     every = [

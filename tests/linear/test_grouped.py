@@ -113,11 +113,10 @@ def test_experts_take_the_kernels_where_they_can_be_had(monkeypatch, config, p):
         draw(3, R, 128, seed=2).requires_grad_(),
         draw(3, 64, R, seed=3).requires_grad_(),
     )
-    found, calls = [], []
+    door, found, calls = cuda.grouped, [], []
     for kernels in (False, True):
         monkeypatch.setattr(cuda, "grouped_available", lambda weight, x, kernels=kernels: kernels)
-        whole = cuda.grouped
-        monkeypatch.setattr(cuda, "grouped", lambda *args: (calls.append(args[3]), whole(*args))[1])
+        monkeypatch.setattr(cuda, "grouped", lambda *args: (calls.append(args[3]), door(*args))[1])
         torch.manual_seed(5)
         out = lora_experts(x, stack, routes, A, B, SCALING, p)
         found.append((out, *torch.autograd.grad(out, (x, A, B), draw(9, 64, seed=4))))

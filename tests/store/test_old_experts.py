@@ -12,6 +12,7 @@ import minilora
 from minilora.errors import CheckpointError
 from minilora.store.load import restore_adapter
 from tests.mixtures import add_by_hand, expert_layers, mixture, old_folder
+from tests.models import randomize
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(3))
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -177,3 +178,15 @@ def test_what_experts_cannot_take_over_is_refused_by_name(tmp_path):
     assert "with dora adapters" in refusal(model, tmp_path / "dora")
     old_folder(tmp_path / "rank", layers, target_modules=list(NAMES), rank_pattern={"up_proj": 5})
     assert "config and model want [5, 32] and [20, 5]" in refusal(model, tmp_path / "rank")
+
+
+@pytest.mark.parametrize("modules", [None, ["o_proj"], r".*\.o_proj"])
+def test_linear_layers_that_target_parameters_names_come_back_from_a_file(tmp_path, modules):
+    model = mixture()
+    names = ["0.self_attn.q_proj.weight", "1.mlp.experts.down_proj"]
+    ours = copy.deepcopy(model)
+    minilora.inject(ours, minilora.LoraConfig(r=3, lora_alpha=12, target_modules=modules, target_parameters=names))
+    randomize(ours)
+    minilora.save_adapter(ours, tmp_path / "saved")
+    assert torch.equal(logits(loaded(model, tmp_path / "saved")), logits(ours))
+    assert (logits(ours) - logits(model)).abs().max() > 0.1

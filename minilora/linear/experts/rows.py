@@ -87,11 +87,11 @@ class Matrices:
 
     def products(self, x: Tensor, spans: Sequence[Span], into: Tensor, h: Tensor | None, forward: bool) -> None:
         """``x W^T + h B^T`` (``forward``), or ``x W + h A``, into ``into``: by the kernels in one launch, or expert by expert."""
-        if self.ends is not None and isinstance(self.stack, QuantizedStack) and self.stack.is_whole:
-            if cuda.grouped_available(self.stack.stored, x):
-                pair = None if h is None else self.pair[1 if forward else 0]
-                into.copy_(cuda.grouped(x, self.stack.stored, self.ends, forward, h, pair, into.dtype))
-                return
+        stored = self.stack.stored if isinstance(self.stack, QuantizedStack) and self.stack.is_whole else None
+        if self.ends is not None and stored is not None and cuda.grouped_available(stored, x):
+            pair = None if h is None else self.pair[1 if forward else 0]
+            into.copy_(cuda.grouped(x, stored, self.ends, forward, h, pair, into.dtype))
+            return
         thin, sizes = self.B if forward else self.A, [span.last - span.first for span in spans]
         lows: Sequence[Tensor | None] = [None] * len(spans) if h is None else h.split(sizes)
         for part, span, out, low in zip(x.split(sizes), spans, into.split(sizes), lows, strict=True):

@@ -14,8 +14,8 @@ def build_peft_weight_mapping(
     """The renamings of an adapter's tensors: PEFT's prefix goes, the adapter's name comes in, and the base model's own follow.
 
     Args:
-        weight_conversions: the base model's ``WeightRenaming`` and ``WeightConverter`` objects. The latter fuse experts, which have no
-            adapter here.
+        weight_conversions: the base model's ``WeightRenaming`` and ``WeightConverter`` objects. The latter fuse experts, whose adapters
+            are laid out by ``PeftModel.from_pretrained`` and not here: transformers refuses their shapes by name.
         peft_config: PEFT's; there is one method.
     """
     from transformers.core_model_loading import WeightRenaming

@@ -19,6 +19,11 @@ OUT_OF_SCOPE = (
     "Arrow", "BD-LoRA", "VeLoRA", "KaSA", "MonteCLoRA", "QA-LoRA", "Megatron", "layer replication", "mixed models",
 )  # fmt: skip
 REASONS: tuple[tuple[str, str, str], ...] = (
+    (
+        SCOPE,
+        "weights of modules that are neither linear, experts nor routers",
+        r"target_parameters entry 'lin0.weight'",
+    ),
     (STRICTER, "a pickle is not written (`safe_serialization=False`)", r"would write a pickle"),
     (
         STRICTER,
@@ -39,7 +44,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (
         STRICTER,
         "an entry that matches nothing is refused",
-        r"entry .* matches nothing|matches no adapted layer|test_exclude_modules_not_used",
+        r"entry .* matches nothing|matches no adapted layer|test_exclude_modules_not_used|invalid_target_\w+_warns",
     ),
     (STRICTER, "a layer that stands in two places is refused", r"are one shared layer"),
     (
@@ -87,7 +92,12 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         r"test_rank_pattern_for_moe",
     ),
     (STRICTER, "a weight that is computed (a parametrization) is refused", r"its weight is computed"),
-    (INTERNAL, "functions and classes inside PEFT's tuners", r"MissingInMinilora|test_input_embeds_warning"),
+    (
+        INTERNAL,
+        "functions and classes inside PEFT's tuners",
+        r"MissingInMinilora|test_input_embeds_warning|has no attribute 'update_layer'",
+    ),
+    (INTERNAL, "a linear layer that `target_parameters` names is a `lora.Linear`", r"test_repr_lora_paramwrapper"),
     (INTERNAL, "`LoraConfig._register_custom_module`, experimental in PEFT", r"_register_custom_module"),
     (INTERNAL, "one layer is merged or loses its adapter alone", r"changes a whole model here, not one layer"),
     (INTERNAL, "parts that a test puts into a layer by hand", r"quantization_backend|irregular"),
@@ -142,7 +152,11 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (INTERNAL, "`base_model.model` is the model itself, with its adapters", r"test_model_with_injected_layers"),
     (INTERNAL, "a layer class built on PEFT's `LoraLayer`", r"consistent method resolution"),
     (INTERNAL, "an older spelling of LoRA-FA's groups", r"scaling_factor_deprecation"),
-    (WORDS, "", r"Regex pattern did not match|not found in the base model|and in trainable_token_indices"),
+    (
+        WORDS,
+        "",
+        r"Regex pattern did not match|target_parameters_wrong_type|not found in the base model|and in trainable_token_indices",
+    ),
 )
 
 
