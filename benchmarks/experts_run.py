@@ -2,8 +2,8 @@
 
     python benchmarks/experts_run.py [--seconds 60] [--steps 80] [--out FILE] [--figure docs]
 
-A Qwen3-MoE of 1.3 million weights (two layers, 32 experts, two for a token, a token a byte) learns Python's prose, is packed to NF4 with double
-quantization, and learns Python's source through LoRA on every linear layer, experts and router included. Then the adapter is loaded on
+A Qwen3-MoE of 1.2 million weights (two layers, 32 experts, two for a token, a token a byte) learns Python's prose, is packed to NF4 with
+double quantization, and learns Python's source through LoRA on every linear layer, the experts included. Then the adapter is loaded on
 the dense model by minilora and by PEFT, and merged. Losses are in nats per byte of source that was held out. Writes
 ``results/experts_run.csv`` and ``results/experts_run_experts.csv``: tokens of each expert, and the norm of its update.
 """
