@@ -30,7 +30,15 @@ from minilora.linear.foreign import foreign_of
 from minilora.linear.fronts import Front, put_in_front, take_from_front
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
-from minilora.linear.packed import QuantLinear, hooks_of, is_conv1d, rows_of, take_attributes, take_hooks
+from minilora.linear.packed import (
+    QuantLinear,
+    calls_only_forward,
+    hooks_of,
+    is_conv1d,
+    rows_of,
+    take_attributes,
+    take_hooks,
+)
 from minilora.quant.config import QuantConfig
 
 
@@ -240,13 +248,6 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer).forward in _PRODUCTS or (
         is_conv1d(layer) and type(layer).__module__ == "transformers.pytorch_utils"
     )
-
-
-def calls_only_forward(module: nn.Module) -> bool:
-    """Whether ``module(x)`` is ``type(module).forward(module, x)``: no hook, here or on all modules, and no forward of the object's own."""
-    own = module.__dict__
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return not hooks and "forward" not in own and not nn.modules.module._has_any_global_hook()
 
 
 _PRODUCTS = (nn.Linear.forward, Frozen.forward)

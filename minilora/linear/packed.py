@@ -18,7 +18,16 @@ from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
 
-__all__ = ["QuantLinear", "dtype_after", "hooks_of", "is_conv1d", "rows_of", "take_attributes", "take_hooks"]
+__all__ = [
+    "QuantLinear",
+    "calls_only_forward",
+    "dtype_after",
+    "hooks_of",
+    "is_conv1d",
+    "rows_of",
+    "take_attributes",
+    "take_hooks",
+]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
@@ -187,6 +196,13 @@ def dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torc
 def hooks_of(layer: nn.Module) -> dict[str, Any]:
     """The dictionaries that hold the hooks on calls of this layer: the very objects, so that a handle still removes its hook."""
     return {name: layer.__dict__[name] for name in _HOOKS}
+
+
+def calls_only_forward(module: nn.Module) -> bool:
+    """Whether ``module(x)`` is ``type(module).forward(module, x)``: no hook, here or on all modules, and no forward of the object's own."""
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not hooks and "forward" not in own and not nn.modules.module._has_any_global_hook()
 
 
 def take_hooks(new: nn.Module, hooks: dict[str, Any] | None) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from minilora.linear.experts.known import projections
 from minilora.linear.experts.routes import Routes, route
 from minilora.linear.experts.whole import Gate, Projection, whole_experts
-from minilora.linear.layers import calls_only_forward
 from minilora.linear.ops import is_transformed
+from minilora.linear.packed import calls_only_forward
 
 __all__ = ["apart", "dbrx", "jetmoe", "llama4", "longcat", "out_of_graphs", "routed", "shared"]
 
