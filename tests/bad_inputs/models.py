@@ -226,7 +226,7 @@ PACK = [
     ("a norm", lambda w: quantize_model(w.plain, None, ["norm"]), TargetError, "norm is a LayerNorm", "wanted Linear"),
     ("a packed layer", lambda w: quantize_model(w.packed, None, ["first"]), TargetError, "first is quantized already", "leave it out"),
     ("a packed model", lambda w: quantize_model(w.packed), TargetError, "no dense linear layer is left", "; "),
-    ("a table", lambda w: quantize_model(w.llama, None, ["embed_tokens"]), TargetError, "embed_tokens: Embedding has no packed form", "quantize linear layers only"),
+    ("a table", lambda w: quantize_model(w.llama, None, ["embed_tokens"]), TargetError, "embed_tokens: Embedding has no packed form", "quantize linear layers"),
     ("a model without importance", lambda w: quantize_model(w.plain, QuantConfig(scale="weighted")), QuantizationError, "first: scale='weighted'", "minilora.calibrate"),
     ("a name as model", lambda w: quantize_model("smollm2"), StateError, "str", "wanted a torch module"),
     ("calibrate on nothing", lambda w: calibrate(w.plain, []), QuantizationError, "first saw no input", "at least one batch"),

@@ -153,7 +153,7 @@ _KEYS = [
     ({"peft_type": "IA3"}, "peft_type='IA3'", "'LORA' adapters only"),
     ({"lora_aplha": 16}, "'lora_aplha'", "'lora_alpha'"),
     ({"use_qalora": True}, "use_qalora=True", "leave it at"),
-    ({"target_parameters": ["experts"]}, "target_parameters=", "leave it at"),
+    ({"target_parameters": "experts"}, "target_parameters='experts'", "write ['experts']"),
     ({"velora_config": {"rho": 2}}, "velora_config=", "leave it at"),
     ({"r": "8"}, "r='8'", "set r=8"),
     ({"lora_alpha": [16]}, "lora_alpha=[16]", "r or 2*r"),
