@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.linear.convolution import convolve_rows, is_convolution
+from minilora.linear.experts.known import known_experts
 from minilora.linear.experts.routes import Routes, route
 from minilora.linear.layers import embed_scale
 from minilora.linear.shown import shown_weight
@@ -111,6 +112,11 @@ class MixedLayer(nn.Module):
         if (stack := rows.stacks.get(self.path)) is not None:
             base = self._with_update(rows.pick(x), x, base, stack)
         if apart := rows.apart.get(self.path):
+            known = known_experts(self.base) if isinstance(self.base, nn.Module) else None
+            if known is not None and known.forward in ("llama4", "jetmoe"):
+                raise StateError(
+                    f"{self.path}: its rows are sorted by expert, so a trained copy of it cannot differ from row to row; use set_adapter"
+                )
             base = _with_rows_of(apart, rows.pick(x), base, args, kwargs)
         return base
 
@@ -120,8 +126,13 @@ class MixedLayer(nn.Module):
         if stack is None:
             return base
         A, B = stack  # [names + 1, E, ...]
-        tokens = len(routes.order) // routes.choices
-        pick = rows.pick(routes.order.new_empty(tokens))[routes.tokens]
+        if (known := routes.in_batch) is None:
+            raise StateError(
+                f"{self.path}: its experts get rows that nobody says whose they are, so adapters cannot differ from row to row; use "
+                "set_adapter instead"
+            )
+        tokens, count = known
+        pick = rows.pick(routes.order.new_empty(count))[tokens]
         count = A.shape[1]
         choice = torch.where(routes.ids < count, pick * count + routes.ids, len(A) * count)
         own = route(choice, len(A) * count)

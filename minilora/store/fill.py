@@ -62,7 +62,7 @@ def fill(
             f"{stored.path}: {_listed(extra)} unexpected on this model; wrong base model, or target_modules too short?"
         )
     if strict and wrong and not ignore_mismatched_sizes:
-        found, wanted = list(tensors[wrong[0]].shape), list(own[wrong[0]].shape)
+        found, wanted = list(stored.tensors[wrong[0]].shape), list(laid_out(values, own, True)[wrong[0]].shape)
         raise CheckpointError(
             f"{stored.path}: size mismatch: {wrong[0]} is {found}, config and model want {wanted}; wrong base "
             "model or r"

@@ -241,7 +241,9 @@ def _exact(stored: Stored, bare: Bare) -> LoraConfig:
     refuse_regexes(stored)
     config = stored.config
     names = [name for name in (config.target_modules, config.exclude_modules) if isinstance(name, str)]
-    if not stored.from_file or all(name.lower() == ALL_LINEAR for name in names):
+    # Of a file these fields mean layers only, as in PEFT, whose experts are all that target_parameters names.
+    narrowed = config.target_parameters and (config.exclude_modules or config.layers_to_transform is not None)
+    if not stored.from_file or (all(name.lower() == ALL_LINEAR for name in names) and not narrowed):
         return config
     files = [f".{name}" for kind in (variant(stored.variant), LoRAEmbedding) for name in kind.file_names.values()]
     keys = [key.removeprefix(PREFIX) for key in stored.tensors]

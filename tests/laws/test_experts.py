@@ -195,3 +195,80 @@ def test_spectra_are_each_experts(variant):
         found = spectrum(value)
         torch.testing.assert_close(found, wanted[..., : found.shape[-1]], rtol=1e-4, atol=1e-5)
         assert update_norm(value) == pytest.approx(float(value.delta_weight().norm()), rel=1e-4)
+
+
+def llama4():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 20,
+        "intermediate_size_mlp": 36,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "pad_token_id": 0}
+    routing = {"num_local_experts": 3, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **routing)).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def jetmoe():
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+    }
+    torch.manual_seed(0)
+    known = JetMoeConfig(vocab_size=61, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    return JetMoeForCausalLM(known).requires_grad_(False).eval()
+
+
+def test_rows_of_a_batch_keep_their_adapters_where_experts_get_all_tokens():
+    """Llama 4 gives every token to every expert: the place of a row says its expert, and not its token alone."""
+    model = adapted(
+        llama4(),
+        r=3,
+        lora_alpha=12,
+        target_modules=None,
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    alone = logits(model)
+    with adapters_of(model).bare():
+        plain = logits(model)
+    assert float((alone - plain).abs().max()) > 1e-3
+    with minilora.batch_adapters(model, ["default", "__base__", "default"]):
+        close(logits(model), torch.stack([alone[0], plain[1], alone[2]]))
+
+
+def test_a_batch_is_refused_where_experts_get_rows_that_nobody_says_whose_they_are():
+    model = adapted(jetmoe(), r=3, lora_alpha=12, target_modules=None, target_parameters=["input_linear.weight"])
+    with (
+        minilora.batch_adapters(model, ["default", "__base__", "default"]),
+        pytest.raises(minilora.MiniLoraError, match=r"input_linear.weight: its experts get rows.*use set_adapter"),
+    ):
+        logits(model)
+
+
+def test_a_file_of_peft_has_all_that_its_target_parameters_name(tmp_path):
+    """PEFT looks at its other fields for layers only, so its file has factors for experts that these seem to leave out."""
+    peft = pytest.importorskip("peft")
+    for at, more in enumerate(({"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.mlp.experts"]})):
+        fields = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj"], "target_parameters": list(EXPERTS)}
+        theirs = peft.get_peft_model(moe(), peft.LoraConfig(**fields, **more))
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.2)
+        theirs.save_pretrained(tmp_path / str(at))
+        model = moe()
+        minilora.load_adapter(model, tmp_path / str(at))
+        close(logits(model), logits(theirs), 1e-6)

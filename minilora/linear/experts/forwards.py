@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,7 +114,10 @@ def jetmoe(experts: Any, inputs: Tensor, expert_size: Any) -> Tensor:
     sizes = torch.as_tensor(expert_size, device=inputs.device)
     ids = torch.arange(len(sizes), device=inputs.device).repeat_interleave(sizes)
     return project(
-        experts, "weight", inputs, Routes(torch.arange(len(ids), device=ids.device), ids, sizes.cumsum(0).int())
+        experts,
+        "weight",
+        inputs,
+        Routes(torch.arange(len(ids), device=ids.device), ids, sizes.cumsum(0).int(), batch=0),
     )
 
 
@@ -125,7 +129,9 @@ def llama4(experts: Any, hidden_states: Tensor) -> Tensor:
     count = experts.num_experts
     rows = hidden_states.view(-1, experts.hidden_size)
     live = rows.detach().any(1).nonzero().flatten()
-    routes = route((live // (len(rows) // count)).unsqueeze(1), count)
+    tokens = len(rows) // count
+    found = route((live // tokens).unsqueeze(1), count)
+    routes = replace(found, places=(live % tokens)[found.order], batch=tokens)
     x = rows[live]
     gate, up = project(experts, "gate_up_proj", x, routes).chunk(2, dim=-1)
     y = project(experts, "down_proj", up * experts.act_fn(gate), routes)
@@ -135,7 +141,8 @@ def llama4(experts: Any, hidden_states: Tensor) -> Tensor:
 def shared(experts: Any, hidden_states: Tensor, gammas: Tensor) -> Tensor:
     """Inkling's shared experts: every token through all of them, weighted by ``gammas`` before the last projection."""
     count, flat = experts.n_shared_experts, hidden_states.reshape(-1, hidden_states.shape[-1])
-    routes = route(torch.arange(count, device=flat.device).repeat_interleave(len(flat)).unsqueeze(1), count)
+    found = route(torch.arange(count, device=flat.device).repeat_interleave(len(flat)).unsqueeze(1), count)
+    routes = replace(found, places=found.order % max(1, len(flat)), batch=len(flat))
     x, weights = flat.repeat(count, 1), gammas.reshape(-1, count).t().reshape(-1, 1)
     y = experts.act_fn(project(experts, "gate_proj", x, routes)) * project(experts, "up_proj", x, routes) * weights
     y = project(experts, "down_proj", y, routes)

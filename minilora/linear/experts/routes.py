@@ -26,12 +26,25 @@ class Routes:
         ids: ``[S]`` int64, the expert of every sorted row; rows of no expert (an index beyond the last one) stand behind all others.
         ends: ``[E]`` int32, where the rows of each expert end; those of expert e begin where those of e - 1 end.
         choices: k, experts for each token.
+        places: ``[S]`` int64, the token of the batch of every sorted row, where ``order`` does not say it. batch: how many tokens there
+            are then; 0 where nobody knows which row is whose.
     """
 
     order: Tensor
     ids: Tensor
     ends: Tensor
     choices: int = 1
+    places: Tensor | None = None
+    batch: int | None = None
+
+    @property
+    def in_batch(self) -> tuple[Tensor, int] | None:
+        """The token of the batch of every sorted row, ``[S]``, and how many there are; None where that is not known."""
+        if self.batch == 0:
+            return None
+        if self.places is not None and self.batch is not None:
+            return self.places, self.batch
+        return self.tokens, len(self.order) // self.choices
 
     @property
     def tokens(self) -> Tensor:
