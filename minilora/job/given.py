@@ -76,7 +76,10 @@ def _lora_of(fields: dict[str, Any], init_from: Any) -> LoraConfig:
     start = fields.get("init_lora_weights")
     if start in FROM_DATA:
         fields.setdefault(f"{start}_config", {})
-    return LoraConfig(**_LORA | fields)
+    usual = _LORA | (
+        {"target_modules": None} if fields.get("target_parameters") else {}
+    )  # who names experts means these
+    return LoraConfig(**usual | fields)
 
 
 def _changed(name: str, config: Any, fields: Mapping[str, Any]) -> Any:

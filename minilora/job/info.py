@@ -21,6 +21,7 @@ from minilora.files.tensors import open_tensors
 from minilora.hf.known_base import linear_layers
 from minilora.hf.packed import METHOD, is_packed_folder, packing_said
 from minilora.job.record import read_record
+from minilora.lora.coverage import called
 from minilora.quant.bnb import is_state, storable, weight_of
 from minilora.quant.codebooks import codebook
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, Stored, read_adapter
@@ -103,7 +104,7 @@ def _covered(stored: Stored, layers: list[Layer]) -> dict[str, Any]:
     if every is None or not paths & set(every):
         return {"covered": len(paths), "of": None, "without": []}
     rest = [path for path in every if path not in paths]
-    names = sorted({path.rpartition(".")[2] for path in rest})
+    names = sorted({called(path) for path in rest})
     return {"covered": len(paths), "of": len(paths) + len(rest), "without": names}
 
 

@@ -10,7 +10,7 @@ from minilora.hf.load import resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.job.described import formats
 from minilora.job.settings import Job
-from minilora.lora.coverage import coverage, experts_left
+from minilora.lora.coverage import called, coverage, experts_left
 from minilora.lora.match import Match
 from minilora.many.adapted import count_parameters
 from minilora.training.rows import Rows, why_read_whole
@@ -49,11 +49,12 @@ def say_adapted(job: Job, model: Any, say: _Say) -> None:
     trainable, total = count_parameters(model)
     say(f"training {trainable:,} of {total:,} parameters for {job.training.steps} steps")
     covered, others = coverage(model)
-    names = sorted({path.rsplit(".", 1)[-1] for path in others})
+    names = sorted({called(path) for path in others})
     rest = f"; not {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" if names else ""
     say(f"the adapter covers {len(covered)} of {len(covered) + len(others)} linear weights, experts included{rest}")
     if left := experts_left(model):
         kinds = ", ".join(repr(name) for name in sorted({path.rsplit(".", 1)[-1] for path in left}))
         say(
-            f"the experts stay as they are: none of their {len(left)} weights ({kinds}) has an adapter; all-linear has them all"
+            f"the experts stay as they are: none of their {len(left)} weights ({kinds}) has an adapter; --target-modules all-linear has "
+            "them all, --target-parameters names some"
         )

@@ -13,7 +13,7 @@ from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
 from minilora.lora.slots import adapters_of
 
-__all__ = ["coverage", "experts_left", "linear_weights"]
+__all__ = ["called", "coverage", "experts_left", "linear_weights"]
 
 _OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 
@@ -54,8 +54,14 @@ def linear_weights(bare: Bare) -> Iterator[str]:
             yield path
         elif not isinstance(module, _OTHERS):
             for name, parameter in bare.parameters_of(module):
-                if parameter.dim() in (2, 3) and min(parameter.shape) > 1:
+                if parameter.dim() in (2, 3) and min(parameter.shape) > 1 and not name.endswith("bias"):
                     yield f"{path}.{name}" if path else name
+
+
+def called(path: str) -> str:
+    """A weight's short name: the last part of its path, the last two where that is "weight"."""
+    parts = path.split(".")
+    return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:])
 
 
 def _read_weight(path: str, value: Adapter) -> str:

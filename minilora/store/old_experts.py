@@ -280,6 +280,6 @@ def lost_in_peft(model_type: Any, targets: Sequence[str] | str | None, linear: S
     if not names or not lost:
         return ""
     return (
-        f"PEFT 0.21 will not load {len(lost)} layers of this adapter, such as {lost[0]}: on a {model_type} it takes their names in "
-        "target_modules for those of experts; minilora loads them, and merged into the model they are right everywhere"
+        f"PEFT 0.21 does not load {len(lost)} layers of this adapter, or none of it, such as {lost[0]}: on a {model_type} it takes their "
+        "names in target_modules for those of experts; minilora loads them, and merged into the model they are right everywhere"
     )

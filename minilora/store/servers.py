@@ -47,9 +47,21 @@ def _peft(stored: Stored) -> Server:
         return Server(
             "PEFT", "no", f"it refuses {what} on experts and routers; minilora merge makes a whole model of it"
         )
+    if stored.config.target_parameters and (lost := _taken_for_experts(stored)):
+        return Server(
+            "PEFT",
+            "no",
+            f"PEFT 0.21 takes {lost} in target_modules for experts; minilora merge makes a whole model of it",
+        )
     if stored.variant == stored.config.variant or by_factors(variant(stored.variant)):
         return Server("PEFT", "as it is", "the folder is in its layout")
     return Server("PEFT", "no", f"its config has no word for {stored.variant}")
+
+
+def _taken_for_experts(stored: Stored) -> str:
+    """A name in ``target_modules`` that PEFT reads as one of experts, on models that have such beside dense layers; "" for none."""
+    names, targets = ("gate_proj", "up_proj", "down_proj"), stored.config.target_modules
+    return next((name for name in names if not isinstance(targets, str) and name in (targets or ())), "")
 
 
 def _server(stored: Stored, target: str, folder: Path) -> Server:

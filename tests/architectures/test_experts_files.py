@@ -144,7 +144,10 @@ def test_how_much_of_a_model_a_folder_covers(tmp_path):
 
 def test_a_run_says_whether_the_experts_are_adapted():
     job = types.SimpleNamespace(training=types.SimpleNamespace(steps=3))
-    none = "the experts stay as they are: none of their 4 weights ('down_proj', 'gate_up_proj') has an adapter; all-linear has them all"
+    none = (
+        "the experts stay as they are: none of their 4 weights ('down_proj', 'gate_up_proj') has an adapter; --target-modules all-linear "
+        "has them all, --target-parameters names some"
+    )
     for names, last in (
         ("all-linear", "the adapter covers 12 of 15 linear weights, experts included; not lm_head, weight"),
         (["q_proj"], none),
