@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import minilora
 from minilora import LoraConfig, QuantConfig
 from minilora.lab.byte_model import code, docs
+from minilora.report.inspect import adapters_in
 
 LENGTH, BATCH = 128, 8
 SIZES: dict[str, Any] = {
@@ -97,7 +98,7 @@ def counted(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-def experts_moved(model: nn.Module, counts: dict[str, Tensor]) -> list[dict[str, Any]]:
+def experts_moved(packed: nn.Module, counts: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Tokens and the norms of the updates of both projections, a row an expert.
 
     Raises:
@@ -105,12 +106,10 @@ def experts_moved(model: nn.Module, counts: dict[str, Tensor]) -> list[dict[str,
     """
     rows = []
     norms: dict[str, dict[str, Tensor]] = {}
-    for path, layer in model.named_modules():
-        if ".experts." in path and hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight"):
+    for path, layer in adapters_in(packed).items():
+        if layer.on == "experts":
             mixture_path, _, projection = path.rpartition("model.")[2].partition(".experts.")
-            norms.setdefault(mixture_path, {})[projection] = (
-                layer.get_delta_weight("default").detach().flatten(1).norm(dim=1)
-            )
+            norms.setdefault(mixture_path, {})[projection] = layer.delta_weight().detach().flatten(1).norm(dim=1)
     for name, tokens in counts.items():
         for expert, seen in enumerate(tokens.tolist()):
             moved = {key: float(values[expert]) for key, values in norms[name].items()}
@@ -153,7 +152,7 @@ def job(base: Any, steps: int, lr: float = 3e-3) -> tuple[list[dict[str, Any]], 
     rows.append({"what": "packed, with its adapter", "loss": loss_of(model, held_out)})
     if rows[-1]["loss"] >= rows[1]["loss"]:
         raise RuntimeError(f"nothing was learnt: {rows}")
-    experts = experts_moved(model, counts)
+    experts = experts_moved(packed, counts)
     with tempfile.TemporaryDirectory(prefix="minilora-bench-") as folder:
         model.save_pretrained(folder)
         ours, theirs = loaded(base, folder, minilora), loaded(base, folder, peft)

@@ -103,6 +103,7 @@ def _covered(stored: Stored, layers: list[Layer]) -> dict[str, Any]:
         paths = {path if path in set(every) else path.removesuffix(".weight") for path in paths}
     if every is None or not paths & set(every):
         return {"covered": len(paths), "of": None, "without": []}
+    paths = {path if path in every else f"{path}.weight" for path in paths}  # a router's weight is one of its own there
     rest = [path for path in every if path not in paths]
     names = sorted({called(path) for path in rest})
     return {"covered": len(paths), "of": len(paths) + len(rest), "without": names}

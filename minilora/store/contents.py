@@ -66,13 +66,16 @@ def parameters_in(stored: Stored) -> dict[str, str]:
 
     A file nests the adapters of one module of experts, the first projection innermost (``lora/variants/experts.py``).
     """
-    entries = [entry.rpartition(".") for entry in stored.config.target_parameters or () if not entry.endswith("weight")]
+    entries = [entry.rpartition(".") for entry in stored.config.target_parameters or ()]
     depths: dict[str, int] = {}
     for key, tensor in stored.tensors.items():
         path, name = _split(key) or ("", "")
         home, joined = _home(path), name == "lora_A.weight" and len(tensor) != stored.config.for_module(path)[0]
         # A name without its owner could be anybody's: then the rank tells, which is that of all experts together.
-        if any(ends_with(home, owner) if owner else joined for owner, _, _ in entries) and not _is_module(stored, home):
+        means = any(
+            (ends_with(home, owner) if owner else joined) and (joined or attr != "weight") for owner, _, attr in entries
+        )
+        if means and not _is_module(stored, home):
             depths[home] = max(depths.get(home, 0), path.count(_INNER))
     found: dict[str, str] = {}
     for home, depth in depths.items():

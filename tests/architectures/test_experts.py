@@ -40,6 +40,8 @@ NO_EXPERTS = {
     "MoshiFlexibleLinear", "RecurrentGemmaRglru", "ZambaMambaMixer",
 }  # fmt: skip
 
+pytestmark = pytest.mark.filterwarnings("ignore:PEFT 0.21 does not load:UserWarning")
+
 
 def test_every_class_is_examined():
     assert sorted(experts.decorated() + experts.of_own_shape()) == experts.CLASSES

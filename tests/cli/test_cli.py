@@ -402,6 +402,7 @@ SETTINGS = {
     "lora_alpha": 6.5,
     "target_modules": ("q_proj", "v_proj"),
     "exclude_modules": ("k_proj", "o_proj"),
+    "target_parameters": ("experts.down_proj", "mlp.gate.weight"),
     "lora_dropout": 0.05,
     "bias": "all",
     "use_rslora": True,
