@@ -54,9 +54,8 @@ __all__ = ["NF4Config", "NF4Quantizer"]
 
 OLDEST = (5, 21)  # of transformers
 
-_CONVERSIONS = (
-    "_minilora_conversions"  # what transformers would do to the names of a model's weights when it saves them
-)
+# What transformers would do to the names of a model's weights when it saves them.
+_CONVERSIONS = "_minilora_conversions"
 
 logger = logging.get_logger(__name__)
 
@@ -111,9 +110,8 @@ class NF4Config(QuantizationConfigMixin):
         self.why = Failure()
         self.packs = True  # this and the next as ``packing_config`` says
         self.rows: Rows | None = None
-        self.experts: set[str] = (
-            set()
-        )  # names of the experts' weights that are packed; known once a model is being loaded
+        # Names of the experts' weights that are packed; known once a model is being loaded.
+        self.experts: set[str] = set()
         self.dense: list[str] = []  # what stayed dense; known once a model is loaded, and again when it is saved
 
     @classmethod
@@ -240,12 +238,13 @@ class NF4Quantizer(HfQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per weight that this process keeps, of which transformers asks a GPU for as many before it reads."""
-        rows, packed = self.quantization_config.rows, self.param_needs_quantization(model, param_name)
-        if packed and param_name in self.quantization_config.experts:
+        rows = self.quantization_config.rows
+        if param_name in self.quantization_config.experts:
             size = self.quantized_element_size
-            return size / rows.processes.size if rows is not None and rows.expects(param_name) else size
-        packed = is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
-        size = super().param_element_size(model, param_name, param) if packed else param.element_size()
+        elif is_quantized(model.get_submodule(param_name.rpartition(".")[0])):
+            size = super().param_element_size(model, param_name, param)
+        else:
+            size = float(param.element_size())
         return size / rows.processes.size if rows is not None and rows.expects(param_name) else size
 
     @property

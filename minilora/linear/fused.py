@@ -60,7 +60,7 @@ def lora_linear(
         out.view(-1, out.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.t(), alpha=scaling)
         return out
     x, drop = x.to(flowing_dtype(x)), parts_dropped(p)
-    kept = scaling * _STEPS / (_STEPS - drop)
+    kept = made_up(scaling, drop)
     if grad:
         flat = _LoRALinear.apply(x, bias, A, B, weight, kept, drop, backend)
     else:
@@ -72,6 +72,11 @@ def lora_linear(
 def parts_dropped(p: float) -> int:
     """A probability of dropout in parts of 1/65536."""
     return min(round(p * _STEPS), _STEPS - 1)
+
+
+def made_up(scaling: float, drop: int) -> float:
+    """``scaling`` times what makes up for ``drop`` parts of 1/65536."""
+    return scaling * _STEPS / (_STEPS - drop)
 
 
 def lora_linear_reference(

@@ -21,6 +21,7 @@ from minilora.linear.fused import (
     Weight,
     as_written,
     lora_linear_reference,
+    made_up,
     parts_dropped,
     rebuilt,
     tensors_of,
@@ -145,7 +146,7 @@ def _through(
 def _scaled(part: Part) -> tuple[float, int]:
     """The scaling that makes up for what is dropped, and the probability in parts of 1/65536."""
     drop = parts_dropped(part.p)
-    return part.scaling * 65536 / (65536 - drop), drop
+    return made_up(part.scaling, drop), drop
 
 
 def _add(out: Tensor, place: Place, left: Tensor, right: Tensor) -> None:

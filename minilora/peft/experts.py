@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from minilora.linear.experts.hook import BEFORE
 from minilora.linear.experts.known import declared, owner_of
 from minilora.linear.experts.layers import ExpertsLinear, is_experts
 from minilora.lora.adapter import Adapter
@@ -92,7 +93,7 @@ def _bare(experts: nn.Module, slots: dict[str, Slot]) -> nn.Module:
     dense = {name: layer for name, layer in layers.items() if type(layer) is ExpertsLinear}
     own = {name: parameter for name, parameter in experts._parameters.items() if name not in layers}
     held = {**{name: layer._parameters["weight"] for name, layer in dense.items()}, **own}
-    order = [name for name in vars(experts).get("_minilora_before", held) if name in held]
+    order = [name for name in vars(experts).get(BEFORE, held) if name in held]
     parameters = _Written({name: held[name] for name in dict.fromkeys((*order, *held))})
     parameters.experts, parameters.dense = experts, dense
     other.__dict__["_parameters"] = parameters

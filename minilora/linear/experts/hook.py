@@ -19,10 +19,10 @@ from minilora.linear.experts import forwards
 from minilora.linear.experts.known import has_projections, known_experts, note_home, owner_of, projections
 from minilora.linear.experts.layers import ExpertsLinear
 
-__all__ = ["compute_with_ours", "open_experts", "put_layer", "put_projection", "refuse_strange_experts"]
+__all__ = ["BEFORE", "compute_with_ours", "open_experts", "put_layer", "put_projection", "refuse_strange_experts"]
 
 _NAME = "minilora"  # ours in transformers' interface
-_BEFORE = "_minilora_before"  # the config or forward that a module had, and the order of its parameters
+BEFORE = "_minilora_before"  # the config or forward that a module had, and the order of its parameters
 
 
 def put_projection(change: Any, home: nn.Module, name: str, layer: nn.Module) -> None:
@@ -34,14 +34,14 @@ def put_projection(change: Any, home: nn.Module, name: str, layer: nn.Module) ->
     experts = owner_of(home)
     known = known_experts(experts)
     assert known is not None  # whoever has a projection is known
-    if _BEFORE not in vars(home):
-        change.item(vars(home), _BEFORE, tuple(home._parameters))
+    if BEFORE not in vars(home):
+        change.item(vars(home), BEFORE, tuple(home._parameters))
     if _is_plain(layer):
         change.drop(home._modules, name)
         held = {**home._parameters, name: layer._parameters["weight"]}
         order = [
-            *(key for key in vars(home)[_BEFORE] if key in held),
-            *(key for key in held if key not in vars(home)[_BEFORE]),
+            *(key for key in vars(home)[BEFORE] if key in held),
+            *(key for key in held if key not in vars(home)[BEFORE]),
         ]
         change.put(home, "_parameters", {key: held[key] for key in order})
     else:
@@ -50,7 +50,7 @@ def put_projection(change: Any, home: nn.Module, name: str, layer: nn.Module) ->
     opened = any(each in home._modules for each in known.names)
     _compute(change, experts, opened)
     if not opened:
-        change.drop(vars(home), _BEFORE)
+        change.drop(vars(home), BEFORE)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -99,11 +99,11 @@ def put_layer(change: Any, parent: nn.Module, name: str, layer: nn.Module) -> No
 def _through_interface(change: Any, experts: Any, opened: bool) -> None:
     """Let transformers' interface call ours for this module alone: its ``config`` is a copy of the model's that names ours."""
     config = experts.config
-    before = vars(config).get(_BEFORE)
+    before = vars(config).get(BEFORE)
     if opened and before is None:
         register()
         own = copy.copy(config)
-        vars(own).update({_BEFORE: config, "_experts_implementation_internal": _NAME})
+        vars(own).update({BEFORE: config, "_experts_implementation_internal": _NAME})
         change.put(experts, "config", own)
     elif not opened and before is not None:
         change.put(experts, "config", before)
@@ -123,7 +123,7 @@ def refuse_strange_experts(path: str, home: nn.Module) -> None:
     known = known_experts(experts)
     if known is None:
         return
-    if "forward" in vars(experts) and _BEFORE not in vars(home):
+    if "forward" in vars(experts) and BEFORE not in vars(home):
         raise TargetError(
             f"{path}: the forward of its experts ({type(experts).__name__}) was replaced, and would be lost; take it back "
             "(del module.forward) first"

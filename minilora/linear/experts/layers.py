@@ -22,7 +22,7 @@ from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
 from minilora.quant.stack import QuantizedStack, quantize_stack
 
-__all__ = ["ExpertsLinear", "QuantExperts", "is_experts", "quantized_experts", "rows_of_experts"]
+__all__ = ["ExpertsLinear", "QuantExperts", "is_experts", "rows_of_experts", "stack_of"]
 
 
 class ExpertsLinear(nn.Module):
@@ -182,6 +182,6 @@ def with_stored(layer: ExpertsLinear | QuantExperts, weight: Tensor) -> ExpertsL
     return ExpertsLinear(nn.Parameter(weight, requires_grad=False), layer.transposed, given, layer.crossed)
 
 
-def quantized_experts(layer: Any) -> Stack:
+def stack_of(layer: Any) -> Stack:
     """What a projection multiplies with: ``[E, out, in]`` dense, or the packed stack."""
     return layer.quantized() if isinstance(layer, QuantExperts) else rows_of_experts(layer, layer.weight)

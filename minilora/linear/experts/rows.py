@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from minilora.linear import cuda
-from minilora.linear.fused import Weight, keep_masks, new_seed, parts_dropped
+from minilora.linear import cuda, fused
+from minilora.linear.fused import Weight, keep_masks, made_up, new_seed, parts_dropped
 from minilora.linear.ops import buffer, matmul, on_paper_matmul
 from minilora.quant.stack import QuantizedStack
 
@@ -35,8 +35,6 @@ __all__ = [
 ]
 
 Stack = Tensor | QuantizedStack
-_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
-_STEPS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Factors:
     def of(cls, scaling: float, p: float) -> Factors:
         """A new seed is drawn where ``p`` is not 0."""
         drop = parts_dropped(p)
-        return cls(scaling * _STEPS / (_STEPS - drop), drop, new_seed(drop))
+        return cls(made_up(scaling, drop), drop, new_seed(drop))
 
 
 class Span(NamedTuple):
@@ -187,12 +185,10 @@ def _dropped(x: Tensor, own: Factors, first: int) -> Tensor:
 
 def tensors_of(weight: Stack) -> Sequence[Tensor | None]:
     """What a backward pass needs of a weight."""
-    return [getattr(weight.stored, name) for name in _PARTS] if isinstance(weight, QuantizedStack) else [weight]
+    return fused.tensors_of(weight.stored if isinstance(weight, QuantizedStack) else weight)
 
 
 def rebuilt(weight: QuantizedStack | None, parts: Sequence[Tensor | None]) -> Stack:
     """The inverse of ``tensors_of``."""
-    if weight is None:
-        return parts[0]  # type: ignore[return-value]
-    own: dict[str, Any] = dict(zip(_PARTS, parts, strict=True))
-    return replace(weight, stored=replace(weight.stored, **own))
+    stored: Any = fused.rebuilt(None if weight is None else weight.stored, parts)
+    return stored if weight is None else replace(weight, stored=stored)

@@ -8,21 +8,18 @@ work: ``LoRAAttention`` stands around the whole layer, ``LoRAOutProj`` around it
 
 from __future__ import annotations
 
-import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError
-from minilora.linear.layers import put_parameters
 from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
+from minilora.lora.variants.read import ReadLoRA, refuse_fields
 
 
 @register("lora", on="attention")
-class LoRAAttention(LoRALinear):
+class LoRAAttention(ReadLoRA):
     """An attention with an update of its input projection.
 
     Attributes:
@@ -32,6 +29,8 @@ class LoRAAttention(LoRALinear):
         ConfigError: ``lora_dropout``, which cannot reach a weight that is read; ``lora_bias`` or trained biases, which PEFT has not here.
     """
 
+    reads: ClassVar[str] = "in_proj_weight"
+
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
         _refuse_fields(config, path)
         super().__init__(base_layer, config, path)
@@ -40,22 +39,6 @@ class LoRAAttention(LoRALinear):
     def in_proj_weight(self) -> Tensor:
         """What a model sees that reads it: the layer's with every update."""
         return self.weight
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """As ``nn.MultiheadAttention``."""
-        inner, changed = self.innermost, {"in_proj_weight": self._whole_weight()}
-        if torch.compiler.is_compiling():  # which knows this function, and not copies of modules
-            return torch.func.functional_call(inner, changed, args, kwargs)
-        alone = copy.copy(inner)  # its modules and other parameters are the layer's
-        put_parameters(alone, changed)
-        return alone.forward(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """What a model asks an attention for (its heads, its biases) is what the layer answers."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
 
 
 class LoRAOutProj(LoRALinear):
@@ -81,9 +64,7 @@ def attention_adapters(
 
 
 def _refuse_fields(config: LoraConfig, path: str) -> None:
-    for name, plain in (("lora_dropout", 0.0), ("lora_bias", False), ("bias", "none")):
-        if getattr(config, name) != plain:
-            raise ConfigError(
-                f"{path} is a MultiheadAttention, whose weights are read and not called: {name}={getattr(config, name)!r} cannot be done "
-                f"there; wanted {plain!r}, or leave the layer out (exclude_modules)"
-            )
+    plain = {"lora_dropout": 0.0, "lora_bias": False, "bias": "none"}
+    refuse_fields(
+        config, plain, f"{path} is a MultiheadAttention, whose weights are", "leave the layer out (exclude_modules)"
+    )

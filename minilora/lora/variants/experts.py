@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError
 from minilora.linear.experts.grouped import grouped_linear, lora_experts
 from minilora.linear.experts.known import declared
-from minilora.linear.experts.layers import ExpertsLinear, QuantExperts, quantized_experts
+from minilora.linear.experts.layers import ExpertsLinear, QuantExperts, stack_of
 from minilora.linear.experts.routes import Routes
 from minilora.linear.experts.whole import Projection
 from minilora.linear.layers import calls_only_forward
@@ -81,13 +81,13 @@ class LoRAExperts(LoRALinear):
         base, dropout = self.base_layer, self.lora_dropout
         if not self._at_once(base, dropout):
             return base(x, routes) + self.update(dropout(x), routes)
-        return lora_experts(x, quantized_experts(base), routes, *self._low_rank())
+        return lora_experts(x, stack_of(base), routes, *self._low_rank())
 
     def as_projection(self) -> Projection | None:
         """What ``forward`` multiplies with, where it does nothing else."""
         if type(self).forward is not LoRAExperts.forward or not self._at_once(self.base_layer, self.lora_dropout):
             return None
-        return Projection(quantized_experts(self.base_layer), *self._low_rank())
+        return Projection(stack_of(self.base_layer), *self._low_rank())
 
     def _low_rank(self) -> tuple[Tensor, Tensor, float, float]:
         """A, B, scaling, and the probability of dropout now."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.linear.experts.grouped import one_expert
-from minilora.linear.experts.layers import QuantExperts, quantized_experts
+from minilora.linear.experts.layers import QuantExperts, stack_of
 from minilora.linear.experts.routes import Routes
 from minilora.linear.layers import dense_weight
 from minilora.linear.ops import matmul
@@ -106,7 +106,7 @@ class DoRAExperts(LoRAExperts, DoRALinear):
     def row_norms(self, only: Iterable[int] | None = None) -> Tensor:
         """The norms of the rows of ``W_e + s B_e A_e``, ``[E, out]``; ones for experts that are not among ``only``."""
         (A, B), norms = self.factors(), torch.ones_like(self.base_norm_squared)
-        weight = quantized_experts(self.innermost)
+        weight = stack_of(self.innermost)
         for e in range(self.experts) if only is None else only:
             WA = matmul(A[e].to(self._base_dtype()), one_expert(weight, e), True, out_dtype=torch.float32)
             norms[e] = moved_norms(self.base_norm_squared[e], WA, A[e], B[e], self.scaling)

@@ -31,6 +31,7 @@ from minilora.quant.quantized import QuantizedTensor
 from minilora.quant.stack import QuantizedStack, quantize_stack
 
 Packed = QuantizedTensor | QuantizedStack
+
 _importance: ContextVar[Mapping[str, Tensor] | None] = ContextVar("importance", default=None)
 
 

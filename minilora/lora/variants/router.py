@@ -7,21 +7,15 @@ names it, such as ``mlp.gate.weight``; so does minilora. Next file: ``many/batch
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
-import torch
 from torch import nn
 
-from minilora.errors import ConfigError
-from minilora.linear.layers import put_parameters
 from minilora.lora.adapter import register
 from minilora.lora.config import LoraConfig
-from minilora.lora.layer import LoRALinear
+from minilora.lora.variants.read import ReadLoRA, refuse_fields
 
 
 @register("lora", on="router")
-class LoRARouter(LoRALinear):
+class LoRARouter(ReadLoRA):
     """A router with an update of its matrix.
 
     Attributes:
@@ -32,26 +26,6 @@ class LoRARouter(LoRALinear):
     """
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, path: str = "") -> None:
-        for name, plain in (("lora_dropout", 0.0), ("lora_bias", False)):
-            if getattr(config, name) != plain:
-                raise ConfigError(
-                    f"{path} is a router, whose weight is read and not called: {name}={getattr(config, name)!r} cannot be done there; "
-                    f"wanted {plain!r}, or leave the router out"
-                )
+        plain = {"lora_dropout": 0.0, "lora_bias": False}
+        refuse_fields(config, plain, f"{path} is a router, whose weight is", "leave the router out")
         super().__init__(base_layer, config, path)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the router's own."""
-        inner, changed = self.innermost, {"weight": self._whole_weight()}
-        if torch.compiler.is_compiling():
-            return torch.func.functional_call(inner, changed, args, kwargs)
-        alone = copy.copy(inner)
-        put_parameters(alone, changed)
-        return alone.forward(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """What a model asks its router for (how many experts, a correction of scores) is what the router answers."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
