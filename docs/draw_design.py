@@ -72,7 +72,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     ("qlora", "packing a whole model", ["quantize_model", "calibrate", "kbit"]),
     (
         "store",
-        "adapter folders: save, load, export",
+        "adapter folders: save and load",
         [
             "save",
             "load",
@@ -83,10 +83,12 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "tensors",
             "old_experts",
             "contents",
-            "export",
-            "servers",
-            "programs",
         ],
+    ),
+    (
+        "export",
+        "adapters for other programs",
+        ["folders", "factors", "plain_peft", "mlx", "servers", "programs"],
     ),
     (
         "many",

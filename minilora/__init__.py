@@ -44,7 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "minilora.quant.codebooks": ("Codebook", "register_codebook"),
         "minilora.quant.config": ("QuantConfig",),
         "minilora.quant.quantized": ("QuantizedTensor",),
-        "minilora.store.export": ("export_adapter",),
+        "minilora.export.folders": ("export_adapter",),
         "minilora.store.load": ("load_adapter", "save_adapter"),
         "minilora.training.check": ("check_adapter",),
         "minilora.training.optim": ("lora_plus_groups",),

@@ -1,5 +1,6 @@
 # What __init__.py imports lazily, for mypy and editors; tests/test_public_names.py holds the two equal.
 from minilora.errors import MiniLoraError as MiniLoraError
+from minilora.export.folders import export_adapter as export_adapter
 from minilora.job.finetune import fine_tune as fine_tune
 from minilora.job.settings import Job as Job
 from minilora.linear.packed import QuantLinear as QuantLinear
@@ -36,7 +37,6 @@ from minilora.quant.codebooks import Codebook as Codebook
 from minilora.quant.codebooks import register_codebook as register_codebook
 from minilora.quant.config import QuantConfig as QuantConfig
 from minilora.quant.quantized import QuantizedTensor as QuantizedTensor
-from minilora.store.export import export_adapter as export_adapter
 from minilora.store.load import load_adapter as load_adapter
 from minilora.store.load import save_adapter as save_adapter
 from minilora.training.check import check_adapter as check_adapter

@@ -13,8 +13,8 @@ from minilora.cli.parser import one_of
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.remembered import tell_system
 from minilora.cli.say import say
+from minilora.export.programs import TARGETS
 from minilora.job.settings import Job
-from minilora.store.programs import TARGETS
 
 USAGE = "--adapter FOLDER --for PROGRAM --out FOLDER [options]"
 EXAMPLES = """\
@@ -38,9 +38,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write it, and say with which rank."""
+    from minilora.export.folders import export_adapter, export_folder
     from minilora.hf.folders import refuse_occupied
     from minilora.job.record import read_record
-    from minilora.store.export import export_adapter, export_folder
 
     refuse_occupied(arguments.out)
     options = _base(arguments)

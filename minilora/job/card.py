@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import CheckpointError, for_terminal
+from minilora.export.servers import servers_of
 from minilora.job.given import setting_names
 from minilora.job.record import Record, read_record
 from minilora.peft.card import card_of
@@ -19,7 +20,6 @@ from minilora.report.canvas import missing
 from minilora.report.figures import loss_figure
 from minilora.report.tables import Row, as_markdown
 from minilora.store.adapter_files import Stored, read_adapter
-from minilora.store.servers import servers_of
 from minilora.training.left import kept_records
 
 __all__ = ["FIGURE", "card_files"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import CheckpointError
+from minilora.export.servers import servers_of
 from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes, refuse_path
 from minilora.files.tensors import open_tensors
@@ -26,7 +27,6 @@ from minilora.quant.bnb import is_state, storable, weight_of
 from minilora.quant.codebooks import codebook
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, Stored, read_adapter
 from minilora.store.contents import Layer, layers_in, others_in
-from minilora.store.servers import servers_of
 from minilora.training.checkpoint import STATE_FILE, steps
 from minilora.training.left import LOG_FILE, kept_records
 

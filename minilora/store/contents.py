@@ -1,7 +1,7 @@
 """What an adapter folder holds, told from its tensors alone: which layers, with which rank and scaling, and how large each update is.
 
 No base model is loaded, and no update is formed: ``||s B A||^2 = s^2 sum((B^T B) * (A A^T))`` (Frobenius) takes the two matrices ``[r, r]``
-only. Which tensors are those of experts, the config says (``target_parameters``). Next file: ``store/export.py``.
+only. Which tensors are those of experts, the config says (``target_parameters``). Next file: ``export/folders.py``.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from minilora.errors import (
     TargetError,
     WriteError,
 )
+from minilora.export.folders import export_adapter, export_folder
 from minilora.hf.packed import load_packed, save_packed
 from minilora.peft import set_peft_model_state_dict
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from minilora.store.export import export_adapter, export_folder
 from minilora.training.left import claim
 
 NAN = float("nan")

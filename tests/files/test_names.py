@@ -10,8 +10,8 @@ from minilora import LoraConfig, inject, load_adapter, save_adapter
 from minilora.cli.toml import read_toml
 from minilora.data.records import read_jsonl
 from minilora.errors import MiniLoraError, StateError
+from minilora.export.folders import export_folder
 from minilora.files.write import append_line, new_folder, remove, write_file, write_files
-from minilora.store.export import export_folder
 from minilora.training.left import claim
 from minilora.training.lock import held
 

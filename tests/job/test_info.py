@@ -9,10 +9,10 @@ import safetensors.torch
 from minilora import LoraConfig, inject, quantize_model, save_adapter
 from minilora.cli import main
 from minilora.errors import CheckpointError
+from minilora.export.folders import export_folder
 from minilora.hf.packed import save_packed
 from minilora.job.finetune import fine_tune
 from minilora.job.info import look
-from minilora.store.export import export_folder
 from tests import models
 
 

@@ -8,11 +8,11 @@ import torch
 
 from minilora import LoraConfig, inject, save_adapter
 from minilora.errors import StateError
+from minilora.export.folders import export_adapter, export_folder
+from minilora.export.servers import servers_of
 from minilora.lora.slots import adapters_of
 from minilora.store.adapter_files import read_adapter
 from minilora.store.contents import layers_in, others_in, update_norm
-from minilora.store.export import export_adapter, export_folder
-from minilora.store.servers import servers_of
 from tests import models
 from tests.mixtures import mixture
 

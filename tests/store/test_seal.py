@@ -18,6 +18,7 @@ import torch
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, get_peft_model, inject, merge, quantize_model
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError
+from minilora.export.folders import export_adapter, export_folder
 from minilora.files.parse import parse_header, parse_json
 from minilora.many.hotswap import hotswap_adapter
 from minilora.store.adapter_files import (
@@ -29,7 +30,6 @@ from minilora.store.adapter_files import (
     read_adapter,
     seal,
 )
-from minilora.store.export import export_adapter, export_folder
 from minilora.store.fingerprint import differs, fingerprint, is_fingerprint
 from minilora.store.load import adapter_state_dict, load_adapter, restore_adapter, save_adapter
 

@@ -13,10 +13,10 @@ from minilora import LoraConfig, QuantConfig, inject, load_adapter, merge, quant
 from minilora.data.encoding import Encoded
 from minilora.data.tokens import IGNORED
 from minilora.errors import DataError, QuantizationError, StateError
+from minilora.export.folders import TARGETS, export_adapter, export_folder
 from minilora.linear.layers import QuantLinear
 from minilora.lora.config import LoraConfig as Config
 from minilora.lora.slot import Slot
-from minilora.store.export import TARGETS, export_adapter, export_folder
 from minilora.training.guards import check_examples, check_parameters, context_length, refuse_nonfinite
 from minilora.training.loop import TrainConfig, train
 

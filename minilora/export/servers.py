@@ -2,7 +2,7 @@
 
 A program that reads PEFT's layout computes the scaling of a layer in its own way: PEFT from every field of the config; vLLM from ``r``,
 ``lora_alpha`` and ``use_rslora`` without the patterns; llama.cpp's converter from ``lora_alpha`` and the rank of each tensor. Next file:
-``store/programs.py``.
+``export/programs.py``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilora.export.folders import refusal
+from minilora.export.programs import TARGETS
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
 from minilora.store.contents import by_factors, others_in
-from minilora.store.export import refusal
-from minilora.store.programs import TARGETS
 
 __all__ = ["Server", "servers_of"]
 

@@ -1,6 +1,6 @@
 """The programs that an adapter can be exported for: their names alone, so that the command line can list them without torch.
 
-Next file: ``store/export.py``.
+Next file: ``export/folders.py``.
 """
 
 TARGETS = ("vllm", "llama.cpp", "mlx")

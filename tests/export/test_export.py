@@ -12,9 +12,9 @@ import minilora
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, inject, quantize_model, save_adapter
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.export.folders import TARGETS, export_adapter, export_folder
 from minilora.lora.slots import adapters_of
 from minilora.store.adapter_files import SEAL_FILE
-from minilora.store.export import TARGETS, export_adapter, export_folder
 from minilora.store.load import CONFIG_FILE, WEIGHTS_FILE
 
 ALL = ["q_proj", "v_proj", "down_proj"]
