@@ -11,6 +11,7 @@ import torch
 from minilora.errors import CheckpointError
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer
+from minilora.hf.older_readers import save_dense
 from minilora.linear.layers import is_quantized
 from minilora.many.adapted import unload
 from minilora.many.merging import merge
@@ -55,4 +56,10 @@ def merge_to_folder(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
     refuse_nonfinite(merged.state_dict().items(), "the merged model")
-    return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    told: list[str] = []
+    written = in_new_folder(
+        target, lambda folder: (told.extend(save_dense(merged, folder)), tokenizer.save_pretrained(folder))
+    )
+    for sentence in told:
+        print(f"{out}: {sentence}; ask the model there before you rely on it")
+    return written

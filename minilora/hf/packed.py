@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.files.tensors import Tensors, open_tensors
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
+from minilora.hf.older_readers import write_older_keys
 from minilora.linear.experts.hook import put_layer
 from minilora.linear.experts.layers import ExpertsLinear, QuantExperts, is_experts
 from minilora.linear.layers import QuantLinear, dense_shape, is_conv1d, is_linear, is_quantized
@@ -135,6 +136,7 @@ def write_packed(model: Any, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_older_keys(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
