@@ -4,6 +4,8 @@ from minilora.hf.load import load_model as load_model
 from minilora.hf.load import load_tokenizer as load_tokenizer
 from minilora.hf.load import resolve as resolve
 from minilora.hf.quantizer import NF4Config as NF4Config
+from minilora.hf.began import Reference as Reference
+from minilora.hf.began import reference as reference
 from minilora.hf.trainer import LoraTrainer as LoraTrainer
 from minilora.hf.trainer import LoraTrainerMixin as LoraTrainerMixin
 
