@@ -28,7 +28,9 @@ _STYLES = {"fault": "bold red", "warning": "yellow", "note": ""}
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora doctor`` takes."""
     add_plugin_flag(parser)
-    what = "adapter folder of any program (PEFT, unsloth, axolotl, mlx-lm, minilora), or one file of an adapter (required)"
+    what = (
+        "adapter folder of any program (PEFT, unsloth, axolotl, mlx-lm, minilora), or one file of an adapter (required)"
+    )
     parser.add_argument("folder", help=what)
     base = "base model to compare paths and shapes with, by its config alone: hub id or local folder"
     model = Flag("model", str, None, base, otherwise="the one that the adapter names, if it is on this disk")
@@ -67,7 +69,11 @@ def _remembered(folder: str) -> tuple[str, list[Finding]]:
 
 def _show(found: Examined) -> None:
     """The facts, then the findings, the worst first, then how many there are."""
-    say("\n".join([f"{found.folder}: {found.kind}", *(f"  {name.ljust(_WIDTH)}{text}" for name, text in found.facts.items())]))
+    say(
+        "\n".join(
+            [f"{found.folder}: {found.kind}", *(f"  {name.ljust(_WIDTH)}{text}" for name, text in found.facts.items())]
+        )
+    )
     if found.findings:
         say("")
     for finding in found.findings:

@@ -73,10 +73,15 @@ def examine(
     if place.kind == PEFT:
         case = read_case(place, model, template)
         found = [finding for check in CHECKS for finding in check(case)]
-        return Examined(str(folder), f"LoRA in PEFT's layout, {_made_by(case)}", _facts(case), _ordered([*more, *found]))
+        return Examined(
+            str(folder), f"LoRA in PEFT's layout, {_made_by(case)}", _facts(case), _ordered([*more, *found])
+        )
     foreign = read_foreign(place)
     return Examined(
-        str(folder), f"adapter of {foreign.layout}", _foreign_facts(foreign), _ordered([*more, *foreign_findings(foreign)])
+        str(folder),
+        f"adapter of {foreign.layout}",
+        _foreign_facts(foreign),
+        _ordered([*more, *foreign_findings(foreign)]),
     )
 
 
@@ -103,7 +108,9 @@ def _made_by(case: Case) -> str:
 
 def _facts(case: Case) -> dict[str, str]:
     base = case.content.get("base_model_name_or_path")
-    known = f" (config read from {case.base.folder or case.base.name})" if case.base is not None else " (not on this disk)"
+    known = (
+        f" (config read from {case.base.folder or case.base.name})" if case.base is not None else " (not on this disk)"
+    )
     ranks = Counter(layer.r for layer in case.layers)
     scales = Counter(f"{layer.scaling:.4g}" for layer in case.layers) if case.plain else Counter()
     alpha = case.config.lora_alpha
@@ -112,7 +119,9 @@ def _facts(case: Case) -> dict[str, str]:
         "layers": _layers(case),
         "rank": f"{_each(ranks)}; scaling {_each(scales)} (lora_alpha {alpha:g})" if scales else _each(ranks),
         "size": _size(case.seen, sum(seen.bytes for seen in case.seen.values())),
-        "proof": "probe.json is there: minilora verify asks a server with it" if "probe.json" in case.place.names else "",
+        "proof": "probe.json is there: minilora verify asks a server with it"
+        if "probe.json" in case.place.names
+        else "",
     }
     return {name: text for name, text in facts.items() if text}
 
@@ -123,7 +132,9 @@ def _layers(case: Case) -> str:
     for kind, blocks in blocks_of(case).items():
         numbers = [block for block in blocks if block is not None]
         groups.setdefault(f" in blocks {spans(numbers)}" if numbers else "", []).append(kind)
-    return f"{len(case.layers)}: " + "; ".join(f"{', '.join(kinds[:12])}{where}" for where, kinds in list(groups.items())[:6])
+    return f"{len(case.layers)}: " + "; ".join(
+        f"{', '.join(kinds[:12])}{where}" for where, kinds in list(groups.items())[:6]
+    )
 
 
 def _each(counts: Counter[Any]) -> str:

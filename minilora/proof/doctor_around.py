@@ -49,7 +49,9 @@ def seal(case: Case) -> Iterator[Finding]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if hashes.get(name) != _sha256(where[name]):
             said = f"{name} is not the file that was sealed: it was changed or damaged since"
-            yield Finding(FAULT, "seal", said, f"copy the folder again, or delete {SEAL_FILE} if you changed the file on purpose")
+            yield Finding(
+                FAULT, "seal", said, f"copy the folder again, or delete {SEAL_FILE} if you changed the file on purpose"
+            )
 
 
 def _sha256(path: Path) -> str:
@@ -82,7 +84,9 @@ def leftovers(case: Case) -> Iterator[Finding]:
 def two_models(case: Case) -> Iterator[Finding]:
     """A whole model beside the adapter."""
     if names := [name for name in case.place.names if _MODELS.fullmatch(name)]:
-        said = f"{named(names)}: a whole model lies beside the adapter, and programs differ in which of the two they load"
+        said = (
+            f"{named(names)}: a whole model lies beside the adapter, and programs differ in which of the two they load"
+        )
         yield Finding(WARNING, "two models", said, "keep the adapter and the model in folders of their own")
 
 
@@ -90,7 +94,9 @@ def probe(case: Case) -> Iterator[Finding]:
     """Whether a server can be asked to prove that it applies the adapter."""
     if "probe.json" not in case.place.names:
         way = "make one with minilora seal; then minilora verify asks a server"
-        yield Finding(NOTE, "probe", "no probe.json, so no server can be asked to prove that it applies the adapter", way)
+        yield Finding(
+            NOTE, "probe", "no probe.json, so no server can be asked to prove that it applies the adapter", way
+        )
 
 
 # ---- the tokenizer
@@ -150,10 +156,15 @@ def new_tokens(case: Case) -> Iterator[Finding]:
     rows = [seen.shape[0] for key, seen in case.seen.items() if part_of(key) is None and _is_input(key) and seen.shape]
     if beyond and max(rows, default=0) <= max(beyond):
         said = (
-            f"the tokenizer has tokens up to number {max(beyond):,} ({beyond[max(beyond)]}), the base {case.base.vocabulary:,} rows, and the "
-            "file brings no larger table"
+            f"the tokenizer has tokens up to number {max(beyond):,} ({beyond[max(beyond)]}), the base {case.base.vocabulary:,} rows, and "
+            "the file brings no larger table"
         )
-        yield Finding(FAULT, "new tokens", said, "train it with the embedding in modules_to_save, or drop the tokens from the tokenizer")
+        yield Finding(
+            FAULT,
+            "new tokens",
+            said,
+            "train it with the embedding in modules_to_save, or drop the tokens from the tokenizer",
+        )
         return
     if case.base.folder is None or rows or case.content.get("trainable_token_indices"):
         return
@@ -161,7 +172,9 @@ def new_tokens(case: Case) -> Iterator[Finding]:
     fresh = [text for number, text in ids.items() if known and number not in known and number < case.base.vocabulary]
     if fresh:
         said = f"the tokenizer has tokens that the base's lacks ({named(fresh)}), and the adapter trains no row of them"
-        yield Finding(WARNING, "new tokens", said, "train them (--trainable-token-indices), or leave them out of the prompts")
+        yield Finding(
+            WARNING, "new tokens", said, "train them (--trainable-token-indices), or leave them out of the prompts"
+        )
 
 
 def _is_input(key: str) -> bool:

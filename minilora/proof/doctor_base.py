@@ -60,7 +60,11 @@ def _unlike(module: Module, held: dict[str, tuple[int, ...]]) -> str:
     if module.kind != "linear" or A is None or B is None:
         return ""
     found = (A[1], B[0])
-    return "" if found == module.sides else f"is {found[1]} x {found[0]} in the file, {module.sides[1]} x {module.sides[0]} there"
+    return (
+        ""
+        if found == module.sides
+        else f"is {found[1]} x {found[0]} in the file, {module.sides[1]} x {module.sides[0]} there"
+    )
 
 
 def tables(case: Case) -> Iterator[Finding]:
@@ -78,7 +82,9 @@ def tables(case: Case) -> Iterator[Finding]:
         yield Finding(WARNING, "resized", said, "merge it (minilora merge), or resize the base before it is served")
     elif not any(set(path.split(".")) & set(case.names("modules_to_save")) for path in rows):
         said = f"{named(list(rows))}: the base's own table lies in the file, as PEFT saves it beside an adapter of an embedding"
-        yield Finding(NOTE, "tables", said, "nothing to do; without it the file would be smaller (save_embedding_layers=False)")
+        yield Finding(
+            NOTE, "tables", said, "nothing to do; without it the file would be smaller (save_embedding_layers=False)"
+        )
 
 
 def foreign_copies(case: Case) -> Iterator[Finding]:
@@ -88,11 +94,18 @@ def foreign_copies(case: Case) -> Iterator[Finding]:
     for key, seen in case.seen.items():
         owner, _, name = key.removeprefix(PREFIX).rpartition(".")
         held = case.base.modules.get(owner)
-        if part_of(key) is not None or ".token_adapter" in key or ".base_layer" in key or owner.rpartition(".")[2] in EMBEDDINGS:
+        if (
+            part_of(key) is not None
+            or ".token_adapter" in key
+            or ".base_layer" in key
+            or owner.rpartition(".")[2] in EMBEDDINGS
+        ):
             continue
         if held is None or held.shapes.get(name, seen.shape) != seen.shape:
             what = "is not in" if held is None else f"is {list(seen.shape)}, and {list(held.shapes[name])} in"
-            yield Finding(WARNING, "copies of the base", f"{owner}.{name} {what} {case.base.name} as a language model", _WAY)
+            yield Finding(
+                WARNING, "copies of the base", f"{owner}.{name} {what} {case.base.name} as a language model", _WAY
+            )
             return
 
 

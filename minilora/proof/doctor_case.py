@@ -68,7 +68,8 @@ class Case:
         place: where it lies. content: of its config. refusal: why no ``LoraConfig`` can be made of it, "" if one can. stored: as
             ``read_adapter`` has it, tensors on the meta device, under the names that PEFT's layout has for them. faults: the names in the
             file that are wrong, by kind. parts: layer in the file -> names of its tensors -> their key. seen: tensors by key.
-        layers: those whose tensors fit together. unfit: the paths of the others. plain: whether ranks and scales are known (no pattern is an expression).
+        layers: those whose tensors fit together. unfit: the paths of the others. plain: whether ranks and scales are known: no pattern is
+        an expression.
         base: the base model's config, where it is at hand. template: SHA-256 of the chat template that it was trained with, "" if unknown.
     """
 
@@ -192,7 +193,11 @@ def see(tensor: Tensor, digest: bool = False) -> Seen:
     return Seen(tuple(tensor.shape), kind, largest, own)
 
 
-_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"), ("lora_start_A", "lora_start_B"))
+_PAIRS = (
+    ("lora_A.weight", "lora_B.weight"),
+    ("lora_embedding_A", "lora_embedding_B"),
+    ("lora_start_A", "lora_start_B"),
+)
 
 
 def fits(own: Mapping[str, Tensor], experts: bool = False) -> bool:

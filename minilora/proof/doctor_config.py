@@ -31,9 +31,13 @@ def method(case: Case) -> Iterator[Finding]:
     kind = case.content.get("peft_type", "LORA")
     if kind != "LORA" and "peft_type" in case.refusal:
         said = f"peft_type {shown(kind)}: no LoRA, so minilora does not read it, nor do vLLM, llama.cpp or MLX"
-        yield Finding(WARNING, "method", said, "use it in PEFT, or merge it there (merge_and_unload) and serve the whole model")
+        yield Finding(
+            WARNING, "method", said, "use it in PEFT, or merge it there (merge_and_unload) and serve the whole model"
+        )
     if "peft_type" not in case.content:
-        yield Finding(FAULT, "method", "the config has no peft_type, and PEFT does not load it without", 'add "peft_type": "LORA"')
+        yield Finding(
+            FAULT, "method", "the config has no peft_type, and PEFT does not load it without", 'add "peft_type": "LORA"'
+        )
 
 
 def impossible(case: Case) -> Iterator[Finding]:
@@ -53,7 +57,9 @@ def strange_fields(case: Case) -> Iterator[Finding]:
             f"{named([f'{name}={shown(case.content[name])[:60]}' for name in set_])}: PEFT {PEFT_LAYOUT} has no such field and ignores it; "
             "if it changes how the update is computed, so does what is served"
         )
-        yield Finding(WARNING, "unknown fields", said, f"use the program that wrote it, or see what the field means; {way}")
+        yield Finding(
+            WARNING, "unknown fields", said, f"use the program that wrote it, or see what the field means; {way}"
+        )
     if quiet:
         yield Finding(NOTE, "unknown fields", f"{named(quiet)}: fields of another version of PEFT, not set", way)
     beyond = [name for name in (*OUT_OF_SCOPE, "layer_replication") if _is_set(case, name)]
@@ -71,7 +77,12 @@ def expressions(case: Case) -> Iterator[Finding]:
     """Patterns that only PEFT evaluates."""
     if not case.plain and not case.refusal:
         said = "rank_pattern or alpha_pattern has regular expressions: ranks and scales are not checked, since none is run from a file"
-        yield Finding(WARNING, "expressions", said, "write names of modules, which mean the same to every program that reads patterns")
+        yield Finding(
+            WARNING,
+            "expressions",
+            said,
+            "write names of modules, which mean the same to every program that reads patterns",
+        )
 
 
 def large_scale(case: Case) -> Iterator[Finding]:
@@ -135,13 +146,17 @@ def base_name(case: Case) -> Iterator[Finding]:
         yield Finding(WARNING, "base", said, "keep that model with it, or merge both into one")
     elif local(name) is None and (_LOCAL.search(name) or name.count("/") > 1):
         said = f"its base is a folder of another machine ({name[:200]}), and is not here"
-        yield Finding(WARNING, "base", said, "write the base's hub id into adapter_config.json, or give the folder by --model")
+        yield Finding(
+            WARNING, "base", said, "write the base's hub id into adapter_config.json, or give the folder by --model"
+        )
     elif Path(name).is_absolute():
         said = f"its base is a folder of this machine ({name[:200]}): nobody else finds it"
         yield Finding(NOTE, "base", said, "write the base's hub id into adapter_config.json before it is shared")
     elif packed := _PACKED.match(name):
         said = f"its base is packed ({name[:200]}): llama.cpp and others want the dense model that this was made of"
-        yield Finding(NOTE, "base", said, f"serve it on {packed[1]}, if that is its twin (as its model card should say)")
+        yield Finding(
+            NOTE, "base", said, f"serve it on {packed[1]}, if that is its twin (as its model card should say)"
+        )
 
 
 def revision(case: Case) -> Iterator[Finding]:

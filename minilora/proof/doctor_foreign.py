@@ -104,7 +104,9 @@ def foreign_findings(case: Foreign) -> Iterator[Finding]:
     if hollow := [name for name, seen in case.seen.items() if not math.prod(seen.shape)]:
         yield Finding(FAULT, "empty", f"{named(hollow)}: no number in it", "save it again, with the weights gathered")
     if alone := [path for path, pair in case.pairs.items() if None in pair]:
-        yield Finding(FAULT, "one factor", f"{named(alone)}: one of the two factors is missing", "save or copy it again")
+        yield Finding(
+            FAULT, "one factor", f"{named(alone)}: one of the two factors is missing", "save or copy it again"
+        )
     whole = [pair for pair in case.pairs.values() if None not in pair]
     still = [up for _, up in whole if up is not None and case.seen[up].zero]
     if still and len(still) == len(whole):
@@ -134,12 +136,14 @@ def _single(case: Foreign) -> Iterator[Finding]:
     """A file by itself."""
     if case.layout.startswith("PEFT"):
         what = f"the names are those of PEFT, and {CONFIG_FILE}, which has the scale, is not beside it"
-        yield Finding(FAULT, "config", what, f"copy {CONFIG_FILE} from the run, and call this file adapter_model.safetensors")
+        yield Finding(
+            FAULT, "config", what, f"copy {CONFIG_FILE} from the run, and call this file adapter_model.safetensors"
+        )
         return
     if case.layout.startswith("kohya"):
         lacking = [path for path in case.pairs if f"{path}.alpha" not in case.seen]
         if lacking:
             what = f"{named(lacking)}: no alpha, so programs scale by 1"
             yield Finding(NOTE, "scale", what, "nothing to do if the file was meant so")
-    way = f"use it in a program for pictures: {'pipe.load_lora_weights' if 'diffusers' in case.layout else 'ComfyUI, or pipe.load_lora_weights'}"
+    way = "use it in a program for pictures (pipe.load_lora_weights of diffusers, ComfyUI)"
     yield Finding(NOTE, "layout", f"one file of {case.layout}: no adapter of a language model in PEFT's layout", way)

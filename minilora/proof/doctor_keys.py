@@ -16,7 +16,17 @@ from minilora.store.tables import table_of
 
 __all__ = ["CHECKS", "EMBEDDINGS", "blocks_of", "spans"]
 
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "shared", "output")
+EMBEDDINGS = (
+    "embed_tokens",
+    "lm_head",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "embed_out",
+    "tok_embeddings",
+    "shared",
+    "output",
+)
 _HEADS = ("classifier", "score")  # PEFT writes both, whichever the model has
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _SHOWN = 6  # blocks in a sentence
@@ -25,8 +35,14 @@ _SHOWN = 6  # blocks in a sentence
 def wrong_names(case: Case) -> Iterator[Finding]:
     """Names that no program looks for."""
     for fault, keys in case.faults.items():
-        said = f"{len(keys)} of {len(case.seen)} tensors are called wrong: {fault.why} ({named(keys[:1])}); servers skip such names in silence"
-        yield Finding(FAULT, f"names: {fault.check}", said, "save it anew with save_pretrained of the PeftModel, or rename the tensors")
+        count = f"{len(keys)} of {len(case.seen)} tensors are called wrong"
+        said = f"{count}: {fault.why} ({named(keys[:1])}); servers skip such names in silence"
+        yield Finding(
+            FAULT,
+            f"names: {fault.check}",
+            said,
+            "save it anew with save_pretrained of the PeftModel, or rename the tensors",
+        )
 
 
 def one_factor(case: Case) -> Iterator[Finding]:
@@ -35,8 +51,11 @@ def one_factor(case: Case) -> Iterator[Finding]:
         for has, lacks in ((first, second), (second, first)):
             alone = [path for path, own in case.parts.items() if has in own and lacks not in own and not _is_xs(own)]
             if alone:
-                said = f"{named(alone)}: {has.removesuffix('.weight')} without {lacks.removesuffix('.weight')}, so the layer cannot be built"
-                yield Finding(FAULT, "one factor", said, "save or copy the adapter again; a part of the file is missing")
+                pair = " without ".join(name.removesuffix(".weight") for name in (has, lacks))
+                said = f"{named(alone)}: {pair}, so the layer cannot be built"
+                yield Finding(
+                    FAULT, "one factor", said, "save or copy the adapter again; a part of the file is missing"
+                )
 
 
 def _is_xs(own: dict[str, str]) -> bool:
@@ -50,10 +69,15 @@ def ranks(case: Case) -> Iterator[Finding]:
     odd = [layer for layer in case.layers if layer.r != case.config.for_module(layer.path)[0] and not layer.experts]
     if odd:
         said = (
-            f"{len(odd)} of {len(case.layers)} layers have another rank in the file than in the config ({odd[0].path}: {odd[0].r}, the config "
-            f"says {case.config.for_module(odd[0].path)[0]}): PEFT refuses to load them, others scale them wrong"
+            f"{len(odd)} of {len(case.layers)} layers have another rank in the file than in the config ({odd[0].path}: {odd[0].r}, the "
+            f"config says {case.config.for_module(odd[0].path)[0]}): PEFT refuses to load them, others scale them wrong"
         )
-        yield Finding(FAULT, "rank", said, "take config and weights from the same save; a pruned or resized adapter needs its rank_pattern")
+        yield Finding(
+            FAULT,
+            "rank",
+            said,
+            "take config and weights from the same save; a pruned or resized adapter needs its rank_pattern",
+        )
 
 
 def targets_unserved(case: Case) -> Iterator[Finding]:
@@ -62,7 +86,9 @@ def targets_unserved(case: Case) -> Iterator[Finding]:
     idle = [name for name in case.names("target_modules") if not any(ends_with(path, name) for path in paths)]
     if idle and case.parts and not _is_whole(case, idle):
         said = f"target_modules names {named(idle)}, of which the file has no tensor: PEFT would build them empty, and only warn"
-        yield Finding(WARNING, "targets", said, "take config and weights from the same save, or take the names out of the config")
+        yield Finding(
+            WARNING, "targets", said, "take config and weights from the same save, or take the names out of the config"
+        )
 
 
 def _is_whole(case: Case, idle: list[str]) -> bool:
@@ -94,7 +120,9 @@ def copies(case: Case) -> Iterator[Finding]:
     missing = [name for name in wanted if name not in there and not (heads and name in _HEADS)]
     if missing:
         said = f"modules_to_save names {named(missing)}, of which the file has no tensor: they would be as the base has them, or random"
-        yield Finding(FAULT, "copies", said, "save the adapter again; without gathering, a sharded run leaves copies out")
+        yield Finding(
+            FAULT, "copies", said, "save the adapter again; without gathering, a sharded run leaves copies out"
+        )
 
 
 def _within(owner: str, name: str) -> bool:
@@ -115,7 +143,9 @@ def strangers(case: Case) -> Iterator[Finding]:
     rows = [key for key in case.seen if ".token_adapter." in key and not case.content.get("trainable_token_indices")]
     if found := [*odd, *magnitudes, *biases, *rows]:
         said = f"{len(found)} tensors are asked for by no field of the config, and nobody reads them ({named(found)})"
-        yield Finding(WARNING, "keys nobody reads", said, "take config and weights from the same save, or leave these tensors out")
+        yield Finding(
+            WARNING, "keys nobody reads", said, "take config and weights from the same save, or leave these tensors out"
+        )
 
 
 def _is_bias(case: Case, key: str) -> bool:
@@ -136,7 +166,9 @@ def twins(case: Case) -> Iterator[Finding]:
     for keys in digests.values():
         if len(keys) > 1:
             said = f"{named(keys)} are one tensor, saved twice: the head is tied to the embedding"
-            yield Finding(NOTE, "tied", said, "PEFT and minilora load both; a program that loads one of them alone unties the two")
+            yield Finding(
+                NOTE, "tied", said, "PEFT and minilora load both; a program that loads one of them alone unties the two"
+            )
 
 
 # ---- which layers
@@ -175,7 +207,9 @@ def gaps(case: Case) -> Iterator[Finding]:
     every = set().union(*kinds.values()) if kinds else set()
     if len(every) < 2:
         return
-    way = "name them in layers_to_transform if that was meant; else a part of the file is missing: save or copy it again"
+    way = (
+        "name them in layers_to_transform if that was meant; else a part of the file is missing: save or copy it again"
+    )
     if holes := sorted(set(range(min(every), max(every))) - every):
         yield Finding(WARNING, "gaps", f"blocks {spans(holes)} have no adapter, and blocks around them have", way)
     for kind, own in kinds.items():

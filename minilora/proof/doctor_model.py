@@ -23,7 +23,7 @@ _LONGEST = 1000  # signs of a name
 
 @dataclass(frozen=True)
 class Module:
-    """``kind`` as ``kind_of`` says, "" for one that takes no adapter; ``sides`` are (in, out); ``shapes`` of its own parameters, by name."""
+    """``kind`` as ``kind_of`` says, "" for one without adapters; ``sides`` are (in, out); ``shapes`` of its own parameters, by name."""
 
     kind: str
     sides: tuple[int, int]

@@ -29,7 +29,10 @@ _WRAPPED = "the state of a wrapped model was saved"
 FAULTS_OF_NAMES = (
     NameFault("torch.compile", re.compile(r"_orig_mod\."), "", f"'_orig_mod.': {_WRAPPED} (torch.compile)"),
     NameFault(
-        "FSDP", re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."), "", f"'_wrapped_module.': {_WRAPPED} (FSDP)"
+        "FSDP",
+        re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."),
+        "",
+        f"'_wrapped_module.': {_WRAPPED} (FSDP)",
     ),
     NameFault("DataParallel", re.compile(r"^module\."), "", f"'module.': {_WRAPPED} (DataParallel, DeepSpeed)"),
     NameFault(
@@ -40,7 +43,9 @@ FAULTS_OF_NAMES = (
     ),
     NameFault(
         "adapter name",
-        re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save)\.(?!weight$|bias$)[^.]+(?=\.|$)"),
+        re.compile(
+            r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save)\.(?!weight$|bias$)[^.]+(?=\.|$)"
+        ),
         r".\1",
         "the adapter's own name stands in them: state_dict() was saved in the place of save_pretrained",
     ),

@@ -63,7 +63,9 @@ def _names(folder: Path) -> tuple[str, ...]:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be looked into ({error.strerror}); check its rights") from None
     if len(names) > _MOST_NAMES:
-        raise CheckpointError(f"{folder}: {len(names):,} files; at most {_MOST_NAMES:,} are looked at in an adapter's folder")
+        raise CheckpointError(
+            f"{folder}: {len(names):,} files; at most {_MOST_NAMES:,} are looked at in an adapter's folder"
+        )
     return tuple(names)
 
 

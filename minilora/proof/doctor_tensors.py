@@ -23,7 +23,10 @@ def empty(case: Case) -> Iterator[Finding]:
         yield Finding(FAULT, "empty", "the weights file holds no tensor", f"train with it again, or {way}")
     hollow = [key for key, seen in case.seen.items() if not math.prod(seen.shape)]
     flat = [
-        own[name] for own in case.parts.values() for name in own if name in _FACTORS and len(case.seen[own[name]].shape) < 2
+        own[name]
+        for own in case.parts.values()
+        for name in own
+        if name in _FACTORS and len(case.seen[own[name]].shape) < 2
     ]
     if odd := sorted({*hollow, *flat}):
         yield Finding(FAULT, "empty", f"{named(odd)}: no matrix, but what one process of a sharded run held of it", way)
@@ -34,7 +37,12 @@ def broken(case: Case) -> Iterator[Finding]:
     bad = [key for key, seen in case.seen.items() if not math.isfinite(seen.largest)]
     if bad:
         said = f"{len(bad)} of {len(case.seen)} tensors hold NaN or infinity ({named(bad)}): the run had diverged"
-        yield Finding(FAULT, "not finite", said, "go back to an earlier checkpoint, and train with a lower learning rate from there")
+        yield Finding(
+            FAULT,
+            "not finite",
+            said,
+            "go back to an earlier checkpoint, and train with a lower learning rate from there",
+        )
 
 
 def unfit(case: Case) -> Iterator[Finding]:
@@ -55,7 +63,12 @@ def untrained(case: Case) -> Iterator[Finding]:
     more = " (A too, so that no gradient can ever reach them)" if dead and len(dead) == len(still) else ""
     if len(still) == len(case.layers):
         said = f"all {len(still)} layers change nothing: B is still zero{more}: never trained, or saved before the first step"
-        yield Finding(FAULT, "untrained", said, "train it; if it was trained, the optimizer had other parameters than those that were saved")
+        yield Finding(
+            FAULT,
+            "untrained",
+            said,
+            "train it; if it was trained, the optimizer had other parameters than those that were saved",
+        )
     else:
         said = f"{len(still)} of {len(case.layers)} layers change nothing, since a factor is all zeros{more} ({named(still)})"
         way = "see whether gradients reach them (frozen parts, a tower that the data does not use), or leave them out of target_modules"
@@ -72,7 +85,12 @@ def range_of_fp16(case: Case) -> Iterator[Finding]:
     found = {key: seen.largest for key, seen in case.seen.items() if math.isfinite(seen.largest)}
     if large := [key for key, largest in found.items() if largest > _LARGEST]:
         said = f"{named(large)}: values up to {max(found.values()):.3g} are infinite in fp16, whose largest is 65,504"
-        yield Finding(WARNING, "fp16", said, "serve it in bfloat16 or float32, and look at the run: such values mean that it diverged")
+        yield Finding(
+            WARNING,
+            "fp16",
+            said,
+            "serve it in bfloat16 or float32, and look at the run: such values mean that it diverged",
+        )
     scaled = []
     for layer in case.layers:
         B = case.parts.get(layer.path, {}).get("lora_B.weight")
@@ -83,14 +101,23 @@ def range_of_fp16(case: Case) -> Iterator[Finding]:
         yield Finding(WARNING, "fp16", said, "serve it in bfloat16 or float32")
     if small := [key for key, largest in found.items() if 0 < largest < _SMALLEST]:
         said = f"{named(small)}: every value is zero in fp16 (at most {max(found[key] for key in small):.1g})"
-        yield Finding(WARNING, "fp16", said, "serve it in bfloat16 or float32; so small an update hardly changes the base")
+        yield Finding(
+            WARNING, "fp16", said, "serve it in bfloat16 or float32; so small an update hardly changes the base"
+        )
 
 
 def dtypes(case: Case) -> Iterator[Finding]:
     """More than one number format, or one that no program multiplies with."""
-    counts = Counter(case.seen[key].dtype for own in case.parts.values() for name, key in own.items() if name in _FACTORS)
+    counts = Counter(
+        case.seen[key].dtype for own in case.parts.values() for name, key in own.items() if name in _FACTORS
+    )
     if odd := [kind for kind in counts if not kind.startswith(("float", "bfloat"))]:
-        yield Finding(FAULT, "dtype", f"factors in {named(odd)}, which no program multiplies with", "save the adapter again as float32")
+        yield Finding(
+            FAULT,
+            "dtype",
+            f"factors in {named(odd)}, which no program multiplies with",
+            "save the adapter again as float32",
+        )
     elif len(counts) > 1:
         said = f"factors in {', '.join(f'{kind} ({count})' for kind, count in counts.most_common())}: programs cast them to one"
         yield Finding(NOTE, "dtype", said, "nothing to do, unless it surprises you")
