@@ -131,7 +131,9 @@ def _layers(case: Case) -> str:
     groups: dict[str, list[str]] = {}
     for kind, blocks in blocks_of(case).items():
         numbers = [block for block in blocks if block is not None]
-        groups.setdefault(f" in blocks {spans(numbers)}" if numbers else "", []).append(kind)
+        groups.setdefault(f" in block{'s' * (len(set(numbers)) > 1)} {spans(numbers)}" if numbers else "", []).append(
+            kind
+        )
     return f"{len(case.layers)}: " + "; ".join(
         f"{', '.join(kinds[:12])}{where}" for where, kinds in list(groups.items())[:6]
     )

@@ -21,7 +21,7 @@ __all__ = ["CHECKS"]
 
 _LARGE = 32.0  # a scaling; in use are 0.5 to 16
 _USUAL_RANK = 16  # vLLM's --max-lora-rank unless it is told
-_SUPPRESSED = (None, False, "", [], {})
+_UNSET: tuple[object, ...] = (None, False, "", [], {})
 _PACKED = re.compile(r"(?i)^(.+?)(-unsloth)?-(bnb-4bit|bnb-8bit|4bit|8bit|GPTQ.*|AWQ.*)$")
 _LOCAL = re.compile(r"^(/|~|\.|[A-Za-z]:[\\/]|\\\\)|\\")
 
@@ -49,7 +49,7 @@ def impossible(case: Case) -> Iterator[Finding]:
 def strange_fields(case: Case) -> Iterator[Finding]:
     """Fields that belong to another version or program, and those of PEFT that minilora leaves out."""
     unknown = unknown_keys(case.content)
-    set_ = [name for name in unknown if case.content[name] not in _SUPPRESSED]
+    set_ = [name for name in unknown if case.content[name] not in _UNSET]
     quiet = [name for name in unknown if name not in set_]
     way = "PEFT before 0.14 refuses such a config with a TypeError: take the fields out there"
     if set_:
@@ -70,7 +70,7 @@ def strange_fields(case: Case) -> Iterator[Finding]:
 
 def _is_set(case: Case, name: str) -> bool:
     value = case.content.get(name)
-    return value not in _SUPPRESSED and value != OUT_OF_SCOPE.get(name)
+    return value not in _UNSET and value != OUT_OF_SCOPE.get(name)
 
 
 def expressions(case: Case) -> Iterator[Finding]:
@@ -106,7 +106,9 @@ def servers(case: Case) -> Iterator[Finding]:
         elif server.takes != "as it is" and server.name != "MLX":  # of MLX every folder needs an export
             yield _otherwise(case, server)
     for why, names in refusing.items():
-        yield Finding(WARNING, "servers", f"{' and '.join(names)} cannot take it", why)
+        yield Finding(
+            WARNING, "servers", f"{', '.join(names[:-1])}{' and ' * (len(names) > 1)}{names[-1]} cannot take it", why
+        )
 
 
 def _otherwise(case: Case, server: Server) -> Finding:

@@ -201,7 +201,7 @@ def spans(numbers: list[int]) -> str:
 
 def gaps(case: Case) -> Iterator[Finding]:
     """Blocks that lack what their neighbours have."""
-    if case.content.get("layers_to_transform") is not None:
+    if case.content.get("layers_to_transform") is not None or _chosen(case):
         return
     kinds = {kind: {block for block in blocks if block is not None} for kind, blocks in blocks_of(case).items()}
     every = set().union(*kinds.values()) if kinds else set()
@@ -219,6 +219,14 @@ def gaps(case: Case) -> Iterator[Finding]:
             said = f"{kind} has no adapter in blocks {spans(lost)}, and has one in {len(own)} others"
             said += "" if known else " (some models have such a layer in some blocks only)"
             yield Finding(WARNING if known else NOTE, "gaps", said, way)
+
+
+def _chosen(case: Case) -> bool:
+    """Whether ``target_modules`` itself names blocks."""
+    wanted = case.content.get("target_modules")
+    return any(
+        re.search(r"\d", name) for name in ([wanted] if isinstance(wanted, str) else case.names("target_modules"))
+    )
 
 
 def _has(case: Case, kind: str, block: int) -> bool:

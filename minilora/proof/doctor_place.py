@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minilora.errors import CheckpointError
 from minilora.files import disk
@@ -79,7 +80,7 @@ def _of_file(path: Path) -> Place:
     names = (path.name,)
     if path.suffix == ".safetensors":
         return Place(path.parent, names, SINGLE, path)
-    if small_file(path, 4) == b"GGUF":
+    if bytes(small_file(path, 4) or b"") == b"GGUF":
         return Place(path.parent, names, GGUF, path)
     raise CheckpointError(f"{path}: no adapter; wanted a folder with {CONFIG_FILE}, a .safetensors or a .gguf file")
 
@@ -178,7 +179,7 @@ def small_file(path: Path, most: int = LONGEST_JSON) -> bytearray | None:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file") from None
 
 
-def read_json(path: Path) -> dict | None:  # type: ignore[type-arg]
+def read_json(path: Path) -> dict[str, Any] | None:
     """A file's JSON object, None if there is no such file. Raises ``CheckpointError`` for one that is none, or too long."""
     raw = small_file(path, LONGEST_JSON + 1)
     try:

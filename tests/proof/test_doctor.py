@@ -15,7 +15,7 @@ from minilora.errors import CheckpointError
 from minilora.export.folders import export_folder
 from minilora.proof.doctor import examine
 from minilora.store.adapter_files import read_adapter
-from tests import models
+from tests import mixtures, models
 
 peft = pytest.importorskip("peft")
 
@@ -370,6 +370,45 @@ def ours(tmp_path):
 
 def test_our_own_is_healthy(ours):
     assert found(ours) == {"probe": "note"} and examine(ours).kind.endswith("by minilora")
+
+
+OURS = [
+    {},
+    {"use_dora": True},
+    {"alora_invocation_tokens": [1]},
+    {"variant": "vera"},
+    {"variant": "lora_xs"},
+    {"variant": "lora_fa"},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "mica"},
+    {"init_lora_weights": "loftq"},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"]},
+    {"trainable_token_indices": [1, 2]},
+    {"modules_to_save": ["lm_head"]},
+    {"rank_pattern": {"up_proj": 5}, "alpha_pattern": {".*0.*up_proj": 3}},
+]
+
+
+@pytest.mark.parametrize("fields", OURS, ids=str)
+def test_no_fault_in_what_we_write(tmp_path, fields):
+    own = {name: value for name, value in fields.items() if name != "variant"}
+    config = LoraConfig(**{"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"], **own})
+    variant = {"variant": fields["variant"]} if "variant" in fields else {}
+    save_adapter(models.randomize(inject(models.llama(), config, **variant)), tmp_path / "a")
+    findings = examine(tmp_path / "a").findings
+    assert {finding.check for finding in findings} <= {"servers", "tables", "probe", "base"}, findings
+    assert not [finding for finding in findings if finding.severity == "fault"]
+
+
+@pytest.mark.filterwarnings("ignore:.*experts:UserWarning")
+def test_experts(tmp_path):
+    """Their factors lie in one tensor for all experts, of another rank than the config's."""
+    model = inject(mixtures.mixture(), LoraConfig(r=3, lora_alpha=12, target_modules="all-linear"))
+    save_adapter(models.randomize(model), tmp_path / "a")
+    examined = examine(tmp_path / "a")
+    assert examined.healthy and "experts" not in examined.facts["rank"], examined.findings
+    assert {finding.check for finding in examined.findings} <= {"servers", "probe", "base"}
 
 
 def test_a_seal_of_other_files(ours):
