@@ -24,14 +24,16 @@ from minilora.lora.adapter import VARIANTS
 from minilora.lora.config import LoraConfig, unknown_keys
 from minilora.lora.config_file import OUT_OF_SCOPE
 from minilora.proof.doctor_model import Base, base_of
-from minilora.proof.doctor_names import NameFault, mended
+from minilora.proof.doctor_names import TOO_LONG, NameFault, mended
 from minilora.proof.doctor_place import Place, read_json
 from minilora.store.adapter_files import CONFIG_FILE, VARIANT, Stored, named_patterns
 from minilora.store.contents import Layer, layer_of, parameters_in, part_of
 from minilora.training.progress import busy
 
-__all__ = ["Case", "Seen", "fits", "read_case", "see"]
+__all__ = ["MOST_NAMES", "Case", "Seen", "fits", "read_case", "see"]
 
+MOST_NAMES = 1_024  # entries of a list that is compared with every tensor
+_LONGEST_NAME = 1_000  # signs of a tensor's
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
@@ -91,10 +93,10 @@ class Case:
         """What the config says; where it cannot be read, a default that checks of values do not ask."""
         return self.stored.config
 
-    def names(self, field: str) -> list[str]:
-        """A field of the config that is a list of names; [] for any other value."""
+    def names(self, field: str, most: int = MOST_NAMES) -> list[str]:
+        """The first entries of a field of the config that is a list of names; [] for any other value."""
         value = self.content.get(field)
-        return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+        return [name for name in value[:most] if isinstance(name, str)] if isinstance(value, list) else []
 
 
 def read_case(place: Place, model: str | None, template: str) -> Case:
@@ -123,7 +125,9 @@ def _config(content: Mapping[str, Any]) -> tuple[LoraConfig, str, bool]:
     """The config as far as it can be read, why it cannot, and whether ranks and scales are those of the file."""
     foreign = {*unknown_keys(content), *OUT_OF_SCOPE, "layer_replication"}
     known = named_patterns({key: value for key, value in content.items() if key not in foreign})
-    plain = True
+    parameters, plain = known.get("target_parameters"), True
+    if isinstance(parameters, list) and len(parameters) > MOST_NAMES:
+        known["target_parameters"], plain = parameters[:MOST_NAMES], False
     for name in _PATTERNS:
         if isinstance(known.get(name), dict) and not all(map(validate.PLAIN.fullmatch, known[name])):
             known[name], plain = {}, False  # no expression of a file is run
@@ -140,6 +144,9 @@ def _keys(tensors: Tensors) -> tuple[dict[NameFault, list[str]], dict[str, str]]
     faults: dict[NameFault, list[str]] = {}
     keys: dict[str, str] = {}
     for name in tensors.shapes:
+        if len(name) > _LONGEST_NAME:
+            faults.setdefault(TOO_LONG, []).append(name)
+            continue
         right, found = mended(name)
         for fault in found:
             faults.setdefault(fault, []).append(name)

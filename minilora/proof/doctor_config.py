@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minilora.export.servers import RANKS_OF_VLLM, Server, scaling_read, servers_of, vllm_rank
-from minilora.files.validate import shown
+from minilora.files.validate import PLAIN, shown
 from minilora.lora.config import unknown_keys
 from minilora.lora.config_file import OUT_OF_SCOPE, PEFT_LAYOUT
-from minilora.proof.doctor_case import Case
+from minilora.proof.doctor_case import MOST_NAMES, Case
 from minilora.proof.doctor_model import local
 from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
+from minilora.store.adapter_files import named_patterns
 
 __all__ = ["CHECKS"]
 
@@ -44,6 +45,15 @@ def impossible(case: Case) -> Iterator[Finding]:
     """A field that cannot be meant."""
     if case.refusal and "peft_type" not in case.refusal:
         yield Finding(FAULT, "config", case.refusal.rstrip("."), "mend the config, or save the adapter again")
+
+
+def long_lists(case: Case) -> Iterator[Finding]:
+    """Lists that no adapter has, of which the first entries are looked at."""
+    for name in ("modules_to_save", "target_parameters", "exclude_modules"):
+        value = case.content.get(name)
+        if isinstance(value, list) and len(value) > MOST_NAMES:
+            said = f"{name} has {len(value):,} entries; the first {MOST_NAMES:,} are looked at"
+            yield Finding(FAULT, "config", said, "save the adapter again")
 
 
 def strange_fields(case: Case) -> Iterator[Finding]:
@@ -75,7 +85,11 @@ def _is_set(case: Case, name: str) -> bool:
 
 def expressions(case: Case) -> Iterator[Finding]:
     """Patterns that only PEFT evaluates."""
-    if not case.plain and not case.refusal:
+    if (
+        not case.plain
+        and not case.refusal
+        and any(_has_expressions(case, name) for name in ("rank_pattern", "alpha_pattern"))
+    ):
         said = "rank_pattern or alpha_pattern has regular expressions: ranks and scales are not checked, since none is run from a file"
         yield Finding(
             WARNING,
@@ -83,6 +97,12 @@ def expressions(case: Case) -> Iterator[Finding]:
             said,
             "write names of modules, which mean the same to every program that reads patterns",
         )
+
+
+def _has_expressions(case: Case, name: str) -> bool:
+    """Whether a pattern of the file has more than names of modules in it."""
+    value = named_patterns(case.content).get(name)
+    return isinstance(value, dict) and not all(map(PLAIN.fullmatch, value))
 
 
 def large_scale(case: Case) -> Iterator[Finding]:
@@ -171,4 +191,15 @@ def revision(case: Case) -> Iterator[Finding]:
         yield Finding(NOTE, "revision", said, "write the commit of the base into revision of adapter_config.json")
 
 
-CHECKS = (method, impossible, strange_fields, expressions, large_scale, servers, rank_of_vllm, base_name, revision)
+CHECKS = (
+    method,
+    impossible,
+    long_lists,
+    strange_fields,
+    expressions,
+    large_scale,
+    servers,
+    rank_of_vllm,
+    base_name,
+    revision,
+)

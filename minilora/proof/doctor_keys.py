@@ -7,8 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from minilora.lora.targets import ends_with
-from minilora.proof.doctor_case import Case
+from minilora.lora.targets import endings, ends_with
+from minilora.proof.doctor_case import MOST_NAMES, Case
 from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.store.adapter_files import PREFIX
 from minilora.store.contents import part_of
@@ -82,8 +82,8 @@ def ranks(case: Case) -> Iterator[Finding]:
 
 def targets_unserved(case: Case) -> Iterator[Finding]:
     """Names in ``target_modules`` without a tensor."""
-    paths = [path.replace(".base_layer", "") for path in case.parts]
-    idle = [name for name in case.names("target_modules") if not any(ends_with(path, name) for path in paths)]
+    served = {end for path in case.parts for end in endings(path.replace(".base_layer", ""))}
+    idle = [name for name in case.names("target_modules", len(served) + MOST_NAMES) if name not in served]
     if idle and case.parts and not _is_whole(case, idle):
         said = f"target_modules names {named(idle)}, of which the file has no tensor: PEFT would build them empty, and only warn"
         yield Finding(
@@ -94,7 +94,9 @@ def targets_unserved(case: Case) -> Iterator[Finding]:
 def _is_whole(case: Case, idle: list[str]) -> bool:
     """Whether all of these are copied whole or left out by another field."""
     others = [*case.names("modules_to_save"), *case.names("exclude_modules")]
-    return all(any(ends_with(name, other) or ends_with(other, name) for other in others) for name in idle)
+    return len(idle) <= MOST_NAMES and all(
+        any(ends_with(name, other) or ends_with(other, name) for other in others) for name in idle
+    )
 
 
 def keys_unnamed(case: Case) -> Iterator[Finding]:
@@ -103,9 +105,9 @@ def keys_unnamed(case: Case) -> Iterator[Finding]:
     if not isinstance(wanted, list) or case.content.get("target_parameters"):
         return
     rows = isinstance(case.content.get("trainable_token_indices"), (list, dict))
-    names, tied = case.names("target_modules"), case.content.get("ensure_weight_tying") is True
+    names, tied = set(case.names("target_modules", len(wanted))), case.content.get("ensure_weight_tying") is True
     paths = {path.replace(".base_layer", "") for path in case.parts}
-    odd = sorted(path for path in paths if not any(ends_with(path, name) for name in names))
+    odd = sorted(path for path in paths if names.isdisjoint(endings(path)))
     if odd and not (rows or tied):
         said = f"{len(odd)} of {len(paths)} layers are named by no entry of target_modules ({named(odd)}): PEFT leaves their tensors out"
         yield Finding(FAULT, "keys", said, "put their names into target_modules of the config")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minilora.store.adapter_files import PREFIX
 
-__all__ = ["FAULTS_OF_NAMES", "NameFault", "mended"]
+__all__ = ["FAULTS_OF_NAMES", "TOO_LONG", "NameFault", "mended"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ FAULTS_OF_NAMES = (
         f"they do not begin with {PREFIX!r}: the inner model's state was saved",
     ),
 )
+# Of names that are left out of every comparison.
+TOO_LONG = NameFault("too long", re.compile(""), "", "no module of any model has a name of more than 1,000 signs")
 
 
 def mended(key: str) -> tuple[str, list[NameFault]]:

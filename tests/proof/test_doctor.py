@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 
 import pytest
 import safetensors.torch
@@ -576,6 +577,23 @@ def test_names_in_a_file_do_not_steer_the_terminal(healthy, capsys):
 
 
 # ---- promises
+
+
+@pytest.mark.parametrize(
+    "field", ["modules_to_save", "target_parameters", "exclude_modules", "target_modules", "layers_pattern"]
+)
+def test_a_list_of_half_a_million_names_is_looked_at_soon(healthy, field):
+    change(healthy, **{field: [f"x{number}" for number in range(500_000)]})
+    before = time.process_time()
+    assert not examine(healthy).healthy
+    assert time.process_time() - before < 10
+
+
+def test_a_name_of_a_million_dots_is_looked_at_soon(healthy):
+    tensors(healthy, one(f"{DEPTH}{'a.' * 1_000_000}lora_A.weight", torch.ones(3, 4)))
+    before = time.process_time()
+    assert found(healthy)["names: too long"] == "fault"
+    assert time.process_time() - before < 10
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
