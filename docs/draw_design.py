@@ -240,6 +240,24 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         ],
     ),
     (
+        "proof",
+        "adapters that can be checked",
+        [
+            "doctor",
+            "finding",
+            "doctor_place",
+            "doctor_case",
+            "doctor_names",
+            "doctor_model",
+            "doctor_tensors",
+            "doctor_keys",
+            "doctor_config",
+            "doctor_base",
+            "doctor_around",
+            "doctor_foreign",
+        ],
+    ),
+    (
         "job",
         "a fine-tuning job, from data to report",
         [
