@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError
 from minilora.hf.devices import Place, choose, settled
-from minilora.hf.folders import read_config
-from minilora.hf.load import load_model, resolve
+from minilora.hf.load import load_model, model_config, resolve
 from minilora.hf.packed import is_packed_folder, packing_said
 from minilora.hf.places import AUTO, packing
 from minilora.hf.trials import PlanJob
@@ -95,7 +94,7 @@ def has_weights(model: str) -> bool:
 
 def load_config(job: PlanJob) -> Any:
     """The model's config, without what it says of quantization."""
-    config = read_config(resolve(job.model), job.model, job.trust_remote_code)
+    config = model_config(job.model, job.trust_remote_code)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and job.seq > limit:
         raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens; lower --seq")
