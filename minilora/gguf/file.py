@@ -22,8 +22,9 @@ from minilora.files.read import refuse_path
 from minilora.files.validate import shown
 from minilora.gguf.header import Info, read_header
 from minilora.gguf.kinds import import_gguf
+from minilora.quant.gguf.formats import FORMATS
 
-__all__ = ["GGUF", "SUFFIX", "gguf_in", "open_gguf"]
+__all__ = ["GGUF", "SUFFIX", "gguf_in", "has_blocks", "open_gguf"]
 
 SUFFIX = ".gguf"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -119,6 +120,15 @@ def gguf_in(place: str | os.PathLike[str]) -> Path | None:
     if len(found) > 1:
         raise CheckpointError(f"{path}: holds {len(found)} GGUF files ({found[0].name}, {found[1].name} ...); name one")
     return found[0] if found else None
+
+
+def has_blocks(path: Path) -> bool:
+    """Whether a file has matrices in blocks that stay packed; without, it is a file of numbers like any other."""
+    with open_gguf(path) as file:
+        return any(
+            info.kind.name in FORMATS and len(info.shape) == 2 and name.startswith("blk.")
+            for name, info in file.tensors.items()
+        )
 
 
 @contextmanager

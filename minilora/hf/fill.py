@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError
 from minilora.linear.experts.hook import put_layer
 from minilora.linear.experts.layers import ExpertsLinear, QuantExperts
+from minilora.linear.gguf import GGUFLinear
 from minilora.linear.layers import QuantLinear, dense_shape, is_conv1d, is_linear, is_quantized
 from minilora.lora.bare import Bare
 from minilora.lora.change import Change
+from minilora.quant.gguf.tensor import GGUFTensor
 from minilora.quant.quantized import QuantizedTensor
 from minilora.quant.stack import QuantizedStack
 from minilora.training.rows import Rows
@@ -38,7 +40,7 @@ class Source(Protocol):
     what: str
     said: str
 
-    def weight(self, name: str) -> QuantizedTensor | QuantizedStack:
+    def weight(self, name: str) -> QuantizedTensor | QuantizedStack | GGUFTensor:
         """A packed weight."""
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -101,7 +103,8 @@ def _packed_layer(
     if held is not None:
         del left[name]
         bias = nn.Parameter(source.read(name, dtype), requires_grad=False)
-    return QuantLinear(weight, bias, type(old) if is_conv1d(old) else None)
+    kind = GGUFLinear if isinstance(weight, GGUFTensor) else QuantLinear
+    return kind(weight, bias, type(old) if is_conv1d(old) else None)
 
 
 def _refuse_unfit(model: Any, shapes: dict[str, tuple[int, ...]], folder: str, source: Source) -> None:
@@ -124,6 +127,9 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
     """Rotary tables and the like are computed, not stored: make again what is still on the meta device."""
     for module in model.modules():
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
+            if hasattr(module, "scalar_embed_scale"):  # Gemma's embedding, which is no function of the config alone
+                module._buffers["embed_scale"] = torch.tensor(module.scalar_embed_scale, device=device)
+                continue
             config = getattr(module, "config", None) or model.config
             fresh = type(module)(config)
             for name, buffer in fresh._buffers.items():

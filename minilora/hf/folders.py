@@ -76,7 +76,7 @@ def unreadable(name: str, error: Exception) -> Exception:
         reason = "its weights have other shapes than its config.json says"
     kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
     return CheckpointError(
-        f"model {name!r}: {kind}{reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
+        f"model {name!r}: {kind}{reason} (wanted a hub id, a folder saved by transformers, a GGUF file, or 'smollm2')"
     )
 
 

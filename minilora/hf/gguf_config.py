@@ -175,7 +175,7 @@ def _nothing(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma(own: Mapping[str, Any], largest: int) -> dict[str, Any]:
-    """Queries are scaled by the width of a head, and in the largest model (27B, by its layers) by that which heads share, as llama.cpp does."""
+    """Queries are scaled by the width of a head, and in the largest model (27B, by its layers) by what heads share."""
     width = own.get("attention.key_length", 256)
     shared = own["embedding_length"] // own["attention.head_count"]
     return {"query_pre_attn_scalar": shared if own["block_count"] == largest else width}

@@ -1,7 +1,7 @@
 """A model from a GGUF file, its blocks left as they lie there: what llama.cpp multiplies with is what an adapter is trained on.
 
-Names come from transformers' own map, and its processors undo what llama.cpp's converter did to values: Llama's rows of queries and keys,
-which are put back in order as whole rows of bytes, and Gemma's norms, which are held one larger. Next file: ``hf/gguf_tokenizer.py``.
+Names come from the map of llama.cpp's converter, and transformers' processors undo what it did to values: Llama's rows of queries and keys
+are put back in order as whole rows of bytes, and Gemma's norms, which are held one larger, are made smaller. Next file: ``hf/gguf_tokenizer.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError
 from minilora.files.validate import shown
 from minilora.gguf.file import GGUF, open_gguf
+from minilora.gguf.kinds import import_gguf
 from minilora.hf.fill import fill
 from minilora.hf.folders import import_transformers, unreadable
 from minilora.hf.gguf_config import gguf_config
@@ -25,7 +26,7 @@ from minilora.qlora.quantize_model import quantizable_paths
 from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.gguf.formats import FORMATS
-from minilora.quant.gguf.tensor import GGUFTensor
+from minilora.quant.gguf.tensor import GGUFTensor, gguf_tensor
 from minilora.quant.quantized import QuantizedTensor
 from minilora.training.rows import Rows
 
@@ -98,9 +99,7 @@ def _processor(file: GGUF, model: Any) -> Any:
 
 def _named(file: GGUF, model: Any) -> dict[str, str]:
     """What each tensor of the file is called in the model. Raises ``CheckpointError`` for one that the model has no place for."""
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
-
-    known = get_gguf_hf_weights_map(model, _processor(file, model))
+    known = _names(file.architecture, model.config.num_hidden_layers, list(model.state_dict()))
     names = [name for name in file.tensors if name not in _READ_APART]
     if strange := [name for name in names if name not in known]:
         raise CheckpointError(
@@ -108,6 +107,18 @@ def _named(file: GGUF, model: Any) -> dict[str, str]:
             "file was made of"
         )
     return {name: known[name] for name in names}
+
+
+def _names(architecture: str, layers: int, targets: list[str]) -> dict[str, str]:
+    """The names in a file of tensors that a model calls ``targets``, by the map that llama.cpp's converter uses."""
+    gguf = import_gguf()
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table, found = gguf.get_tensor_name_map(number, layers), {}
+    for target in targets:
+        path, _, own = target.rpartition(".")
+        if (name := table.get_name(path)) is not None:
+            found[f"{name}.{own}"] = target
+    return found
 
 
 def _linear_at(model: Any, weight: str) -> nn.Module | None:
@@ -151,11 +162,14 @@ class _Blocks:
         info = self.file.tensors[name]
         if len(info.shape) != 2:
             raise CheckpointError(f"{self.file.path}: {name} has {len(info.shape)} sides; wanted a matrix")
-        raw = self._rows(target, self.file.blocks(name)) if self.on is None else _unread(info.shape[0], info.nbytes)
-        return GGUFTensor(raw, info.kind.name, torch.Size(info.shape), self.dtype)
+        if self.on is not None:
+            unread = torch.empty(info.shape[0], info.nbytes // info.shape[0], dtype=torch.uint8, device=self.on)
+            return GGUFTensor(unread, info.kind.name, torch.Size(info.shape), self.dtype)
+        raw = self._rows(target, self.file.blocks(name))
+        return gguf_tensor(raw, info.kind.name, info.shape, self.dtype, f"{self.file.path}: {name}")
 
     def _rows(self, target: str, rows: Tensor) -> Tensor:
-        """Rows ``[out, ...]``, bytes or numbers, in the model's order. Of a ``Conv1D`` they are not turned: a packed one is ``[out, in]``."""
+        """Rows ``[out, ...]``, bytes or numbers, in the model's order. Those of a ``Conv1D`` stay ``[out, in]``, as a packed one has them."""
         if is_conv1d(self._layers[target]):
             return rows
         return self._processed(self._names[target], rows)
@@ -173,7 +187,3 @@ class _Blocks:
         """As transformers' processor of the architecture leaves it."""
         found = self._processor.process(values.numpy(), name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
         return torch.from_numpy(found.weights.copy())
-
-
-def _unread(rows: int, nbytes: int) -> Tensor:
-    return torch.empty(rows, nbytes // rows, dtype=torch.uint8, device="meta")

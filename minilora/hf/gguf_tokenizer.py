@@ -1,8 +1,8 @@
 """The tokenizer in a GGUF file, cut as the file's own pre-tokenizer name says: the ids are those that llama.cpp makes of a text.
 
 A file holds a vocabulary, merges, and a name (``tokenizer.ggml.pre``) for the rule by which text is cut into words before they are merged;
-the rule itself is in llama.cpp. transformers passes over names that it does not know, and cuts numbers otherwise than the model was trained.
-Here a name is known and tested against llama.cpp, or refused. Next file: ``hf/smollm2.py``.
+the rule itself is in llama.cpp. transformers passes over names that it does not know, and then cuts numbers in
+another way than the model learned. Here a name is known and tested against llama.cpp, or refused. Next file: ``hf/smollm2.py``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.files.tensors import Tensors, open_tensors
+from minilora.gguf.file import gguf_in, has_blocks
 from minilora.hf.fill import fill
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
 from minilora.linear.experts.layers import ExpertsLinear, is_experts
@@ -29,6 +30,7 @@ from minilora.quant.bnb import is_state, storable, weight_of
 from minilora.quant.codebooks import CODEBOOKS, OF_BITSANDBYTES, Codebook, codebook
 from minilora.quant.config import QuantConfig
 from minilora.quant.on_disk import from_disk, to_disk
+from minilora.quant.quantized import QuantizedTensor
 from minilora.quant.stack import QuantizedStack
 from minilora.training.guards import refuse_nonfinite
 from minilora.training.rows import Rows
@@ -140,7 +142,9 @@ def write_packed(model: Any, folder: Path) -> None:
 
 
 def is_packed_folder(folder: str) -> bool:
-    """Whether a local folder's config says that it is packed, by bitsandbytes in four bits or by minilora."""
+    """Whether a local folder's config says that it is packed, by bitsandbytes in four bits or by minilora; or a GGUF file has blocks."""
+    if file := gguf_in(folder):
+        return has_blocks(file)
     said = _entry(folder)
     return said.get("quant_method") == METHOD or (
         said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))

