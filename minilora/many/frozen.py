@@ -30,7 +30,9 @@ def began_with(model: nn.Module) -> dict[str, str]:
     """
     adapters = adapters_of(model)
     if adapters.merged:
-        raise StateError(f"adapters {list(adapters.merged)} are merged, and would be so in the reference; unmerge first")
+        raise StateError(
+            f"adapters {list(adapters.merged)} are merged, and would be so in the reference; unmerge first"
+        )
     shown = {name: _trains(adapters.named(name)) for name in adapters.active}
     copied = {
         name: REF if name == "default" else f"{REF}_{name}"
