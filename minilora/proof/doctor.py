@@ -155,9 +155,10 @@ def _size(seen: Any, size: int) -> str:
 
 def _foreign_facts(case: Foreign) -> dict[str, str]:
     parameters = case.content.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    scale = parameters.get("scale") if isinstance(parameters, dict) else case.content.get("adapter.lora.alpha")
+    called = "scale" if isinstance(parameters, dict) else "alpha"
     return {
         "layers": str(len(case.pairs)),
-        "rank": _each(Counter(case.ranks.values())) + (f"; scale {str(scale)[:20]}" if scale is not None else ""),
+        "rank": _each(Counter(case.ranks.values())) + (f"; {called} {str(scale)[:20]}" if scale is not None else ""),
         "size": _size(case.seen, sum(seen.bytes for seen in case.seen.values())),
     }
