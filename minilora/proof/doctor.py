@@ -109,7 +109,7 @@ def _made_by(case: Case) -> str:
 def _facts(case: Case) -> dict[str, str]:
     base = case.content.get("base_model_name_or_path")
     known = (
-        f" (config read from {case.base.folder or case.base.name})" if case.base is not None else " (not on this disk)"
+        f" (config read from {case.base.place or case.base.name})" if case.base is not None else " (not on this disk)"
     )
     ranks = Counter(layer.r for layer in case.layers)
     scales = Counter(f"{layer.scaling:.4g}" for layer in case.layers) if case.plain else Counter()

@@ -153,8 +153,8 @@ def test_tensors_that_are_wrong(healthy, how, check, severity, words):
 
 CONFIGS = [
     ({"base_model_name_or_path": None}, "base", "warning", "is empty"),
-    ({"base_model_name_or_path": "/home/ada/models/llama"}, "base", "warning", "another machine"),
-    ({"base_model_name_or_path": "D:\\models\\llama"}, "base", "warning", "another machine"),
+    ({"base_model_name_or_path": "/home/ada/models/llama"}, "base", "warning", "on another machine"),
+    ({"base_model_name_or_path": "D:\\models\\llama"}, "base", "warning", "on another machine"),
     ({"base_model_name_or_path": "./out/checkpoint-60"}, "base", "warning", "a checkpoint of a run"),
     ({"base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit"}, "base", "note", "is packed"),
     ({"revision": None}, "revision", "note", "not pinned"),
