@@ -240,6 +240,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         ],
     ),
     (
+        "proof",
+        "whether a server applies an adapter",
+        ["probe", "curves", "measure", "judge", "wire", "ask", "inside", "verify"],
+    ),
+    (
         "job",
         "a fine-tuning job, from data to report",
         [
@@ -262,6 +267,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "lens",
             "info",
             "compare",
+            "probed",
             "push",
             "card",
         ],
