@@ -36,6 +36,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "on_disk",
         ],
     ),
+    ("gguf", "GGUF files, and their names for weights", ["file", "header", "kinds", "names"]),
     (
         "linear",
         "multiplying with a frozen weight",
