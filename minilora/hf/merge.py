@@ -12,6 +12,7 @@ from minilora.errors import CheckpointError
 from minilora.gguf.file import gguf_in
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.load import load_model, load_tokenizer, resolve
+from minilora.hf.older_readers import save_dense
 from minilora.linear.experts.hook import put_layer
 from minilora.linear.layers import dense_weight, is_quantized, with_weight
 from minilora.lora.change import Change
@@ -60,7 +61,13 @@ def merge_to_folder(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
     refuse_nonfinite(merged.state_dict().items(), "the merged model")
-    return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    told: list[str] = []
+    written = in_new_folder(
+        target, lambda folder: (told.extend(save_dense(merged, folder)), tokenizer.save_pretrained(folder))
+    )
+    for sentence in told:
+        print(f"{out}: {sentence}; ask the model there before you rely on it")
+    return written
 
 
 def _make_dense(model: Any) -> None:
