@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minilora.errors import StateError
-from minilora.lora.slots import adapters_of, has_adapters, unwrapped
+from minilora.lora.slots import has_adapters, unwrapped
 from minilora.many.adapted import disabled, showing
 from minilora.many.frozen import began_with, copy_values
 

@@ -80,7 +80,8 @@ def take_config(asked: dict[str, Any]) -> None:
         )
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"peft_config=minilora.LoraConfig(...) wants a loaded model, and model is {model!r}; give model=minilora.hf.load_model({model!r})"
+            f"peft_config=minilora.LoraConfig(...) wants a loaded model, and model is {model!r}; give "
+            f"model=minilora.hf.load_model({model!r})"
         )
     if has_adapters(model):
         raise ConfigError("the model has adapters already, which train; leave peft_config out, or unload() them first")

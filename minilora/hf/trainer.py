@@ -16,8 +16,8 @@ import transformers
 from torch import nn
 
 from minilora.errors import CheckpointError
-from minilora.hf.preferences import asked_of, take_config, take_reference
 from minilora.hf.began import bind_forward
+from minilora.hf.preferences import asked_of, take_config, take_reference
 from minilora.lora.slots import adapters_of
 from minilora.many.frozen import REF
 from minilora.store.adapter_files import CONFIG_FILE

@@ -184,7 +184,9 @@ def linear_paths(model: nn.Module | Bare, routers: bool = False) -> list[str]:
 def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     # PEFT names both heads that a classifier may have, whichever the model has.
     usual = [name for name in HEADS_OF_PEFT if any(path.endswith(name) for path in modules)]
-    names = tuple(name for name in config.modules_to_save or () if not usual or name in usual or name not in HEADS_OF_PEFT)
+    names = tuple(
+        name for name in config.modules_to_save or () if not usual or name in usual or name not in HEADS_OF_PEFT
+    )
     heads = [head for head in _HEADS.get(config.task_type or "", ()) if any(path.endswith(head) for path in modules)]
     if not names and not heads:
         return []

@@ -5,6 +5,7 @@ Next file: ``store/load.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
 from minilora.linear.experts.layers import is_experts
 from minilora.linear.layers import is_conv1d
+from minilora.lora import config_file
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Around, Bare
 from minilora.lora.config import LoraConfig
@@ -29,6 +31,7 @@ from minilora.lora.slot import Value
 from minilora.lora.slots import adapters_of, unwrapped
 from minilora.lora.targets import ends_with, exactly, short_names
 from minilora.lora.variants.tokens import TiedRows, TokenRows
+from minilora.lora.vera_config import VeraConfig
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
@@ -41,6 +44,7 @@ from minilora.store.adapter_files import (
 )
 from minilora.store.fingerprint import brought_by, fingerprint
 from minilora.store.old_experts import lost_in_peft
+from minilora.store.projections import projections_in
 from minilora.store.tables import saved_tables, table_of
 
 __all__ = [
@@ -134,7 +138,7 @@ def adapter_files(
     """
     tables = saved_tables(model, adapter_name, save_embedding_layers, base_config)
     values = adapters_of(model).named(adapter_name)
-    held = laid_out(values, tensors_of(values), True) | tables
+    held = laid_out(values, tensors_of(values), True) | tables | projections_in(values)
     tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
     if (key := not_finite(tensors)) is not None:
         raise StateError(
@@ -197,7 +201,7 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     adapters, model = adapters_of(model), unwrapped(model)
     adapters.check([adapter_name])
     config = adapters.configs[adapter_name]
-    content = config.to_dict()
+    content = config_file.content_of({f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     held = adapters.named(adapter_name)
     targeted = {path: value for path, value in held.items() if isinstance(value, Adapter) and value.targeted}
     paths, bare = list(targeted), Bare(model)
@@ -216,7 +220,9 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     if config.task_type is None:  # PEFT's AutoPeftModel finds the model's class by this
         content["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     content["base_model_name_or_path"] = config.base_model_name_or_path or base or None
-    return content
+    if isinstance(config, VeraConfig) and config.exclude_modules:  # PEFT's VeRA has no such field
+        content["target_modules"] = sorted(modules)
+    return config.in_file(content)
 
 
 def _by_parameter(path: str, value: Adapter, config: LoraConfig) -> bool:

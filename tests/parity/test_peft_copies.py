@@ -1,4 +1,4 @@
-"""``modules_to_save``, ``trainable_token_indices`` and ties: what one library saves opens in the other with the same outputs, or is refused."""
+"""``modules_to_save``, token rows and ties: what one library saves opens in the other with the same outputs, or is refused."""
 
 import copy
 import json
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +44,13 @@ def build():
 
 
 def adapted(library, model, kind, fields):
-    own = {"r": 4, "lora_alpha": 12, "target_modules": KINDS[kind][2], "fan_in_fan_out": kind == "gpt2", **copy.deepcopy(fields)}
+    own = {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": KINDS[kind][2],
+        "fan_in_fan_out": kind == "gpt2",
+        **copy.deepcopy(fields),
+    }
     return library.get_peft_model(model, library.LoraConfig(**own))
 
 
@@ -99,9 +106,11 @@ def test_table_that_peft_did_not_tie_is_loaded_untied(build, token_ids, tmp_path
     tied.save_pretrained(tmp_path / "tied")
     opened = peft.PeftModel.from_pretrained(build("gpt2", True), tmp_path / "tied")
     torch.testing.assert_close(logits(opened, token_ids), logits(tied, token_ids), rtol=0, atol=5e-6)
-    assert minilora.PeftModel.from_pretrained(build("gpt2", True), tmp_path / "tied").peft_config[
-        "default"
-    ].ensure_weight_tying
+    assert (
+        minilora.PeftModel.from_pretrained(build("gpt2", True), tmp_path / "tied")
+        .peft_config["default"]
+        .ensure_weight_tying
+    )
 
 
 @pytest.mark.parametrize("ensure", [False, True], ids=["free", "ensured"])
@@ -120,9 +129,7 @@ def test_what_would_be_dropped_beside_a_tied_copy_is_refused(build):
         model = build("llama", True)
         before = {name: id(p) for name, p in model.named_parameters()}
         with pytest.raises(minilora.MiniLoraError, match=r"modules_to_save: lm_head trains whole"):
-            adapted(
-                minilora, model, "llama", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True, **fields}
-            )
+            adapted(minilora, model, "llama", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True, **fields})
         assert {name: id(p) for name, p in model.named_parameters()} == before
 
 

@@ -9,12 +9,15 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-trl = pytest.importorskip("trl")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
+pytest.importorskip("tokenizers")
 
+import datasets
 import peft
+import tokenizers
 import transformers
+import trl
 
 import minilora
 from minilora.hf import LoraTrainerMixin, Reference, reference
@@ -28,15 +31,30 @@ OLD_NAME = "ignore:`gradient_checkpointing(_kwargs|_enable|_disable)?` is deprec
 pytestmark = [pytest.mark.filterwarnings(text) for text in (PINNED, OLD_NAME)]
 
 SOME = ["q_proj", "v_proj", "down_proj"]
-WORDS = "<pad> <eos> <unk> the cat sat on a mat and saw one dog run to his".split()
+WORDS = [
+    "<pad>",
+    "<eos>",
+    "<unk>",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "dog",
+    "run",
+    "to",
+    "his",
+]
 PREFERENCE = ("dpo", "kto", "grpo", "rloo")
 every_trainer = pytest.mark.parametrize("kind", PREFERENCE)
 
 
 def lora(**fields):
-    return minilora.LoraConfig(
-        **{"r": 4, "lora_alpha": 12, "target_modules": SOME, "task_type": "CAUSAL_LM", **fields}
-    )
+    return minilora.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": SOME, "task_type": "CAUSAL_LM", **fields})
 
 
 @pytest.fixture
@@ -137,7 +155,9 @@ def assert_began_at_its_reference(kind, entry):
         assert entry["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert max(abs(entry["rewards/chosen"]), abs(entry["rewards/rejected"])) < 1e-6
     elif kind == "kto":
-        assert entry["loss"] == pytest.approx(0.5, abs=1e-6) and entry["kl"] == 0 and abs(entry["rewards/chosen"]) < 1e-6
+        assert (
+            entry["loss"] == pytest.approx(0.5, abs=1e-6) and entry["kl"] == 0 and abs(entry["rewards/chosen"]) < 1e-6
+        )
     else:
         assert entry["kl"] == 0
 

@@ -21,8 +21,9 @@ from minilora.peft.hub import folder_of, name_of
 from minilora.peft.inner import gathered, innermost
 from minilora.peft.meta import made_real
 from minilora.peft.notes import say_left_out
-from minilora.store.adapter_files import read_adapter
+from minilora.store.adapter_files import PROJECTIONS, read_adapter
 from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
+from minilora.store.projections import projections_in
 from minilora.store.save import laid_out
 from minilora.store.tables import saved_tables
 
@@ -63,6 +64,7 @@ def get_peft_model_state_dict(
                 f"{_PREFIX}{path}.": f"{_PREFIX}{now}." for path, now in experts_paths(inner, adapter_name).items()
             }
             own = {key: _found(_shown(key, shown), adapter_name, state_dict) for key in own}
+        own |= projections_in(adapters_of(inner).named(adapter_name))
         own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
         own = {key: copied(value) for key, value in own.items()}
     return own if isinstance(inner, Face) else {key.removeprefix(_PREFIX): value for key, value in own.items()}
@@ -104,7 +106,8 @@ def set_peft_model_state_dict(
         strict: what does not fit raises ``CheckpointError``; False loads the rest, and the result says what was left out.
         low_cpu_mem_usage: PEFT's; an adapter that was made without values (on the meta device) gets its memory here.
     """
-    tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
+    known = (_PREFIX, *PROJECTIONS)
+    tensors = {key if key.startswith(known) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
     with LOCK, Change() as change, gathered(model, write=True):
         made_real(change, innermost(model), adapter_name)
         report = fill_adapter(innermost(model), tensors, adapter_name, strict, ignore_mismatched_sizes)
