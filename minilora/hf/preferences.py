@@ -61,7 +61,7 @@ def asked_of(kind: type, after: type, args: tuple, kwargs: dict[str, Any]) -> di
 
 def _signatures(kind: type, after: type) -> list[inspect.Signature]:
     line = kind.__mro__[kind.__mro__.index(after) + 1 :]
-    return [inspect.signature(cls.__init__) for cls in line if "__init__" in vars(cls)]
+    return [inspect.signature(vars(cls)["__init__"]) for cls in line if "__init__" in vars(cls)]
 
 
 def take_config(asked: dict[str, Any]) -> None:
@@ -96,7 +96,9 @@ def take_reference(kind: type, asked: dict[str, Any]) -> Taken:
     """
     model, args = asked.get("model"), asked.get("args")
     trl = [cls for cls in kind.__mro__ if cls.__module__.partition(".")[0] == "trl"]
-    by_name = any("ref_model" in inspect.signature(cls.__init__).parameters for cls in trl if "__init__" in vars(cls))
+    by_name = any(
+        "ref_model" in inspect.signature(vars(cls)["__init__"]).parameters for cls in trl if "__init__" in vars(cls)
+    )
     by_beta = any(cls.__name__ in _BY_BETA for cls in trl)
     if not isinstance(model, nn.Module) or not has_adapters(model) or not (by_name or by_beta):
         return Taken()

@@ -132,14 +132,20 @@ def adapter_files(
     save_embedding_layers: bool | str = "auto",
     base_config: Path | None = None,
     base: Mapping[str, Any] | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, bytes]:
     """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``; ``base_config`` as ``saved_tables``;
-    ``base`` is what ``file_base`` said while the model was whole, where it lies in shards now.
+    ``base`` is what ``file_base`` said while the model was whole, where it lies in shards now; ``given`` are tensors by their names in the
+    file, which are written instead of the model's.
     """
     tables = saved_tables(model, adapter_name, save_embedding_layers, base_config)
     values = adapters_of(model).named(adapter_name)
     held = laid_out(values, tensors_of(values), True) | tables | projections_in(values)
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
+    for name, tensor in (given or {}).items():
+        if tensor.shape != held[name].shape:
+            found, wanted = list(tensor.shape), list(held[name].shape)
+            raise StateError(f"state_dict: {name} is {found}, the adapter's is {wanted}; give this model's")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in (held | dict(given or {})).items()}
     if (key := not_finite(tensors)) is not None:
         raise StateError(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
