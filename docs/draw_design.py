@@ -49,6 +49,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "adapter",
             "config",
             "config_file",
+            "vera_config",
             "starts",
             "factors",
             "update",
@@ -76,6 +77,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "save",
             "load",
+            "copies",
+            "projections",
             "fill",
             "tables",
             "adapter_files",
@@ -106,6 +109,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "eva",
             "principal",
             "hotswap",
+            "frozen",
         ],
     ),
     (

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+import minilora
 from minilora.errors import ConfigError, StateError
 from minilora.hf.began import Reference, reference
 from minilora.lora.config import LoraConfig
 from minilora.lora.slots import has_adapters
-from minilora.peft import get_peft_model
 
 __all__ = ["Taken", "asked_of", "take_config", "take_reference"]
 
@@ -85,7 +85,7 @@ def take_config(asked: dict[str, Any]) -> None:
         )
     if has_adapters(model):
         raise ConfigError("the model has adapters already, which train; leave peft_config out, or unload() them first")
-    asked["model"] = get_peft_model(model, asked.pop("peft_config"))
+    asked["model"] = minilora.get_peft_model(model, asked.pop("peft_config"))
 
 
 def take_reference(kind: type, asked: dict[str, Any]) -> Taken:

@@ -349,10 +349,8 @@ class LoraConfig:
         Raises:
             ConfigError: another ``peft_type``, an unknown key, or a field of PEFT's that minilora does not offer, each by name.
         """
-        if content.get("peft_type") == "VERA":
-            from minilora.lora.vera_config import VeraConfig
-
-            return VeraConfig.from_dict(content, source)
+        if (other := config_file.of_another_method(content)) is not None:
+            return other.from_dict(content, source)
         try:
             return cls(**config_file.own_fields(content, _OWN))
         except ConfigError as error:
@@ -379,8 +377,6 @@ _SETTINGS: dict[str, type[Any]] = {"eva": EvaConfig, "corda": CordaConfig, "lora
 
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:
     """The keys of an ``adapter_config.json`` that ``LoraConfig.from_dict`` refuses: newer than this file, or mistyped."""
-    if content.get("peft_type") == "VERA":
-        from minilora.lora.vera_config import VERA_KEYS
-
-        return sorted(content.keys() - VERA_KEYS)
+    if (other := config_file.of_another_method(content)) is not None:
+        return sorted(content.keys() - other.file_keys)
     return config_file.unknown_keys(content, _OWN)

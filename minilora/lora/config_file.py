@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import importlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,19 @@ class PeftType(enum.StrEnum):
 
     LORA = "LORA"
     VERA = "VERA"
+
+
+# The configs of methods with files of their own: each is built on LoraConfig, and so imported when a file is of it.
+_METHODS = {"VERA": ("minilora.lora.vera_config", "VeraConfig")}
+
+
+def of_another_method(content: Mapping[str, Any]) -> Any:
+    """The class of config that a file's content is of; None for LoRA's own, and for what no class here is for."""
+    kind = content.get("peft_type")
+    if not isinstance(kind, str) or kind not in _METHODS:
+        return None
+    module, name = _METHODS[kind]
+    return getattr(importlib.import_module(module), name)
 
 
 ABOUT: dict[str, Any] = {

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from minilora.errors import ConfigError, nearest
 from minilora.files import validate
 from minilora.lora import config_file
 from minilora.lora.config import LoraConfig
 
-__all__ = ["VERA_KEYS", "VeraConfig"]
+__all__ = ["VeraConfig"]
 
 # Fields of both, and what PEFT's file calls those that are about VeRA alone.
 _COMMON = (
@@ -22,7 +22,7 @@ _COMMON = (
 )  # fmt: skip
 _OWN = ("d_initial", "projection_prng_key", "save_projection")
 _ABOUT = ("auto_mapping", "peft_type", "peft_version")
-VERA_KEYS = frozenset((*_COMMON, *_OWN, *_ABOUT, "vera_dropout", "init_weights"))
+_KEYS = frozenset((*_COMMON, *_OWN, *_ABOUT, "vera_dropout", "init_weights"))
 # LoRA's fields that say nothing where all layers share their factors.
 _NOT_VERAS = (
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "init_lora_weights", "trainable_token_indices",
@@ -44,6 +44,7 @@ class VeraConfig(LoraConfig):
         ConfigError: as ``LoraConfig``, and for a field of it that VeRA does not have.
     """
 
+    file_keys: ClassVar[frozenset[str]] = _KEYS
     r: int = 256
     d_initial: float = 0.1
     projection_prng_key: int = 0
@@ -97,9 +98,9 @@ class VeraConfig(LoraConfig):
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "config") -> VeraConfig:
         """Read PEFT's dictionary. Raises ``ConfigError`` as ``LoraConfig.from_dict``."""
-        if strange := sorted(content.keys() - VERA_KEYS):
+        if strange := sorted(content.keys() - _KEYS):
             raise ConfigError(
-                f"{source}: unknown key {strange[0]!r}; the closest known ones are {nearest(strange[0], VERA_KEYS)}"
+                f"{source}: unknown key {strange[0]!r}; the closest known ones are {nearest(strange[0], _KEYS)}"
             )
         kept = {name: value for name, value in content.items() if name not in _ABOUT and value is not None}
         try:
