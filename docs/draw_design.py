@@ -66,6 +66,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "adapter",
             "config",
             "config_file",
+            "vera_config",
             "starts",
             "factors",
             "update",
@@ -93,6 +94,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "save",
             "load",
+            "copies",
+            "projections",
             "fill",
             "tables",
             "adapter_files",
@@ -123,6 +126,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "eva",
             "principal",
             "hotswap",
+            "frozen",
         ],
     ),
     (
