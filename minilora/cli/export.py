@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
-from minilora.cli.folders import new_folder
+from minilora.cli.folders import new_folder, refuse_file
 from minilora.cli.parser import one_of
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.remembered import tell_system
 from minilora.cli.say import say
 from minilora.errors import ConfigError
 from minilora.export.programs import PROGRAMS, WITH_BASE
+from minilora.gguf.words import FACTORS
 from minilora.job.settings import Job
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     program = Flag("target", str, None, "who will read it", PROGRAMS, True, "--for", one_of(PROGRAMS))
     served = "the GGUF file that llama.cpp or Ollama serves: a GGUF LoRA for it is written, and no converter is needed"
     base_file = Flag("base", str, None, served)
-    dtype = Flag("dtype", str, None, "numbers of a GGUF LoRA", ("f32", "f16"), otherwise="f32")
+    dtype = Flag("dtype", str, None, "numbers of a GGUF LoRA", FACTORS, otherwise="f32")
     out = dataclasses.replace(
         new_folder("exported adapter"),
         about="folder for the exported adapter, which must not exist yet or be empty; for llama.cpp with --base, the new GGUF file",
@@ -74,20 +74,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--base={base!r}: is for llama.cpp and ollama; --for {target} has no use for a GGUF file")
     if arguments.dtype is not None and not base:
         raise ConfigError(f"--dtype={arguments.dtype!r}: is for a GGUF LoRA; give --base SERVED.gguf too, or leave it out")
-    if arguments.dtype not in (None, "f32", "f16"):
-        raise ConfigError(f"--dtype={arguments.dtype!r}: wanted f32 or f16")
+    if arguments.dtype not in (None, *FACTORS):
+        raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(FACTORS)}")
     if base and target == "llama.cpp":
         refuse_file(arguments.out)
     else:
         refuse_occupied(arguments.out)
-
-
-def refuse_file(out: str) -> None:
-    """Raise ``ConfigError`` for an ``--out`` that is no name of a new GGUF file."""
-    if Path(out).suffix != ".gguf":
-        raise ConfigError(f"--out={out!r}: wanted the name of a new file that ends in .gguf")
-    if Path(out).exists():
-        raise ConfigError(f"--out={out!r}: exists; wanted the name of a new file")
 
 
 def _write_folder(arguments: argparse.Namespace) -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 from minilora.errors import CheckpointError, StateError
 from minilora.gguf.file import GGUF
 from minilora.gguf.names import Names, Place, names_in
+from minilora.gguf.words import FACTORS
 from minilora.gguf.write import write_gguf
 
 __all__ = ["DTYPES", "Update", "lora_bytes"]
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16}
+DTYPES = dict(zip(FACTORS, (torch.float32, torch.float16), strict=True))
 _TOKENS, _HEAD = "token_embd.weight", "output.weight"
 
 

@@ -20,9 +20,8 @@ from minilora.gguf.lora import Update, places_of
 from minilora.gguf.names import names_in
 from minilora.gguf.write import Planned, fill_gguf
 
-__all__ = ["KINDS", "FILE_TYPES", "encoded", "merged_tensors", "rewrite", "type_of"]
+__all__ = ["FILE_TYPES", "encoded", "merged_tensors", "rewrite", "type_of"]
 
-KINDS = ("q8_0", "f16", "f32")
 FILE_TYPES = {"q8_0": 7, "f16": 1, "f32": 0}  # what general.file_type says of a file mostly so
 _TOKENS, _HEAD = "token_embd.weight", "output.weight"
 _FULL = ("ffn_gate_inp", "position_embd", "token_types")  # as llama.cpp's converter keeps them

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minilora.errors import CheckpointError
 from minilora.gguf.names import Names
-from minilora.gguf.rewrite import FILE_TYPES, KINDS, encoded, type_of
+from minilora.gguf.rewrite import FILE_TYPES, encoded, type_of
+from minilora.gguf.words import WEIGHTS
 from minilora.gguf.write import Planned, fill_gguf
 from minilora.hf.gguf_metadata import architecture_of, metadata
 from minilora.hf.gguf_vocabulary import vocabulary
@@ -36,8 +37,8 @@ def fill_model(model: Any, tokenizer: Any, path: Path, kind: str = "f16") -> Non
         CheckpointError: the architecture, something in its config, or the tokenizer is not one that is written. StateError: a weight holds NaN or
             infinity, or a number that fp16 does not reach.
     """
-    if kind not in KINDS:
-        raise ValueError(f"{kind!r}: wanted one of {', '.join(KINDS)}")
+    if kind not in WEIGHTS:
+        raise ValueError(f"{kind!r}: wanted one of {', '.join(WEIGHTS)}")
     config = model.config
     said = metadata(config) | vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
 
