@@ -73,7 +73,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if base and target not in WITH_BASE:
         raise ConfigError(f"--base={base!r}: is for llama.cpp and ollama; --for {target} has no use for a GGUF file")
     if arguments.dtype is not None and not base:
-        raise ConfigError(f"--dtype={arguments.dtype!r}: is for a GGUF LoRA; give --base SERVED.gguf too, or leave it out")
+        raise ConfigError(
+            f"--dtype={arguments.dtype!r}: is for a GGUF LoRA; give --base SERVED.gguf too, or leave it out"
+        )
     if arguments.dtype not in (None, *FACTORS):
         raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(FACTORS)}")
     if base and target == "llama.cpp":

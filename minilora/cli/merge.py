@@ -34,7 +34,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "model", model.values())
     add_adapter_flags(parser, required=True)
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
-    file = Flag("gguf", str, None, "write one GGUF file for llama.cpp, with weights of this kind", KINDS, otherwise="a folder")
+    file = Flag(
+        "gguf", str, None, "write one GGUF file for llama.cpp, with weights of this kind", KINDS, otherwise="a folder"
+    )
     out = new_folder("merged model")
     out = dataclasses.replace(out, about=f"{out.about}; with --gguf, the new file")
     add_flags(parser, "output", [out, as_trained(merged, DTYPE.default), file])
@@ -76,7 +78,9 @@ def _check_file(arguments: argparse.Namespace) -> None:
     if arguments.gguf not in KINDS:
         raise ConfigError(f"--gguf={arguments.gguf!r}: wanted one of {', '.join(KINDS)}")
     if arguments.dtype is not None:
-        raise ConfigError(f"--dtype={arguments.dtype!r}: --gguf {arguments.gguf} says what the weights are; leave one out")
+        raise ConfigError(
+            f"--dtype={arguments.dtype!r}: --gguf {arguments.gguf} says what the weights are; leave one out"
+        )
     refuse_file(arguments.out)
     arguments.dtype = "float32"
 

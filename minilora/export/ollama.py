@@ -93,9 +93,7 @@ FAMILIES = (
         ("<end_of_turn>",),
         _gemma,
     ),
-    Family(
-        "Phi-3", _EACH % ("<|{{ .Role }}|>\n{{ .Content }}<|end|>\n", "<|assistant|>\n"), ("<|end|>",), _phi3
-    ),
+    Family("Phi-3", _EACH % ("<|{{ .Role }}|>\n{{ .Content }}<|end|>\n", "<|assistant|>\n"), ("<|end|>",), _phi3),
 )
 _PROBES: tuple[Turns, ...] = (
     (("user", "One  1?"), ("assistant", "Two."), ("user", "Three\nlines")),
@@ -142,7 +140,9 @@ def _attempt(write: Callable[[Turns], str], turns: Turns) -> str | None:
         return None
 
 
-def modelfile(base: str, adapter: str | None, family: Family | None, system: str = "", parameters: Mapping[str, Any] | None = None) -> str:
+def modelfile(
+    base: str, adapter: str | None, family: Family | None, system: str = "", parameters: Mapping[str, Any] | None = None
+) -> str:
     """The text of a Modelfile.
 
     Args:

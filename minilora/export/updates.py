@@ -38,7 +38,9 @@ def updates_of(adapters: Mapping[str, object]) -> list[Update]:
         if not isinstance(value, Adapter):
             raise StateError(f"{path}: {_PROGRAM} cannot hold a trained copy or bias; merge the adapter instead")
         if isinstance(value, LoRAOutProj) or value.on not in _KINDS:
-            raise StateError(f"{path}: {_PROGRAM} takes adapters of linear layers, embeddings and experts; merge instead")
+            raise StateError(
+                f"{path}: {_PROGRAM} takes adapters of linear layers, embeddings and experts; merge instead"
+            )
         try:
             A, B = value.as_lora()
         except StateError as error:
@@ -50,7 +52,9 @@ def updates_of(adapters: Mapping[str, object]) -> list[Update]:
 
 def needs_base(stored: Stored) -> bool:
     """Whether the update hangs on the weights that it is made for, so that the folder alone does not say it."""
-    return stored.variant != "lora" and (variant(stored.variant).depends_on_input or not by_factors(variant(stored.variant)))
+    return stored.variant != "lora" and (
+        variant(stored.variant).depends_on_input or not by_factors(variant(stored.variant))
+    )
 
 
 def stored_updates(stored: Stored) -> list[Update]:
@@ -80,7 +84,9 @@ def _split(stored: Stored, key: str, tensor: Tensor, experts: Mapping[str, str])
         path = name.removesuffix(f".{ending}")
         if path != name and tensor.dim() == 2 and (path in experts or ".base_layer" not in path):
             return path, half
-    raise StateError(f"{stored.path}: {key} is no part of a low-rank update, and {_PROGRAM} cannot hold it; merge instead")
+    raise StateError(
+        f"{stored.path}: {key} is no part of a low-rank update, and {_PROGRAM} cannot hold it; merge instead"
+    )
 
 
 def _update(stored: Stored, path: str, pair: Mapping[str, Tensor], kind: str, place: str) -> Update:

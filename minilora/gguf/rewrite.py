@@ -70,7 +70,9 @@ def merged_tensors(file: GGUF, updates: list[Update]) -> dict[str, list[tuple[Up
             shape = (*rows.shape[:-1], update.A.shape[-1])
             if name not in file.tensors or file.tensors[name].shape != shape:
                 has = list(file.tensors[name].shape) if name in file.tensors else "nothing"
-                raise StateError(f"{update.path}: {file.path} has {has} at {name}, and the adapter is for {list(shape)}")
+                raise StateError(
+                    f"{update.path}: {file.path} has {has} at {name}, and the adapter is for {list(shape)}"
+                )
             found.setdefault(name, []).append((update, rows))
     return found
 

@@ -26,7 +26,8 @@ def write_gguf(architecture: str, describe: Callable[[Any], None], tensors: Mapp
     """A small file in memory, its tensors in fp32 or fp16; ``describe`` puts the metadata into a ``gguf.GGUFWriter``."""
     kinds = {torch.float32: "F32", torch.float16: "F16"}
     planned = [
-        (name, tuple(tensor.shape), kinds[tensor.dtype], (lambda tensor=tensor: tensor)) for name, tensor in tensors.items()
+        (name, tuple(tensor.shape), kinds[tensor.dtype], (lambda tensor=tensor: tensor))
+        for name, tensor in tensors.items()
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.gguf"

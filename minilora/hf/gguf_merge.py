@@ -90,7 +90,9 @@ def _rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
     if rope.get("rope_type") != "llama3":
         return
     if config.model_type != "llama":
-        raise CheckpointError(f"{config.model_type}: rotary angles of the kind 'llama3' are written for llama only; use llama.cpp's converter")
+        raise CheckpointError(
+            f"{config.model_type}: rotary angles of the kind 'llama3' are written for llama only; use llama.cpp's converter"
+        )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     lengths, old = 2 * math.pi / plain, rope["original_max_position_embeddings"]

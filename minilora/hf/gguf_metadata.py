@@ -67,7 +67,10 @@ _EXPERTS: Mapping[str, Entry] = {
     "expert_shared_feed_forward_length": lambda c: getattr(c, "shared_expert_intermediate_size", None),
 }
 _SILU = {"hidden_act": ("silu",)}
-_GELU = {"hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"), "hidden_activation": ("gelu_pytorch_tanh", "gelu", None)}
+_GELU = {
+    "hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"),
+    "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
+}
 _NO_WINDOW = {"use_sliding_window": (False,)}
 _SCORES = ("query_pre_attn_scalar",)  # compared with the width of a head below
 _LLAMA = Written(_COMMON | _HEADS | _NORM, _SILU | {"mlp_bias": (False,)})
@@ -180,7 +183,9 @@ def metadata(config: Any) -> dict[str, Any]:
     for entry, right in written.fixed.items():
         if (value := getattr(config, entry, right[0])) not in right:
             said = f"{entry}={shown(value)}"
-            raise CheckpointError(f"{config.model_type}: its config has {said}, which llama.cpp does not compute ({shown(right[0])})")
+            raise CheckpointError(
+                f"{config.model_type}: its config has {said}, which llama.cpp does not compute ({shown(right[0])})"
+            )
     _refuse_layers(config)
     found = _scaling(config)
     for ending, source in written.entries.items():
@@ -197,21 +202,29 @@ def _scaling(config: Any) -> dict[str, Any]:
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     if kind not in ("default", "llama3"):  # the second is a tensor
-        raise CheckpointError(f"{config.model_type}: rotary angles of the kind {shown(kind)} are not written; use llama.cpp's converter")
+        raise CheckpointError(
+            f"{config.model_type}: rotary angles of the kind {shown(kind)} are not written; use llama.cpp's converter"
+        )
     return {}
 
 
 def _refuse_layers(config: Any) -> None:
     """What llama.cpp takes for granted of which layer does what, and of how scores are scaled."""
     kind = config.model_type
-    if kind == "smollm3" and list(config.no_rope_layers) != [int((n + 1) % 4 != 0) for n in range(config.num_hidden_layers)]:
-        raise CheckpointError(f"{kind}: its config has no_rope_layers={config.no_rope_layers}; llama.cpp leaves out every fourth")
+    if kind == "smollm3" and list(config.no_rope_layers) != [
+        int((n + 1) % 4 != 0) for n in range(config.num_hidden_layers)
+    ]:
+        raise CheckpointError(
+            f"{kind}: its config has no_rope_layers={config.no_rope_layers}; llama.cpp leaves out every fourth"
+        )
     period = {"gemma2": 2, "gemma3_text": 6}.get(kind)
     if period is None:
         return
     wanted = ["sliding_attention" if (n + 1) % period else "full_attention" for n in range(config.num_hidden_layers)]
     if list(config.layer_types) != wanted:
-        raise CheckpointError(f"{kind}: its config has other layer_types than llama.cpp, where every {period}th attends to all")
+        raise CheckpointError(
+            f"{kind}: its config has other layer_types than llama.cpp, where every {period}th attends to all"
+        )
     if config.query_pre_attn_scalar != _head_dim(config):
         raise CheckpointError(
             f"{kind}: its config has query_pre_attn_scalar={config.query_pre_attn_scalar}; llama.cpp takes head_dim, {_head_dim(config)}"

@@ -36,7 +36,12 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     model = content.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback") or content.get("normalizer") or not _byte_level(content):
+    if (
+        model.get("type") != "BPE"
+        or model.get("byte_fallback")
+        or content.get("normalizer")
+        or not _byte_level(content)
+    ):
         raise CheckpointError(
             f"{type(tokenizer).__name__}: its tokenizer is no byte-level BPE, and no other is written; use llama.cpp's converter, "
             "or merge into a GGUF file that has the tokenizer (--model FILE.gguf)"
@@ -108,5 +113,7 @@ def _special(tokenizer: Any) -> dict[str, Any]:
     begins = len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id
     ends = len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id
     if len(ids) != len(plain) + begins + ends:
-        raise CheckpointError("the tokenizer puts other tokens around a text than one that begins and one that ends it; use llama.cpp's converter")
+        raise CheckpointError(
+            "the tokenizer puts other tokens around a text than one that begins and one that ends it; use llama.cpp's converter"
+        )
     return found | {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.add_eos_token": ends}

@@ -11,15 +11,16 @@ import torch
 from minilora.errors import CheckpointError
 from minilora.export.updates import updates_of
 from minilora.files.write import new_file
-from minilora.gguf.file import open_gguf
+from minilora.gguf.file import gguf_in, open_gguf
 from minilora.gguf.rewrite import rewrite
-from minilora.gguf.file import gguf_in
 from minilora.hf.folders import in_new_folder, refuse_occupied
 from minilora.hf.gguf_merge import fill_model
 from minilora.hf.load import load_model, load_tokenizer, resolve
+from minilora.hf.older_readers import save_dense
 from minilora.linear.experts.hook import put_layer
 from minilora.linear.layers import dense_weight, is_quantized, with_weight
 from minilora.lora.change import Change
+from minilora.lora.slots import adapters_of
 from minilora.many.adapted import unload
 from minilora.many.merging import merge
 from minilora.store.load import load_adapter
@@ -50,9 +51,17 @@ def merge_to_folder(
             Nothing is written then.
     """
     target = refuse_occupied(out)
-    merged, tokenizer = _adapted(model, adapter, dtype, expect_sha256, allow_other_base, trust_remote_code, device, look)
+    merged, tokenizer = _adapted(
+        model, adapter, dtype, expect_sha256, allow_other_base, trust_remote_code, device, look
+    )
     _merge(merged, model)
-    return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    told: list[str] = []
+    written = in_new_folder(
+        target, lambda folder: (told.extend(save_dense(merged, folder)), tokenizer.save_pretrained(folder))
+    )
+    for sentence in told:
+        print(f"{out}: {sentence}; ask the model there before you rely on it")
+    return written
 
 
 def merge_to_gguf(

@@ -20,6 +20,7 @@ from minilora.files.tensors import Tensors, open_tensors
 from minilora.gguf.file import gguf_in, has_blocks
 from minilora.hf.fill import fill
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
+from minilora.hf.older_readers import write_older_keys
 from minilora.linear.experts.layers import ExpertsLinear, is_experts
 from minilora.linear.layers import is_conv1d, is_quantized
 from minilora.lora.bare import Bare
@@ -136,6 +137,7 @@ def write_packed(model: Any, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_older_keys(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -8,10 +8,23 @@ VOCABULARY = 288
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIZES |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
 _SIZES |= {"initializer_range": 0.15, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 262}
-_GPT2 = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64, "initializer_range": 0.15}
+_GPT2 = {
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_head": 4,
+    "vocab_size": VOCABULARY,
+    "n_positions": 64,
+    "initializer_range": 0.15,
+}
 _GPT2 |= {"bos_token_id": 260, "eos_token_id": 261}
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True}
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "norm_topk_prob": True}
+_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
 
 # Model type of transformers -> what its config has beside the common sizes.
 CONFIGS = {
