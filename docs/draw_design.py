@@ -242,7 +242,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "proof",
         "whether a server applies an adapter",
-        ["probe", "curves", "measure", "judge", "wire", "ask", "inside", "verify"],
+        ["probe", "curves", "measured", "verdict", "wire", "ask", "inside", "verified"],
     ),
     (
         "job",
