@@ -19,6 +19,7 @@ from minilora.errors import MiniLoraError
 from minilora.hf.versions import versions
 from minilora.job.record import RECORD_FILE, DataFile, Packing, Record, Session, read_record, write_record
 from minilora.job.settings import Job
+from minilora.linear.gguf import GGUFLinear
 from minilora.linear.packed import QuantLinear
 from minilora.training.checkpoint import steps
 from minilora.training.left import kept_records
@@ -30,7 +31,11 @@ __all__ = ["Phases", "Sessions", "data_files", "new_record", "packing_of", "sett
 
 def packing_of(model: Any, by_folder: bool = False) -> Packing:
     """How the linear layers of a model in memory are packed."""
+    blocks = [module.quantized() for module in model.modules() if isinstance(module, GGUFLinear)]
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if blocks:
+        kinds = "-".join(sorted({weight.format for weight in blocks}))
+        return Packing(kinds, by_folder=by_folder, blocksize=max(weight.unit for weight in blocks))
     if not packed:
         return Packing("none")
     books = {module.book.name: module.book for module in packed}

@@ -29,7 +29,7 @@ class Job:
     """What to fine-tune, on what, and how.
 
     Args:
-        model: hub id, local folder, or "smollm2".
+        model: hub id, local folder, GGUF file, or "smollm2".
         trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         data: JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, folders, or data sets of the Hub; as FILE:0.5 half its examples count.
         eval_data: the same, to evaluate on instead of a share of ``data``.
