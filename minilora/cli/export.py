@@ -25,9 +25,7 @@ EXAMPLES = """\
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora export`` takes."""
     add_plugin_flag(parser)
-    base = (
-        'the adapter\'s base model: hub id, local folder, or "smollm2"; needed for variants other than LoRA and rsLoRA'
-    )
+    base = 'the adapter\'s base model: hub id, local folder, GGUF file, or "smollm2"; needed for variants other than LoRA and rsLoRA'
     model = Flag("model", str, None, base, otherwise="as the run of --adapter was trained")
     trust = fields_of(Job, ("trust_remote_code",)).values()
     add_flags(parser, "model", [model, *trust])

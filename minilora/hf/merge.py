@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from minilora.errors import CheckpointError
+from minilora.gguf.file import gguf_in
 from minilora.hf.folders import in_new_folder, refuse_occupied
-from minilora.hf.load import load_model, load_tokenizer
-from minilora.linear.layers import is_quantized
+from minilora.hf.load import load_model, load_tokenizer, resolve
+from minilora.hf.older_readers import save_dense
+from minilora.linear.experts.hook import put_layer
+from minilora.linear.layers import dense_weight, is_quantized, with_weight
+from minilora.lora.change import Change
 from minilora.many.adapted import unload
 from minilora.many.merging import merge
 from minilora.store.load import load_adapter
@@ -32,7 +36,7 @@ def merge_to_folder(
     device: torch.device | str = "cpu",
     look: Callable[[Any, Any], None] | None = None,
 ) -> Path:
-    """Load ``model`` dense, merge the adapter folder into it in fp32, and save weights and tokenizer to ``out``.
+    """Load ``model``, merge the adapter folder into it in fp32, and save weights and tokenizer to ``out``.
 
     ``expect_sha256`` and ``allow_other_base`` are as for ``load_adapter``, ``trust_remote_code`` and ``device`` as for ``load_model``.
     ``look`` is called with the adapted model and its tokenizer before they are merged.
@@ -50,9 +54,25 @@ def merge_to_folder(
         look(merged, tokenizer)
     print(merge(merged))
     unload(merged, keep_merged=True)
+    if gguf_in(resolve(model)):  # there is no dense model to name in its stead
+        _make_dense(merged)
     if left := [path for path, module in merged.named_modules() if is_quantized(module)]:
         raise CheckpointError(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
     refuse_nonfinite(merged.state_dict().items(), "the merged model")
-    return in_new_folder(target, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    told: list[str] = []
+    written = in_new_folder(
+        target, lambda folder: (told.extend(save_dense(merged, folder)), tokenizer.save_pretrained(folder))
+    )
+    for sentence in told:
+        print(f"{out}: {sentence}; ask the model there before you rely on it")
+    return written
+
+
+def _make_dense(model: Any) -> None:
+    """Decode the layers that are still packed, in place."""
+    for path, layer in [entry for entry in model.named_modules() if is_quantized(entry[1])]:
+        owner, _, name = path.rpartition(".")
+        with Change() as change:
+            put_layer(change, model.get_submodule(owner), name, with_weight(layer, dense_weight(layer)))

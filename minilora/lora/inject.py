@@ -81,7 +81,7 @@ def build(
         if path in adapted:
             raise TargetError(f"{path} is in target_modules and in trainable_token_indices; choose one of them")
         values |= trained_rows(bare, path, indices, values, config)
-    values |= copy_modules(bare, found.saved, config) | copy_biases(bare, found.biases)
+    values |= copy_modules(bare, found.saved, config, values) | copy_biases(bare, found.biases)
     for value in values.values():
         if isinstance(value, nn.Module):
             _set_mode(value, model.training)

@@ -28,7 +28,18 @@ from minilora.lora.config_file import say_unknown
 from minilora.quant.finite import is_finite
 from minilora.store.fingerprint import is_fingerprint
 
-__all__ = ["CONFIG_FILE", "PREFIX", "SEAL_FILE", "WEIGHTS_FILE", "Stored", "read_adapter", "read_config", "seal"]
+__all__ = [
+    "CONFIG_FILE",
+    "PREFIX",
+    "SEAL_FILE",
+    "WEIGHTS_FILE",
+    "Stored",
+    "named_patterns",
+    "read_adapter",
+    "read_config",
+    "read_seal",
+    "seal",
+]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -147,16 +158,7 @@ def _expect(place: Path, found: str, wanted: str | None) -> None:
 
 def _check_seal(place: Path, files: Mapping[str, bytearray], whole: bool) -> dict[str, Any] | None:
     """What the seal remembers of the base. Raises ``CheckpointError`` if it is damaged or not these files' seal."""
-    path = place / SEAL_FILE
-    try:
-        content = parse_json(files[SEAL_FILE])
-        good = _seal_bytes(content) == files[SEAL_FILE] and content["version"] == 1
-        hashes, base = dict(content["files"]), content["base"]
-        good = good and (base is None or is_fingerprint(base))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        good, hashes, base = False, {}, None
-    if not good:
-        raise CheckpointError(f"{path}: damaged, or of a newer minilora; copy the folder again")
+    hashes, base = read_seal(files[SEAL_FILE], place / SEAL_FILE)
     for name in (CONFIG_FILE, WEIGHTS_FILE) if whole else (WEIGHTS_FILE,):
         if hashes.get(name) != hashlib.sha256(files[name]).hexdigest():
             raise CheckpointError(
@@ -164,6 +166,20 @@ def _check_seal(place: Path, files: Mapping[str, bytearray], whole: bool) -> dic
                 f"or delete {SEAL_FILE} if you changed the file on purpose"
             )
     return base
+
+
+def read_seal(raw: bytes | bytearray, path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """``(file name to SHA-256, what is remembered of the base)`` of a seal. Raises ``CheckpointError`` if it is damaged."""
+    try:
+        content = parse_json(raw)
+        good = _seal_bytes(content) == raw and content["version"] == 1
+        hashes, base = dict(content["files"]), content["base"]
+        good = good and (base is None or is_fingerprint(base))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good, hashes, base = False, {}, None
+    if not good:
+        raise CheckpointError(f"{path}: damaged, or of a newer minilora; copy the folder again")
+    return hashes, base
 
 
 def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfig, list[str]]:
@@ -180,8 +196,13 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
         )
     if ignored:
         say_unknown(ignored, path)
-    known = {key: _named(value) if key in _PATTERNS else value for key, value in content.items() if key not in foreign}
+    known = named_patterns({key: value for key, value in content.items() if key not in foreign})
     return LoraConfig.from_dict(known, str(path)), ignored
+
+
+def named_patterns(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's content, with the patterns of experts as names."""
+    return {key: _named(value) if key in _PATTERNS else value for key, value in content.items()}
 
 
 def _named(pattern: Any) -> Any:

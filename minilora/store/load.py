@@ -34,6 +34,7 @@ from minilora.store.adapter_files import (
     read_adapter,
     refuse_regexes,
 )
+from minilora.store.copies import as_meant
 from minilora.store.fill import LoadReport, fill
 from minilora.store.fingerprint import differs, fingerprint, strange_tensors
 from minilora.store.old_experts import as_today
@@ -112,7 +113,8 @@ def prepare_adapter(
         key_mapping: renames the file's tensors: regular expressions, and what each is replaced by; the first that is found counts.
         ignore_mismatched_sizes: leave out a tensor of another shape, and say so in the report.
     """
-    stored = as_today(_read(folder, config, expect_sha256, key_mapping), Bare(model))
+    bare = Bare(model)
+    stored = as_meant(as_today(_read(folder, config, expect_sha256, key_mapping), bare), bare)
     values, report = load_values(model, stored, adapter_name, strict, ignore_mismatched_sizes)
     refuse_other_base(model, stored, allow_other_base)
     return stored, values, report
