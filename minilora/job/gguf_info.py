@@ -24,7 +24,7 @@ def about_gguf(path: Path) -> dict[str, Any]:
         packed = [info for info in file.tensors.values() if info.kind.name in FORMATS and len(info.shape) == 2]
         packed = [info for info in packed if info.name != "token_embd.weight"]
         rest = [info for info in file.tensors.values() if info not in packed]
-        found = {
+        found: dict[str, Any] = {
             "kind": "GGUF model",
             "folder": str(path),
             "architecture": file.architecture,
