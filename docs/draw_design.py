@@ -302,6 +302,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "told",
             "start",
             "rehearsal",
+            "gguf_info",
             "trackers",
             "outcome",
             "described",
