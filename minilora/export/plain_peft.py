@@ -7,6 +7,7 @@ from typing import Any
 
 from minilora.export.factors import Factors
 from minilora.files.parse import tensor_bytes
+from minilora.lora.config import LoraConfig
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 __all__ = ["plain_peft_files"]
@@ -14,6 +15,9 @@ __all__ = ["plain_peft_files"]
 
 def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, bytes]:
     """PEFT's layout with nothing in it that a reader could skip: one rank, scale 1, plain names."""
+    if content.get("peft_type") != "LORA":  # the folder of a method with fields of its own: what it has in common with LoRA's
+        known = LoraConfig().to_dict()
+        content = known | {name: content[name] for name in known.keys() & content.keys() - {"peft_type"}}
     tensors = {}
     for path, (A, B) in factors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
