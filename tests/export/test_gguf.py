@@ -105,7 +105,9 @@ def test_llama_cpp_computes_what_minilora_computes(kind, tmp_path):
 
 
 def test_experts_have_factors_of_three_dimensions(tmp_path):
-    made = LoraConfig(r=3, lora_alpha=7, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    made = LoraConfig(
+        r=3, lora_alpha=7, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
     base = base_file("qwen3_moe", tmp_path)
     model, folder = adapted("qwen3_moe", tmp_path, made)
     export_gguf(folder, base, tmp_path / "own.gguf")
@@ -187,7 +189,9 @@ def test_the_wrong_file_or_architecture_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match=r"the adapter is for \[64, 96\]"):
         export_gguf(folder, base_file("llama", tmp_path, intermediate_size=128), tmp_path / "no.gguf")
     path = tmp_path / "other.gguf"
-    path.write_bytes(base_file("llama", tmp_path).read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1))
+    path.write_bytes(
+        base_file("llama", tmp_path).read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1)
+    )
     with pytest.raises(CheckpointError, match="architecture 'mamba' are not tested"):
         export_gguf(folder, path, tmp_path / "no.gguf")
     with pytest.raises(ConfigError, match="f32, f16"):
@@ -217,10 +221,14 @@ def test_a_merged_file_of_fewer_bits(kind, dtype, near, tmp_path):
     fill_model(model, tiny.tokenizer(), tmp_path / "x.gguf", dtype)
     fill_model(model, tiny.tokenizer(), tmp_path / "full.gguf", "f32")
     with open_gguf(tmp_path / "x.gguf") as file, open_gguf(tmp_path / "full.gguf") as full:
-        kinds = {info.kind.name for info in file.tensors.values() if len(info.shape) > 1 and "ffn_gate_inp" not in info.name}
+        kinds = {
+            info.kind.name for info in file.tensors.values() if len(info.shape) > 1 and "ffn_gate_inp" not in info.name
+        }
         assert kinds - {"F32"} == {dtype.upper()}
         for name in file.tensors:
-            step = full.values(name).abs().max() * (2**-11 if dtype == "f16" else 1 / 254 + 2**-11)  # the scale of a block is fp16
+            step = full.values(name).abs().max() * (
+                2**-11 if dtype == "f16" else 1 / 254 + 2**-11
+            )  # the scale of a block is fp16
             assert (file.values(name) - full.values(name)).abs().max() <= step
     pytest.importorskip("xllamacpp")
     if kind != "qwen3_moe" or dtype == "f16":  # one router's choice that flips is no rounding
@@ -240,10 +248,16 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path):
 def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path):
     from tokenizers import pre_tokenizers
 
-    odd = tiny.tokenizer(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+    odd = tiny.tokenizer(
+        pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    )
     with pytest.raises(CheckpointError, match="cuts text by a rule"):
         fill_model(tiny.model("llama"), odd, tmp_path / "no.gguf")
-    for kind, field, value in (("llama", "hidden_act", "gelu"), ("mistral", "sliding_window", 8), ("qwen3_moe", "norm_topk_prob", False)):
+    for kind, field, value in (
+        ("llama", "hidden_act", "gelu"),
+        ("mistral", "sliding_window", 8),
+        ("qwen3_moe", "norm_topk_prob", False),
+    ):
         with pytest.raises(CheckpointError, match=field):
             fill_model(tiny.model(kind, **{field: value}), tiny.tokenizer(), tmp_path / "no.gguf")
     assert not (tmp_path / "no.gguf").exists()
@@ -304,26 +318,43 @@ def test_commands(tmp_path, capsys):
     folder, base = folder_of("llama", tmp_path / "model"), base_file("llama", tmp_path)
     _, adapter = adapted("llama", tmp_path)
     place = ["--adapter", str(adapter)]
-    assert main(["export", *place, "--for", "llama.cpp", "--base", str(base), "--out", str(tmp_path / "a.gguf"), "--dtype", "f16"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                *place,
+                "--for",
+                "llama.cpp",
+                "--base",
+                str(base),
+                "--out",
+                str(tmp_path / "a.gguf"),
+                "--dtype",
+                "f16",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "GGUF LoRA in f16, rank 3" in said and f"llama-server -m {base} --lora" in said
     with open_gguf(tmp_path / "a.gguf") as file:
         assert {info.kind.name for info in file.tensors.values()} == {"F16"}
     for dtype in ("q8_0", "f16", "f32"):
         out = tmp_path / f"{dtype}.gguf"
-        assert main(["merge", "--model", str(folder), *place, "--gguf", dtype, "--out", str(out)]) == 0
+        assert main([*merge, "--gguf", dtype, "--out", str(out)]) == 0
         with open_gguf(out) as file:
             assert file.architecture == "llama" and file.tensors["blk.0.attn_q.weight"].kind.name == dtype.upper()
     capsys.readouterr()
+    merge, no = ["merge", "--model", str(folder), *place], str(tmp_path / "no.gguf")
     for flags, wanted in (
         (["export", *place, "--for", "ollama", "--out", str(tmp_path / "no")], "--base"),
         (["export", *place, "--for", "vllm", "--base", str(base), "--out", str(tmp_path / "no")], "has no use for a GGUF file"),
         (["export", *place, "--for", "llama.cpp", "--dtype", "f16", "--out", str(tmp_path / "no")], "--base"),
         (["export", *place, "--for", "llama.cpp", "--base", str(base), "--out", str(tmp_path / "no")], ".gguf"),
         (["export", *place, "--for", "llama.cpp", "--base", str(base), "--out", str(tmp_path / "a.gguf")], "exists"),
-        (["merge", "--model", str(folder), *place, "--gguf", "q4_k", "--out", str(tmp_path / "no.gguf")], "q8_0, f16, f32"),
-        (["merge", "--model", str(folder), *place, "--gguf", "f16", "--out", str(tmp_path / "no")], ".gguf"),
-        (["merge", "--model", str(folder), *place, "--gguf", "f16", "--dtype", "float16", "--out", str(tmp_path / "no.gguf")], "leave one out"),
+        ([*merge, "--gguf", "q4_k", "--out", no], "q8_0, f16, f32"),
+        ([*merge, "--gguf", "f16", "--out", str(tmp_path / "no")], ".gguf"),
+        ([*merge, "--gguf", "f16", "--dtype", "float16", "--out", no], "leave one out"),
     ):  # fmt: skip
         assert main(flags) == 2
         assert wanted in capsys.readouterr().err
