@@ -339,13 +339,13 @@ def test_commands(tmp_path, capsys):
     assert "GGUF LoRA in f16, rank 3" in said and f"llama-server -m {base} --lora" in said
     with open_gguf(tmp_path / "a.gguf") as file:
         assert {info.kind.name for info in file.tensors.values()} == {"F16"}
+    merge, no = ["merge", "--model", str(folder), *place], str(tmp_path / "no.gguf")
     for dtype in ("q8_0", "f16", "f32"):
         out = tmp_path / f"{dtype}.gguf"
         assert main([*merge, "--gguf", dtype, "--out", str(out)]) == 0
         with open_gguf(out) as file:
             assert file.architecture == "llama" and file.tensors["blk.0.attn_q.weight"].kind.name == dtype.upper()
     capsys.readouterr()
-    merge, no = ["merge", "--model", str(folder), *place], str(tmp_path / "no.gguf")
     for flags, wanted in (
         (["export", *place, "--for", "ollama", "--out", str(tmp_path / "no")], "--base"),
         (["export", *place, "--for", "vllm", "--base", str(base), "--out", str(tmp_path / "no")], "has no use for a GGUF file"),
