@@ -205,7 +205,7 @@ def test_the_wrong_file_or_architecture_is_refused_by_name(tmp_path):
 
 def test_the_converters_layout_of_gpt2_is_refused(tmp_path):
     _, folder = adapted("gpt2", tmp_path)
-    with pytest.raises(StateError, match="--base SERVED.gguf"):
+    with pytest.raises(StateError, match="give --base"):
         export_folder(folder, tmp_path / "out", "llama.cpp")
     assert not (tmp_path / "out").exists()
     export_folder(folder, tmp_path / "vllm", "vllm")
@@ -370,3 +370,21 @@ def test_a_folder_for_ollama(tmp_path, capsys):
     lines = (out / "Modelfile").read_text().splitlines()
     assert lines[:2] == [f"FROM {base}", "ADAPTER ./adapter.gguf"] and 'PARAMETER stop "<|im_end|>"' in lines
     assert "ollama create for-ollama" in capsys.readouterr().out
+
+
+def test_a_family_of_chat_templates_is_known_by_what_it_writes():
+    from minilora.export.ollama import family_of
+    from minilora.hf.jinja import write_chat
+    from tests.models import CHATML
+
+    def found(template):
+        family, system = family_of(lambda turns: write_chat(template, turns))
+        return family and family.name, system
+
+    usual = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    assert found(CHATML) == ("ChatML", "")
+    assert found(usual + CHATML) == ("ChatML", "Be kind.")
+    assert found(CHATML.replace("<|im_end|>", "<|end|>")) == (None, "")
+    phi = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}<|assistant|>\n"
+    assert found(phi) == ("Phi-3", "")
+    assert found("{{ raise_exception('no') }}") == (None, "")
