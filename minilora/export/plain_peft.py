@@ -12,12 +12,13 @@ from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 __all__ = ["plain_peft_files"]
 
+_OF_THE_BASE = ("base_model_name_or_path", "task_type", "auto_mapping", "revision", "fan_in_fan_out")
+
 
 def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, bytes]:
     """PEFT's layout with nothing in it that a reader could skip: one rank, scale 1, plain names."""
-    if content.get("peft_type") != "LORA":  # the folder of a method with fields of its own: what it has in common with LoRA's
-        known = LoraConfig().to_dict()
-        content = known | {name: content[name] for name in known.keys() & content.keys() - {"peft_type"}}
+    if content.get("peft_type", "LORA") != "LORA":  # VeRA's words, and what is written is a plain LoRA
+        content = LoraConfig().to_dict() | {name: content[name] for name in _OF_THE_BASE if name in content}
     tensors = {}
     for path, (A, B) in factors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B

@@ -1,8 +1,8 @@
 """What a GGUF file says of a model's architecture, from its config of transformers: one line of a table for each entry.
 
 llama.cpp computes each architecture in one way. What a config may ask for beside it (another activation, another rule for the experts,
-a window where llama.cpp has none) has no entry, and llama.cpp would pass over it in silence; ``Written.fixed`` lists such fields with the value
-that llama.cpp computes with, and a config of another value is refused by the field's name. Next file: ``hf/gguf_vocabulary.py``.
+a window where llama.cpp has none) has no entry, and llama.cpp would pass over it in silence; ``Written.fixed`` lists such fields with the
+value that llama.cpp computes with, and a config of another value is refused by the field's name. Next file: ``hf/gguf_vocabulary.py``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ _GELU = {
     "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
 }
 _NO_WINDOW = {"use_sliding_window": (False,)}
-_SCORES = ("query_pre_attn_scalar",)  # compared with the width of a head below
 _LLAMA = Written(_COMMON | _HEADS | _NORM, _SILU | {"mlp_bias": (False,)})
 _QWEN = Written(_LLAMA.entries, _SILU | _NO_WINDOW)
 _SCALES: Mapping[str, Entry] = {
