@@ -88,7 +88,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "export",
         "adapters for other programs",
-        ["folders", "factors", "plain_peft", "mlx", "servers", "programs"],
+        ["folders", "factors", "plain_peft", "mlx", "diffusers", "servers", "programs"],
     ),
     (
         "many",

@@ -13,7 +13,7 @@ from minilora.cli.parser import one_of
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.remembered import tell_system
 from minilora.cli.say import say
-from minilora.export.programs import TARGETS
+from minilora.export.programs import COMPONENTS, TARGETS, vllm_rank_hint
 from minilora.job.settings import Job
 
 USAGE = "--adapter FOLDER --for PROGRAM --out FOLDER [options]"
@@ -33,7 +33,10 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "model", [model, *trust])
     add_adapter_flags(parser, required=True)
     program = Flag("target", str, None, "who will read it", TARGETS, True, "--for", one_of(TARGETS))
-    add_flags(parser, "output", [program, new_folder("exported adapter")])
+    about = "for diffusers: the part of the pipeline that the model is"
+    found = "found by the class of the model"
+    part = Flag("component", str, None, about, COMPONENTS, check=one_of(COMPONENTS), otherwise=found)
+    add_flags(parser, "output", [program, new_folder("exported adapter"), part])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,11 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
         with Progress(0, sys.stderr), busy(f"loading {options['name']}"):
             base = load_model(**options, trust_remote_code=arguments.trust_remote_code)
         model = PeftModel.from_pretrained(base, arguments.adapter, **trust_of(arguments))
-        rank = export_adapter(model, arguments.out, arguments.target)
+        rank = export_adapter(model, arguments.out, arguments.target, component=arguments.component)
     else:
-        rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)
+        rank = export_folder(
+            arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256, arguments.component
+        )
     record = read_record(arguments.adapter)
-    hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
+    hint = f"; {vllm_rank_hint(rank)}" if arguments.target == "vllm" else ""
     say(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
     if record is not None:
         tell_system(record)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from torch import Tensor
+
 from minilora.export.factors import Factors
 from minilora.files.parse import tensor_bytes
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
@@ -14,9 +16,13 @@ __all__ = ["plain_peft_files"]
 
 def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, bytes]:
     """PEFT's layout with nothing in it that a reader could skip: one rank, scale 1, plain names."""
-    tensors = {}
-    for path, (A, B) in factors.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
+    tensors: dict[str, Tensor] = {}
+    for path, factor in factors.items():
+        if factor.kind == "embedding":  # its table is the transpose of a linear layer's weight
+            halves = {"lora_embedding_A": factor.B.T.contiguous(), "lora_embedding_B": factor.A.T.contiguous()}
+        else:
+            halves = {"lora_A.weight": factor.A, "lora_B.weight": factor.B}
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in halves.items()}
     plain = {
         "r": r,
         "lora_alpha": r,

@@ -10,21 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.export.folders import refusal
-from minilora.export.programs import TARGETS
+from minilora.export.folders import is_of_a_pipeline, refusal
+from minilora.export.programs import TARGETS, max_lora_rank, vllm_rank_hint
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
-from minilora.store.contents import by_factors, others_in
+from minilora.store.contents import by_factors
 
 __all__ = ["Server", "servers_of"]
 
-_CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX"}
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+_CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX", "diffusers": "diffusers"}
 # Variants that no plain LoRA can stand for.
 _NEVER = {
     "dora": "DoRA rescales every row of a weight, so its update has full rank",
     "alora": "an activated adapter changes some tokens and not others",
 }
+_HOLD_DORA = ("mlx", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Server:
 
 def servers_of(stored: Stored, folder: Path) -> list[Server]:
     """PEFT and every program that ``export`` knows; ``folder`` is where the adapter lies, for the commands that are named."""
-    return [_peft(stored), *(_server(stored, target, folder) for target in TARGETS)]
+    targets = [target for target in TARGETS if target != "diffusers" or is_of_a_pipeline(stored)]
+    return [_peft(stored), *(_server(stored, target, folder) for target in targets)]
 
 
 def _peft(stored: Stored) -> Server:
@@ -65,30 +66,35 @@ def _taken_for_experts(stored: Stored) -> str:
 
 
 def _server(stored: Stored, target: str, folder: Path) -> Server:
-    name, why = _CALLED[target], _NEVER.get(stored.variant) or refusal(stored, target)
-    base = stored.config.base_model_name_or_path or "BASE"
+    name, base = _CALLED[target], stored.config.base_model_name_or_path or "BASE"
     export = f"minilora export --adapter {folder} --for {target} --out NEW"
+    never = _NEVER.get(stored.variant) if (stored.variant, target) not in {("dora", p) for p in _HOLD_DORA} else None
+    why, with_base = (never, False) if never else refusal(stored, target)
     if why is not None:
         reason = why.partition(";")[0]
-        if stored.variant != "lora" and stored.variant not in _NEVER and not others_in(stored):
+        if with_base:
             return Server(name, "after export", f"{export} --model {base}: {reason}")
         return Server(name, "no", f"{reason}; minilora merge makes a whole model of it")
+    if target == "vllm" and max_lora_rank(rank := _rank(stored)) is None:
+        return Server(name, "no", vllm_rank_hint(rank))
     if reason := _misread(stored, target):
         return Server(name, "after export", f"{export}: {reason}")
-    start = f"vllm serve {base} --enable-lora --max-lora-rank {_vllm_rank(stored)} --lora-modules mine={folder}"
+    start = (
+        f"vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank(_rank(stored))} --lora-modules mine={folder}"
+    )
     return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
 
 
 def _misread(stored: Stored, target: str) -> str:
     """What the program would get wrong in the folder as it is; "" for nothing."""
     config = stored.config
-    if target == "mlx":
+    if target in ("mlx", "diffusers"):
         return "it has a layout of its own"
     if target == "vllm":
         return "it passes over rank and alpha patterns" if config.rank_pattern or config.alpha_pattern else ""
     return "its converter takes lora_alpha / r for every layer" if config.use_rslora or config.alpha_pattern else ""
 
 
-def _vllm_rank(stored: Stored) -> int:
-    most = max((len(t) for key, t in stored.tensors.items() if key.endswith("lora_A.weight")), default=1)
-    return next((rank for rank in _RANKS if rank >= most), most)
+def _rank(stored: Stored) -> int:
+    """The largest rank in the folder."""
+    return max((len(t) for key, t in stored.tensors.items() if key.endswith("lora_A.weight")), default=1)
