@@ -22,6 +22,7 @@ __all__ = [
     "MissingPackageError",
     "OutOfMemory",
     "QuantizationError",
+    "ServerError",
     "StateError",
     "TargetError",
     "TrainingError",
@@ -129,6 +130,10 @@ class Interrupted(MiniLoraError):
 
 class DataError(MiniLoraError, ValueError):
     """A training example cannot be used; the message has path and line."""
+
+
+class ServerError(MiniLoraError, ConnectionError):
+    """A server could not be asked: it is not there, does not answer in time, or answers what no such server answers."""
 
 
 class MissingPackageError(MiniLoraError, ImportError):

@@ -25,7 +25,7 @@ RESTRICTED = {
     "huggingface_hub": {"files", "hf", "peft", "cli"},
     "minilora_kernels": {"linear"},
     "triton": set(),
-    "peft": {"hf"},  # to run beside it in a bench, in a process of its own
+    "peft": {"hf", "proof"},  # to run beside it in a bench, in a process of its own, and to be verified
     "bitsandbytes": {"hf", "training"},  # its optimizers, where a run asks for them
     "accelerate": set(),
     "matplotlib": {"report"},

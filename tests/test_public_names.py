@@ -17,6 +17,7 @@ import minilora.lab
 import minilora.lab.byte_model
 import minilora.peft.tuners.lora
 import minilora.peft.utils
+import minilora.proof
 from minilora import LoraConfig, inject, save_adapter
 from minilora.lazy import lazy_names
 from minilora.lora.adapter import VARIANTS
@@ -31,6 +32,7 @@ PACKAGES = [
     minilora.peft.utils,
     minilora.peft.tuners,
     minilora.peft.tuners.lora,
+    minilora.proof,
 ]
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "talk with a model, with or without an adapter",
     "look": "show examples token by token, as training sees them",
     "info": "say what an adapter folder, a run or a packed model is",
+    "doctor": "say what is wrong with an adapter, whoever made it",
     "compare": "put runs side by side: settings, losses, answers",
     "plan": "say what a training step will hold in memory, and measure it",
     "bench": "run one fine-tuning job in minilora and in PEFT, and compare",
@@ -34,6 +35,8 @@ COMMANDS = {
     "quantize": "pack a model into few bits, and save it",
     "merge": "fold an adapter into its model and save it",
     "export": "write an adapter for vLLM, llama.cpp or MLX",
+    "seal": "keep in an adapter folder how a server can be verified by it",
+    "verify": "ask a server whether it applies an adapter, and how",
     "push": "put a run with its model card on the Hugging Face Hub",
 }
 _ENDS = """\

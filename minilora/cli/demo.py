@@ -9,18 +9,25 @@ from minilora.cli.jobs import run_job
 from minilora.cli.program import command
 from minilora.cli.say import say
 from minilora.demo import DATA, in_voice, prompts
+from minilora.errors import ConfigError
 from minilora.job.settings import Job
 from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
 USAGE = "[options]"
+MODELS = ("smollm2", "smollm2.gguf")
 EXAMPLES = """\
   minilora demo
-  minilora demo --steps 12 --out runs/short"""
+  minilora demo --steps 12 --out runs/short
+  minilora demo --model smollm2.gguf --out runs/served"""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora demo`` takes."""
+    model = Flag(
+        "model", str, "smollm2", 'of the demo: "smollm2" packed to NF4, or the GGUF file that llama.cpp serves', MODELS
+    )
+    add_flags(parser, "model", [model])
     every = fields_of(TrainConfig, ("steps", "seed"), steps=48)
     add_flags(parser, "training", every.values())
     out = Flag("out", str, "runs/demo", "run folder; an earlier demo in it is replaced")
@@ -29,7 +36,11 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo, and count how many answers open in the keeper's voice."""
-    outcome = run_job(job(arguments.out, arguments.seed, arguments.steps, arguments.resume))
+    if arguments.model not in MODELS:
+        raise ConfigError(
+            f"--model={arguments.model!r}: wanted one of {', '.join(MODELS)}; minilora train takes any model"
+        )
+    outcome = run_job(job(arguments.out, arguments.seed, arguments.steps, arguments.resume, arguments.model))
     voices = [in_voice([pair[side] for pair in outcome.answers]) for side in ("before", "after")]
     say(
         f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"
@@ -49,10 +60,10 @@ def next_commands(out: str) -> str:
     return "\n".join(f"  {line.ljust(width)}  # {about}" for line, about in lines.items())
 
 
-def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False) -> Job:
+def job(out: str, seed: int = 0, steps: int = 48, resume: bool = False, model: str = "smollm2") -> Job:
     """The demo's fine-tuning job, as ``minilora train`` would be given it; it replaces an earlier demo, or goes on with it."""
     return Job(
-        model="smollm2",
+        model=model,
         data=str(DATA),
         out=out,
         resume=resume,

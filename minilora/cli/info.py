@@ -1,4 +1,4 @@
-"""``minilora info``: what an adapter folder, a run or a packed model is, and what is in it."""
+"""``minilora info``: what an adapter folder, a run, a packed model or a GGUF file is, and what is in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WIDTH = 16  # of the names of facts
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora info`` takes."""
     add_plugin_flag(parser)
-    what = "an adapter (ours or PEFT's), a run, a checkpoint of one, or a packed model (required)"
+    what = "an adapter (ours or PEFT's), a run, a checkpoint of one, a packed model, or a GGUF file (required)"
     parser.add_argument("folder", help=what)
     add_flags(parser, "output", [Flag("json", bool, False, "print all of it as JSON, for a program to read")])
 
@@ -91,9 +91,11 @@ def _of_model(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     packed = found.get("packed_layers")
     nested = ", double quantization" if found.get("double_quant") else ""
     return [
+        ("name", found.get("name") or ""),
         ("architecture", found["architecture"] or "not said"),
-        ("packed", f"{packed} weights in {found['format']}{nested}" if packed is not None else "no"),
+        ("packed", f"{packed} weights in {found['format']}{nested}" if packed else "no"),
         ("not packed", f"{found['dense_parameters']:,} parameters" if packed else ""),
+        ("text is cut by", found.get("pre_tokenizer") or ""),
     ]
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BASE", "as_trained", "recall", "tell_differences", "tell_system"]
 
-BASE = Flag("model", str, None, 'hub id, local folder, or "smollm2"', otherwise="as the run of --adapter was trained")
+BASE = Flag(
+    "model", str, None, 'hub id, local folder, GGUF file, or "smollm2"', otherwise="as the run of --adapter was trained"
+)
 
 
 def as_trained(flag: Flag, otherwise: object) -> Flag:
@@ -52,7 +54,7 @@ def recall(arguments: argparse.Namespace, **otherwise: Any) -> Record | None:
         where = (
             f"{arguments.adapter} holds no job.json of a run that remembers it" if arguments.adapter else "no --adapter"
         )
-        raise ConfigError(f"--model: missing, and {where}; wanted a hub id, a local folder, or smollm2")
+        raise ConfigError(f"--model: missing, and {where}; wanted a hub id, a local folder, a GGUF file, or smollm2")
     return record
 
 

@@ -45,7 +45,7 @@ GROUPS = {
     "training": ("steps", "epochs", "batch_size", "accumulate", "lr", "schedule", "warmup", "decay", "min_lr_ratio", "optimizer"),
     "evaluation": ("eval_every", "patience", "min_delta", "keep_best", "prompts", "max_new_tokens"),
     "speed and memory": ("pack", "gradient_checkpointing", "offload", "compile", "shard", "threads", "profile"),
-    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "report_to", "dry_run", "push_to_hub", "private"),
+    "output": ("out", "resume", "overwrite", "save_every", "keep_checkpoints", "report_to", "dry_run", "push_to_hub", "private", "probe"),
 }  # fmt: skip
 _CHOICES = {
     "quant": QUANT_CHOICES,

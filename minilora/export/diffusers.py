@@ -31,8 +31,7 @@ def diffusers_files(factors: Factors, base: Base, component: str | None = None) 
     """The file, with the names of PEFT's layers behind the component's.
 
     Raises:
-        ConfigError: an unknown component. StateError: it is not given and cannot be told, or a text encoder's layers are none that diffusers
-            finds.
+        ConfigError: an unknown component. StateError: it is not given and cannot be told, or diffusers passes over a layer of it.
     """
     if component is not None and component not in COMPONENTS:
         raise ConfigError(f"component={component!r}: wanted one of {', '.join(COMPONENTS)}")

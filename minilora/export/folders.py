@@ -9,6 +9,7 @@ Next file: ``export/factors.py``.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,7 @@ def export_adapter(
     """
     _check_target(target)
     values = adapters_of(model).named(adapter_name)
+    _refuse_turned(saved_config(model, adapter_name), target, "the model")
     base, factors = Base.of(model, values), factors_of(values, target)
     files, r = _files(factors, saved_config(model, adapter_name), target, base, component)
     write_files(folder, seal(files, base_of(model, adapter_name)))
@@ -90,12 +92,24 @@ def is_of_a_pipeline(stored: Stored) -> bool:
     return bool(component_of(Base.stored(stored)))
 
 
+def _refuse_turned(content: Mapping[str, Any], target: str, place: object) -> None:
+    """llama.cpp's converter turns both factors of a ``Conv1D``, which a file has the right way round already: where the layer is square
+    that is no error, and the adapter has another effect.
+    """
+    if target == "llama.cpp" and content.get("fan_in_fan_out"):
+        raise StateError(
+            f"{place}: llama.cpp's converter turns the factors of GPT-2's layers the wrong way round; "
+            "give --base SERVED.gguf, and the GGUF LoRA is written without it"
+        )
+
+
 def _check_target(target: str) -> None:
     if target not in TARGETS:
         raise ConfigError(f"export target {target!r}: wanted one of {', '.join(TARGETS)}")
 
 
 def _stored_files(stored: Stored, target: str, component: str | None) -> tuple[dict[str, bytes], int]:
+    _refuse_turned(stored.config.to_dict(), target, stored.path)
     factors = stored_factors(stored, target)
     return _files(factors, stored.config.to_dict(), target, Base.stored(stored), component)
 

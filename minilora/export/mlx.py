@@ -33,7 +33,7 @@ _SWITCH = {
 
 
 def mlx_files(factors: Factors, r: int, base: Base) -> dict[str, bytes]:
-    """``lora_a [in, r]``, ``lora_b [r, out]``; of an embedding ``[tokens, r]``, ``[r, dimension]``; of experts ``[E, r, in]``, ``[E, out, r]``.
+    """``lora_a [in, r]``, ``lora_b [r, out]``; of an embedding ``[tokens, r]``, ``[r, dim]``; of experts ``[E, r, in]``, ``[E, out, r]``.
 
     Raises:
         NeedsBase: whether the base ties its head is not known, and it matters. StateError: what mlx-lm cannot hold.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minilora.export.factors import Factors
 from minilora.files.parse import tensor_bytes
+from minilora.lora.config import LoraConfig
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 __all__ = ["plain_peft_files"]
@@ -42,8 +43,16 @@ def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[
         "layers_to_transform": None,
         "layers_pattern": None,
     }
-    config = json.dumps(content | plain, indent=2) + "\n"
+    config = json.dumps(_of_lora(content) | plain, indent=2) + "\n"
     return {WEIGHTS_FILE: tensor_bytes(tensors, {"format": "pt"}), CONFIG_FILE: config.encode()}
+
+
+def _of_lora(content: dict[str, Any]) -> dict[str, Any]:
+    """The config as LoRA's: that of a variant with a layout of its own (VeRA) says only whose it is and where it goes."""
+    if content.get("peft_type", "LORA") == "LORA":
+        return content
+    known = LoraConfig(target_modules=["any"]).to_dict()
+    return known | {name: value for name, value in content.items() if name in known and name != "peft_type"}
 
 
 def _endings(factors: Factors) -> list[str]:

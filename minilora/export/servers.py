@@ -7,16 +7,17 @@ A program that reads PEFT's layout computes the scaling of a layer in its own wa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.export.folders import is_of_a_pipeline, refusal
-from minilora.export.programs import TARGETS, max_lora_rank, vllm_rank_hint
+from minilora.export.programs import RANKS_OF_VLLM, TARGETS, max_lora_rank, vllm_rank_hint
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
 from minilora.store.contents import by_factors
 
-__all__ = ["Server", "servers_of"]
+__all__ = ["RANKS_OF_VLLM", "Server", "scaling_read", "servers_of", "vllm_rank"]
 
 _CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX", "diffusers": "diffusers"}
 # Variants that no plain LoRA can stand for.
@@ -79,9 +80,7 @@ def _server(stored: Stored, target: str, folder: Path) -> Server:
         return Server(name, "no", vllm_rank_hint(rank))
     if reason := _misread(stored, target):
         return Server(name, "after export", f"{export}: {reason}")
-    start = (
-        f"vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank(_rank(stored))} --lora-modules mine={folder}"
-    )
+    start = f"vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(stored)} --lora-modules mine={folder}"
     return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
 
 
@@ -93,6 +92,19 @@ def _misread(stored: Stored, target: str) -> str:
     if target == "vllm":
         return "it passes over rank and alpha patterns" if config.rank_pattern or config.alpha_pattern else ""
     return "its converter takes lora_alpha / r for every layer" if config.use_rslora or config.alpha_pattern else ""
+
+
+def scaling_read(stored: Stored, target: str, rank: int) -> float:
+    """The scaling that the program takes for a layer of this ``rank`` in the folder as it is; right is ``config.scaling(path)``."""
+    config = stored.config
+    if target == "llama.cpp":
+        return config.lora_alpha / rank
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def vllm_rank(stored: Stored) -> int:
+    """What vLLM's ``--max-lora-rank`` has to be: the first rank that it allows from the adapter's largest on; that one where none is."""
+    return max_lora_rank(_rank(stored)) or _rank(stored)
 
 
 def _rank(stored: Stored) -> int:

@@ -21,6 +21,7 @@ __all__ = [
     "import_transformers",
     "in_new_folder",
     "read_config",
+    "refuse_endless",
     "refuse_occupied",
     "refuse_odd_files",
     "refuse_pickles",
@@ -75,7 +76,7 @@ def unreadable(name: str, error: Exception) -> Exception:
         reason = "its weights have other shapes than its config.json says"
     kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
     return CheckpointError(
-        f"model {name!r}: {kind}{reason} (wanted a hub id, a folder saved by transformers, or 'smollm2')"
+        f"model {name!r}: {kind}{reason} (wanted a hub id, a folder saved by transformers, a GGUF file, or 'smollm2')"
     )
 
 
@@ -129,7 +130,7 @@ def read_config(place: str, name: str, trust_remote_code: bool = False) -> Any:
         raise unreadable(name, error) from None
     config.__dict__.pop("quantization_config", None)
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
-    _refuse_endless(parts, name)
+    refuse_endless(parts, name)
     if not trust_remote_code:
         _refuse_kernels(parts, name)
     return config
@@ -146,7 +147,7 @@ def _refuse_kernels(parts: list[Any], name: str) -> None:
                 )
 
 
-def _refuse_endless(parts: list[Any], name: str) -> None:
+def refuse_endless(parts: list[Any], name: str) -> None:
     """A model is built layer by layer, so a number alone could keep us busy for hours."""
     for part in parts:
         for key, value in vars(part).items():

@@ -11,8 +11,9 @@ from typing import Any
 
 from minilora.errors import MiniLoraError
 from minilora.files.hub import cached
+from minilora.gguf.file import gguf_in
 from minilora.hf.load import skeleton
-from minilora.hf.smollm2 import HUB_NAME, SMOLLM2, cache_folder
+from minilora.hf.smollm2 import HUB_NAME, PACKAGE, SMOLLM2, SMOLLM2_GGUF, cache_folder
 from minilora.lora.bare import Bare
 from minilora.lora.coverage import linear_weights
 
@@ -20,14 +21,16 @@ __all__ = ["linear_layers", "on_disk"]
 
 
 def on_disk(name: str | None) -> str | None:
-    """A folder with the config of the model of that name, or None: a local folder, the converted smollm2, or the Hub's cache."""
+    """Where the config of the model of that name is, or None: a local folder or GGUF file, smollm2, or the Hub's cache."""
     if not name:
         return None
     if name in (HUB_NAME, SMOLLM2):
         converted = cache_folder() / "smollm2-135m-instruct"
         if converted.is_dir():
             return str(converted)
-    if (Path(name) / "config.json").is_file():
+    if name == SMOLLM2_GGUF:
+        return name if find_spec(PACKAGE) else None
+    if (Path(name) / "config.json").is_file() or (Path(name).exists() and gguf_in(name)):
         return name
     found = cached(name, "config.json")
     return None if found is None else str(found.parent)

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer by hub id, local folder, or the word ``smollm2``: the one road into memory.
+"""Load a causal language model and its tokenizer by hub id, local folder, GGUF file, or the word ``smollm2``: the one road into memory.
 
 ``train``, ``generate``, ``quantize``, ``plan`` and ``bench`` all come by ``load_model``. Where it packs, weights go from the file into
 their packed form on their device one by one (``hf/quantizer.py``), so memory holds the packed model and one dense weight, never the
@@ -16,10 +16,14 @@ import torch
 
 from minilora.errors import CheckpointError, MissingPackageError
 from minilora.files.read import refuse_path
+from minilora.gguf.file import gguf_in
 from minilora.hf.folders import import_transformers, read_config, refuse_odd_files, refuse_pickles, unreadable
+from minilora.hf.gguf_config import gguf_config_of
+from minilora.hf.gguf_model import gguf_skeleton, load_gguf
+from minilora.hf.gguf_tokenizer import gguf_tokenizer
 from minilora.hf.packed import is_packed_folder, load_packed
 from minilora.hf.places import AUTO
-from minilora.hf.smollm2 import HUB_NAME, SMOLLM2, smollm2_folder
+from minilora.hf.smollm2 import HUB_NAME, SMOLLM2, SMOLLM2_GGUF, smollm2_file, smollm2_folder
 from minilora.quant.config import QuantConfig
 from minilora.training.rows import Rows
 
@@ -34,10 +38,10 @@ def load_model(
     attention: str = AUTO,
     rows: Rows | None = None,
 ) -> Any:
-    """The model in eval mode on its device; a folder that bitsandbytes (or ``minilora quantize``) packed comes with its layers packed.
+    """The model in eval mode on its device; what bitsandbytes, ``minilora quantize`` or llama.cpp packed comes with its layers packed.
 
     Args:
-        name: hub id, local folder, or "smollm2".
+        name: hub id, local folder, GGUF file (or a folder with one), "smollm2" or "smollm2.gguf".
         dtype: of the weights that are not packed.
         trust_remote_code: run the Python files that the model brings, with all rights of this process.
         device: where it goes, without a dense copy elsewhere.
@@ -54,9 +58,13 @@ def load_model(
     _refuse_folder(name, place)
     refuse_pickles(name, place)
     chosen = {} if attention == AUTO else {"attn_implementation": attention}
+    if file := gguf_in(place):
+        model = load_gguf(file, dtype, on, quant, rows, **chosen)
+        model.config._name_or_path = HUB_NAME if name == SMOLLM2_GGUF else name  # as below
+        return _in_shards(model, rows)
     if is_packed_folder(place):
         return _in_shards(load_packed(place, dtype, trust_remote_code, on, rows, **chosen), rows)
-    read_config(place, name, trust_remote_code)  # what asks for a model without end is refused before one is built
+    model_config(name, trust_remote_code)  # what asks for a model without end is refused before one is built
     # A pickle can run code, so weights come from safetensors alone.
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **chosen}
     if on.type != "cpu":
@@ -81,6 +89,8 @@ def skeleton(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: b
     """The model as its config says, dense and without memory (on the meta device). Raises ``CheckpointError`` for no such config."""
     transformers, place = import_transformers(), resolve(name)
     _refuse_folder(name, place)
+    if file := gguf_in(place):
+        return gguf_skeleton(file, dtype)
     config, make = read_config(place, name, trust_remote_code), transformers.AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
@@ -89,12 +99,21 @@ def skeleton(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: b
         raise unreadable(name, error) from None
 
 
+def model_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of the model that ``name`` is, without what it says of quantization. Raises ``CheckpointError``."""
+    import_transformers()
+    place = resolve(name)
+    file = gguf_in(place)
+    return gguf_config_of(file) if file else read_config(place, name, trust_remote_code)
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of ``name``; padding on the right, with the end token where it has no padding token.
 
     ``trust_remote_code`` and what is raised are as for ``load_model``.
     """
-    tokenizer = _load("AutoTokenizer", name, trust_remote_code)
+    file = gguf_in(resolve(name))
+    tokenizer = gguf_tokenizer(file) if file else _load("AutoTokenizer", name, trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -145,9 +164,9 @@ def _with_accelerate(device: torch.device) -> torch.device:
 
 def _refuse_folder(name: str, place: str) -> None:
     refuse_path(place)
-    if name.startswith((".", "/", "~")) and not Path(place).is_dir():
+    if name.startswith((".", "/", "~")) and not Path(place).is_dir() and gguf_in(place) is None:
         raise CheckpointError(
-            f"model {name!r}: no such folder; wanted a hub id, a folder saved by transformers, or 'smollm2'"
+            f"model {name!r}: no such folder; wanted a hub id, a folder saved by transformers, a GGUF file, or 'smollm2'"
         )
     if (
         Path(place) / "adapter_config.json"
@@ -159,7 +178,9 @@ def _refuse_folder(name: str, place: str) -> None:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id behind ``name``; converts "smollm2" on first use."""
+    """The folder, file or hub id behind ``name``; converts "smollm2" on first use."""
     if name == SMOLLM2:
         return str(smollm2_folder())
+    if name == SMOLLM2_GGUF:
+        return str(smollm2_file())
     return os.path.expanduser(name) if name.startswith("~") else name

@@ -17,20 +17,21 @@ from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.files.tensors import Tensors, open_tensors
+from minilora.gguf.file import gguf_in, has_blocks
+from minilora.hf.fill import fill
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
 from minilora.hf.older_readers import write_older_keys
-from minilora.linear.experts.hook import put_layer
-from minilora.linear.experts.layers import ExpertsLinear, QuantExperts, is_experts
-from minilora.linear.layers import QuantLinear, dense_shape, is_conv1d, is_linear, is_quantized
+from minilora.linear.experts.layers import ExpertsLinear, is_experts
+from minilora.linear.layers import is_conv1d, is_ours, is_quantized
 from minilora.lora.bare import Bare
 from minilora.lora.bases import refuse_nested
-from minilora.lora.change import Change
 from minilora.lora.slots import has_adapters
 from minilora.qlora.kbit import dtype_on_disk
 from minilora.quant.bnb import is_state, storable, weight_of
 from minilora.quant.codebooks import CODEBOOKS, OF_BITSANDBYTES, Codebook, codebook
 from minilora.quant.config import QuantConfig
 from minilora.quant.on_disk import from_disk, to_disk
+from minilora.quant.quantized import QuantizedTensor
 from minilora.quant.stack import QuantizedStack
 from minilora.training.guards import refuse_nonfinite
 from minilora.training.rows import Rows
@@ -55,9 +56,15 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
             "the model carries adapters; save them with save_adapter, and the packed base before injecting"
         )
     refuse_nested(model.named_modules())
-    packed = {path: module for path, module in model.named_modules() if is_quantized(module)}
-    if not packed:
+    every = {path: module for path, module in model.named_modules() if is_quantized(module)}
+    if not every:
         raise StateError("the model has no packed layer; call quantize_model first")
+    packed = {path: module for path, module in every.items() if is_ours(module)}
+    if other := [path for path in every if path not in packed]:
+        raise StateError(
+            f"{other[0]}: is packed as {every[other[0]].format}, a format of GGUF, and its folder is its own .gguf file; save the adapter "
+            "with save_adapter, or merge into a dense model"
+        )
     tensors: dict[str, Tensor] = {}
     for path, layer in packed.items():
         name = weight_name_of(path, layer)
@@ -125,7 +132,7 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
 def write_packed(model: Any, folder: Path) -> None:
     tensors = packed_state_dict(model)
     refuse_nonfinite(tensors.items(), "the packed model")
-    layers = [module for module in model.modules() if is_quantized(module)]
+    layers = [module for module in model.modules() if is_ours(module)]
     layers.sort(
         key=lambda layer: storable(layer.book, layer.blocksize)
     )  # one that bitsandbytes lacks makes the folder our own
@@ -143,7 +150,9 @@ def write_packed(model: Any, folder: Path) -> None:
 
 
 def is_packed_folder(folder: str) -> bool:
-    """Whether a local folder's config says that it is packed, by bitsandbytes in four bits or by minilora."""
+    """Whether a local folder's config says that it is packed, by bitsandbytes in four bits or by minilora; or a GGUF file has blocks."""
+    if file := gguf_in(folder):
+        return has_blocks(file)
     said = _entry(folder)
     return said.get("quant_method") == METHOD or (
         said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
@@ -211,43 +220,31 @@ def load_packed(
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         with open_tensors(Path(folder)) as tensors:
-            _fill(model, tensors, dtype, torch.device(device), folder, rows)
+            fill(model, _Folder(tensors), dtype, torch.device(device), folder, rows)
         return model.eval()
     except Exception as error:  # of a damaged config anything can come, out of the middle of transformers
         raise unreadable(folder, error) from None
 
 
-def _fill(
-    model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, folder: str, rows: Rows | None
-) -> None:
-    """Put the tensors of a folder, or of those in blocks the ``rows``, into a model without memory."""
-    groups, left = _packed_groups(tensors)
-    if rows is not None:
-        rows.expect(model)
-    for weight, suffixes in groups.items():
-        own = {suffix: tensors.read(weight + suffix) for suffix in suffixes}
-        path = weight.removesuffix(".weight")
-        layer = _packed_layer(model, path, from_disk(own, weight), tensors, left, dtype)
-        if rows is not None:
-            rows.keep_packed(weight, layer)
-        owner, _, name = path.rpartition(".")
-        with Change() as change:
-            put_layer(change, model.get_submodule(owner), name, layer.to(device))
+class _Folder:
+    """The tensors of such a folder, as ``fill`` asks for them."""
 
-    def dense(name: str) -> Tensor:
-        tensor = tensors.read(name)
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    what, said = "the weights", "config.json"
 
-    _refuse_unfit(model, {name: tensors.shapes[name] for name in left}, folder)
-    cut = [name for name in left if rows is not None and rows.expects(name)]
-    model.load_state_dict({name: dense(name) for name in left if name not in cut}, strict=False, assign=True)
-    for name in cut:
-        owner, _, last = name.rpartition(".")
-        mine = rows.keep(name, dense(name))  # type: ignore[union-attr]
-        model.get_submodule(owner)._parameters[last] = nn.Parameter(mine, requires_grad=False)
-    model.tie_weights()
-    _fill_buffers(model, device)
-    model.to(device)  # what the model computes on a CPU whatever is said
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._groups, left = _packed_groups(tensors)
+        self.packed = list(self._groups)
+        self.shapes = {name: tensors.shapes[name] for name in left}
+
+    def weight(self, name: str) -> QuantizedTensor | QuantizedStack:
+        """A packed weight."""
+        return from_disk({suffix: self._tensors.read(name + suffix) for suffix in self._groups[name]}, name)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A dense tensor; what has no fraction keeps its dtype."""
+        tensor = self._tensors.read(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _packed_groups(tensors: Tensors) -> tuple[dict[str, list[str]], dict[str, None]]:
@@ -260,66 +257,3 @@ def _packed_groups(tensors: Tensors) -> tuple[dict[str, list[str]], dict[str, No
         else:
             left[name] = None
     return groups, left
-
-
-def _packed_layer(
-    model: nn.Module, path: str, weight: Any, tensors: Tensors, left: dict[str, None], dtype: torch.dtype
-) -> nn.Module:
-    """The layer at ``path`` with this weight and its bias, which leaves ``left``. Raises ``CheckpointError`` where they do not fit."""
-    try:
-        old: Any = Bare(model).get_submodule(path)
-    except AttributeError:
-        raise CheckpointError(f"{path[:200]}.weight: the model has no such layer; wrong config.json?") from None
-    if isinstance(old, ExpertsLinear) and isinstance(weight, QuantizedStack):
-        if tuple(weight.shape) != dense_shape(old):
-            raise CheckpointError(f"{path}: is {list(weight.shape)}, the model wants {list(dense_shape(old))}")
-        return QuantExperts.in_place_of(old, weight)
-    if not is_linear(old) or isinstance(weight, QuantizedStack):
-        raise CheckpointError(
-            f"{path}.weight: is packed, and the model has a {type(old).__name__} there; wrong config.json?"
-        )
-    wanted = tuple(old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape)
-    if tuple(weight.shape) != wanted:
-        raise CheckpointError(f"{path}.weight: is {list(weight.shape)}, the model wants {list(wanted)}")
-    name, bias = f"{path}.bias", None
-    held = list(tensors.shapes[name]) if name in left else None
-    own = None if old.bias is None else list(old.bias.shape)
-    if held != own:
-        raise CheckpointError(f"{name}: is {held}, the model wants {own}; the weights do not fit config.json")
-    if held is not None:
-        del left[name]
-        bias = nn.Parameter(tensors.read(name).to(dtype), requires_grad=False)
-    return QuantLinear(weight, bias, type(old) if is_conv1d(old) else None)
-
-
-def _refuse_unfit(model: Any, shapes: dict[str, tuple[int, ...]], folder: str) -> None:
-    """Raise ``CheckpointError`` for dense tensors that are too many, too few or of another shape, before one of them is read."""
-    state = model.state_dict()
-    for name, own in state.items():
-        if name in shapes and shapes[name] != tuple(own.shape):
-            wrong = f"is {list(shapes[name])}, the model wants {list(own.shape)}"
-            raise CheckpointError(f"{folder}: {name} {wrong}; the weights do not fit config.json")
-    packed = {path for path, module in model.named_modules() if is_quantized(module)}
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [n for n in state if n not in shapes and n.rpartition(".")[0] not in packed and n not in tied]
-    unexpected = [name for name in shapes if name not in state]
-    if missing or unexpected:
-        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
-        raise CheckpointError(f"{folder}: {what}; the weights do not fit config.json")
-
-
-def _fill_buffers(model: Any, device: torch.device) -> None:
-    """Rotary tables and the like are computed, not stored: make again what is still on the meta device."""
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            config = getattr(module, "config", None) or model.config
-            fresh = type(module)(config)
-            for name, buffer in fresh._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
-            for name, value in vars(fresh).items():
-                if isinstance(value, Tensor):
-                    setattr(module, name, value.to(device))
-    every = [*model.named_parameters(), *model.named_buffers()]
-    left = [name for name, tensor in every if tensor.is_meta and device.type != "meta"]
-    if left:
-        raise CheckpointError(f"{left[0]}: is neither in the file nor made by the model")

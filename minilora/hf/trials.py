@@ -22,7 +22,7 @@ class PlanJob:
     """What to plan.
 
     Args:
-        model: hub id, local folder (its config.json is enough to predict), or "smollm2".
+        model: hub id, local folder (its config.json is enough to predict), GGUF file, or "smollm2".
         trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         r: rank of the update; lora_alpha is twice as much.
         lora_dropout: probability, in [0, 1), that an input of the adapter is dropped.

@@ -24,6 +24,7 @@ from minilora.job.given import job_from
 from minilora.job.lens import Shown
 from minilora.job.loading import computing_with, load, prepare
 from minilora.job.outcome import Outcome
+from minilora.job.probed import keep_probe
 from minilora.job.push import check_upload, push_run
 from minilora.job.rehearsal import rehearse
 from minilora.job.sessions import Phases, Sessions, data_files, new_record, packing_of
@@ -122,6 +123,7 @@ class _Going:
             return Outcome([], [], self.clock.seconds, self.clock.peak_mb, self.folder)
         self.ask()
         outcome = self.train()
+        self.prove()
         self.report(outcome)
         return outcome
 
@@ -242,6 +244,11 @@ class _Going:
             ]
             self.sessions.answers = pairs
         return Outcome(steps, pairs, *self.sessions.totals(self.clock), folder, self.sessions.count)
+
+    def prove(self) -> None:
+        """What base and adapted model say to a few prompts, for ``minilora verify``; a model in shards is sealed later."""
+        if self.job.probe and self.processes.first and self.rows is None and not self.job.shard:
+            keep_probe(self.job, self.model, self.tokenizer, self.prompts, self.template, self.folder, self.say)
 
     def report(self, outcome: Outcome) -> None:
         """The page, written by the first process, and the upload."""

@@ -1,4 +1,4 @@
-"""What lies in a folder: an adapter (ours or PEFT's), a run, a checkpoint of one, a packed model; and what is in it.
+"""What lies in a folder: an adapter (ours or PEFT's), a run, a checkpoint of one, a packed model, a GGUF file; and what is in it.
 
 Everything is read as strictly as when it is loaded, and no weight of a base model is read. ``look`` returns plain values, which
 ``minilora info`` prints as tables or as JSON.
@@ -19,8 +19,10 @@ from minilora.export.servers import servers_of
 from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes, refuse_path
 from minilora.files.tensors import open_tensors
+from minilora.gguf.file import SUFFIX, gguf_in
 from minilora.hf.known_base import linear_layers
 from minilora.hf.packed import METHOD, is_packed_folder, packing_said
+from minilora.job.gguf_info import about_gguf
 from minilora.job.record import read_record
 from minilora.lora.coverage import called
 from minilora.quant.bnb import is_state, storable, weight_of
@@ -41,8 +43,10 @@ def look(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     place = Path(folder)
     refuse_path(place)
+    if not place.is_dir() and place.suffix == SUFFIX:
+        return about_gguf(place)
     if not place.is_dir():
-        raise CheckpointError(f"{place}: no such folder; wanted an adapter, a run or a packed model")
+        raise CheckpointError(f"{place}: no such folder; wanted an adapter, a run, a packed model or a GGUF file")
     if (place / CONFIG_FILE).exists() and _is_mlx(place):
         return {"kind": "adapter for MLX", "folder": str(place), "size": _size(place, "*.safetensors")}
     if (place / CONFIG_FILE).exists() or (place / WEIGHTS_FILE).exists():
@@ -51,6 +55,8 @@ def look(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return {"kind": "run that has not ended", "folder": str(place), "run": _run(place), "checkpoints": steps(place)}
     if (place / "config.json").exists():
         return _model(place)
+    if file := gguf_in(place):
+        return about_gguf(file)
     raise CheckpointError(
         f"{place}: neither an adapter ({CONFIG_FILE}), a run ({LOG_FILE}) nor a model (config.json) lies in it; "
         "wanted the folder of one"

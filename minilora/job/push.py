@@ -11,13 +11,14 @@ from minilora.files.hub import check_upload, told_upload
 from minilora.files.read import read_files
 from minilora.files.write import write_files
 from minilora.job.card import card_files
+from minilora.proof.probe import PROBE_FILE
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from minilora.training.left import LOG_FILE
 
 __all__ = ["check_upload", "push_run"]
 
 _FILES = {CONFIG_FILE: "the adapter's config", WEIGHTS_FILE: "the adapter's weights"}
-_MAYBE = {SEAL_FILE: "the adapter's seal", LOG_FILE: "the log of the run"}
+_MAYBE = {SEAL_FILE: "the adapter's seal", LOG_FILE: "the log of the run", PROBE_FILE: "its probe"}
 
 
 def push_run(folder: str | os.PathLike[str], repo_id: str, private: bool | None = None) -> str:

@@ -29,7 +29,7 @@ class Job:
     """What to fine-tune, on what, and how.
 
     Args:
-        model: hub id, local folder, or "smollm2".
+        model: hub id, local folder, GGUF file, or "smollm2".
         trust_remote_code: run the Python files that the model brings, with all your rights; without it no code of a model is run.
         data: JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, folders, or data sets of the Hub; as FILE:0.5 half its examples count.
         eval_data: the same, to evaluate on instead of a share of ``data``.
@@ -59,6 +59,7 @@ class Job:
         report_to: trackers that get the numbers of the run: tensorboard, wandb, trackio, mlflow; each is a package of its own.
         push_to_hub: repository of the Hugging Face Hub, OWNER/NAME or NAME, that the adapter and its card go to at the end; "" is none.
         private: whether that repository is made private, if it is not there yet.
+        probe: keep in probe.json what base and adapted model say to a few prompts, by which a server can be verified.
         lora: what to adapt.
         training: how to train.
 
@@ -96,6 +97,7 @@ class Job:
     truncate: bool = False
     push_to_hub: str = ""
     private: bool = False
+    probe: bool = True
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -121,6 +123,7 @@ class Job:
             "dry_run",
             "private",
             "truncate",
+            "probe",
         ):
             validate.flag(name, getattr(self, name))
         if self.dry_run and self.resume:

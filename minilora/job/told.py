@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from minilora.errors import ConfigError
+from minilora.gguf.file import gguf_in
+from minilora.hf.gguf_model import held
 from minilora.hf.load import resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.job.described import formats
@@ -42,6 +44,14 @@ def say_packed(job: Job, model: Any, say: _Say) -> None:
         say(f"{job.model} is packed already ({found}), and stays as it is")
     elif found:
         say(f"linear layers packed to {job.quant}{nested} (--quant none keeps them as they are)")
+    if decoded := _decoded(job):
+        say(f"{decoded}: decoded while they are read, because such blocks are not multiplied with here")
+
+
+def _decoded(job: Job) -> str:
+    """How many linear layers of a GGUF file are in types that become dense, in words; "" for none."""
+    file = gguf_in(resolve(job.model))
+    return ", ".join(f"{count} linear layers in {kind}" for kind, count in held(file)[1].items()) if file else ""
 
 
 def say_adapted(job: Job, model: Any, say: _Say) -> None:

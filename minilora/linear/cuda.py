@@ -22,6 +22,7 @@ from torch import Tensor
 from minilora.errors import MissingPackageError, QuantizationError
 from minilora.quant.codebooks import dynamic_map
 from minilora.quant.quantized import QuantizedTensor
+from minilora.quant.weight import PackedWeight
 
 
 @functools.lru_cache(maxsize=1)
@@ -34,7 +35,7 @@ def kernels() -> ModuleType | None:
     return minilora_kernels
 
 
-def available(weight: QuantizedTensor, x: Tensor) -> bool:
+def available(weight: PackedWeight, x: Tensor) -> bool:
     """Whether ``matmul`` can take this product.
 
     It can if both lie on one CUDA device that the kernels know (Ampere and newer, MI300), the codes have 4 or 2 bits, ``x`` is bf16, fp16
@@ -48,14 +49,14 @@ def grouped_available(weight: QuantizedTensor, x: Tensor) -> bool:
     return len(weight.shape) == 3 and math.prod(weight.shape[1:]) % weight.blocksize == 0 and _known(weight, x)
 
 
-def _known(weight: QuantizedTensor, x: Tensor) -> bool:
-    if not x.is_cuda or x.device != weight.packed.device or weight.book.bits not in (2, 4):
+def _known(weight: PackedWeight, x: Tensor) -> bool:
+    if not x.is_cuda or x.device != weight.packed.device or not _has_codes(weight):
         return False
     found = kernels()
     return found is not None and bool(found.supported(x.device, x.dtype))
 
 
-def matmul(x: Tensor, weight: QuantizedTensor, transpose: bool, h: Tensor | None = None, B: Tensor | None = None,
+def matmul(x: Tensor, weight: PackedWeight, transpose: bool, h: Tensor | None = None, B: Tensor | None = None,
            bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
     """A product with the packed weight, a low-rank product in the same accumulator.
 
@@ -72,10 +73,10 @@ def matmul(x: Tensor, weight: QuantizedTensor, transpose: bool, h: Tensor | None
         ``.T`` for False; its bf16 result is met to the rounding of the weights.
 
     Raises:
-        MissingPackageError: Triton is not installed. QuantizationError: the codes have neither 4 nor 2 bits.
+        MissingPackageError: Triton is not installed. QuantizationError: the codes have neither 4 nor 2 bits, or are no codes.
     """
     found = _kernels_for(weight)
-    packed = kernel_weight(weight)
+    packed = kernel_weight(weight)  # type: ignore[arg-type]
     if not transpose:
         out = found.nf4_dgrad(x, packed, h, B)
     elif x.dtype != torch.float32 and found.gemv_fits(packed, x.shape[0]):
@@ -114,12 +115,20 @@ def grouped(x: Tensor, weight: QuantizedTensor, offs: Tensor, transpose: bool, h
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def _kernels_for(weight: QuantizedTensor) -> ModuleType:
+def _has_codes(weight: PackedWeight) -> bool:
+    return isinstance(weight, QuantizedTensor) and weight.book.bits in (2, 4)
+
+
+def _kernels_for(weight: PackedWeight) -> ModuleType:
     """The kernels, or an error that says why there are none for this weight."""
     found = kernels()
     if found is None:
         raise MissingPackageError(
             "the kernels need Triton, which is not installed; pip install triton, or let PyTorch decode"
+        )
+    if not isinstance(weight, QuantizedTensor):
+        raise QuantizationError(
+            f"{weight.format} blocks are GGUF's; the kernels take codes of 4 or 2 bits, let PyTorch decode"
         )
     if weight.book.bits not in (2, 4):
         raise QuantizationError(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.linear.ops import bias_gradient, buffer, flowing_dtype, matmul, product_dtype
-from minilora.quant.quantized import QuantizedTensor
+from minilora.quant.weight import PackedWeight
 
-Weight = Tensor | QuantizedTensor
-_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")  # of a QuantizedTensor: what backward needs of it
+Weight = Tensor | PackedWeight
 _ELEMENTS = 1 << 17  # of a mask at a time
 _STEPS = 1 << 16  # a probability of dropout is a whole number of these parts
 
@@ -89,7 +87,7 @@ def lora_linear_reference(
     keep: Tensor | None = None,
 ) -> Tensor:
     """What ``lora_linear`` means; ``keep`` is the mask of dropout divided by the share that it keeps, or None."""
-    W = weight.dequantize(x.dtype) if isinstance(weight, QuantizedTensor) else weight
+    W = weight.dequantize(x.dtype) if isinstance(weight, PackedWeight) else weight
     thin = F.linear(x if keep is None else x * keep, A.to(x.dtype))
     return F.linear(x, W, None if bias is None else bias.to(x.dtype)) + F.linear(thin, B.to(x.dtype)) * scaling
 
@@ -122,7 +120,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.shape, ctx.dtype = x.shape, product_dtype(x.dtype, x.device)
         ctx.bias_dtype = None if bias is None else bias.dtype
         out, h = _forward(x, bias, A, B, weight, scaling, drop, ctx.seed, backend)
-        ctx.weight = weight if isinstance(weight, QuantizedTensor) else None
+        ctx.weight = weight if isinstance(weight, PackedWeight) else None
         kept = [x if need_A else None, A, B, h if need_B else None]
         ctx.save_for_backward(*kept, *(tensors_of(weight) if need_x else ()))
         return out
@@ -207,14 +205,14 @@ def through_A(
 
 
 def tensors_of(weight: Weight) -> Sequence[Tensor | None]:
-    return [getattr(weight, name) for name in _PARTS] if isinstance(weight, QuantizedTensor) else [weight]
+    """What the backward pass needs of a weight."""
+    return weight.parts() if isinstance(weight, PackedWeight) else [weight]
 
 
-def rebuilt(weight: QuantizedTensor | None, parts: Sequence[Tensor | None]) -> Weight:
+def rebuilt(weight: PackedWeight | None, parts: Sequence[Tensor | None]) -> Weight:
     """The inverse of ``tensors_of``."""
     if weight is not None:
-        own: dict[str, Any] = dict(zip(_PARTS, parts, strict=True))
-        return replace(weight, **own)
+        return weight.with_parts(parts)
     return parts[0]  # type: ignore[return-value]
 
 

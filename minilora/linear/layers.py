@@ -1,6 +1,6 @@
 """Base layers: the one place that knows which way round a weight lies, and what it takes to multiply with one.
 
-``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, ``QuantLinear`` keeps packed codes, a
+``nn.Linear`` keeps its weight ``[out, in]``, GPT-2's ``Conv1D`` keeps it ``[in, out]``, a ``PackedLinear`` keeps bytes, a
 convolution a kernel, ``nn.MultiheadAttention`` a bare parameter. Everybody else asks the functions here and always gets ``[out, in]``;
 of the experts of a mixture ``[experts, out, in]``. Next file: ``linear/cuda.py``.
 """
@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import TargetError
+from minilora.errors import QuantizationError, TargetError
 from minilora.linear.convolution import is_convolution, patch_weight, put_patch_weight
 from minilora.linear.experts.layers import (
     ExpertsLinear,
@@ -28,6 +28,7 @@ from minilora.linear.experts.layers import (
 from minilora.linear.experts.routers import is_named_router
 from minilora.linear.foreign import foreign_of
 from minilora.linear.fronts import Front, put_in_front, take_from_front
+from minilora.linear.frozen import PackedLinear
 from minilora.linear.fused import Weight, lora_linear
 from minilora.linear.ops import cpu_has_bf16, dequantize, flowing_dtype, is_transformed, product_dtype, quant_linear
 from minilora.linear.packed import (
@@ -43,14 +44,14 @@ from minilora.quant.config import QuantConfig
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can take this layer: ``nn.Linear``, ``Conv1D``, ``QuantLinear``, or another library's packed layer.
+    """Whether an adapter can take this layer: ``nn.Linear``, ``Conv1D``, ``PackedLinear``, or another library's packed layer.
 
     A router that is a Linear by class and computes more (Llama 4, Phi-MoE) is none. The output projection of ``nn.MultiheadAttention`` is
     a Linear by class only: its weight is read and it is never called.
     """
     if is_attention_output(module) or is_router(module):
         return False
-    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_foreign(module)
+    return isinstance(module, (nn.Linear, PackedLinear)) or is_conv1d(module) or is_foreign(module)
 
 
 def is_foreign(layer: nn.Module) -> bool:
@@ -80,7 +81,7 @@ def is_router(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not is_named_router(module) or is_plain(module):
         return False
-    return not any(isinstance(part, (nn.Linear, QuantLinear)) for part in module.modules() if part is not module)
+    return not any(isinstance(part, (nn.Linear, PackedLinear)) for part in module.modules() if part is not module)
 
 
 def is_attention_output(module: nn.Module) -> bool:
@@ -177,19 +178,19 @@ def stored_weight(layer: Any) -> Any:
 
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the layer's own ``weight`` is ``[in, out]``: a ``Conv1D``, packed or not."""
-    return is_conv1d(layer) or (isinstance(layer, QuantLinear) and layer.conv1d is not None)
+    return is_conv1d(layer) or (isinstance(layer, PackedLinear) and layer.conv1d is not None)
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
     """The floating dtype of a layer's weight (of the weight before quantization, for a quantized layer; fp32 where it is not known)."""
     if (foreign := foreign_of(layer)) is not None:
         return foreign.dtype(layer) or torch.float32
-    return layer.dtype if isinstance(layer, (QuantLinear, QuantExperts)) else getattr(layer, weight_name(layer)).dtype
+    return layer.dtype if isinstance(layer, (PackedLinear, QuantExperts)) else getattr(layer, weight_name(layer)).dtype
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight as ``[out, in]``, of experts ``[experts, out, in]``, detached; shares memory with the layer unless it is quantized."""
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, PackedLinear):
         whole = layer.quantized()
         return dequantize(whole) if torch.compiler.is_compiling() or is_transformed() else whole.dequantize()
     if (foreign := foreign_of(layer)) is not None:
@@ -220,7 +221,7 @@ def frozen_weight(layer: nn.Module) -> Weight:
     """The weight ``[out, in]`` as it is stored: packed, or a view of the parameter."""
     if isinstance(layer, nn.Linear):
         return layer.weight
-    return layer.quantized() if isinstance(layer, QuantLinear) else dense_weight(layer)
+    return layer.quantized() if isinstance(layer, PackedLinear) else dense_weight(layer)
 
 
 def carries(layer: nn.Module, x: Tensor) -> bool:
@@ -236,8 +237,8 @@ def carries(layer: nn.Module, x: Tensor) -> bool:
         return False
     if not x.is_floating_point() or x.device.type == "meta":
         return False
-    if isinstance(layer, QuantLinear):
-        return type(layer).forward is QuantLinear.forward
+    if isinstance(layer, PackedLinear):
+        return type(layer).forward is PackedLinear.forward
     return is_plain(layer) and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
 
 
@@ -260,7 +261,7 @@ def embed_scale(layer: nn.Module) -> float:
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:
     """``x W^T`` without the bias, whatever the layer: ``[..., in]`` to ``[..., out]`` (of a convolution: patches to channels)."""
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, PackedLinear):
         return quant_linear(x, layer.quantized())
     return torch.nn.functional.linear(x, dense_weight(layer))
 
@@ -273,7 +274,7 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     """
     if isinstance(layer, (ExpertsLinear, QuantExperts)):
         return with_experts(layer, weight)
-    like = _dense_like(layer) if isinstance(layer, QuantLinear) or is_foreign(layer) else layer
+    like = _dense_like(layer) if isinstance(layer, PackedLinear) or is_foreign(layer) else layer
     new = copy.copy(like)
     take_from_front(new, Frozen)
     for name in (
@@ -311,14 +312,28 @@ def _dense_like(layer: Any) -> nn.Module:
     return dense.train(layer.training)
 
 
-def is_quantized(layer: nn.Module) -> TypeGuard[QuantLinear | QuantExperts]:
+def is_quantized(layer: nn.Module) -> TypeGuard[PackedLinear | QuantExperts]:
     """Whether the layer's weight is packed: of a linear layer, or of experts."""
+    return isinstance(layer, (PackedLinear, QuantExperts))
+
+
+def is_ours(layer: nn.Module) -> TypeGuard[QuantLinear | QuantExperts]:
+    """Whether the layer is packed in codes that minilora writes too; those of a GGUF file are only read."""
     return isinstance(layer, (QuantLinear, QuantExperts))
 
 
 def packed_like(layer: nn.Module, dense: nn.Module, name: str) -> nn.Module:
-    """``dense`` packed as the packed ``layer`` is. Raises ``QuantizationError`` as ``quantize``."""
+    """``dense`` packed as the packed ``layer`` is.
+
+    Raises:
+        QuantizationError: as ``quantize``, or the layer is packed in a format that is read and not written.
+    """
     known: Any = layer
+    if not is_ours(layer):
+        raise QuantizationError(
+            f"{name}: is packed as {known.format}, a format of GGUF that is read here and not written; leave requantize out, and the "
+            "merged layer is dense"
+        )
     config = QuantConfig(known.book, known.blocksize, known.double_quant)
     return pack(dense, config, name)
 

@@ -26,8 +26,10 @@ from torch import Tensor
 from minilora.errors import ConfigError, QuantizationError
 from minilora.linear import cuda
 from minilora.quant.codebooks import Codebook
+from minilora.quant.gguf.tensor import GGUFTensor
 from minilora.quant.lookup import scratch
-from minilora.quant.quantized import QuantizedTensor, decode_range
+from minilora.quant.quantized import QuantizedTensor
+from minilora.quant.weight import PackedWeight
 
 _ROWS = 1 << 20  # weights decoded at a time for a product: 4 MB of fp32
 _ROWS_FEW = 1 << 18  # the same where x has few rows: what was decoded is still in the cache when it is multiplied
@@ -58,7 +60,7 @@ paper: ContextVar[Paper | None] = ContextVar(
 )  # while a step runs on it (``measure/plan.py``)
 
 
-def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
+def quant_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
     """``x W^T + bias`` with a quantized ``W``.
 
     Args:
@@ -90,7 +92,7 @@ def quant_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None,
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def quant_linear_reference(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def quant_linear_reference(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """What ``quant_linear`` means, in one line; dense, slow, differentiable by torch itself."""
     return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -100,15 +102,15 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def dequantize(weight: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """``weight.dequantize(dtype)`` as an operator: a compiler can leave it out, and transforms of ``torch.func`` do not look inside."""
     return _dense(*_flatten(weight), dtype=dtype or weight.dtype)
 
 
-def _flatten(weight: QuantizedTensor) -> tuple:
-    """A quantized tensor as the plain arguments that an operator can take."""
-    nested, offset = weight.nested_absmax, weight.nested_offset
-    return weight.packed, weight.absmax, nested, offset, list(weight.book.levels), weight.blocksize, *weight.shape
+def _flatten(weight: PackedWeight) -> tuple:
+    """A packed weight as the plain arguments that an operator can take."""
+    parts = (*weight.parts(), None, None, None)[:4]
+    return *parts, weight.format, list(weight.levels), weight.unit, *weight.shape
 
 
 @functools.lru_cache(maxsize=32)
@@ -116,10 +118,13 @@ def _book(levels: tuple[float, ...]) -> Codebook:
     return Codebook("operator", levels, "passed to an operator")
 
 
-def _gather(packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float],
-            blocksize: int, rows: int, columns: int) -> QuantizedTensor:  # fmt: skip
+def _gather(packed: Tensor, absmax: Tensor | None, nested: Tensor | None, offset: Tensor | None, format: str, levels: list[float],
+            unit: int, rows: int, columns: int) -> PackedWeight:  # fmt: skip
+    """The inverse, in fp32."""
     shape = torch.Size((rows, columns))
-    return QuantizedTensor(packed, absmax, shape, torch.float32, _book(tuple(levels)), blocksize, nested, offset)
+    if absmax is None:
+        return GGUFTensor(packed, format, shape)
+    return QuantizedTensor(packed, absmax, shape, torch.float32, _book(tuple(levels)), unit, nested, offset)
 
 
 @functools.lru_cache(maxsize=1)
@@ -141,7 +146,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and slow else dtype
 
 
-def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tensor | None = None, B: Tensor | None = None,
+def matmul(x: Tensor, weight: Tensor | PackedWeight, transpose: bool, h: Tensor | None = None, B: Tensor | None = None,
            bias: Tensor | None = None, out_dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """``x W^T + h B^T + bias`` (``transpose``; ``[M, in]`` to ``[M, out]``), or ``x W + h B`` (``[M, out]`` to ``[M, in]``).
 
@@ -153,7 +158,7 @@ def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tens
 
     Not differentiable: callers know the derivative. It writes into buffers that the next call reuses, never returns one.
     """
-    if isinstance(weight, QuantizedTensor) and takes_kernels(x, weight, backend):
+    if isinstance(weight, PackedWeight) and takes_kernels(x, weight, backend):
         return cuda.matmul(x, weight, transpose, h, B, bias, out_dtype)
     dtype = product_dtype(x.dtype, x.device)
     h, B, bias = (None if part is None else part.to(dtype) for part in (h, B, bias))
@@ -165,13 +170,13 @@ def matmul(x: Tensor, weight: Tensor | QuantizedTensor, transpose: bool, h: Tens
     return out.to(out_dtype or x.dtype)
 
 
-def on_paper_matmul(x: Tensor, weight: QuantizedTensor, transpose: bool) -> Tensor:
+def on_paper_matmul(x: Tensor, weight: PackedWeight, transpose: bool) -> Tensor:
     """``matmul`` as an operator that is not looked into: for tensors without numbers, whose codes cannot be looked up."""
     product: Tensor = _product(x, *_flatten(weight), transpose=transpose)
     return product
 
 
-def takes_kernels(x: Tensor, weight: QuantizedTensor, backend: str | None) -> bool:
+def takes_kernels(x: Tensor, weight: PackedWeight, backend: str | None) -> bool:
     """Whether the Triton kernels take this product. Raises ``ConfigError`` for a backend that does not exist."""
     if backend is None:
         return cuda.available(weight, x)
@@ -180,7 +185,7 @@ def takes_kernels(x: Tensor, weight: QuantizedTensor, backend: str | None) -> bo
     return backend == "triton"
 
 
-def _times_rows(x: Tensor, weight: Tensor | QuantizedTensor, h: Tensor | None, B: Tensor | None, bias: Tensor | None,
+def _times_rows(x: Tensor, weight: Tensor | PackedWeight, h: Tensor | None, B: Tensor | None, bias: Tensor | None,
                 out_dtype: torch.dtype) -> Tensor:  # fmt: skip
     """``x W^T + h B^T + bias``; one slice of the output after the other, where the weight must be decoded or cast."""
     if isinstance(weight, Tensor) and weight.dtype == x.dtype == out_dtype:
@@ -200,7 +205,7 @@ def _times_rows(x: Tensor, weight: Tensor | QuantizedTensor, h: Tensor | None, B
     return out
 
 
-def _times_columns(x: Tensor, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _times_columns(x: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
     """``x W``; a sum over several slices is kept in at least fp32, or it would be rounded once a slice."""
     out: Tensor | None = None
     for first, last, block in _row_blocks(weight, dtype, len(x)):
@@ -225,23 +230,23 @@ def buffer(name: str, shape: Sequence[int], device: torch.device, dtype: torch.d
     return torch.empty(*shape, dtype=dtype, device=device)
 
 
-def _row_blocks(weight: Tensor | QuantizedTensor, dtype: torch.dtype, count: int) -> Iterator[tuple[int, int, Tensor]]:
+def _row_blocks(weight: Tensor | PackedWeight, dtype: torch.dtype, count: int) -> Iterator[tuple[int, int, Tensor]]:
     """``(first row, last row, those rows in dtype)`` of a weight, in a buffer that is reused; a dense one of that dtype comes whole."""
     rows, columns = weight.shape
     if isinstance(weight, Tensor) and weight.dtype == dtype:
         yield 0, rows, weight
         return
-    size = 1 if isinstance(weight, Tensor) else weight.blocksize
+    size = 1 if isinstance(weight, Tensor) else weight.unit
     step = size // math.gcd(size, columns)  # rows after which a block ends with a row
     step *= max(1, min(_ROWS, _ROWS_FEW if count <= _FEW else _ROWS) // (step * columns))
-    scales = None if isinstance(weight, Tensor) else weight.scales()
+    decode = None if isinstance(weight, Tensor) else weight.decoder()
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        if scales is None:
+        if decode is None:
             yield first, last, _cast_rows(weight[first:last], dtype)  # type: ignore[index]
             continue
-        decoded = buffer("rows", (last - first, columns), scales.device, scales.dtype)
-        decode_range(weight, scales, first * columns, decoded.view(-1))  # type: ignore[arg-type]
+        decoded = buffer("rows", (last - first, columns), weight.packed.device, torch.float32)  # type: ignore[union-attr]
+        decode(first * columns, decoded.view(-1))
         yield first, last, decoded if dtype == decoded.dtype else _cast_rows(decoded, dtype)
 
 
@@ -253,30 +258,30 @@ def _cast_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("minilora::dequantize", mutates_args=())
-def _dense(packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float], blocksize: int,
-           rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
-    return _gather(packed, absmax, nested, offset, levels, blocksize, rows, columns).dequantize(dtype)
+def _dense(packed: Tensor, absmax: Tensor | None, nested: Tensor | None, offset: Tensor | None, format: str, levels: list[float],
+           unit: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    return _gather(packed, absmax, nested, offset, format, levels, unit, rows, columns).dequantize(dtype)
 
 
 @_dense.register_fake
-def _(packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float], blocksize: int,
-      rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+def _(packed: Tensor, absmax: Tensor | None, nested: Tensor | None, offset: Tensor | None, format: str, levels: list[float],
+      unit: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
     return packed.new_empty(rows, columns, dtype=dtype)
 
 
 @torch.library.custom_op("minilora::quant_matmul", mutates_args=())
-def _product(x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float],
-             blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None,
+def _product(x: Tensor, packed: Tensor, absmax: Tensor | None, nested: Tensor | None, offset: Tensor | None, format: str,
+             levels: list[float], unit: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None,
              backend: str | None = None) -> Tensor:  # fmt: skip
     """``x W^T + bias`` (``transpose``; ``[M, columns]`` to ``[M, rows]``) or ``x W`` (``[M, rows]`` to ``[M, columns]``)."""
-    weight = _gather(packed, absmax, nested, offset, levels, blocksize, rows, columns)
+    weight = _gather(packed, absmax, nested, offset, format, levels, unit, rows, columns)
     with torch.autocast(x.device.type, enabled=False):
         return matmul(x, weight, transpose, bias=bias, backend=backend)
 
 
 @_product.register_fake
-def _(x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, levels: list[float],
-      blocksize: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None,
+def _(x: Tensor, packed: Tensor, absmax: Tensor | None, nested: Tensor | None, offset: Tensor | None, format: str,
+      levels: list[float], unit: int, rows: int, columns: int, transpose: bool, bias: Tensor | None = None,
       backend: str | None = None) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], rows if transpose else columns)
 
@@ -290,7 +295,7 @@ def _keep_packed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     *rest, transpose = ctx.rest
     dx = _product(grad.contiguous(), *ctx.saved_tensors, *rest, not transpose, backend=ctx.backend)
-    return dx, *[None] * 9, None if ctx.bias_dtype is None else bias_gradient(grad, ctx.bias_dtype), None
+    return dx, *[None] * 10, None if ctx.bias_dtype is None else bias_gradient(grad, ctx.bias_dtype), None
 
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:

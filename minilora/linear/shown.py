@@ -4,7 +4,7 @@ Models ask a layer for its weight without calling the layer. Most want its dtype
 some multiply with it themselves (Mamba's ``dt_proj``, ``nn.MultiheadAttention``'s ``out_proj``, a head that reads the embedding). A
 ``ShownWeight`` answers the first kind at once and costs nothing; for the second it is the dense effective weight, made when it is
 asked for: what the layer itself multiplies with, gradients included. So a layer that is read computes what a layer that is called does.
-It is no parameter and holds no numbers: a write into it could not last, and is refused. Next file: ``linear/packed.py``.
+It is no parameter and holds no numbers: a write into it could not last, and is refused. Next file: ``linear/frozen.py``.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from minilora.linear.fused import (
     through_A,
 )
 from minilora.linear.ops import flowing_dtype, matmul, product_dtype
-from minilora.quant.quantized import QuantizedTensor
+from minilora.quant.weight import PackedWeight
 
 __all__ = ["Part", "stacked_linear", "stacked_linear_reference"]
 
@@ -73,7 +73,7 @@ def stacked_linear_reference(
     x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part], keeps: Sequence[Tensor | None]
 ) -> Tensor:
     """What ``stacked_linear`` means for ``x [M, in]``; ``keeps``: as ``keep`` of ``lora_linear_reference``, one for each part."""
-    W = weight.dequantize(x.dtype) if isinstance(weight, QuantizedTensor) else weight
+    W = weight.dequantize(x.dtype) if isinstance(weight, PackedWeight) else weight
     out = torch.nn.functional.linear(x, W, bias)
     for part, keep in zip(parts, keeps, strict=True):
         own = lora_linear_reference(x[part.place], W, bias, part.A, part.B, part.scaling, keep)
@@ -89,7 +89,7 @@ class _Stacked(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, weight: Weight, parts: Sequence[Part], *factors: Tensor
     ) -> Tensor:
         ctx.parts, ctx.shape, ctx.dtype = parts, x.shape, product_dtype(x.dtype, x.device)
-        ctx.weight = weight if isinstance(weight, QuantizedTensor) else None
+        ctx.weight = weight if isinstance(weight, PackedWeight) else None
         thin = []
         with as_written(x):
             values = x.reshape(-1, x.shape[-1]).to(ctx.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minilora.errors import StateError, TargetError
 from minilora.linear.convolution import convolve, is_convolution, of_channels
 from minilora.linear.experts.layers import is_experts
+from minilora.linear.frozen import PackedLinear
 from minilora.linear.layers import (
     dense_weight,
     embed_scale,
@@ -30,7 +31,6 @@ from minilora.linear.layers import (
     kind_of,
     stored_weight,
 )
-from minilora.linear.packed import QuantLinear
 from minilora.lora.adapter import Adapter
 from minilora.lora.architectures import READ_BY_PARENT
 from minilora.lora.slots import has_adapters
@@ -53,7 +53,7 @@ _IS = {
     "router": "a router",
 }
 _KNOWN = (
-    QuantLinear.forward,
+    PackedLinear.forward,
     nn.Embedding.forward,
     nn.Conv1d.forward,
     nn.Conv2d.forward,

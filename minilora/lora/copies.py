@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from minilora.errors import StateError
 from minilora.linear.fronts import Front, put_in_front, take_from_front
+from minilora.linear.frozen import dtype_after
 from minilora.linear.layers import CastsBias, is_quantized
 from minilora.linear.ops import product_dtype
-from minilora.linear.packed import dtype_after
 
 __all__ = ["in_given_dtype", "keep_bias_in_fp32", "share_parameters", "trained", "trained_bias"]
 

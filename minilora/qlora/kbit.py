@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, StateError
 from minilora.linear.fronts import Front, put_in_front
+from minilora.linear.frozen import dtype_after
 from minilora.linear.layers import is_foreign, stored_weight
-from minilora.linear.packed import dtype_after
 from minilora.lora.bases import refuse_nested
 from minilora.lora.change import LOCK, Change
 from minilora.lora.slots import has_adapters

@@ -20,8 +20,9 @@ from minilora.quant.config import QuantConfig, quant_config
 from minilora.quant.finite import is_finite
 from minilora.quant.lookup import nearest_code, nearest_code_reference, pack
 from minilora.quant.nested import has_outlier, nested_scales
-from minilora.quant.quantized import CHUNK, QuantizedTensor
+from minilora.quant.quantized import QuantizedTensor
 from minilora.quant.scales import TINY, absmax_scales, guarded, searched_scales
+from minilora.quant.weight import CHUNK
 
 
 def quantize_reference(weight: Tensor, book: Codebook, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -7,23 +7,23 @@ Next file: ``quant/nested.py``.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from minilora.errors import QuantizationError
 from minilora.quant.codebooks import Codebook, codebook
 from minilora.quant.config import QuantConfig
-from minilora.quant.lookup import decode_into, decode_reference, scratch
+from minilora.quant.lookup import decode_into, decode_reference
 from minilora.quant.nested import NESTED_BLOCKSIZE, unnested
-
-CHUNK = 1 << 18  # weights worked on at a time: a few MB of scratch, whatever the layer
+from minilora.quant.weight import Decoder, PackedWeight
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
+class QuantizedTensor(PackedWeight):
     """A weight as packed codes and scales.
 
     Args:
@@ -47,50 +47,39 @@ class QuantizedTensor:
     nested_offset: Tensor | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales together."""
-        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+    def format(self) -> str:
+        """The codebook's name."""
+        return self.book.name
 
     @property
-    def bits_per_weight(self) -> float:
-        """Exact storage per weight in bits, scales included (4.127 for NF4, blocksize 64, double quantization)."""
-        return 8 * self.nbytes / max(1, self.shape.numel())
+    def unit(self) -> int:
+        """Weights that share a scale."""
+        return self.blocksize
+
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """Codes and scales, and those of the scales."""
+        return self.packed, self.absmax, self.nested_absmax, self.nested_offset
+
+    def with_parts(self, parts: Sequence[Tensor | None]) -> QuantizedTensor:
+        """The same format over other codes and scales."""
+        packed, absmax, nested, offset = parts
+        assert packed is not None and absmax is not None
+        return replace(self, packed=packed, absmax=absmax, nested_absmax=nested, nested_offset=offset)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Those of the codebook."""
+        return self.book.levels
+
+    def decoder(self) -> Decoder:
+        """As ``PackedWeight.decoder``: fp32 level x fp32 scale."""
+        return functools.partial(decode_range, self, self.scales())
 
     def scales(self, first: int = 0, last: int | None = None) -> Tensor:
         """The fp32 scales of blocks ``first`` to ``last`` (all of them), decoded from 8 bits where they are stored so."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax if (first, last) == (0, None) else self.absmax[first:last]
         return unnested(self.absmax[first:last], self.nested_absmax, self.nested_offset, first)
-
-    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        """The dense weight, ``shape``, in ``dtype`` (default: its dtype before): fp32 level x fp32 scale, rounded once.
-
-        ``out``: a contiguous tensor of that shape to write into, which is several times faster for a large weight than fresh memory;
-        its dtype counts then. Raises ``QuantizationError`` if it does not fit.
-        """
-        if out is not None and (out.shape != self.shape or not out.is_contiguous() or out.device != self.packed.device):
-            raise QuantizationError(
-                f"out is {tuple(out.shape)} on {out.device}; wanted a contiguous {tuple(self.shape)} on {self.packed.device}"
-            )
-        dtype = out.dtype if out is not None else dtype or self.dtype
-        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device) if out is None else out
-        flat, scales = out.view(-1), self.scales()
-        # Every chunk starts and ends a few parallel loops, which costs more than a cold cache where cores are shared.
-        chunk = CHUNK if torch.get_num_threads() == 1 else 8 * CHUNK
-        for start in range(0, flat.numel(), chunk):
-            stop = min(start + chunk, flat.numel())
-            if dtype == torch.float32:
-                decode_range(self, scales, start, flat[start:stop])
-            else:
-                part = (
-                    scratch("part", stop - start, torch.float32)
-                    if flat.device.type == "cpu"
-                    else torch.empty(stop - start, dtype=torch.float32, device=flat.device)
-                )
-                decode_range(self, scales, start, part)
-                flat[start:stop] = part
-        return out
 
 
 def empty_quantized(

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from minilora.linear.experts.layers import is_experts
 from minilora.linear.layers import dense_shape, dense_weight, is_linear, is_quantized
 from minilora.lora.bare import Around, Bare
-from minilora.quant.quantized import decode_range
 from minilora.quant.stack import QuantizedStack
 
 __all__ = [
@@ -178,14 +177,14 @@ def values_at(layer: nn.Module, places: Sequence[int]) -> list[float]:
 def _decoded(layer: nn.Module, places: Sequence[int]) -> list[float]:
     known: Any = layer.quantized()  # type: ignore[operator]
     whole, stack = (known.stored, known) if isinstance(known, QuantizedStack) else (known, None)
-    scales, values, count = whole.scales(), [], whole.shape.numel()
+    decode, values, count = whole.decoder(), [], whole.shape.numel()
     for place in places:
         if stack is not None:  # each matrix may be filled up
             expert, rest = divmod(place, stack.shape[1] * stack.shape[2])
             place = expert * stack.each + rest
-        start = place - place % whole.blocksize
-        block = torch.empty(min(whole.blocksize, count - start), dtype=torch.float32, device=scales.device)
-        decode_range(whole, scales, start, block)
+        start = place - place % whole.unit
+        block = torch.empty(min(whole.unit, count - start), dtype=torch.float32, device=whole.packed.device)
+        decode(start, block)
         values.append(block[place - start].item())
     return values
 

@@ -26,7 +26,7 @@ __all__ = ["LOG_FILE", "RECORD_FILE", "claim", "clear", "kept_records", "refuse_
 LOG_FILE = "log.jsonl"
 RECORD_FILE = "job.json"  # what a job remembers (``job/record.py``)
 # What a run leaves beside its checkpoints.
-_LEFT = (LOG_FILE, RECORD_FILE, TRACE_FILE, "report.html", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
+_LEFT = (LOG_FILE, RECORD_FILE, TRACE_FILE, "report.html", "probe.json", WEIGHTS_FILE, CONFIG_FILE, SEAL_FILE)
 _LONGEST_LINE = 16_000_000  # bytes of the log; an answer is far shorter
 _LARGEST = 1e300
 

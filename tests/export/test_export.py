@@ -154,7 +154,13 @@ def test_a_packed_base_and_a_named_adapter(make_llama, randomize, tmp_path, targ
     assert len(got) == 14
 
 
-@pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
+def test_llama_cpps_converter_turns_conv1d(make_gpt2, randomize, tmp_path):
+    with pytest.raises(StateError, match=r"the wrong way round; give --base SERVED\.gguf"):
+        export_adapter(inject(make_gpt2(), lora(["c_attn"])), tmp_path / "out", "llama.cpp")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["vllm"])
 def test_conv1d_keeps_the_orientation_of_the_layout(make_gpt2, randomize, tmp_path, target):
     model = randomize(inject(make_gpt2(), lora(["c_attn", "mlp.c_proj"])))
     export_adapter(model, tmp_path / "out", target)

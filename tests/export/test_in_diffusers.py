@@ -4,14 +4,14 @@ import pytest
 import safetensors.torch
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-
 from minilora import LoraConfig, inject, save_adapter
 from minilora.cli import main
 from minilora.errors import ConfigError, StateError
 from minilora.export.diffusers import DIFFUSERS_FILE
 from minilora.export.folders import export_adapter, export_folder
 from tests.models import finished, randomize
+
+diffusers = pytest.importorskip("diffusers")
 
 
 def unet():

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 from minilora import LoraConfig, inject, save_adapter
 from minilora.errors import StateError
 from minilora.export.folders import export_adapter, export_folder
 from minilora.hf.older_readers import save_dense
 from tests.architectures import tiny
 from tests.models import randomize
+
+transformers = pytest.importorskip("transformers")
 
 IDS = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(1))
 MORE = {"gpt_neox": {"intermediate_size": 256}, "qwen3_moe": {"head_dim": 16}, "gpt2": {"n_inner": None}}

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from minilora.linear.experts.grouped import Stack, grouped_linear, lora_experts
 from minilora.linear.experts.routes import Routes
 from minilora.linear.experts.whole import Projection
+from minilora.linear.frozen import dtype_after, floats, format_state, load_format, refuse_other_codes, stored
 from minilora.linear.ops import is_transformed
-from minilora.linear.packed import dtype_after, floats, format_of, format_state, load_format, refuse_other_codes, stored
+from minilora.linear.packed import format_of
 from minilora.quant.config import QuantConfig
 from minilora.quant.quantized import QuantizedTensor
 from minilora.quant.stack import QuantizedStack, quantize_stack

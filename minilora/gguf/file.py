@@ -1,0 +1,163 @@
+"""One GGUF file, open: its metadata, and its tensors one at a time. Memory holds what was asked for, and never the file.
+
+The file is read by places and not mapped: what is cut off meanwhile is an error and no dead process. Decoding what is not kept in its
+blocks is left to the ``gguf`` package. Next file: ``hf/gguf_model.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.errors import CheckpointError
+from minilora.files import disk
+from minilora.files.read import refuse_path
+from minilora.files.validate import shown
+from minilora.gguf.header import Info, read_header
+from minilora.gguf.kinds import import_gguf
+from minilora.quant.gguf.formats import FORMATS
+
+__all__ = ["GGUF", "SUFFIX", "gguf_in", "has_blocks", "open_gguf"]
+
+SUFFIX = ".gguf"
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_ROWS = 1 << 22  # weights that are decoded at a time
+
+
+class GGUF:
+    """An open file.
+
+    Attributes:
+        path: the file. metadata: names to numbers, texts, and lists of them. tensors: names to shapes, types and places.
+    """
+
+    def __init__(self, path: Path, file: disk.Opened) -> None:
+        self.path, self._file = path, file
+        self.metadata, self.tensors = read_header(file, path)
+
+    def said(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """A value of the metadata. Raises ``CheckpointError`` where it is of another type than the one that is asked for."""
+        value = self.metadata.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
+            raise CheckpointError(f"{self.path}: its metadata says {name}={shown(value)}; wanted {wanted}")
+        return value
+
+    @property
+    def architecture(self) -> str:
+        """What llama.cpp calls the model. Raises ``CheckpointError`` where the file names none."""
+        found = self.said("general.architecture", str)
+        if not found:
+            raise CheckpointError(f"{self.path}: names no general.architecture; wanted a language model's GGUF file")
+        return str(found)
+
+    def blocks(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """The bytes of rows ``first`` to ``last`` of a tensor, as they lie in the file: uint8 ``[rows, bytes a row]``."""
+        info = self.tensors[name]
+        rows = info.shape[0] if len(info.shape) > 1 else 1
+        last = rows if last is None else last
+        each = info.nbytes // rows
+        return torch.frombuffer(self._read(info, first * each, (last - first) * each), dtype=torch.uint8).view(-1, each)
+
+    def values(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor decoded, ``[sides]`` in ``dtype``: each number is fp32 before it is rounded, once."""
+        info = self.tensors[name]
+        rows = info.shape[0] if len(info.shape) > 1 else 1
+        width = torch.Size(info.shape).numel() // rows
+        dense = torch.empty(rows, width, dtype=dtype)
+        step = max(1, _ROWS // width)
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            dense[first:last] = decoded(self.blocks(name, first, last), info.kind.name).view(-1, width)
+        return dense.view(info.shape)
+
+    def _read(self, info: Info, begin: int, count: int) -> bytearray:
+        try:
+            raw = self._file.read(info.begin + begin, count)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror}); check the path") from None
+        if len(raw) < count:
+            raise CheckpointError(
+                f"{self.path}: ends within {shown(info.name)}; it was cut off while it was read, copy it again"
+            )
+        return raw
+
+
+def decoded(raw: Tensor, kind: str) -> Tensor:
+    """Bytes of whole rows as fp32, by the ``gguf`` package, whose functions are tested against llama.cpp's own."""
+    gguf = import_gguf()
+    number = gguf.GGMLQuantizationType[kind]
+    if kind in ("F32", "F16", "F64"):
+        return raw.view({"F32": torch.float32, "F16": torch.float16, "F64": torch.float64}[kind]).float()
+    try:
+        return torch.from_numpy(gguf.dequantize(raw.numpy(), number))
+    except (NotImplementedError, KeyError):
+        raise CheckpointError(
+            f"tensors of type {kind} cannot be decoded by gguf; make the file anew in another type"
+        ) from None
+
+
+def gguf_in(place: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that a place is, or that lies in it alone: a folder with a config is a model of transformers. None for anything else.
+
+    Raises:
+        CheckpointError: several lie there, and nothing says which one is meant.
+    """
+    path = Path(place)
+    refuse_path(path)
+    if not path.is_dir():
+        return path if path.suffix == SUFFIX else None
+    found = [] if (path / "config.json").exists() else sorted(path.glob(f"*{SUFFIX}"))
+    if len(found) > 1:
+        raise CheckpointError(f"{path}: holds {len(found)} GGUF files ({found[0].name}, {found[1].name} ...); name one")
+    return found[0] if found else None
+
+
+def has_blocks(path: Path) -> bool:
+    """Whether a file has matrices in blocks that stay packed; without, it is a file of numbers like any other."""
+    with open_gguf(path) as file:
+        return any(
+            info.kind.name in FORMATS and len(info.shape) == 2 and name.startswith("blk.")
+            for name, info in file.tensors.items()
+        )
+
+
+@contextmanager
+def open_gguf(path: str | os.PathLike[str]) -> Iterator[GGUF]:
+    """The file, its header read and checked.
+
+    Raises:
+        CheckpointError: it is not there, cannot be read, is one part of several, or no whole GGUF file; nothing of its size was read then.
+    """
+    place = Path(path)
+    refuse_path(place)
+    if not place.is_file():
+        what = "is no file" if place.exists() else "no such file"
+        raise CheckpointError(f"{place}: {what}; wanted a GGUF file")
+    import_gguf()
+    try:
+        opened = disk.used.open(place)
+    except OSError as error:
+        raise CheckpointError(f"{place}: cannot be read ({error.strerror}); check the path") from None
+    with closing(opened):
+        found = GGUF(place, opened)
+        _refuse_parts(found)
+        yield found
+
+
+def _refuse_parts(found: GGUF) -> None:
+    part, count = _PART.search(found.path.name), found.said("split.count", int, 1)
+    if (part and part[2] != "00001") or count > 1:
+        raise CheckpointError(
+            f"{found.path}: is one of {int(part[2]) if part else count} parts of a model; put them together with "
+            "'llama-gguf-split --merge FIRST_PART WHOLE.gguf', and name that file"
+        )

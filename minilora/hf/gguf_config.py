@@ -1,0 +1,196 @@
+"""The config of the model in a GGUF file: transformers' table of what each entry of the metadata is called, and what that table leaves out.
+
+transformers reads some architectures with entries missing (the base of the rotary angles, the width of a head, the caps of Gemma's logits,
+who ends an answer), and then its defaults stand in silently. Here every entry of the model's own is known, or the file is refused by the
+entry's name. Next file: ``hf/gguf_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.errors import CheckpointError
+from minilora.files.validate import shown
+from minilora.gguf.file import GGUF, open_gguf
+from minilora.hf.folders import import_transformers, refuse_endless
+
+__all__ = ["KNOWN", "gguf_config", "gguf_config_of"]
+
+# What each architecture is called by transformers; all of them are tested against the models that the files were made of.
+KNOWN = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+}
+_SAID_BY_TENSORS = {
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "vocab_size",
+}
+_WITHOUT_MEANING = {"expert_count": 0, "rope.scaling.type": "none"}  # at these values
+_ROPE_FREQS = "rope_freqs.weight"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def gguf_config_of(path: Path) -> Any:
+    """The same of a file that is not open."""
+    with open_gguf(path) as file:
+        return gguf_config(file)
+
+
+def gguf_config(file: GGUF) -> Any:
+    """The config, as ``AutoModelForCausalLM.from_config`` takes it.
+
+    Raises:
+        CheckpointError: the architecture, or an entry that changes what the model computes, is not known; or one is missing or cannot be.
+    """
+    transformers = import_transformers()
+    arch = file.architecture
+    if arch not in KNOWN:
+        raise CheckpointError(
+            f"{file.path}: is of the architecture {shown(arch)}; known are {', '.join(KNOWN)}; load the model that it was made of"
+        )
+    own = {key.removeprefix(f"{arch}."): value for key, value in file.metadata.items() if key.startswith(f"{arch}.")}
+    fields = _fields(file, own) | _tokens(file) | _rotary(file, own) | _OWN.get(arch, _nothing)(own)
+    if arch == "stablelm":
+        fields["use_qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
+    try:
+        config = transformers.AutoConfig.for_model(KNOWN[arch], **fields)
+        refuse_endless([config], str(file.path))
+        return config
+    except CheckpointError:
+        raise
+    except Exception as error:  # of numbers that no model has anything can come
+        raise CheckpointError(f"{file.path}: its metadata makes no model ({type(error).__name__}: {error})") from None
+
+
+def _fields(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' table names, and nothing that nobody names."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    arch = file.architecture
+    table = {key: name for key, name in GGUF_CONFIG_MAPPING[arch].items() if key != "rope.dimension_count"}
+    for key, value in own.items():
+        known = key in table or key in _SAID_BY_TENSORS or key in _ALSO.get(arch, {})
+        if not known and (key not in _WITHOUT_MEANING or _WITHOUT_MEANING[key] != value):
+            raise CheckpointError(
+                f"{file.path}: its metadata says {arch}.{key}={shown(value)}, which is not read yet; load the model that it was made of"
+            )
+    for key in ("block_count", "embedding_length", "attention.head_count"):
+        file.said(f"{arch}.{key}", int) or _missing(file, f"{arch}.{key}")
+    table = table | _ALSO.get(arch, {})
+    return {name: own[key] for key, name in table.items() if name is not None and key in own}
+
+
+def _missing(file: GGUF, key: str) -> None:
+    raise CheckpointError(f"{file.path}: its metadata lacks {key}; make the file anew")
+
+
+def _tokens(file: GGUF) -> dict[str, Any]:
+    """The vocabulary, who begins a text and who ends an answer, and whether the head is the embedding."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{file.path}: has no token_embd.weight; wanted a language model's GGUF file")
+    ids = {name: file.said(f"tokenizer.ggml.{name}_token_id", int) for name in ("bos", "eos", "eot", "eom", "padding")}
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
+    return {
+        "vocab_size": embedding.shape[0],
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": ids["padding"],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+
+
+def _rotary(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The width of a head, how much of it turns, and the base of the angles; nothing for a model with learned places."""
+    if file.architecture == "gpt2":
+        return {}
+    width = own.get("attention.key_length", own["embedding_length"] // own["attention.head_count"])
+    turning = own.get("rope.dimension_count", width)
+    if own.get("attention.value_length", width) != width:
+        raise CheckpointError(
+            f"{file.path}: its heads have keys of {width} and values of {own['attention.value_length']}"
+        )
+    base = float(own.get("rope.freq_base", 10_000.0))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    if file.architecture in _PARTIAL:
+        rope["partial_rotary_factor"] = turning / width
+    elif turning != width:
+        raise CheckpointError(
+            f"{file.path}: turns {turning} of the {width} numbers of a head, which is not read of {file.architecture!r} yet"
+        )
+    if _ROPE_FREQS in file.tensors:
+        rope |= _llama3(file, base, width)
+    if file.architecture == "gemma3":  # layers that see little of the text turn by angles of their own
+        near = rope | {"rope_theta": float(own.get("rope.freq_base_swa", 10_000.0))}
+        return {"head_dim": width, "rope_parameters": {"full_attention": rope, "sliding_attention": near}}
+    return {"head_dim": width, "rope_parameters": rope}
+
+
+_PARTIAL = ("phi3", "stablelm")
+
+
+def _llama3(file: GGUF, base: float, width: int) -> dict[str, Any]:
+    """Llama 3's rule for long texts, found by the factors that the file holds for it. Raises ``CheckpointError`` for other factors."""
+    found = file.values(_ROPE_FREQS)
+    for factor in (8.0, 32.0, 16.0, 4.0, 2.0):
+        if torch.allclose(found, _factors(base, width, factor), rtol=1e-3):
+            return {**_LLAMA3, "factor": factor}
+    raise CheckpointError(
+        f"{file.path}: its {_ROPE_FREQS} is none that Llama 3's rule for long texts gives; load the model that it was made of"
+    )
+
+
+def _factors(base: float, width: int, factor: float) -> torch.Tensor:
+    """What each angle's frequency is divided by (Llama 3.1): 1 for short waves, ``factor`` for long ones, a mean between them."""
+    waves = 2 * torch.pi * base ** (torch.arange(0, width, 2) / width)
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    smooth = ((_LLAMA3["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+# ---- what only one architecture has
+
+
+def _nothing(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def _gemma(own: Mapping[str, Any], largest: int) -> dict[str, Any]:
+    """Queries are scaled by the width of a head, and in the largest model (27B, by its layers) by what heads share."""
+    width = own.get("attention.key_length", 256)
+    shared = own["embedding_length"] // own["attention.head_count"]
+    return {"query_pre_attn_scalar": shared if own["block_count"] == largest else width}
+
+
+_OWN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "gemma2": lambda own: _gemma(own, 46),
+    "gemma3": lambda own: _gemma(own, 62),
+    "gpt2": lambda own: {"n_positions": own.get("context_length", 1024), "n_inner": own.get("feed_forward_length")},
+}
+_ALSO = {
+    "gemma2": {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gemma3": {"rope.freq_base_swa": None},
+    "stablelm": {"use_parallel_residual": "use_parallel_residual"},
+}

@@ -1,0 +1,220 @@
+"""Which curve of a probe a server's answers lie on: one distance, the scale that fits best, and a sentence.
+
+The distance of two answers is the root mean square difference of their log-probabilities, each token weighted by its probability (the mean
+of both), in nats: near 0 it is the square root of twice the Kullback-Leibler divergence. Rounding moves it by thousandths, packing the base
+otherwise by hundredths to tenths, and an adapter that has learnt something by ones. What was measured stands in ``docs/guides/verify.md``.
+Next file: ``proof/ask.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from minilora.proof.probe import ADAPTED, BASE, Probe, Question
+
+__all__ = ["Answer", "Verdict", "distance", "effect", "exact_for", "fitted", "judge", "told_effect"]
+
+Answer = Mapping[
+    int, float
+]  # token to log-probability, the likeliest ones; what is not of the probe's tokens is below 0
+_EXACT = (
+    0.02  # nats: the same weights in fp32, computed in another order; keys and values of the cache in half precision
+)
+_HALF = 0.08  # the same where the base was in 16 bits, or in the packed blocks of a GGUF file, whose products round the activations
+_NEAR = 0.35  # share of the adapter's effect that another packing of the same base may be off by, and at the most
+_MOST_NEAR = 1.0  # so many nats
+_OFF = 0.08  # in a fitted scale: below it a scale is 1, or 0
+_OFF_NEAR = 0.25  # likewise beside another packing
+_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is the matter.
+
+    Attributes:
+        kind: "right", "not applied", "scale", "misread", "another packing",
+            "another base", "another adapter", "another adapter or base", "another template", "unknown".
+        text: a sentence. scale: that fits best. distances: of the base, of the adapted model, of the best fit, in nats. code: to exit with.
+    """
+
+    kind: str
+    text: str
+    scale: float
+    distances: tuple[float, float, float]
+    code: int
+
+
+def judge(probe: Probe, answers: Sequence[Answer], bases: Sequence[Answer] | None = None) -> Verdict:
+    """What a server does, from its answers to the questions of a probe in their order.
+
+    Args:
+        bases: its answers without any adapter, where it can be asked for them.
+    """
+    exact, moved = exact_for(probe), effect(probe)
+    base, adapted = (distance(probe, answers, probe.place(name)) for name in (BASE, ADAPTED))
+    scale, off = fitted(probe, answers)
+    told = (base, adapted, off)
+    if moved < 3 * exact:
+        return _too_small(probe, told, exact, moved)
+    if adapted <= exact and abs(scale - 1) <= _OFF:
+        return Verdict("right", f"applied right: {_off(adapted)} from what was measured here", scale, told, 0)
+    if base <= exact:
+        return Verdict("not applied", f"not applied: these are the answers of the base, {_off(base)}", scale, told, 1)
+    found = _misread(probe, answers, min(exact, moved / 3))
+    if off <= exact and (found is None or off <= found[1]):
+        return Verdict("scale", f"applied with scale {scale:.2f} instead of 1 ({_off(off)})", scale, told, 1)
+    if found is not None:
+        return Verdict(
+            "misread", f"applied otherwise than it was trained: {found[0]} ({_off(found[1])})", scale, told, 1
+        )
+    return _on_another_base(probe, answers, bases, scale, told)
+
+
+def _on_another_base(
+    probe: Probe,
+    answers: Sequence[Answer],
+    bases: Sequence[Answer] | None,
+    scale: float,
+    told: tuple[float, float, float],
+) -> Verdict:
+    """Nothing fits as if it were the same base: what is left is another packing of it, another base or another adapter."""
+    exact, moved, off = exact_for(probe), effect(probe), told[2]
+    near, apart = min(_NEAR * moved, _MOST_NEAR), abs(scale - 1) > _OFF
+    of_base = distance(probe, bases, probe.place(BASE)) if bases else None
+    if of_base is not None and of_base <= exact:
+        if off <= near and apart:
+            return Verdict(
+                "scale", f"applied with scale {scale:.1f} or near it, instead of 1 ({_off(off)})", scale, told, 1
+            )
+        return Verdict(
+            "another adapter",
+            f"another adapter: the base is right, and no scale of this one fits ({_off(off)})",
+            scale,
+            told,
+            1,
+        )
+    if off <= near and (of_base is None or of_base <= near):
+        said = f"another quantization of the same base: {_off(off)} of an effect of {moved:.2f}"
+        if abs(scale - 1) <= _OFF_NEAR:
+            return Verdict("another packing", f"applied, on {said}", scale, told, 1)
+        if scale <= _OFF_NEAR:
+            return Verdict("not applied", f"not applied, and on {said}", scale, told, 1)
+        return Verdict("scale", f"applied with scale {scale:.1f} instead of 1, perhaps on {said}", scale, told, 1)
+    if of_base is not None and of_base > near:
+        return Verdict(
+            "another base", f"another base: without the adapter it is {_off(of_base)} already", scale, told, 1
+        )
+    which = "another adapter" if of_base is not None else "another adapter or base"
+    return Verdict(which, f"{which}: no scale of this one fits ({_off(off)})", scale, told, 1)
+
+
+def _too_small(probe: Probe, told: tuple[float, float, float], exact: float, moved: float) -> Verdict:
+    if min(told[:2]) > max(exact, 3 * moved):
+        return Verdict("another adapter or base", f"another adapter or base: {_off(min(told[:2]))}", 1.0, told, 1)
+    text = f"cannot be told: the adapter moves the answers by {moved:.4f} only; seal it with --prompts that it was trained for"
+    return Verdict("unknown", text, 1.0, told, 2)
+
+
+def _misread(probe: Probe, answers: Sequence[Answer], exact: float) -> tuple[str, float] | None:
+    """The mistake that the answers are nearest to, if they are that near."""
+    each = [
+        (curve.name, distance(probe, answers, at)) for at, curve in enumerate(probe.curves) if curve.kind == "misread"
+    ]
+    best = min(each, key=lambda one: one[1], default=None)
+    return best if best is not None and best[1] <= exact else None
+
+
+def _off(value: float) -> str:
+    return f"{value:.4f} nats off"
+
+
+def exact_for(probe: Probe) -> float:
+    """Nats within which answers are the same, by how the base lay in memory."""
+    plain = probe.dtype == "float32" and not any(word in probe.packing for word in ("q4_", "q5_", "q6_", "q8_", "gguf"))
+    return _EXACT if plain else _HALF
+
+
+def effect(probe: Probe) -> float:
+    """How far base and adapted model are from each other, in nats."""
+    rows = [question.log_probs[probe.place(ADAPTED)] for question in probe.questions]
+    listed = probe.curves[probe.place(ADAPTED)].listed
+    answers = [_top(question.tokens, row, listed) for question, row in zip(probe.questions, rows, strict=True)]
+    return distance(probe, answers, probe.place(BASE))
+
+
+def told_effect(probe: Probe) -> str:
+    """A line: how well this probe can tell the base from the adapted model."""
+    moved, count = effect(probe), len(probe.questions)
+    if moved < 3 * exact_for(probe):
+        return f"the adapter moves the answers to {count} questions by {moved:.4f} nats only: a server that leaves it out cannot be told"
+    return f"{count} questions, whose answers the adapter moves by {moved:.2f} nats"
+
+
+def _top(tokens: Sequence[int], row: Sequence[float], count: int) -> dict[int, float]:
+    order = sorted(range(len(row)), key=lambda at: -row[at])[:count]
+    return {tokens[at]: row[at] for at in order}
+
+
+def distance(probe: Probe, answers: Sequence[Answer], at: int) -> float:
+    """Nats between answers and curve number ``at``."""
+    squares = [
+        _square(question, answer, question.log_probs[at], probe.curves[at].listed)
+        for question, answer in zip(probe.questions, answers, strict=True)
+        if answer
+    ]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def fitted(probe: Probe, answers: Sequence[Answer]) -> tuple[float, float]:
+    """The scale whose curve is nearest, and how far that is. Between the scales that were measured log-probabilities are interpolated."""
+    knots = sorted((curve.scale, at) for at, curve in enumerate(probe.curves) if curve.kind == "scale")
+    asked = [(question, answer) for question, answer in zip(probe.questions, answers, strict=True) if answer]
+    most, listed = knots[-1][0], min(probe.curves[at].listed for _, at in knots)
+
+    def off(scale: float) -> float:
+        weights = _weights([knot for knot, _ in knots], scale)
+        total = 0.0
+        for question, answer in asked:
+            rows = [(weight, question.log_probs[at]) for weight, (_, at) in zip(weights, knots, strict=True) if weight]
+            row = [sum(weight * row[token] for weight, row in rows) for token in range(len(question.tokens))]
+            total += _square(question, answer, row, listed)
+        return math.sqrt(total / len(asked))
+
+    coarse = min((most * step / 40 for step in range(41)), key=off)
+    near = [scale for step in range(-12, 13) if 0 <= (scale := coarse + _STEP / 2 * step * most / 1.2) <= most]
+    best = min(near, key=off)
+    return best, off(best)
+
+
+def _weights(knots: Sequence[float], at: float) -> list[float]:
+    """Of a parabola through the three knots nearest to ``at`` (Lagrange); through all, if there are fewer."""
+    near = sorted(sorted(range(len(knots)), key=lambda number: abs(knots[number] - at))[:3])
+    weights = [0.0] * len(knots)
+    for one in near:
+        weights[one] = math.prod((at - knots[other]) / (knots[one] - knots[other]) for other in near if other != one)
+    return weights
+
+
+def _square(question: Question, answer: Answer, row: Sequence[float], listed: int) -> float:
+    """Mean square difference of one answer. What one side does not list is, on that side, at most the least that it lists."""
+    least, cut = min(answer.values()), sorted(row, reverse=True)[min(listed, len(row)) - 1]
+    known = dict(zip(question.tokens, row, strict=True))
+    total = weights = 0.0
+    for token in {*answer, *known}:
+        theirs, ours = answer.get(token), known.get(token)
+        if theirs is None and ours is not None:
+            if ours <= least:
+                continue
+            theirs = least
+        if ours is None and theirs is not None:
+            if theirs <= cut:
+                continue
+            ours = cut
+        if theirs is None or ours is None:
+            continue
+        weight = (math.exp(theirs) + math.exp(ours)) / 2
+        total, weights = total + weight * (theirs - ours) ** 2, weights + weight
+    return total / weights if weights else 0.0

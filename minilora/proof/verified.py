@@ -1,0 +1,112 @@
+"""Verify a server, or a program in this process: read the probe, ask, judge, and look at the chat template. Next file: ``proof/inside.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from minilora.proof.ask import Server
+from minilora.proof.inside import asked_in
+from minilora.proof.verdict import Verdict, judge
+from minilora.proof.probe import Chat, Probe, read_probe
+from minilora.training.progress import busy
+
+__all__ = ["verify", "verify_in"]
+
+
+def verify(folder: str | os.PathLike[str], url: str, model: str = "", seconds: float = 60.0, key: str = "") -> Verdict:
+    """What a server at ``url`` makes of the adapter in ``folder``, which has a ``probe.json``.
+
+    Args:
+        model: its name on the server; "" takes the only one. seconds: that each answer may take. key: a bearer token.
+
+    Raises:
+        CheckpointError: as ``read_probe``. ConfigError: an address that cannot be. ServerError: the server cannot be asked.
+    """
+    probe = read_probe(folder)
+    with busy(f"asking {url}", len(probe.questions)) as tick:
+        server = Server(url, model, seconds, key)
+        answers = server.answers(probe.questions, tick)
+        found = judge(probe, answers)
+        if found.kind not in ("right", "not applied") and (bare := server.without_adapter()) is not None:
+            found = judge(probe, answers, bare.answers(probe.questions))
+        found = _with_loaded(found, server.loaded())
+        return _with_template(found, [_template(server, chat) for chat in probe.chats])
+
+
+def verify_in(folder: str | os.PathLike[str], program: str, model: str, base: str = "", lora: str = "") -> Verdict:
+    """What a program in this process makes of the adapter: "peft", "transformers" or "llama.cpp".
+
+    Args:
+        model: the base, as ``load_model`` takes it; not for llama.cpp. base: the GGUF that llama.cpp serves. lora: the adapter as GGUF.
+
+    Raises:
+        CheckpointError: as ``read_probe``. MissingPackageError: the program is not installed. ConfigError: something it needs is not named.
+    """
+    probe = read_probe(folder)
+    with asked_in(program, folder, model, base, lora) as asked:
+        if isinstance(asked, str):
+            return verify(folder, asked)
+        return judge(probe, asked(probe.questions))
+
+
+def _with_loaded(found: Verdict, scales: Sequence[float] | None) -> Verdict:
+    """The verdict, with what llama.cpp says that it has loaded."""
+    if scales is None or found.kind in ("right", "another packing"):
+        return found
+    if not scales and found.kind == "another adapter or base":
+        return dataclasses.replace(
+            found, kind="another base", text=f"another base, and no adapter: the server has none loaded ({found.text})"
+        )
+    said = f"with scale {', '.join(f'{scale:g}' for scale in scales)}" if scales else "none"
+    return dataclasses.replace(found, text=f"{found.text}; adapters that the server says it has loaded: {said}")
+
+
+def _template(server: Server, chat: Chat) -> str:
+    """How the server renders a conversation otherwise, in words; "" where it does not, or where it does not say."""
+    found = server.rendered(chat)
+    if found is None:
+        return ""
+    path, value = found
+    if isinstance(value, str):
+        same = value == chat.text or (
+            chat.text.endswith(value) and len(chat.text) - len(value) <= _begin(chat.text, value)
+        )
+        return "" if same else f"{path} gives {_apart(value, chat.text)}"
+    if isinstance(value, list):
+        return (
+            "" if tuple(value) == chat.ids else f"{path} gives {len(value)} tokens, not the {len(chat.ids)} of the run"
+        )
+    return "" if value == len(chat.ids) else f"{path} counts {value} tokens, not {len(chat.ids)}"
+
+
+def _begin(text: str, without: str) -> int:
+    """Letters of a beginning-of-text token, which some programs leave to the tokenizer."""
+    first = text[: len(text) - len(without)]
+    return len(first) if first.startswith("<") and first.endswith(">") and "\n" not in first and len(first) <= 40 else 0
+
+
+def _apart(value: str, wanted: str) -> str:
+    at = next(
+        (at for at, (one, other) in enumerate(zip(value, wanted, strict=False)) if one != other),
+        min(len(value), len(wanted)),
+    )
+    begin = max(0, at - 10)
+    return f"{value[begin : at + 30]!r} where the run had {wanted[begin : at + 30]!r}"
+
+
+def _with_template(found: Verdict, remarks: Sequence[str]) -> Verdict:
+    """The verdict, with the chat template's."""
+    remark = next(filter(None, remarks), "")
+    if not remark:
+        return found
+    text = f"another chat template: {remark}"
+    if found.kind == "right":
+        return dataclasses.replace(found, kind="another template", text=f"{found.text}; but {text}", code=1)
+    return dataclasses.replace(found, text=f"{found.text}; and {text}")
+
+
+def said_of(probe: Probe) -> str:
+    """On what it was measured, in words."""
+    return f"{probe.model or 'the base'}, {probe.packing or 'not packed'}, in {probe.dtype}"
