@@ -66,8 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
         model, tokenizer, _ = loaded(arguments, record)
         prompts = arguments.prompts or (record.prompts if record else [])
         template = record.template if record else template_sha256(tokenizer)
-        about = {"system": arguments.system, "template": template, "packing": str(packing_of(model)), "name": arguments.model}
-        seal_folder(model, tokenizer, arguments.folder, prompts, say=lambda line: say(f"{arguments.folder}: {line}"), **about)
+        about = {
+            "system": arguments.system,
+            "template": template,
+            "packing": str(packing_of(model)),
+            "name": arguments.model,
+        }
+        seal_folder(
+            model, tokenizer, arguments.folder, prompts, say=lambda line: say(f"{arguments.folder}: {line}"), **about
+        )
     say(f"next: {command('verify', arguments.folder, '--server', 'http://127.0.0.1:8080')}")
 
 

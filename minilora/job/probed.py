@@ -1,4 +1,7 @@
-"""The probe of a run (``proof/probe.py``): made after its last step, of its own prompts. What fails here ends no run. Next file: ``job/push.py``."""
+"""The probe of a run (``proof/probe.py``): made after its last step, of its own prompts. What fails here ends no run.
+
+Next file: ``job/push.py``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,11 @@ def keep_probe(
     say: Callable[[str], None],
 ) -> None:
     """Write ``probe.json`` of the run's adapter, and say how well it can be verified; or why there is none."""
-    about: dict[str, Any] = {"system": job.system, "template": template, "name": str(model.config._name_or_path or job.model)}
+    about: dict[str, Any] = {
+        "system": job.system,
+        "template": template,
+        "name": str(model.config._name_or_path or job.model),
+    }
     about["packing"] = str(packing_of(model, is_packed_folder(resolve(job.model))))
     try:
         with as_trained(model, job.training):

@@ -1,4 +1,4 @@
-"""The programs that can be asked in this process: PEFT and transformers, which read the folder themselves, and llama.cpp as ``xllamacpp``."""
+"""The programs that can be asked in this process: PEFT and transformers, which read the folder, and llama.cpp as ``xllamacpp``."""
 
 from __future__ import annotations
 
@@ -68,12 +68,14 @@ def _llama_cpp(base: str, lora: str) -> Iterator[str]:
     """llama.cpp's server with the adapter, on a free port of loopback."""
     for flag, value in (("--base", base), ("--lora", lora)):
         if not value:
-            raise ConfigError(f"{flag}: missing; --in llama.cpp needs the served GGUF (--base) and the adapter as GGUF (--lora)")
+            raise ConfigError(
+                f"{flag}: missing; --in llama.cpp needs the served GGUF (--base) and the adapter as GGUF (--lora)"
+            )
         if not Path(value).is_file():
             raise ConfigError(f"{flag}={value!r}: no such file; wanted a GGUF file")
     if find_spec("xllamacpp") is None:
         raise MissingPackageError("--in llama.cpp: needs xllamacpp, which brings the engine; pip install xllamacpp")
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped,unused-ignore]
 
     asked = xllamacpp.CommonParams()
     asked.model.path, asked.hostnames, asked.port = base, ["127.0.0.1"], 0
@@ -82,7 +84,9 @@ def _llama_cpp(base: str, lora: str) -> Iterator[str]:
     try:
         server = xllamacpp.Server(asked)
     except RuntimeError as error:
-        raise CheckpointError(f"{base}: llama.cpp does not load it with {lora} ({printable(str(error))[:200]})") from None
+        raise CheckpointError(
+            f"{base}: llama.cpp does not load it with {lora} ({printable(str(error))[:200]})"
+        ) from None
     try:
         yield server.listening_address
     finally:

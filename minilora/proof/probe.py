@@ -23,7 +23,18 @@ from minilora.files.read import read_files, refuse_path
 from minilora.files.write import write_file
 from minilora.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_sha256
 
-__all__ = ["ADAPTED", "BASE", "PROBE_FILE", "Chat", "Curve", "Probe", "Question", "digest_of", "read_probe", "write_probe"]
+__all__ = [
+    "ADAPTED",
+    "BASE",
+    "PROBE_FILE",
+    "Chat",
+    "Curve",
+    "Probe",
+    "Question",
+    "digest_of",
+    "read_probe",
+    "write_probe",
+]
 
 PROBE_FILE = "probe.json"
 BASE, ADAPTED = "base", "adapted"  # curves that every probe has
@@ -100,7 +111,9 @@ class Probe:
 
 def digest_of(folder: str | os.PathLike[str]) -> str:
     """``adapter_sha256`` of the files in a folder. Raises ``CheckpointError`` for one without an adapter."""
-    return adapter_sha256(read_files(folder, {CONFIG_FILE: "the adapter's config", WEIGHTS_FILE: "the adapter's weights"}))
+    return adapter_sha256(
+        read_files(folder, {CONFIG_FILE: "the adapter's config", WEIGHTS_FILE: "the adapter's weights"})
+    )
 
 
 def write_probe(folder: str | os.PathLike[str], probe: Probe) -> None:
@@ -142,12 +155,15 @@ def _probe(content: dict[str, Any]) -> Probe:
         raise ConfigError(f"version: wanted {_VERSION}")
     found = _fields("probe", content, Probe)
     for name in ("adapter", "template"):
-        if not isinstance(found[name], str) or not (_SHA256.fullmatch(found[name]) or (name == "template" and not found[name])):
+        if not isinstance(found[name], str) or not (
+            _SHA256.fullmatch(found[name]) or (name == "template" and not found[name])
+        ):
             raise ConfigError(f"{name}: wanted 64 hexadecimal digits")
     for name in ("model", "dtype", "packing"):
         validate.whole_text(name, found[name])
     curves = [_curve(entry) for entry in _list("curves", found["curves"], 2, _MOST_CURVES)]
-    if {curve.name for curve in curves} < {BASE, ADAPTED} or curves[0].name != BASE or len({c.name for c in curves}) < len(curves):
+    names = {curve.name for curve in curves}
+    if not names >= {BASE, ADAPTED} or curves[0].name != BASE or len(names) < len(curves):
         raise ConfigError("curves: wanted base, adapted, and others by different names")
     questions = [_question(entry, curves) for entry in _list("questions", found["questions"], 1, _MOST_QUESTIONS)]
     chats = [_chat(entry) for entry in _list("chats", found["chats"], 0, _MOST_QUESTIONS)]
@@ -206,5 +222,7 @@ def _list(name: str, value: Any, least: int, most: int) -> list[Any]:
 
 def _fields(name: str, value: Any, kind: type) -> dict[str, Any]:
     if not isinstance(value, dict) or value.keys() != {entry.name for entry in dataclasses.fields(kind)}:
-        raise ConfigError(f"{name}: wanted an object with {', '.join(entry.name for entry in dataclasses.fields(kind))}")
+        raise ConfigError(
+            f"{name}: wanted an object with {', '.join(entry.name for entry in dataclasses.fields(kind))}"
+        )
     return dict(value)

@@ -1,4 +1,7 @@
-"""Verify a server, or a program in this process: read the probe, ask, judge, and look at the chat template. Next file: ``proof/inside.py``."""
+"""Verify a server, or a program in this process: read the probe, ask, judge, and look at the chat template.
+
+Next file: ``proof/inside.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from collections.abc import Sequence
 
 from minilora.proof.ask import Server
 from minilora.proof.inside import asked_in
-from minilora.proof.verdict import Verdict, judge
 from minilora.proof.probe import Chat, Probe, read_probe
+from minilora.proof.verdict import Verdict, judge
 from minilora.training.progress import busy
 
 __all__ = ["verify", "verify_in"]
@@ -56,7 +59,9 @@ def _with_loaded(found: Verdict, scales: Sequence[float] | None) -> Verdict:
     if scales is None or found.kind in ("right", "another packing"):
         return found
     if not scales and found.kind == "another adapter or base":
-        return dataclasses.replace(found, kind="another base", text=f"another base, and no adapter: the server has none loaded ({found.text})")
+        return dataclasses.replace(
+            found, kind="another base", text=f"another base, and no adapter: the server has none loaded ({found.text})"
+        )
     said = f"with scale {', '.join(f'{scale:g}' for scale in scales)}" if scales else "none"
     return dataclasses.replace(found, text=f"{found.text}; adapters that the server says it has loaded: {said}")
 
@@ -68,10 +73,14 @@ def _template(server: Server, chat: Chat) -> str:
         return ""
     path, value = found
     if isinstance(value, str):
-        same = value == chat.text or chat.text.endswith(value) and len(chat.text) - len(value) <= _begin(chat.text, value)
+        same = value == chat.text or (
+            chat.text.endswith(value) and len(chat.text) - len(value) <= _begin(chat.text, value)
+        )
         return "" if same else f"{path} gives {_apart(value, chat.text)}"
     if isinstance(value, list):
-        return "" if tuple(value) == chat.ids else f"{path} gives {len(value)} tokens, not the {len(chat.ids)} of the run"
+        return (
+            "" if tuple(value) == chat.ids else f"{path} gives {len(value)} tokens, not the {len(chat.ids)} of the run"
+        )
     return "" if value == len(chat.ids) else f"{path} counts {value} tokens, not {len(chat.ids)}"
 
 
@@ -82,7 +91,10 @@ def _begin(text: str, without: str) -> int:
 
 
 def _apart(value: str, wanted: str) -> str:
-    at = next((at for at, (one, other) in enumerate(zip(value, wanted, strict=False)) if one != other), min(len(value), len(wanted)))
+    at = next(
+        (at for at, (one, other) in enumerate(zip(value, wanted, strict=False)) if one != other),
+        min(len(value), len(wanted)),
+    )
     begin = max(0, at - 10)
     return f"{value[begin : at + 30]!r} where the run had {wanted[begin : at + 30]!r}"
 

@@ -34,7 +34,12 @@ def base_of(url: str) -> str:
     """The address of a server, without ``/v1`` and a slash at the end. Raises ``ConfigError`` for what is no such address."""
     try:
         parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+        good = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and not (parts.query or parts.fragment)
+        )
         good = good and url.isascii() and url.isprintable() and " " not in url and parts.username is None
     except ValueError:
         good = False
@@ -65,7 +70,9 @@ def call(url: str, body: Any, seconds: float, key: str = "") -> Any:
     thread.start()
     thread.join(seconds)
     if not found or isinstance(found[0], TimeoutError):
-        raise ServerError(f"{url}: no whole answer within {seconds:g} s; is the server busy or loading? --timeout waits longer")
+        raise ServerError(
+            f"{url}: no whole answer within {seconds:g} s; is the server busy or loading? --timeout waits longer"
+        )
     if isinstance(found[0], ServerError):
         raise found[0]
     if isinstance(found[0], Exception):
@@ -73,7 +80,9 @@ def call(url: str, body: Any, seconds: float, key: str = "") -> Any:
     try:
         return json.loads(found[0].decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError):
-        raise ServerError(f"{url}: answers no JSON but {_start(found[0])}; wanted an OpenAI-compatible server") from None
+        raise ServerError(
+            f"{url}: answers no JSON but {_start(found[0])}; wanted an OpenAI-compatible server"
+        ) from None
 
 
 def _no_number(name: str) -> Any:
@@ -86,7 +95,7 @@ def _raw(url: str, body: Any, seconds: float, key: str) -> bytes:
         headers["Authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
-    proxies = {} if urllib.parse.urlsplit(url).hostname in _LOOPBACK else None
+    proxies: dict[str, str] | None = {} if urllib.parse.urlsplit(url).hostname in _LOOPBACK else None
     opener = urllib.request.build_opener(_Stay, urllib.request.ProxyHandler(proxies))
     try:
         with opener.open(request, timeout=seconds) as answer:
@@ -94,7 +103,9 @@ def _raw(url: str, body: Any, seconds: float, key: str) -> bytes:
             if len(raw) > _MOST:
                 raise ServerError(f"{url}: answers more than {_MOST:,} bytes; wanted an OpenAI-compatible server")
             if (length := answer.headers.get("Content-Length")) and length.isdigit() and len(raw) < int(length):
-                raise ServerError(f"{url}: the answer breaks off after {len(raw):,} of {int(length):,} bytes; try again")
+                raise ServerError(
+                    f"{url}: the answer breaks off after {len(raw):,} of {int(length):,} bytes; try again"
+                )
             return raw
     except urllib.error.HTTPError as error:
         with error:
