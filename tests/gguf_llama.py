@@ -54,7 +54,9 @@ def write_lora(factors, config, path, factor=lambda path: 1.0):
         if factor(layer):
             name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
             writer.add_tensor(f"{name}.lora_a", A.numpy())
-            writer.add_tensor(f"{name}.lora_b", _turned(f"{layer}.weight", B.numpy() * np.float32(factor(layer)), config))
+            writer.add_tensor(
+                f"{name}.lora_b", _turned(f"{layer}.weight", B.numpy() * np.float32(factor(layer)), config)
+            )
     _close(writer)
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "talk with a model, with or without an adapter",
     "look": "show examples token by token, as training sees them",
     "info": "say what an adapter folder, a run or a packed model is",
+    "doctor": "say what is wrong with an adapter, whoever made it",
     "compare": "put runs side by side: settings, losses, answers",
     "plan": "say what a training step will hold in memory, and measure it",
     "bench": "run one fine-tuning job in minilora and in PEFT, and compare",

@@ -7,6 +7,7 @@ A program that reads PEFT's layout computes the scaling of a layer in its own wa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
 from minilora.store.contents import by_factors, others_in
 
-__all__ = ["Server", "servers_of"]
+__all__ = ["RANKS_OF_VLLM", "Server", "scaling_read", "servers_of", "vllm_rank"]
 
 _CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX"}
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 # Variants that no plain LoRA can stand for.
 _NEVER = {
     "dora": "DoRA rescales every row of a weight, so its update has full rank",
@@ -75,7 +76,7 @@ def _server(stored: Stored, target: str, folder: Path) -> Server:
         return Server(name, "no", f"{reason}; minilora merge makes a whole model of it")
     if reason := _misread(stored, target):
         return Server(name, "after export", f"{export}: {reason}")
-    start = f"vllm serve {base} --enable-lora --max-lora-rank {_vllm_rank(stored)} --lora-modules mine={folder}"
+    start = f"vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(stored)} --lora-modules mine={folder}"
     return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
 
 
@@ -89,6 +90,15 @@ def _misread(stored: Stored, target: str) -> str:
     return "its converter takes lora_alpha / r for every layer" if config.use_rslora or config.alpha_pattern else ""
 
 
-def _vllm_rank(stored: Stored) -> int:
+def scaling_read(stored: Stored, target: str, rank: int) -> float:
+    """The scaling that the program takes for a layer of this ``rank`` in the folder as it is; right is ``config.scaling(path)``."""
+    config = stored.config
+    if target == "llama.cpp":
+        return config.lora_alpha / rank
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def vllm_rank(stored: Stored) -> int:
+    """What vLLM's ``--max-lora-rank`` has to be: the first rank that it allows from the adapter's largest on."""
     most = max((len(t) for key, t in stored.tensors.items() if key.endswith("lora_A.weight")), default=1)
-    return next((rank for rank in _RANKS if rank >= most), most)
+    return next((rank for rank in RANKS_OF_VLLM if rank >= most), most)

@@ -17,7 +17,7 @@ from pathlib import Path
 from minilora.errors import CheckpointError, MiniLoraError
 from minilora.files import disk
 
-__all__ = ["read_bytes", "read_files", "refuse_path"]
+__all__ = ["current", "read_bytes", "read_files", "refuse_path"]
 
 COMMIT = ".minilora-commit-"
 _TRIES = 200  # beside a writer
@@ -55,7 +55,7 @@ def read_files(
     for _ in range(_TRIES):
         with ExitStack() as stack:
             opened = {}
-            for name, path in _current(place, wanted).items():
+            for name, path in current(place, wanted).items():
                 try:
                     opened[name] = stack.enter_context(closing(disk.used.open(path)))
                 except FileNotFoundError:
@@ -67,7 +67,7 @@ def read_files(
             except OSError as error:
                 raise _unread(place, "a file in it", error) from None
             # Open files keep their numbers, so equal ones mean that nothing was exchanged in between.
-            now = {name: disk.used.identity(path) for name, path in _current(place, wanted).items()}
+            now = {name: disk.used.identity(path) for name, path in current(place, wanted).items()}
             if now == {name: opened[name].identity if name in opened else None for name in wanted}:
                 break
         time.sleep(0.002)
@@ -88,7 +88,7 @@ def commit_of(place: Path) -> Path | None:
     return None
 
 
-def _current(place: Path, names: Collection[str]) -> dict[str, Path]:
+def current(place: Path, names: Collection[str]) -> dict[str, Path]:
     """Where each file is: in a commit that is not finished, or in its place."""
     try:
         commit = commit_of(place)

@@ -6,7 +6,7 @@ is read. Next file: ``files/write.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from minilora.errors import CheckpointError
 from minilora.files import disk
 from minilora.files.parse import LONGEST_JSON, Entry, parse_header, tensor_at
 
-__all__ = ["Tensors", "open_tensors"]
+__all__ = ["Tensors", "open_tensors", "tensors_of_files"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Tensors:
     """Tensors by name, each read anew whenever it is asked for.
 
     Attributes:
-        shapes: name to shape, in the order of the files.
+        shapes: name to shape, in the order of the files. metadata: what the files say of themselves, text to text.
     """
 
-    def __init__(self, places: dict[str, _Place]) -> None:
-        self._places = places
+    def __init__(self, places: dict[str, _Place], metadata: Mapping[str, str]) -> None:
+        self._places, self.metadata = places, metadata
         self.shapes = {name: place.entry.shape for name, place in places.items()}
 
     def dtype(self, name: str) -> str:
@@ -67,7 +67,15 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder}: no .safetensors file; pickles are not read, save the model again")
+    with tensors_of_files(paths) as tensors:
+        yield tensors
+
+
+@contextmanager
+def tensors_of_files(paths: Iterable[Path]) -> Iterator[Tensors]:
+    """All tensors of these files. Raises as ``open_tensors``."""
     places: dict[str, _Place] = {}
+    metadata: dict[str, str] = {}
     with ExitStack() as stack:
         for path in paths:
             try:
@@ -75,13 +83,15 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
                 head = file.read(0, min(8 + LONGEST_JSON, file.size))
             except OSError as error:
                 raise _unread(path, error) from None
-            entries = parse_header(head, path, file.size).entries
+            header = parse_header(head, path, file.size)
+            entries = header.entries
             if twice := entries.keys() & places.keys():
                 raise CheckpointError(
                     f"{path}: {min(twice)[:200]} is in another file of the folder, too; keep one of them"
                 )
             places |= {name: _Place(path, file, entry) for name, entry in entries.items()}
-        yield Tensors(places)
+            metadata |= header.metadata
+        yield Tensors(places, metadata)
 
 
 def _unread(path: Path, error: OSError) -> CheckpointError:

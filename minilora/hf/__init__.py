@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "minilora.hf.generate": ("answers",),
         "minilora.hf.load": ("load_model", "load_tokenizer", "resolve"),
         "minilora.hf.quantizer": ("NF4Config",),  # importing it makes the quantizer known to transformers
+        "minilora.hf.began": ("Reference", "reference"),
         "minilora.hf.trainer": ("LoraTrainer", "LoraTrainerMixin"),
     },
 )

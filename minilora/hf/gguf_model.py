@@ -1,12 +1,14 @@
 """A model from a GGUF file, its blocks left as they lie there: what llama.cpp multiplies with is what an adapter is trained on.
 
 Names come from the map of llama.cpp's converter, and transformers' processors undo what it did to values: Llama's rows of queries and keys
-are put back in order as whole rows of bytes, and Gemma's norms, which are held one larger, are made smaller. Next file: ``hf/gguf_tokenizer.py``.
+are put back in order as whole rows of bytes, and Gemma's norms, which are held one larger, are made smaller. Next file:
+``hf/gguf_tokenizer.py``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +142,21 @@ class _Blocks:
         self.file, self.dtype, self.on = file, dtype, on
         self._names = {target: name for name, target in _named(file, model).items()}
         self._layers = {target: layer for target in self._names if (layer := _linear_at(model, target)) is not None}
+        self._refuse_other_shapes(model.state_dict())
         self._processor = _processor(file, model)
         self._quant, self.packed = None, [target for target in self._layers if self._kind(target) in FORMATS]
         if not self.packed and quant is not None:  # numbers: packed as those of any other model
             self._quant = quant
             self.packed = [f"{path}.weight" for path in quantizable_paths(model, ALL_LINEAR)]
         self.shapes = {target: self._shape(target) for target in self._names if target not in self.packed}
+
+    def _refuse_other_shapes(self, wanted: Mapping[str, Tensor]) -> None:
+        for target, name in self._names.items():
+            if (own := self._shape(target)) != tuple(wanted[target].shape):
+                raise CheckpointError(
+                    f"{self.file.path}: {name} is {list(own)}, the model wants {list(wanted[target].shape)}; {self.what} do not fit "
+                    f"{self.said}"
+                )
 
     def _kind(self, target: str) -> str:
         return self.file.tensors[self._names[target]].kind.name
@@ -160,8 +171,6 @@ class _Blocks:
         if self._quant is not None:
             return quantize(self._rows(target, self.file.values(name)).to(self.dtype), self._quant, target)
         info = self.file.tensors[name]
-        if len(info.shape) != 2:
-            raise CheckpointError(f"{self.file.path}: {name} has {len(info.shape)} sides; wanted a matrix")
         if self.on is not None:
             unread = torch.empty(info.shape[0], info.nbytes // info.shape[0], dtype=torch.uint8, device=self.on)
             return GGUFTensor(unread, info.kind.name, torch.Size(info.shape), self.dtype)
@@ -169,7 +178,7 @@ class _Blocks:
         return gguf_tensor(raw, info.kind.name, info.shape, self.dtype, f"{self.file.path}: {name}")
 
     def _rows(self, target: str, rows: Tensor) -> Tensor:
-        """Rows ``[out, ...]``, bytes or numbers, in the model's order. Those of a ``Conv1D`` stay ``[out, in]``, as a packed one has them."""
+        """Rows ``[out, ...]``, bytes or numbers, in the model's order; those of a ``Conv1D`` stay so, as a packed one has them."""
         if is_conv1d(self._layers[target]):
             return rows
         return self._processed(self._names[target], rows)

@@ -18,7 +18,8 @@ from minilora.hf.folders import import_transformers, unreadable
 
 __all__ = ["CUTS", "gguf_tokenizer"]
 
-_CONTROL, _OWN = 3, 4  # kinds of token: what steers a model, and what somebody added
+_NORMAL, _CONTROL, _OWN = 1, 3, 4  # kinds of token: a piece of text, what steers a model, what somebody added
+_SPACE = "\u2581"
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -139,7 +140,40 @@ def _byte_level(file: GGUF) -> tuple[Any, bool]:
     return backend, cut.begins
 
 
-_KINDS = {"gpt2": _byte_level}
+def _pieces(file: GGUF) -> tuple[Any, bool]:
+    """Sentencepiece's vocabulary: pieces with scores, of which the best pair is merged first; what is no piece is written in bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens, scores = _tokens(file), file.said("tokenizer.ggml.scores", list, [])
+    if len(scores) != len(tokens):
+        raise CheckpointError(f"{file.path}: has {len(scores):,} scores for {len(tokens):,} tokens; wanted one for each")
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    unknown = tokens[file.said("tokenizer.ggml.unknown_token_id", int, 0)]
+    merges = _merges(file, vocabulary, scores)
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown))
+    before = [normalizers.Prepend(_SPACE)] if file.said("tokenizer.ggml.add_space_prefix", bool, True) else []
+    backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
+    after = [decoders.Strip(" ", 1, 0)] if before else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    return backend, True
+
+
+def _merges(file: GGUF, vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """The pairs that make a piece, best piece first. A piece that steers a model, or is a byte, is not merged."""
+    kinds = file.said("tokenizer.ggml.token_type", list, [1] * len(scores))
+    plain = {piece for piece, place in vocabulary.items() if kinds[place] == _NORMAL}
+    best = sorted(plain, key=lambda piece: (-scores[vocabulary[piece]], vocabulary[piece]))
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in best
+        for cut in range(1, len(piece))
+        if piece[:cut] in plain and piece[cut:] in plain
+    ]
+
+
+_KINDS = {"gpt2": _byte_level, "llama": _pieces}
 
 
 def _add_tokens(backend: Any, file: GGUF) -> None:

@@ -60,7 +60,7 @@ def load_model(
     chosen = {} if attention == AUTO else {"attn_implementation": attention}
     if file := gguf_in(place):
         model = load_gguf(file, dtype, on, quant, rows, **chosen)
-        model.config._name_or_path = name
+        model.config._name_or_path = HUB_NAME if name == SMOLLM2_GGUF else name  # as below
         return _in_shards(model, rows)
     if is_packed_folder(place):
         return _in_shards(load_packed(place, dtype, trust_remote_code, on, rows, **chosen), rows)

@@ -20,8 +20,9 @@ from minilora.files.tensors import Tensors, open_tensors
 from minilora.gguf.file import gguf_in, has_blocks
 from minilora.hf.fill import fill
 from minilora.hf.folders import in_new_folder, read_config, refuse_occupied, unreadable
+from minilora.hf.older_readers import write_older_keys
 from minilora.linear.experts.layers import ExpertsLinear, is_experts
-from minilora.linear.layers import is_conv1d, is_quantized
+from minilora.linear.layers import is_conv1d, is_ours, is_quantized
 from minilora.lora.bare import Bare
 from minilora.lora.bases import refuse_nested
 from minilora.lora.slots import has_adapters
@@ -55,9 +56,15 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
             "the model carries adapters; save them with save_adapter, and the packed base before injecting"
         )
     refuse_nested(model.named_modules())
-    packed = {path: module for path, module in model.named_modules() if is_quantized(module)}
-    if not packed:
+    every = {path: module for path, module in model.named_modules() if is_quantized(module)}
+    if not every:
         raise StateError("the model has no packed layer; call quantize_model first")
+    packed = {path: module for path, module in every.items() if is_ours(module)}
+    if other := [path for path in every if path not in packed]:
+        raise StateError(
+            f"{other[0]}: is packed as {every[other[0]].format}, a format of GGUF, and its folder is its own .gguf file; save the adapter "
+            "with save_adapter, or merge into a dense model"
+        )
     tensors: dict[str, Tensor] = {}
     for path, layer in packed.items():
         name = weight_name_of(path, layer)
@@ -125,7 +132,7 @@ def save_packed(model: Any, folder: str | os.PathLike[str]) -> None:
 def write_packed(model: Any, folder: Path) -> None:
     tensors = packed_state_dict(model)
     refuse_nonfinite(tensors.items(), "the packed model")
-    layers = [module for module in model.modules() if is_quantized(module)]
+    layers = [module for module in model.modules() if is_ours(module)]
     layers.sort(
         key=lambda layer: storable(layer.book, layer.blocksize)
     )  # one that bitsandbytes lacks makes the folder our own
@@ -136,6 +143,7 @@ def write_packed(model: Any, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"quantization_config": quantization, "architectures": [type(model).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_older_keys(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -19,8 +19,7 @@ from minilora.errors import MiniLoraError
 from minilora.hf.versions import versions
 from minilora.job.record import RECORD_FILE, DataFile, Packing, Record, Session, read_record, write_record
 from minilora.job.settings import Job
-from minilora.linear.gguf import GGUFLinear
-from minilora.linear.packed import QuantLinear
+from minilora.linear.frozen import PackedLinear
 from minilora.training.checkpoint import steps
 from minilora.training.left import kept_records
 from minilora.training.memory import memory_mb, new_peak
@@ -31,22 +30,24 @@ __all__ = ["Phases", "Sessions", "data_files", "new_record", "packing_of", "sett
 
 def packing_of(model: Any, by_folder: bool = False) -> Packing:
     """How the linear layers of a model in memory are packed."""
-    blocks = [module.quantized() for module in model.modules() if isinstance(module, GGUFLinear)]
-    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    if blocks:
-        kinds = "-".join(sorted({weight.format for weight in blocks}))
-        return Packing(kinds, by_folder=by_folder, blocksize=max(weight.unit for weight in blocks))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     if not packed:
         return Packing("none")
-    books = {module.book.name: module.book for module in packed}
-    tables = repr([(name, books[name].signed, books[name].table().tolist()) for name in sorted(books)])
+    known = {module.format: _table(module) for module in packed}
+    tables = repr([known[name] for name in sorted(known)])
     return Packing(
-        "-".join(sorted(books)),
-        any(module.double_quant for module in packed),
+        "-".join(sorted(known)),
+        any(getattr(module, "double_quant", False) for module in packed),
         by_folder,
-        max(module.blocksize for module in packed),
+        max(module.quantized().unit for module in packed),
         hashlib.sha256(tables.encode()).hexdigest(),
     )
+
+
+def _table(layer: Any) -> tuple[Any, ...]:
+    """A format's name and, where it has a table, what is in it."""
+    book = getattr(layer, "book", None)
+    return (layer.format,) if book is None else (book.name, book.signed, book.table().tolist())
 
 
 def template_sha256(tokenizer: Any) -> str:

@@ -317,6 +317,11 @@ def is_quantized(layer: nn.Module) -> TypeGuard[PackedLinear | QuantExperts]:
     return isinstance(layer, (PackedLinear, QuantExperts))
 
 
+def is_ours(layer: nn.Module) -> TypeGuard[QuantLinear | QuantExperts]:
+    """Whether the layer is packed in codes that minilora writes too; those of a GGUF file are only read."""
+    return isinstance(layer, (QuantLinear, QuantExperts))
+
+
 def packed_like(layer: nn.Module, dense: nn.Module, name: str) -> nn.Module:
     """``dense`` packed as the packed ``layer`` is.
 
@@ -324,10 +329,10 @@ def packed_like(layer: nn.Module, dense: nn.Module, name: str) -> nn.Module:
         QuantizationError: as ``quantize``, or the layer is packed in a format that is read and not written.
     """
     known: Any = layer
-    if not hasattr(layer, "book"):
+    if not is_ours(layer):
         raise QuantizationError(
-            f"{name}: is packed as {known.format}, a format of GGUF that is read here and not written; leave requantize out, and the merged "
-            "layer is dense"
+            f"{name}: is packed as {known.format}, a format of GGUF that is read here and not written; leave requantize out, and the "
+            "merged layer is dense"
         )
     config = QuantConfig(known.book, known.blocksize, known.double_quant)
     return pack(dense, config, name)

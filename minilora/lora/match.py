@@ -28,11 +28,11 @@ from minilora.lora.bases import (
     refuse_odd_attention,
 )
 from minilora.lora.config import LoraConfig
-from minilora.lora.targets import Selection, ends_with, exactly, inside, layer_index, select
+from minilora.lora.targets import Selection, ends_with, exactly, inside, layer_index, select, select_by_ending
 
 ALL_LINEAR = "all-linear"
 # A new task head is trained whole: PEFT's rule by task type.
-_HEADS_OF_PEFT = ("classifier", "score")
+HEADS_OF_PEFT = ("classifier", "score")
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
@@ -182,16 +182,15 @@ def linear_paths(model: nn.Module | Bare, routers: bool = False) -> list[str]:
 
 
 def _saved(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
-    # PEFT writes both names of a head into a classifier's file, whichever the model has.
-    usual = [name for name in _HEADS_OF_PEFT if any(ends_with(path, name) for path in modules)]
-    idle = {
-        name for name in _HEADS_OF_PEFT if usual and name not in usual and config.task_type in ("SEQ_CLS", "TOKEN_CLS")
-    }
-    names = tuple(name for name in config.modules_to_save or () if name not in idle)
-    heads = [head for head in _HEADS.get(config.task_type or "", ()) if any(ends_with(path, head) for path in modules)]
+    # PEFT names both heads that a classifier may have, whichever the model has.
+    usual = [name for name in HEADS_OF_PEFT if any(path.endswith(name) for path in modules)]
+    names = tuple(
+        name for name in config.modules_to_save or () if not usual or name in usual or name not in HEADS_OF_PEFT
+    )
+    heads = [head for head in _HEADS.get(config.task_type or "", ()) if any(path.endswith(head) for path in modules)]
     if not names and not heads:
         return []
-    saved = select(modules, (*names, *heads), "modules_to_save")
+    saved = select_by_ending(modules, (*names, *heads), "modules_to_save")
     copied = set(saved)
     for path in saved:
         if (outer := inside(path.rpartition(".")[0], copied)) is not None:

@@ -68,6 +68,20 @@ def select(paths: Iterable[str], wanted: Selection, field: str) -> list[str]:
     return [path for path in known if named[path]]
 
 
+def select_by_ending(paths: Iterable[str], wanted: Sequence[str], field: str) -> list[str]:
+    """The ``paths`` that end in the letters of an entry, dots or not: PEFT's rule for modules that are trained whole ("norm" is every
+    ``input_layernorm`` too). Raises as ``select``.
+    """
+    known = list(paths)
+    check_form(wanted, field)
+    for entry in wanted:
+        if not any(path.endswith(entry) for path in known):
+            raise TargetError(
+                f"{field} entry {entry!r} matches nothing; the closest names are {nearest(entry, _names(known))}"
+            )
+    return [path for path in known if path.endswith(tuple(wanted))]
+
+
 def check_form(wanted: Selection | None, field: str) -> None:
     """What can be said of a selection without a model. Raises ``ConfigError`` as ``select``."""
     if isinstance(wanted, str):

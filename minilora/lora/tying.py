@@ -29,6 +29,7 @@ __all__ = [
     "say_untied",
     "sharers",
     "trained_rows",
+    "twins_of",
     "untie",
 ]
 
@@ -84,12 +85,17 @@ def _twins(bare: Bare, paths: Sequence[str], source: Adapter, table: type[Tied],
     return {path: (table if isinstance(layer, nn.Embedding) else head)(layer, source) for path, layer in layers.items()}
 
 
-def copy_modules(bare: Bare, paths: Sequence[str], config: LoraConfig) -> dict[str, Value]:
+def copy_modules(
+    bare: Bare, paths: Sequence[str], config: LoraConfig, made: Mapping[str, Value] | None = None
+) -> dict[str, Value]:
     """Copies of the modules that train whole, and with ``ensure_weight_tying`` of the modules tied to them, which share the copy's numbers.
 
+    Args:
+        made: what there is of the adapter already.
+
     Raises:
-        TargetError: one object stands in several places, or shares its weight with another table (T5's ``shared``, which the model may
-            never call) and the config does not say to share the change.
+        TargetError: something of the adapter stands on a module that goes with a copy, one object stands in several places, or shares its
+            weight with another table (T5's ``shared``, which the model may never call) and the config does not say to share the change.
     """
     if not paths:
         return {}
@@ -104,8 +110,13 @@ def copy_modules(bare: Bare, paths: Sequence[str], config: LoraConfig) -> dict[s
         module = bare.get_submodule(path)
         if again := [other for other in places[id(module)] if other != path]:
             raise TargetError(f"modules_to_save: {path} and {again[0]} are one shared module; give each its own copy")
-        twins = _twins_of(bare, module, held_by)
+        twins = twins_of(bare, module, held_by)
         if config.ensure_weight_tying:
+            if taken := [other for other in twins if other in (made or {})]:
+                raise TargetError(
+                    f"modules_to_save: {path} trains whole, {taken[0]} with it because they are tied, and {taken[0]} has its own place in "
+                    "target_modules or trainable_token_indices; drop one of the two, or minilora.untie(model) first"
+                )
             values[path] = new = trained(bare.deepcopy(path))
             values |= dict(zip(twins, share_parameters(new, module, map(bare.get_submodule, twins)), strict=True))
             continue
@@ -121,9 +132,10 @@ def copy_modules(bare: Bare, paths: Sequence[str], config: LoraConfig) -> dict[s
     return values
 
 
-def _twins_of(bare: Bare, module: nn.Module, held_by: Mapping[int, Sequence[str]]) -> list[str]:
+def twins_of(bare: Bare, module: nn.Module, held_by: Mapping[int, Sequence[str]] | None = None) -> list[str]:
     """Paths of the modules outside of this one that hold a parameter of it."""
     inside = {id(part): part for _, part in bare.parts_of(module)}
+    held_by = holders(bare) if held_by is None else held_by
     shared = [held_by[id(parameter)] for part in inside.values() for _, parameter in bare.parameters_of(part)]
     others = dict.fromkeys(path for paths in shared if len(paths) > 1 for path in paths)
     return [path for path in others if id(bare.get_submodule(path)) not in inside]

@@ -6,8 +6,8 @@ Next file: ``many/merging.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "set_adapter",
+    "showing",
     "unload",
 ]
 
@@ -78,6 +79,37 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     ``batch_adapters(model, ["__base__"] * rows)``.
     """
     return adapters_of(model).bare()
+
+
+@contextmanager
+def showing(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """These adapters inside the block, and after it those from before; which parameters train does not change.
+
+    It is the model that changes, for every thread. Raises ``StateError`` as ``set_adapter``, and while adapters are merged.
+    """
+    adapters, before = adapters_of(model), adapters_of(model).active
+    adapters.check_set(names)
+    if adapters.merged:
+        raise StateError(f"adapters {list(adapters.merged)} are merged and would stay in the weights; unmerge first")
+    check_stack(adapters.slots, names, ())
+    try:
+        try:  # twice, so that an interrupt on the way out cannot leave the model so
+            _show(model, names)
+            yield
+        finally:
+            _show(model, before)
+    finally:
+        _show(model, before)
+
+
+def _show(model: nn.Module, names: Sequence[str]) -> None:
+    adapters = adapters_of(model)
+    if adapters.chosen == tuple(names):
+        return
+    with LOCK, Change() as change:
+        adapters.refuse_while_mixing()
+        change.put(adapters, "chosen", tuple(names))
+        adapters.settle(change)
 
 
 def unload(model: nn.Module, keep_merged: bool = False) -> nn.Module:

@@ -22,6 +22,7 @@ from minilora.lora.layer import LoRALinear
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.residual import ResidualLoRA
 from minilora.store.adapter_files import WEIGHTS_FILE, Stored, read_adapter
+from minilora.store.copies import as_meant
 from minilora.store.load import load_values, refuse_other_base
 from minilora.store.old_experts import as_today
 
@@ -74,7 +75,7 @@ def _refuse_what_stays(model: nn.Module, adapter_name: str, where: str) -> None:
 
 
 def _swap(model: nn.Module, stored: Stored, adapter_name: str) -> None:
-    adapters, stored = adapters_of(model), as_today(stored, Bare(model))
+    adapters, stored = adapters_of(model), as_meant(as_today(stored, Bare(model)), Bare(model))
     present, where = adapters.named(adapter_name), stored.path
     with torch.random.fork_rng(devices=[]):  # building draws start values that are overwritten at once
         incoming, _ = load_values(model, stored, "incoming-" + adapter_name[:48])

@@ -37,6 +37,7 @@ from minilora.quant.blockwise import quantize
 from minilora.quant.config import QuantConfig
 from minilora.quant.lookup import release_scratch
 from minilora.quant.stack import empty_stack
+from minilora.quant.weight import CHUNK
 from minilora.report.tables import Row
 
 __all__ = ["Memory", "as_rows", "measure", "pack_on_paper", "predict", "training_step", "while_packed"]
@@ -184,7 +185,9 @@ def _product_workspace(args: Sequence[Any], out: Tensor) -> int:
     x, packed, absmax, nested = args[:4]
     weights = x.shape[1] * out.shape[1]
     decoded = min(ops._ROWS, weights)
-    inside = 4 * decoded + 4 * packed.numel() * decoded // weights
+    # Of GGUF's blocks a piece at a time: their integers and what those are made of. Else the bytes as indices.
+    made = 3 * min(decoded, CHUNK) if absmax is None else 4 * packed.numel() * decoded // weights
+    inside = 4 * decoded + made
     if nested is not None:
         inside += 3 * 4 * absmax.numel()
     if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not ops.cpu_has_bf16()):

@@ -169,7 +169,7 @@ class Server:
     # ---- chat
 
     def rendered(self, chat: Chat) -> tuple[str, str | list[int] | int] | None:
-        """What the server's chat template makes of a conversation: as text, ids or a number of tokens, and who said so; None if nobody does."""
+        """What the server's chat template makes of a conversation: text, ids or their number, and who says so; None if nobody does."""
         turns = [dict(turn) for turn in chat.turns]
         asked: list[tuple[str, dict[str, Any], Callable[[Any], Any]]] = [
             ("/apply-template", {"messages": turns}, lambda said: said.get("prompt")),

@@ -40,7 +40,7 @@ RAW = "the trained factors beside the untouched base, without what they started 
 
 @dataclass(frozen=True)
 class Way:
-    """A curve, and what it does: ``factors`` by path, 1 for what is not named; None is the base. ``raw``: factors as they are in the file."""
+    """A curve, and what it does: ``factors`` by path, 1 for what is not named; None is the base. ``raw``: the file's factors."""
 
     curve: Curve
     factors: Mapping[str, float] | None

@@ -66,7 +66,7 @@ class Question:
     """One place in a text.
 
     Attributes:
-        ids: the tokens up to there. text: the same as text, without a beginning-of-text token; "" where a tokenizer would make others of it.
+        ids: the tokens up to there. text: the same, without a beginning-of-text token; "" where a tokenizer would make others of it.
         tokens: ids whose log-probabilities are known, and ``texts``, what each is alone. log_probs: of each curve, of each token.
     """
 

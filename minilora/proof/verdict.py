@@ -23,7 +23,10 @@ Answer = Mapping[int, float]
 # 1.2; half the scale is 1.1 off, no adapter 3.5. ``benchmarks/verify.py`` has the cases of a small model.
 _EXACT = 0.02  # the same weights in fp32, computed in another order
 _HALF = 0.07  # the same weights, in 16 bits or in the packed blocks of a GGUF file
-_NEAR, _MOST_NEAR = 0.35, 1.5  # share of the adapter's effect that another packing of the base may be off by; and nats at the most
+_NEAR, _MOST_NEAR = (
+    0.35,
+    1.5,
+)  # share of the adapter's effect that another packing of the base may be off by; and nats at the most
 _EXPLAINED = 0.35  # a scale tells why answers are off if it leaves no more than this of it
 _OFF = 0.08  # in a fitted scale: nearer to 1 than this it is 1
 _OFF_NEAR = 0.25  # likewise of 0, beside another packing
@@ -86,7 +89,9 @@ def _on_another_base(
     of_base = distance(probe, bases, probe.place(BASE)) if bases else None
     if of_base is not None and of_base <= exact:
         if off <= near and off <= _EXPLAINED * of_all:
-            return Verdict("scale", f"applied with scale {scale:.1f} or near it, instead of 1 ({_off(off)})", scale, told, 1)
+            return Verdict(
+                "scale", f"applied with scale {scale:.1f} or near it, instead of 1 ({_off(off)})", scale, told, 1
+            )
         text = f"another adapter: the base is right, and no scale of this one fits ({_off(off)})"
         return Verdict("another adapter", text, scale, told, 1)
     if of_base is not None and of_base > near:
@@ -193,7 +198,10 @@ def _weights(knots: Sequence[float], at: float) -> list[float]:
 
 def _square(question: Question, answer: Answer, row: Sequence[float], listed: int) -> float:
     """Mean square difference of one answer. What one side does not list is, on that side, at most the least that it lists."""
-    least, cut = min(value for value in answer.values() if not math.isnan(value)), sorted(row, reverse=True)[min(listed, len(row)) - 1]
+    least, cut = (
+        min(value for value in answer.values() if not math.isnan(value)),
+        sorted(row, reverse=True)[min(listed, len(row)) - 1],
+    )
     known = dict(zip(question.tokens, row, strict=True))
     total = weights = 0.0
     for token in {*answer, *known}:

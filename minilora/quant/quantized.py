@@ -63,6 +63,7 @@ class QuantizedTensor(PackedWeight):
     def with_parts(self, parts: Sequence[Tensor | None]) -> QuantizedTensor:
         """The same format over other codes and scales."""
         packed, absmax, nested, offset = parts
+        assert packed is not None and absmax is not None
         return replace(self, packed=packed, absmax=absmax, nested_absmax=nested, nested_offset=offset)
 
     @property

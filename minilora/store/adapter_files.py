@@ -28,12 +28,25 @@ from minilora.lora.config_file import say_unknown
 from minilora.quant.finite import is_finite
 from minilora.store.fingerprint import is_fingerprint
 
-__all__ = ["CONFIG_FILE", "PREFIX", "SEAL_FILE", "WEIGHTS_FILE", "Stored", "read_adapter", "read_config", "seal"]
+__all__ = [
+    "CONFIG_FILE",
+    "PREFIX",
+    "PROJECTIONS",
+    "SEAL_FILE",
+    "WEIGHTS_FILE",
+    "Stored",
+    "named_patterns",
+    "read_adapter",
+    "read_config",
+    "read_seal",
+    "seal",
+]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SEAL_FILE = "minilora.json"
 PREFIX = "base_model.model."
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")  # the matrices that all layers of a VeRA adapter share
 VARIANT = "minilora_variant"  # in the metadata of the weights file
 MADE_WITH = "minilora_made_with"  # likewise: ``Adapter.made_with`` of all layers
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -117,7 +130,7 @@ def read_adapter(
     else:
         used = config
     tensors, metadata = parse_tensors(files[WEIGHTS_FILE], place / WEIGHTS_FILE)
-    _check_tensors(tensors, place / WEIGHTS_FILE)
+    _check_tensors(tensors, place / WEIGHTS_FILE, used)
     kind = metadata.get(VARIANT, used.variant)
     made_with = metadata.get(MADE_WITH, "")
     return Stored(used, tensors, kind, place / WEIGHTS_FILE, config is None, base, ignored, digest, made_with)
@@ -147,16 +160,7 @@ def _expect(place: Path, found: str, wanted: str | None) -> None:
 
 def _check_seal(place: Path, files: Mapping[str, bytearray], whole: bool) -> dict[str, Any] | None:
     """What the seal remembers of the base. Raises ``CheckpointError`` if it is damaged or not these files' seal."""
-    path = place / SEAL_FILE
-    try:
-        content = parse_json(files[SEAL_FILE])
-        good = _seal_bytes(content) == files[SEAL_FILE] and content["version"] == 1
-        hashes, base = dict(content["files"]), content["base"]
-        good = good and (base is None or is_fingerprint(base))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        good, hashes, base = False, {}, None
-    if not good:
-        raise CheckpointError(f"{path}: damaged, or of a newer minilora; copy the folder again")
+    hashes, base = read_seal(files[SEAL_FILE], place / SEAL_FILE)
     for name in (CONFIG_FILE, WEIGHTS_FILE) if whole else (WEIGHTS_FILE,):
         if hashes.get(name) != hashlib.sha256(files[name]).hexdigest():
             raise CheckpointError(
@@ -164,6 +168,20 @@ def _check_seal(place: Path, files: Mapping[str, bytearray], whole: bool) -> dic
                 f"or delete {SEAL_FILE} if you changed the file on purpose"
             )
     return base
+
+
+def read_seal(raw: bytes | bytearray, path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """``(file name to SHA-256, what is remembered of the base)`` of a seal. Raises ``CheckpointError`` if it is damaged."""
+    try:
+        content = parse_json(raw)
+        good = _seal_bytes(content) == raw and content["version"] == 1
+        hashes, base = dict(content["files"]), content["base"]
+        good = good and (base is None or is_fingerprint(base))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good, hashes, base = False, {}, None
+    if not good:
+        raise CheckpointError(f"{path}: damaged, or of a newer minilora; copy the folder again")
+    return hashes, base
 
 
 def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfig, list[str]]:
@@ -180,8 +198,13 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
         )
     if ignored:
         say_unknown(ignored, path)
-    known = {key: _named(value) if key in _PATTERNS else value for key, value in content.items() if key not in foreign}
+    known = named_patterns({key: value for key, value in content.items() if key not in foreign})
     return LoraConfig.from_dict(known, str(path)), ignored
+
+
+def named_patterns(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's content, with the patterns of experts as names."""
+    return {key: _named(value) if key in _PATTERNS else value for key, value in content.items()}
 
 
 def _named(pattern: Any) -> Any:
@@ -196,11 +219,11 @@ def _named(pattern: Any) -> Any:
     return named
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], path: Path, config: LoraConfig) -> None:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensor; save the adapter again")
     for key in tensors:
-        if not key.startswith(PREFIX):
+        if not key.startswith(PREFIX) and not (key in PROJECTIONS and config.peft_type == "VERA"):
             raise CheckpointError(
                 f"{path}: tensor {key!r} does not start with {PREFIX!r}; is this an adapter of PEFT's layout?"
             )

@@ -18,9 +18,9 @@ from minilora.lora.layer import LoRALinear
 from minilora.lora.targets import ends_with
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.experts import from_file
-from minilora.store.adapter_files import PREFIX, Stored
+from minilora.store.adapter_files import PREFIX, PROJECTIONS, Stored
 
-__all__ = ["Layer", "by_factors", "layers_in", "others_in", "parameters_in", "update_norm"]
+__all__ = ["Layer", "by_factors", "layer_of", "layers_in", "others_in", "parameters_in", "part_of", "update_norm"]
 
 _KINDS = ("linear", "embedding", "convolution", "attention", "experts", "router")
 _INNER = ".base_layer"  # of a part that has its adapter inside another one
@@ -53,11 +53,11 @@ def layers_in(stored: Stored) -> list[Layer]:
     """Every adapted layer of a stored adapter, in the order of the file."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
-        if (found := _split(key)) is not None:
+        if (found := part_of(key)) is not None:
             parts.setdefault(found[0], {})[found[1]] = tensor
     names = parameters_in(stored)
     return [
-        _layer(stored, names.get(path, path.replace(_INNER, "")), own, path in names) for path, own in parts.items()
+        layer_of(stored, names.get(path, path.replace(_INNER, "")), own, path in names) for path, own in parts.items()
     ]
 
 
@@ -69,7 +69,7 @@ def parameters_in(stored: Stored) -> dict[str, str]:
     entries = [entry.rpartition(".") for entry in stored.config.target_parameters or ()]
     depths: dict[str, int] = {}
     for key, tensor in stored.tensors.items():
-        path, name = _split(key) or ("", "")
+        path, name = part_of(key) or ("", "")
         home, joined = _home(path), name == "lora_A.weight" and len(tensor) != stored.config.for_module(path)[0]
         # A name without its owner could be anybody's: then the rank tells, which is that of all experts together.
         means = any(
@@ -99,7 +99,7 @@ def others_in(stored: Stored) -> dict[str, int]:
     """What is in the file besides low-rank updates (copies of modules, biases, rows of tokens): module to count of its numbers."""
     counts: dict[str, int] = {}
     for key, tensor in stored.tensors.items():
-        if _split(key) is None:
+        if part_of(key) is None and key not in PROJECTIONS:
             owner = key.removeprefix(PREFIX).rpartition(".")[0].replace(_INNER, "").removesuffix(".token_adapter")
             counts[owner] = counts.get(owner, 0) + tensor.numel()
     return counts
@@ -117,7 +117,7 @@ def update_norm(A: Tensor, B: Tensor, scaling: float, experts: bool = False) -> 
     return abs(scaling) * float(total.clamp(min=0).sqrt())
 
 
-def _split(key: str) -> tuple[str, str] | None:
+def part_of(key: str) -> tuple[str, str] | None:
     """``(path of the layer in the file, what its variant calls the tensor)``; None for what is no part of a low-rank update."""
     name = key.removeprefix(PREFIX)
     for ending in _endings():
@@ -138,7 +138,8 @@ _PAIR = (("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embeddin
 _START = ("lora_start_A", "lora_start_B")
 
 
-def _layer(stored: Stored, path: str, own: Mapping[str, Tensor], experts: bool) -> Layer:
+def layer_of(stored: Stored, path: str, own: Mapping[str, Tensor], experts: bool) -> Layer:
+    """One layer from its own tensors, named as ``part_of`` names them; of ``stored`` the config and the variant are asked alone."""
     scaling, r = stored.config.scaling(path), stored.config.for_module(path)[0]
     A, B = (next((own[name] for name in names if name in own), None) for names in _PAIR)
     if A is None or B is None:

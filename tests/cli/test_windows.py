@@ -69,7 +69,7 @@ def test_every_help_is_printed():
             except SystemExit as ended:
                 assert not ended.code
     """)
-    assert said.count("usage:") == 20 and "--trust-remote-code" in said
+    assert said.count("usage:") == 21 and "--trust-remote-code" in said
 
 
 def test_an_adapter_is_saved_and_loaded(tmp_path):

@@ -1,6 +1,7 @@
 """Loading in parts: every process keeps its rows of the blocks while the weights are read, and trains the bits of one process."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -19,12 +20,14 @@ from minilora.hf.places import packing
 from minilora.lora.match import match
 from minilora.training.processes import Processes
 from minilora.training.rows import Rows, why_read_whole
+from tests.gguf_files import tiny, write_gguf
 from tests.hf import rows_worker as worker
 from tests.models import byte_tokenizer, gpt2, llama, lora, moe
 
 SCRIPT = str(Path(worker.__file__))
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
 NF4 = packing("nf4", True)
+GGUF = pytest.param("gguf", marks=pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,9 @@ def folders(tmp_path_factory):
     for kind, model in models.items():
         (save_packed if "packed" in kind else type(model).save_pretrained)(model, place / kind)
         byte_tokenizer().save_pretrained(place / kind)
+    if importlib.util.find_spec("gguf"):
+        (place / "gguf").mkdir()
+        write_gguf(place / "gguf" / "model.gguf", tiny("llama", intermediate_size=160), "Q4_1")
     data = "".join(json.dumps({"prompt": f"a{n}", "completion": "bc" * n}) + "\n" for n in range(1, 12))
     (place / "d.jsonl").write_text(data)
     return place
@@ -59,7 +65,7 @@ def processes(size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quant", [None, NF4, packing("nf3", False)], ids=["dense", "nf4", "nf3"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "packed", "experts", "packed experts"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "packed", "experts", "packed experts", GGUF])
 def test_the_rows_of_all_processes_are_the_weights(folders, monkeypatch, kind, quant, dtype):
     whole = dict(load_model(str(folders / kind), dtype, quant=quant).named_parameters())
     monkeypatch.setattr(Rows, "shard", lambda self, model: None)  # which needs the other processes
@@ -112,6 +118,7 @@ KINDS = {
     "bf16": ("llama", {"dtype": "bfloat16"}),
     "tied, with biases": ("gpt2", {}),
     "packed folder": ("packed", {}),
+    **({"GGUF file": ("gguf", {})} if importlib.util.find_spec("gguf") else {}),
     "pissa": ("llama", {"lora": {"init_lora_weights": "pissa"}}),
     "olora, packed": ("packed", {"lora": {"init_lora_weights": "olora"}}),
     "dora": ("llama", {"lora": {"use_dora": True}}),

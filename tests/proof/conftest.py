@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.models import byte_tokenizer, llama, lora, randomize
 
 import minilora
 from minilora.proof import read_probe, seal_folder
+from tests.models import byte_tokenizer, llama, lora, randomize
 
 LAYERS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -44,5 +44,3 @@ def answers_along(probe, name, count=20):
     count = min(count, probe.curves[at].listed)
     each = [sorted(zip(q.log_probs[at], q.tokens, strict=True), reverse=True)[:count] for q in probe.questions]
     return [{token: value for value, token in one} for one in each]
-
-

@@ -67,7 +67,14 @@ class Speaker:
 def completion(logprobs, count):
     choice = {"index": 0, "text": "x", "logprobs": logprobs, "finish_reason": "length"}
     usage = {"prompt_tokens": count, "total_tokens": count + 1, "completion_tokens": 1}
-    return 200, {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+    return 200, {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+        "usage": usage,
+    }
 
 
 def vllm(adapted, base=None):
@@ -75,10 +82,24 @@ def vllm(adapted, base=None):
 
     def answer(path, body):
         if path == "/v1/models":
-            of = lambda name, parent: {"id": name, "object": "model", "owned_by": "vllm", "root": name, "parent": parent}
+
+            def of(name, parent):
+                return {
+                    "id": name,
+                    "object": "model",
+                    "owned_by": "vllm",
+                    "root": name,
+                    "parent": parent,
+                }
+
             return 200, {"object": "list", "data": [of("base", None), of("mine", "base")]}
         if path == "/tokenize":
-            return 200, {"count": 1, "max_model_len": 256, "tokens": list(adapted.probe.chats[0].ids), "token_strs": None}
+            return 200, {
+                "count": 1,
+                "max_model_len": 256,
+                "tokens": list(adapted.probe.chats[0].ids),
+                "token_strs": None,
+            }
         if path != "/v1/completions":
             return NOT_FOUND
         found = {"mine": adapted, "base": base}[body["model"]].to(body["prompt"])
@@ -100,7 +121,9 @@ def by_text(adapted):
         if path != "/v1/completions":
             return NOT_FOUND
         named = {text: value for _, text, value in adapted.to(body["prompt"])}
-        return completion({"text_offset": [-1], "token_logprobs": [], "tokens": [], "top_logprobs": [named]}, len(body["prompt"]))
+        return completion(
+            {"text_offset": [-1], "token_logprobs": [], "tokens": [], "top_logprobs": [named]}, len(body["prompt"])
+        )
 
     return answer
 
@@ -112,7 +135,12 @@ def ollama(adapted):
         if path == "/v1/models":
             return 200, {"object": "list", "data": [{"id": "mine:latest", "object": "model", "owned_by": "library"}]}
         if path == "/v1/completions" and isinstance(body["prompt"], list):
-            return 400, {"error": {"message": "json: cannot unmarshal array into Go struct field", "type": "invalid_request_error"}}
+            return 400, {
+                "error": {
+                    "message": "json: cannot unmarshal array into Go struct field",
+                    "type": "invalid_request_error",
+                }
+            }
         if path == "/api/generate":
             assert body["raw"] and not body["stream"]
             if (found := adapted.to(body["prompt"])) is None:
@@ -233,7 +261,10 @@ BAD = {
     "sent elsewhere": (always(302, b""), "HTTP 302"),
     "a list": (always(200, []), "no log-probabilities"),
     "null": (always(200, None), "no log-probabilities"),
-    "no such model": (lambda path, body: (404, {"error": {"message": "The model `x` does not exist."}}), "does not exist"),
+    "no such model": (
+        lambda path, body: (404, {"error": {"message": "The model `x` does not exist."}}),
+        "does not exist",
+    ),
     "several models": (models(["a", "b"]), "name the one with the adapter with --model"),
     "no log-probabilities": (with_logprobs(None), "no log-probabilities"),
     "log-probabilities of nothing": (with_logprobs({"top_logprobs": [{}]}), "no log-probabilities"),
@@ -313,7 +344,13 @@ def babble(connection):
 
 @pytest.mark.parametrize(
     ("speak", "said"),
-    [(hang, "no whole answer within"), (drip, "no whole answer within"), (cut, "breaks off"), (shut, "cannot be asked"), (babble, "cannot be asked")],
+    [
+        (hang, "no whole answer within"),
+        (drip, "no whole answer within"),
+        (cut, "breaks off"),
+        (shut, "cannot be asked"),
+        (babble, "cannot be asked"),
+    ],
 )
 def test_a_server_that_hangs_or_breaks_off_is_one_line(sealed, capsys, speak, said):
     began = time.monotonic()
@@ -324,7 +361,21 @@ def test_a_server_that_hangs_or_breaks_off_is_one_line(sealed, capsys, speak, sa
     assert said in line
 
 
-@pytest.mark.parametrize("url", ["", "x", "127.0.0.1:8080", "ftp://x", "http://", "http://a b", "http://x?y=1", "http://u:p@x", "http://x:0", "http://x:99999"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "x",
+        "127.0.0.1:8080",
+        "ftp://x",
+        "http://",
+        "http://a b",
+        "http://x?y=1",
+        "http://u:p@x",
+        "http://x:0",
+        "http://x:99999",
+    ],
+)
 def test_an_address_that_cannot_be_is_refused(sealed, url):
     with pytest.raises(ConfigError, match="wanted an address"):
         verify(sealed.folder, url)

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from tests.models import byte_tokenizer
 
 import minilora
 from minilora.cli import main
@@ -13,9 +12,9 @@ from minilora.errors import CheckpointError, MiniLoraError, StateError
 from minilora.lora.slots import adapters_of
 from minilora.proof import measure, read_probe, seal_folder, write_probe
 from minilora.proof.curves import OVER_RANK, RAW, applied, ways
-from minilora.proof.verdict import distance, effect, fitted, judge, told_effect
 from minilora.proof.probe import PROBE_FILE
-
+from minilora.proof.verdict import distance, effect, fitted, judge, told_effect
+from tests.models import byte_tokenizer
 from tests.proof.conftest import adapted, answers_along, base
 
 IDS = torch.tensor([[5, 60, 7, 200, 33]])
@@ -257,7 +256,9 @@ def test_seal_and_verify_in_peft_and_transformers(tmp_path, capsys):
     assert main(["verify", folder, "--in", "peft", "--model", str(tmp_path / "strange")]) == 1
 
 
-@pytest.mark.parametrize("words", [[], ["--server", "http://x", "--in", "peft"], ["--server", "file:///etc/passwd"], ["--in", "llama.cpp"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--server", "http://x", "--in", "peft"], ["--server", "file:///etc/passwd"], ["--in", "llama.cpp"]]
+)
 def test_what_cannot_be_meant_is_refused(sealed, capsys, words):
     assert main(["verify", str(sealed.folder), *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,14 +1,13 @@
 """``minilora verify`` beside a real llama.cpp server on loopback: every case that it tells apart."""
 
 import pytest
-from tests.gguf_llama import write_lora, write_model
-from tests.models import CHATML, byte_tokenizer
 
 from minilora.cli import main
 from minilora.export.factors import stored_factors
 from minilora.proof import verify, verify_in
 from minilora.store.adapter_files import read_adapter
-
+from tests.gguf_llama import write_lora, write_model
+from tests.models import CHATML, byte_tokenizer
 from tests.proof.conftest import adapted, base
 
 pytest.importorskip("xllamacpp")

@@ -25,12 +25,12 @@ def q4_k_reference(blocks: Tensor) -> Tensor:
     """
     held = blocks[:, 16:].view(-1, 4, 1, 32)
     whole = torch.cat([held & 15, held >> 4], 2).view(-1, 8, 32)
-    scale, minimum = (each.float() for each in six_bits(blocks[:, 4:16]))
+    scale, minimum = _six_bits(blocks[:, 4:16])
     factor, offset = halves(blocks, 0) * scale, halves(blocks, 2) * minimum
     return (factor[:, :, None] * whole - offset[:, :, None]).flatten(1)
 
 
-def six_bits(held: Tensor) -> tuple[Tensor, Tensor]:
+def _six_bits(held: Tensor) -> tuple[Tensor, Tensor]:
     """``s`` and ``m`` of the eight groups, from 12 bytes: uint8 ``[n, 12]`` to two ``[n, 8]``.
 
     Groups 0 to 3 have theirs in the low six bits of bytes 0 to 3 (``s``) and 4 to 7 (``m``). Of groups 4 to 7 the low four bits lie in
@@ -58,22 +58,26 @@ def q6_k_reference(blocks: Tensor) -> Tensor:
 
 def q4_k(blocks: Tensor, out: Tensor) -> None:
     """``q4_k_reference`` into fp32 ``out [n, 256]``."""
-    scale, minimum = six_bits(blocks[:, 4:16])
-    factor = (halves(blocks, 0) * scale).view(-1, 4, 2, 1)
-    offset = (halves(blocks, 2) * minimum).view(-1, 4, 2, 1)
-    groups = out.view(-1, 4, 2, 32)
-    for place, whole in enumerate(nibbles(blocks[:, 16:])):
-        put(whole, factor[:, :, place], groups[:, :, place], offset[:, :, place])
+    scale, minimum = _six_bits_in_words(blocks[:, 4:16]).unbind(1)
+    factor, offset = halves(blocks, 0) * scale, halves(blocks, 2) * minimum
+    put(nibbles(blocks[:, 16:].unflatten(1, (4, 32))), factor.view(-1, 1), out, offset.view(-1, 1))
 
 
 def q6_k(blocks: Tensor, out: Tensor) -> None:
     """``q6_k_reference`` into fp32 ``out [n, 256]``."""
-    factor = (halves(blocks, 208) * blocks[:, 192:208].view(torch.int8)).view(-1, 2, 4, 2, 1)
-    high = together("upper", blocks[:, 128:192])
-    runs, upper = out.view(-1, 2, 4, 2, 16), room("run", tuple(high.shape), high)
-    for pair in range(2):
-        part = blocks[:, :128].unflatten(1, (2, 2, 32))[:, :, pair]
-        for run, whole in zip((pair, pair + 2), nibbles(part), strict=True):
-            torch.bitwise_right_shift(high, 2 * run, out=upper).bitwise_and_(3).bitwise_left_shift_(4)
-            whole.view(-1).bitwise_or_(upper.view(-1))
-            put(whole.view(torch.int8).sub_(32), factor[:, :, run], runs[:, :, run])
+    whole = nibbles(blocks[:, :128].unflatten(1, (2, 64))).view(-1, 2, 4, 32)
+    high = together("bytes", blocks[:, 128:192].unflatten(1, (2, 32)))
+    bits = room("half", tuple(high.shape), high)
+    for run in range(4):  # its two bits of each byte to places 4 and 5
+        move, by = (torch.bitwise_left_shift, 4 - 2 * run) if run < 3 else (torch.bitwise_right_shift, 2)
+        whole[:, :, run].bitwise_or_(move(high, by, out=bits).bitwise_and_(48))
+    factor = halves(blocks, 208) * blocks[:, 192:208].view(torch.int8)
+    put(whole.view(torch.int8).sub_(32), factor.view(-1, 1), out)
+
+
+def _six_bits_in_words(held: Tensor) -> Tensor:
+    """``_six_bits`` in fp32, ``[n, 2, 8]``: four groups at a time, whose bytes are one word."""
+    first, second, low = together("scales", held).view(torch.int32).unbind(1)
+    six, four, upper = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030  # of each byte the bits 0 to 5, 0 to 3, 4 and 5
+    words = [first & six, (low & four) | (first >> 2 & upper), second & six, (low >> 4 & four) | (second >> 2 & upper)]
+    return torch.stack(words, 1).view(torch.uint8).view(-1, 2, 8).float()

@@ -66,30 +66,22 @@ def _fifth_bits(held: Tensor) -> Tensor:
 
 def q4_0(blocks: Tensor, out: Tensor) -> None:
     """``q4_0_reference`` into fp32 ``out [n, 32]``."""
-    scale = halves(blocks, 0)
-    for half, whole in zip(out.split(16, 1), nibbles(blocks[:, 2:]), strict=True):
-        put(whole.view(torch.int8).sub_(8), scale, half)
+    put(nibbles(blocks[:, 2:]).view(torch.int8).sub_(8), halves(blocks, 0), out)
 
 
 def q4_1(blocks: Tensor, out: Tensor) -> None:
     """``q4_1_reference`` into fp32 ``out [n, 32]``."""
-    scale, minimum = halves(blocks, 0), halves(blocks, 2).neg_()
-    for half, whole in zip(out.split(16, 1), nibbles(blocks[:, 4:]), strict=True):
-        put(whole, scale, half, minimum)
+    put(nibbles(blocks[:, 4:]), halves(blocks, 0), out, halves(blocks, 2).neg_())
 
 
 def q5_0(blocks: Tensor, out: Tensor) -> None:
     """``q5_0_reference`` into fp32 ``out [n, 32]``."""
-    scale = halves(blocks, 0)
-    for half, whole in zip(out.split(16, 1), _five_bits(blocks[:, 2:]), strict=True):
-        put(whole.view(torch.int8).sub_(16), scale, half)
+    put(_five_bits(blocks[:, 2:]).view(torch.int8).sub_(16), halves(blocks, 0), out)
 
 
 def q5_1(blocks: Tensor, out: Tensor) -> None:
     """``q5_1_reference`` into fp32 ``out [n, 32]``."""
-    scale, minimum = halves(blocks, 0), halves(blocks, 2).neg_()
-    for half, whole in zip(out.split(16, 1), _five_bits(blocks[:, 4:]), strict=True):
-        put(whole, scale, half, minimum)
+    put(_five_bits(blocks[:, 4:]), halves(blocks, 0), out, halves(blocks, 2).neg_())
 
 
 def q8_0(blocks: Tensor, out: Tensor) -> None:
@@ -104,12 +96,10 @@ def _sixteens() -> Tensor:
     return (16 * bits).to(torch.uint8).contiguous().view(torch.int64).flatten()
 
 
-def _five_bits(held: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the second half of each block's integers, from ``[n, 20]``: fifth bits, then low bits."""
-    table, (low, high) = _sixteens().to(held.device), nibbles(held[:, 4:])
-    for part, own in ((held[:, :2], low), (held[:, 2:4], high)):
-        at = room("index", (2 * len(held),), held, torch.int32).view(-1, 2).copy_(part)
-        fifth = room("fifth", (2 * len(held),), held, torch.int64)
-        torch.index_select(table, 0, at.view(-1), out=fifth)
-        own.bitwise_or_(fifth.view(torch.uint8).view(own.shape))
-    return low, high
+def _five_bits(held: Tensor) -> Tensor:
+    """The integers ``[n, 2, 16]`` of ``[n, 20]`` bytes: fifth bits, then low bits."""
+    whole = nibbles(held[:, 4:])
+    index = room("index", (len(held), 4), held, torch.int32).copy_(held[:, :4])
+    fifth = room("fifth", (4 * len(held),), held, torch.int64)
+    torch.index_select(_sixteens().to(held.device), 0, index.view(-1), out=fifth)
+    return whole.bitwise_or_(fifth.view(torch.uint8).view(whole.shape))

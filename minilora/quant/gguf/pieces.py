@@ -1,7 +1,7 @@
 """The steps that decoding shares: a half number out of the bytes of blocks, four bits out of a byte, integers times scales.
 
-A block's parts lie beside each other in few bytes, and a loop over 16 bytes costs as much as over 1000. So a part of all blocks is copied
-together once, into a buffer that is reused, and everything until the last step is done on one long row. Next file: ``gguf/blocks32.py``.
+A block's parts are a few bytes each, and a loop over 16 bytes costs as much as one over 1000. So a part of all blocks is first copied
+together into a buffer that is reused, and nearly all that follows is done on one long row. Next file: ``gguf/blocks32.py``.
 """
 
 from __future__ import annotations
@@ -33,22 +33,28 @@ def together(name: str, part: Tensor) -> Tensor:
     return room(name, tuple(part.shape), part).copy_(part)
 
 
-def nibbles(part: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and the high four bits of each byte."""
+def nibbles(part: Tensor) -> Tensor:
+    """``[..., w]`` bytes to ``[..., 2, w]``: the low four bits of each, then the high ones. ``w`` is a multiple of 16."""
     own = together("bytes", part)
-    low, high = room("low", tuple(own.shape), own), room("high", tuple(own.shape), own)
-    return torch.bitwise_and(own, 15, out=low), torch.bitwise_right_shift(own, 4, out=high)
+    both = room("integers", (*own.shape[:-1], 2, own.shape[-1]), own)
+    wide = both.view(torch.complex128)  # 16 bytes moved as one; no number is meant
+    half = room("half", tuple(own.shape), own)
+    for place in range(2):
+        if place:
+            torch.bitwise_right_shift(own, 4, out=half)
+        else:
+            torch.bitwise_and(own, 15, out=half)
+        wide[..., place, :].copy_(half.view(torch.complex128))
+    return both
 
 
 def put(whole: Tensor, scale: Tensor, out: Tensor, minimum: Tensor | None = None) -> None:
     """``out = whole * scale``, and ``- minimum`` where there is one, in fp32 and in this order.
 
     Args:
-        whole: integers, contiguous, in the shape of ``out`` or one that can be seen so. scale, minimum: fp32, spread over ``out``'s shape.
-        out: fp32; need not be contiguous.
+        whole: integers, the groups in turn. scale, minimum: fp32 ``[groups, 1]``. out: fp32, contiguous, as ``whole``.
     """
-    values = room("values", tuple(out.shape), out, torch.float32).copy_(whole.view(out.shape))
-    if minimum is None:
-        torch.mul(values, scale, out=out)
-    else:
-        torch.sub(values.mul_(scale), minimum, out=out)
+    groups = out.view(len(scale), -1)
+    groups.copy_(whole.view(groups.shape)).mul_(scale)
+    if minimum is not None:
+        groups.sub_(minimum)

@@ -15,7 +15,7 @@ from minilora.quant.weight import Decoder, PackedWeight
 
 __all__ = ["GGUFTensor", "gguf_tensor"]
 
-_PIECE = 1 << 17  # weights decoded at a time, so that what is made on the way stays in the cache
+_PIECE = 1 << 18  # weights decoded at a time on a CPU, so that what is made on the way stays in the cache
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class GGUFTensor(PackedWeight):
 
     def with_parts(self, parts: Sequence[Tensor | None]) -> GGUFTensor:
         """The same type over other bytes."""
-        return replace(self, packed=parts[0])
+        (packed,) = parts
+        assert packed is not None
+        return replace(self, packed=packed)
 
     def decoder(self) -> Decoder:
         """As ``PackedWeight.decoder``; blocks are decoded from where they lie."""
@@ -58,8 +60,9 @@ class GGUFTensor(PackedWeight):
         blocks = self.packed.reshape(-1, form.nbytes)
 
         def decode(start: int, out: Tensor) -> None:
-            for first in range(0, out.numel(), _PIECE):
-                part = out[first : first + _PIECE].view(-1, form.weights)
+            piece = _PIECE if out.device.type == "cpu" else max(1, out.numel())
+            for first in range(0, out.numel(), piece):
+                part = out[first : first + piece].view(-1, form.weights)
                 at = (start + first) // form.weights
                 form.decode(blocks[at : at + len(part)], part)
 
@@ -80,8 +83,8 @@ def gguf_tensor(
         packed: uint8, any shape; as many bytes as the weight takes. shape: ``(out, in)``. name: what an error calls the tensor.
 
     Raises:
-        QuantizationError: a type that is not known here, a row that is no whole number of blocks, another number of bytes, or a scale that is
-            NaN or infinity.
+        QuantizationError: a type that is not known here, a row that is no whole number of blocks, another number of bytes, or a scale that
+            is NaN or infinity.
     """
     form, (rows, columns) = gguf_format(kind), shape
     if columns % form.weights or not columns or not rows:
