@@ -38,7 +38,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "gguf",
         ],
     ),
-    ("gguf", "GGUF files, and their names for weights", ["file", "header", "kinds", "names"]),
+    (
+        "gguf",
+        "GGUF files, read and written",
+        ["file", "header", "kinds", "words", "names", "lora", "write", "rewrite"],
+    ),
     (
         "linear",
         "multiplying with a frozen weight",
@@ -66,6 +70,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "adapter",
             "config",
             "config_file",
+            "vera_config",
             "starts",
             "factors",
             "update",
@@ -93,6 +98,8 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "save",
             "load",
+            "copies",
+            "projections",
             "fill",
             "tables",
             "adapter_files",
@@ -105,7 +112,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "export",
         "adapters for other programs",
-        ["folders", "factors", "plain_peft", "mlx", "servers", "programs"],
+        ["folders", "factors", "plain_peft", "mlx", "updates", "llama_cpp", "ollama", "servers", "programs"],
     ),
     (
         "many",
@@ -123,6 +130,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "eva",
             "principal",
             "hotswap",
+            "frozen",
         ],
     ),
     (
@@ -262,12 +270,12 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "probe",
             "curves",
-            "measure",
-            "judge",
+            "measured",
+            "verdict",
             "wire",
             "ask",
             "inside",
-            "verify",
+            "verified",
             "doctor",
             "finding",
             "doctor_place",

@@ -10,8 +10,8 @@ from minilora.cli.flags import Flag, add_flags
 __all__ = ["add_adapter_flags", "trust_of"]
 
 
-def add_adapter_flags(parser: argparse.ArgumentParser, required: bool) -> None:
-    """``--adapter``, and which folder it may be."""
+def add_adapter_flags(parser: argparse.ArgumentParser, required: bool, named: bool = True) -> None:
+    """``--adapter`` (``named``), and which folder it may be."""
     place = "adapter folder (PEFT's layout), such as the --out of minilora train"
     digest = "refuse any other adapter than the one of this SHA-256, 64 hexadecimal digits; save_adapter returns it"
     base = "load the adapter on another base model than it was trained on"
@@ -20,7 +20,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser, required: bool) -> None:
         Flag("expect_sha256", str, None, digest),
         Flag("allow_other_base", bool, False, base),
     ]
-    add_flags(parser, "adapter", flags)
+    add_flags(parser, "adapter", flags if named else flags[1:])
 
 
 def trust_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -32,8 +32,11 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "adapter folder of any program (PEFT, unsloth, axolotl, mlx-lm, minilora), or one file of an adapter (required)"
     )
     parser.add_argument("folder", help=what)
-    base = "base model to compare paths and shapes with, by its config alone: hub id or local folder"
-    model = Flag("model", str, None, base, otherwise="the one that the adapter names, if it is on this disk")
+    base = (
+        "base model to compare paths and shapes with, by its config alone: hub id, local folder or GGUF file; without it "
+        "the one that the adapter names, if it is on this disk"
+    )
+    model = Flag("model", str, None, base)
     add_flags(parser, "model", [model])
     add_flags(parser, "output", [Flag("json", bool, False, "print all of it as JSON, for a program to read")])
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.adapters import add_adapter_flags, trust_of
 from minilora.cli.flags import Flag, add_flags, fields_of
-from minilora.cli.folders import new_folder
+from minilora.cli.folders import new_folder, refuse_file
 from minilora.cli.parser import one_of
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.remembered import tell_system
 from minilora.cli.say import say
-from minilora.export.programs import TARGETS
+from minilora.errors import ConfigError
+from minilora.export.programs import PROGRAMS, WITH_BASE
+from minilora.gguf.words import FACTORS
 from minilora.job.settings import Job
 
-USAGE = "--adapter FOLDER --for PROGRAM --out FOLDER [options]"
+if TYPE_CHECKING:
+    from minilora.job.record import Record
+
+USAGE = "--adapter FOLDER --for PROGRAM --out PATH [options]"
 EXAMPLES = """\
   minilora export --adapter runs/mine --for vllm --out runs/for-vllm
-  minilora export --adapter runs/olora --for llama.cpp --out runs/for-llama --model smollm2"""
+  minilora export --adapter runs/mine --for llama.cpp --base served.gguf --out mine.gguf
+  minilora export --adapter runs/mine --for ollama --base served.gguf --out runs/for-ollama
+  minilora export --adapter runs/olora --for vllm --out runs/for-vllm --model smollm2"""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -30,34 +38,95 @@ def flags(parser: argparse.ArgumentParser) -> None:
     trust = fields_of(Job, ("trust_remote_code",)).values()
     add_flags(parser, "model", [model, *trust])
     add_adapter_flags(parser, required=True)
-    program = Flag("target", str, None, "who will read it", TARGETS, True, "--for", one_of(TARGETS))
-    add_flags(parser, "output", [program, new_folder("exported adapter")])
+    program = Flag("target", str, None, "who will read it", PROGRAMS, True, "--for", one_of(PROGRAMS))
+    served = "the GGUF file that llama.cpp or Ollama serves: a GGUF LoRA for it is written, and no converter is needed"
+    base_file = Flag("base", str, None, served)
+    dtype = Flag("dtype", str, None, "numbers of a GGUF LoRA", FACTORS, otherwise="f32")
+    out = dataclasses.replace(
+        new_folder("exported adapter"),
+        about="folder for the exported adapter, which must not exist yet or be empty; for llama.cpp with --base, the new GGUF file",
+    )
+    add_flags(parser, "output", [program, base_file, dtype, out])
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write it, and say with which rank."""
-    from minilora.export.folders import export_adapter, export_folder
-    from minilora.hf.folders import refuse_occupied
     from minilora.job.record import read_record
 
-    refuse_occupied(arguments.out)
-    options = _base(arguments)
-    if options:
-        from minilora import PeftModel
-        from minilora.hf import load_model
-        from minilora.training.progress import Progress, busy
+    _check(arguments)
+    record = read_record(arguments.adapter)
+    if arguments.base:
+        _write_gguf(arguments, record)
+    else:
+        _write_folder(arguments)
+    if record is not None and arguments.target != "ollama":
+        tell_system(record)
 
-        with Progress(0, sys.stderr), busy(f"loading {options['name']}"):
-            base = load_model(**options, trust_remote_code=arguments.trust_remote_code)
-        model = PeftModel.from_pretrained(base, arguments.adapter, **trust_of(arguments))
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What does not go together, before anything is read."""
+    from minilora.hf.folders import refuse_occupied
+
+    target, base = arguments.target, arguments.base
+    if target == "ollama" and not base:
+        raise ConfigError("--for ollama: give --base SERVED.gguf, the model file that the adapter is laid beside")
+    if base and target not in WITH_BASE:
+        raise ConfigError(f"--base={base!r}: is for llama.cpp and ollama; --for {target} has no use for a GGUF file")
+    if arguments.dtype is not None and not base:
+        raise ConfigError(
+            f"--dtype={arguments.dtype!r}: is for a GGUF LoRA; give --base SERVED.gguf too, or leave it out"
+        )
+    if arguments.dtype not in (None, *FACTORS):
+        raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(FACTORS)}")
+    if base and target == "llama.cpp":
+        refuse_file(arguments.out)
+    else:
+        refuse_occupied(arguments.out)
+
+
+def _write_folder(arguments: argparse.Namespace) -> None:
+    from minilora.export.folders import export_adapter, export_folder
+
+    model = _adapted(arguments)
+    if model is not None:
         rank = export_adapter(model, arguments.out, arguments.target)
     else:
         rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)
-    record = read_record(arguments.adapter)
     hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
     say(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
-    if record is not None:
-        tell_system(record)
+
+
+def _write_gguf(arguments: argparse.Namespace, record: Record | None) -> None:
+    from minilora.export.llama_cpp import export_gguf
+    from minilora.export.ollama import export_ollama
+    from minilora.hf.jinja import write_chat
+
+    model = _adapted(arguments)
+    adapter = arguments.adapter if model is None else model
+    options = {"dtype": arguments.dtype or "f32", "expect_sha256": arguments.expect_sha256}
+    if arguments.target == "ollama":
+        system = "" if record is None else record.system
+        for line in export_ollama(adapter, arguments.base, arguments.out, write_chat, system=system, **options):
+            say(line)
+        return
+    ranks = export_gguf(adapter, arguments.base, arguments.out, **options)
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    say(f"{arguments.out}: GGUF LoRA in {options['dtype']}, {shown}, scale 1")
+    say(f"llama-server -m {arguments.base} --lora {arguments.out}")
+
+
+def _adapted(arguments: argparse.Namespace) -> Any:
+    """The base with the adapter on it, where the adapter is not all in its folder; else None."""
+    options = _base(arguments)
+    if not options:
+        return None
+    from minilora import PeftModel
+    from minilora.hf import load_model
+    from minilora.training.progress import Progress, busy
+
+    with Progress(0, sys.stderr), busy(f"loading {options['name']}"):
+        base = load_model(**options, trust_remote_code=arguments.trust_remote_code)
+    return PeftModel.from_pretrained(base, arguments.adapter, **trust_of(arguments))
 
 
 def _base(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 
 from minilora.cli.adapters import add_adapter_flags
 from minilora.cli.flags import Flag, add_flags, fields_of
-from minilora.cli.generate import check, check_words, loaded
+from minilora.cli.generate import check_words, loaded
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.program import command
 from minilora.cli.remembered import BASE, as_trained, recall
@@ -28,28 +28,22 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_plugin_flag(parser)
     parser.add_argument("folder", help="adapter folder (ours or PEFT's), which gets probe.json (required)")
     model = fields_of(Job, ("model", "quant", "double_quant", "device", "dtype", "attention", "trust_remote_code"))
-    model["model"] = Flag(
-        "model",
-        str,
-        None,
-        BASE.about,
-        otherwise="as the run in the folder was trained, else the base that the adapter names",
-    )
+    model["model"] = BASE
     for name, words in (("quant", QUANT_CHOICES), ("dtype", DTYPE_CHOICES)):
         model[name] = dataclasses.replace(model[name], choices=words)
     for name, otherwise in (("quant", "none"), ("dtype", AUTO), ("attention", AUTO)):
         model[name] = as_trained(model[name], otherwise)
-    add_flags(parser, "model", model.values())
-    add_adapter_flags(parser, required=False)
-    prompts = Flag(
-        "prompts",
-        list,
-        [],
-        "texts to ask, at which base and adapter differ",
-        otherwise="those of the run, and general ones",
-    )
-    system = Flag("system", str, None, 'a system turn that is put before each prompt; "" puts none')
-    add_flags(parser, "probe", [prompts, as_trained(system, "none")])
+    add_flags(parser, "model", map(_of_folder, model.values()))
+    add_adapter_flags(parser, required=False, named=False)
+    about = "texts to ask, at whose answers base and adapted model differ"
+    prompts = Flag("prompts", list, [], about, otherwise="as the run of --adapter was asked")
+    system = as_trained(Flag("system", str, None, 'a system turn that is put before each prompt; "" puts none'), "none")
+    add_flags(parser, "generation", map(_of_folder, [prompts, system]))
+
+
+def _of_folder(flag: Flag) -> Flag:
+    """The flag of a command whose adapter is its folder."""
+    return dataclasses.replace(flag, otherwise=flag.otherwise.replace("--adapter", "FOLDER"))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,10 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
     digest_of(arguments.folder)
     if arguments.model is None:
         arguments.model = _named(arguments.folder)
-    record = recall(arguments, dtype=AUTO, attention=AUTO, system="", max_new_tokens=1)
-    check(arguments)
+    record = recall(arguments, dtype=AUTO, attention=AUTO, system="")
     from minilora.job.sessions import packing_of, template_sha256
-    from minilora.proof.measure import seal_folder
+    from minilora.proof.measured import seal_folder
     from minilora.training.progress import Progress
 
     with Progress(0, sys.stderr):

@@ -29,35 +29,17 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "folder", help="adapter folder with a probe.json, as a run or minilora seal leaves it (required)"
     )
     server = Flag("server", str, None, "address of an OpenAI-compatible server: vLLM, llama.cpp, SGLang, Ollama")
-    program = Flag(
-        "program",
-        str,
-        None,
-        "ask this program in this process instead",
-        _PROGRAMS,
-        spelt="--in",
-        check=one_of(_PROGRAMS),
-    )
-    model = Flag(
-        "model",
-        str,
-        None,
-        "the adapter's name on the server, or with --in the base model",
-        otherwise="the only one, or as the run was trained",
-    )
+    program = Flag("program", str, None, "ask this program in this process instead", _PROGRAMS, spelt="--in", check=one_of(_PROGRAMS))
+    named = "the adapter's name on a server of several models, or with --in the base model"
+    model = Flag("model", str, None, named, otherwise="as the run of FOLDER was trained")
     base = Flag("base", str, None, "GGUF of the base that --in llama.cpp serves")
     lora = Flag("lora", str, None, "the adapter as GGUF, for --in llama.cpp")
-    add_flags(parser, "who is asked", [server, program, model, base, lora])
-    timeout = Flag("timeout", float, 60.0, "seconds that an answer may take")
+    timeout = Flag("timeout", float, 60.0, "number of seconds that an answer may take")
     key = Flag("key_variable", str, None, "environment variable with the server's API key")
-    packing = Flag(
-        "any_quantization",
-        bool,
-        False,
-        "exit with 0 where the adapter is applied on another quantization of its base, too",
-    )
+    add_flags(parser, "model", [server, program, model, base, lora, timeout, key])
+    packing = Flag("any_quantization", bool, False, "exit with 0 where the adapter is applied on another quantization of its base, too")
     as_json = Flag("json", bool, False, "print the verdict as JSON, for a program to read")
-    add_flags(parser, "options", [timeout, key, packing, as_json])
+    add_flags(parser, "output", [packing, as_json])
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     key = ""
     if arguments.key_variable and not (key := os.environ.get(arguments.key_variable, "")):
         raise ConfigError(f"--key-variable={arguments.key_variable!r}: no such environment variable, or an empty one")
-    from minilora.proof.verify import verify, verify_in
+    from minilora.proof.verified import verify, verify_in
     from minilora.training.progress import Progress
 
     with Progress(0, sys.stderr):

@@ -39,6 +39,7 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], target: str
     """
     _check_target(target)
     adapters = adapters_of(model)
+    _refuse_turned(saved_config(model, adapter_name), target, "the model")
     factors = {path: factors_of(path, value, target) for path, value in adapters.named(adapter_name).items()}
     return _write(factors, saved_config(model, adapter_name), folder, target, base_of(model, adapter_name))
 
@@ -57,18 +58,31 @@ def export_folder(
     """
     _check_target(target)
     stored = read_adapter(adapter, expect_sha256=expect_sha256)
+    _refuse_turned(stored.config.to_dict(), target, stored.path)
     return _write(stored_factors(stored), stored.config.to_dict(), folder, target, stored.base)
 
 
 def refusal(stored: Stored, target: str) -> str | None:
     """Why ``export_folder`` would write nothing of this adapter for ``target``; None if it would."""
     try:
+        _refuse_turned(stored.config.to_dict(), target, stored.path)
         factors = stored_factors(stored)
         for path in factors if target == "mlx" else ():
             inside_layer(path)
     except (StateError, CheckpointError) as error:
         return str(error).removeprefix(f"{stored.path}: ")
     return None
+
+
+def _refuse_turned(content: Mapping[str, Any], target: str, place: object) -> None:
+    """llama.cpp's converter turns both factors of a ``Conv1D``, which a file has the right way round already: where the layer is square
+    that is no error, and the adapter has another effect.
+    """
+    if target == "llama.cpp" and content.get("fan_in_fan_out"):
+        raise StateError(
+            f"{place}: llama.cpp's converter turns the factors of GPT-2's layers the wrong way round; "
+            "give --base SERVED.gguf, and the GGUF LoRA is written without it"
+        )
 
 
 def _check_target(target: str) -> None:

@@ -7,13 +7,18 @@ from typing import Any
 
 from minilora.export.factors import Factors
 from minilora.files.parse import tensor_bytes
+from minilora.lora.config import LoraConfig
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 __all__ = ["plain_peft_files"]
 
+_OF_THE_BASE = ("base_model_name_or_path", "task_type", "auto_mapping", "revision", "fan_in_fan_out")
+
 
 def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, bytes]:
     """PEFT's layout with nothing in it that a reader could skip: one rank, scale 1, plain names."""
+    if content.get("peft_type", "LORA") != "LORA":  # VeRA's words, and what is written is a plain LoRA
+        content = LoraConfig().to_dict() | {name: content[name] for name in _OF_THE_BASE if name in content}
     tensors = {}
     for path, (A, B) in factors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B

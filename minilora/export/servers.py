@@ -11,8 +11,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilora.errors import CheckpointError, StateError
 from minilora.export.folders import refusal
 from minilora.export.programs import TARGETS
+from minilora.export.updates import stored_updates
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
 from minilora.store.contents import by_factors, others_in
@@ -69,6 +71,8 @@ def _server(stored: Stored, target: str, folder: Path) -> Server:
     name, why = _CALLED[target], _NEVER.get(stored.variant) or refusal(stored, target)
     base = stored.config.base_model_name_or_path or "BASE"
     export = f"minilora export --adapter {folder} --for {target} --out NEW"
+    if target == "llama.cpp" and why is not None and stored.variant not in _NEVER and _fits_gguf(stored):
+        return Server(name, "after export", f"{export.replace('NEW', 'NEW.gguf')} --base SERVED.gguf")
     if why is not None:
         reason = why.partition(";")[0]
         if stored.variant != "lora" and stored.variant not in _NEVER and not others_in(stored):
@@ -78,6 +82,15 @@ def _server(stored: Stored, target: str, folder: Path) -> Server:
         return Server(name, "after export", f"{export}: {reason}")
     start = f"vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(stored)} --lora-modules mine={folder}"
     return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
+
+
+def _fits_gguf(stored: Stored) -> bool:
+    """Whether a GGUF LoRA holds it, which has embeddings and experts too."""
+    try:
+        stored_updates(stored)
+    except (StateError, CheckpointError):
+        return False
+    return True
 
 
 def _misread(stored: Stored, target: str) -> str:

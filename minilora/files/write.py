@@ -20,7 +20,7 @@ from minilora.files import disk
 from minilora.files.read import COMMIT, commit_of, refuse_path
 from minilora.files.staging import STAGED, locked, make_folders, numbered, settle, staging, sweep, told
 
-__all__ = ["append_line", "new_folder", "remove", "write_file", "write_files"]
+__all__ = ["append_line", "new_file", "new_folder", "remove", "write_file", "write_files"]
 
 _SPARE = ".spare-"  # in a commit folder: a second name of a file, on its way into its place
 # What a system says that cannot exchange, or lets nobody write beside the folder.
@@ -70,6 +70,29 @@ def new_folder(folder: str | os.PathLike[str], fill: Callable[[Path], Any]) -> P
                 disk.used.rename(staged, place)
                 _flush_or(place.parent, lambda: _give_back(place, staged, was_there))
     return place
+
+
+def new_file(path: str | os.PathLike[str], fill: Callable[[Path], Any]) -> Path:
+    """Let ``fill`` write a file in a staging folder, flush it, and give it the name ``path``, which is not there yet.
+
+    Raises:
+        WriteError: as ``write_files``, or something of that name is there; nothing is left then. Whatever ``fill`` raises.
+    """
+    refuse_path(path, WriteError)
+    place, name = _real(Path(path).parent), Path(path).name
+    with told(place, 0):
+        make_folders(place)
+        _recover(place)
+        with staging(place, STAGED) as staged:
+            if disk.used.kind(place / name) is None:
+                fill(staged / name)
+                settle(staged, staged.stat().st_mode & 0o666)
+            with locked(place):
+                if disk.used.kind(place / name) is not None:
+                    raise WriteError(f"{path}: exists; wanted the name of a new file")
+                disk.used.rename(staged / name, place / name)
+                _flush_or(place, lambda: disk.used.unlink(place / name))
+    return place / name
 
 
 def _give_back(place: Path, staged: Path, was_there: bool) -> None:

@@ -70,7 +70,7 @@ class Reference(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The model's as the reference shows it: by it TRL knows whether log-probabilities that it has kept are this one's."""
         with self.shown():
             return self.policy.state_dict(*args, **kwargs)

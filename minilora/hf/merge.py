@@ -9,20 +9,25 @@ from typing import Any
 import torch
 
 from minilora.errors import CheckpointError
-from minilora.gguf.file import gguf_in
+from minilora.export.updates import updates_of
+from minilora.files.write import new_file
+from minilora.gguf.file import gguf_in, open_gguf
+from minilora.gguf.rewrite import rewrite
 from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.hf.gguf_merge import fill_model
 from minilora.hf.load import load_model, load_tokenizer, resolve
 from minilora.hf.older_readers import save_dense
 from minilora.linear.experts.hook import put_layer
 from minilora.linear.layers import dense_weight, is_quantized, with_weight
 from minilora.lora.change import Change
+from minilora.lora.slots import adapters_of
 from minilora.many.adapted import unload
 from minilora.many.merging import merge
 from minilora.store.load import load_adapter
 from minilora.training.guards import refuse_nonfinite
 from minilora.training.progress import busy
 
-__all__ = ["merge_to_folder"]
+__all__ = ["merge_to_folder", "merge_to_gguf"]
 
 
 def merge_to_folder(
@@ -46,12 +51,70 @@ def merge_to_folder(
             Nothing is written then.
     """
     target = refuse_occupied(out)
+    merged, tokenizer = _adapted(
+        model, adapter, dtype, expect_sha256, allow_other_base, trust_remote_code, device, look
+    )
+    _merge(merged, model)
+    told: list[str] = []
+    written = in_new_folder(
+        target, lambda folder: (told.extend(save_dense(merged, folder)), tokenizer.save_pretrained(folder))
+    )
+    for sentence in told:
+        print(f"{out}: {sentence}; ask the model there before you rely on it")
+    return written
+
+
+def merge_to_gguf(
+    model: str,
+    adapter: str,
+    out: str,
+    kind: str = "f16",
+    expect_sha256: str | None = None,
+    allow_other_base: bool = False,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+    look: Callable[[Any, Any], None] | None = None,
+) -> Path:
+    """Merge as ``merge_to_folder``, in fp32, into one new GGUF file ``out`` whose weights are of ``kind``: "q8_0", "f16" or "f32".
+
+    Of a ``model`` that is a GGUF file everything stays as it is but the weights that the adapter changes.
+
+    Raises:
+        As ``merge_to_folder``; CheckpointError: the architecture or the tokenizer is not one that is written. Nothing is written then.
+    """
+    merged, tokenizer = _adapted(
+        model, adapter, torch.float32, expect_sha256, allow_other_base, trust_remote_code, device, look
+    )
+    if served := gguf_in(resolve(model)):
+        updates = updates_of(adapters_of(merged).named("default"))
+        with torch.no_grad(), open_gguf(served) as file:
+            return new_file(out, lambda path: rewrite(file, updates, path, kind))
+    _merge(merged, model)
+    return new_file(out, lambda path: fill_model(merged, tokenizer, path, kind))
+
+
+def _adapted(
+    model: str,
+    adapter: str,
+    dtype: torch.dtype,
+    expect_sha256: str | None,
+    allow_other_base: bool,
+    trust_remote_code: bool,
+    device: torch.device | str,
+    look: Callable[[Any, Any], None] | None,
+) -> tuple[Any, Any]:
+    """The model with the adapter on it, and its tokenizer."""
     with busy(f"loading {model}"):
         merged = load_model(model, dtype, trust_remote_code, device=device)
     tokenizer = load_tokenizer(model, trust_remote_code)
     load_adapter(merged, adapter, expect_sha256=expect_sha256, allow_other_base=allow_other_base)
     if look:
         look(merged, tokenizer)
+    return merged, tokenizer
+
+
+def _merge(merged: Any, model: str) -> None:
+    """In place, and dense: no adapter and nothing packed is left."""
     print(merge(merged))
     unload(merged, keep_merged=True)
     if gguf_in(resolve(model)):  # there is no dense model to name in its stead
@@ -61,13 +124,6 @@ def merge_to_folder(
             f"{model}: {left[0]} stays packed, and a half dense folder opens nowhere; merge into the dense model"
         )
     refuse_nonfinite(merged.state_dict().items(), "the merged model")
-    told: list[str] = []
-    written = in_new_folder(
-        target, lambda folder: (told.extend(save_dense(merged, folder)), tokenizer.save_pretrained(folder))
-    )
-    for sentence in told:
-        print(f"{out}: {sentence}; ask the model there before you rely on it")
-    return written
 
 
 def _make_dense(model: Any) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+import minilora
 from minilora.errors import ConfigError, StateError
 from minilora.hf.began import Reference, reference
 from minilora.lora.config import LoraConfig
 from minilora.lora.slots import has_adapters
-from minilora.peft import get_peft_model
 
 __all__ = ["Taken", "asked_of", "take_config", "take_reference"]
 
@@ -61,7 +61,7 @@ def asked_of(kind: type, after: type, args: tuple, kwargs: dict[str, Any]) -> di
 
 def _signatures(kind: type, after: type) -> list[inspect.Signature]:
     line = kind.__mro__[kind.__mro__.index(after) + 1 :]
-    return [inspect.signature(cls.__init__) for cls in line if "__init__" in vars(cls)]
+    return [inspect.signature(vars(cls)["__init__"]) for cls in line if "__init__" in vars(cls)]
 
 
 def take_config(asked: dict[str, Any]) -> None:
@@ -80,11 +80,12 @@ def take_config(asked: dict[str, Any]) -> None:
         )
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"peft_config=minilora.LoraConfig(...) wants a loaded model, and model is {model!r}; give model=minilora.hf.load_model({model!r})"
+            f"peft_config=minilora.LoraConfig(...) wants a loaded model, and model is {model!r}; give "
+            f"model=minilora.hf.load_model({model!r})"
         )
     if has_adapters(model):
         raise ConfigError("the model has adapters already, which train; leave peft_config out, or unload() them first")
-    asked["model"] = get_peft_model(model, asked.pop("peft_config"))
+    asked["model"] = minilora.get_peft_model(model, asked.pop("peft_config"))
 
 
 def take_reference(kind: type, asked: dict[str, Any]) -> Taken:
@@ -95,7 +96,9 @@ def take_reference(kind: type, asked: dict[str, Any]) -> Taken:
     """
     model, args = asked.get("model"), asked.get("args")
     trl = [cls for cls in kind.__mro__ if cls.__module__.partition(".")[0] == "trl"]
-    by_name = any("ref_model" in inspect.signature(cls.__init__).parameters for cls in trl if "__init__" in vars(cls))
+    by_name = any(
+        "ref_model" in inspect.signature(vars(cls)["__init__"]).parameters for cls in trl if "__init__" in vars(cls)
+    )
     by_beta = any(cls.__name__ in _BY_BETA for cls in trl)
     if not isinstance(model, nn.Module) or not has_adapters(model) or not (by_name or by_beta):
         return Taken()

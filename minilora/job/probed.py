@@ -11,7 +11,7 @@ from minilora.hf.load import resolve
 from minilora.hf.packed import is_packed_folder
 from minilora.job.sessions import packing_of
 from minilora.job.settings import Job
-from minilora.proof.measure import seal_folder
+from minilora.proof.measured import seal_folder
 from minilora.training.optim_choice import as_trained
 from minilora.training.probe import CANNOT
 

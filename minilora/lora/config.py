@@ -116,8 +116,8 @@ class LoraConfig:
         if name == "runtime_config":
             self.__dict__[name] = settings(name, value, LoraRuntimeConfig) or LoraRuntimeConfig()
             return
-        if name not in _OWN:
-            raise ConfigError(f"LoraConfig has no field {name!r}; the closest are {nearest(name, _OWN)}")
+        if name not in (own := type(self).__dataclass_fields__):
+            raise ConfigError(f"{type(self).__name__} has no field {name!r}; the closest are {nearest(name, own)}")
         if self.in_use and name == "init_lora_weights" and (value is True or value == self.init_lora_weights):
             return  # PEFT's way to save a start that it has taken from the weight; files here say what they are, before and after
         if self.in_use and name not in _ABOUT_THE_FILE:
@@ -307,11 +307,12 @@ class LoraConfig:
                 f"The LoraConfig config that is trying to be loaded is missing required keys: {{'peft_type'}}. {source}: wanted what "
                 "save_pretrained wrote"
             )
-        strange = config_file.unknown_keys(content, _OWN)
+        strange = unknown_keys(content)
         if strange:
             config_file.say_unknown(strange, source)
         known = {name: value for name, value in content.items() if name not in strange}
-        return cls.from_dict(known | {name: value for name, value in fields.items() if name in _OWN}, str(source))
+        own = {name: value for name, value in fields.items() if name in _OWN}
+        return cls.from_dict(known | own, str(source))
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
@@ -335,15 +336,21 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's key set, lists sorted, ``inference_mode`` true as PEFT saves it."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return config_file.content_of(own)
+        return self.in_file(config_file.content_of(own))
+
+    def in_file(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content with the keys of this method's files."""
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "config") -> LoraConfig:
-        """Read PEFT's dictionary.
+        """Read PEFT's dictionary; of type VERA a ``VeraConfig``.
 
         Raises:
             ConfigError: another ``peft_type``, an unknown key, or a field of PEFT's that minilora does not offer, each by name.
         """
+        if (other := config_file.of_another_method(content)) is not None:
+            return other.from_dict(content, source)
         try:
             return cls(**config_file.own_fields(content, _OWN))
         except ConfigError as error:
@@ -370,4 +377,6 @@ _SETTINGS: dict[str, type[Any]] = {"eva": EvaConfig, "corda": CordaConfig, "lora
 
 def unknown_keys(content: Mapping[str, Any]) -> list[str]:
     """The keys of an ``adapter_config.json`` that ``LoraConfig.from_dict`` refuses: newer than this file, or mistyped."""
+    if (other := config_file.of_another_method(content)) is not None:
+        return sorted(content.keys() - other.file_keys)
     return config_file.unknown_keys(content, _OWN)

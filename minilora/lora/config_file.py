@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import importlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,23 @@ PEFT_LAYOUT = "0.21.2"  # the PEFT release whose file layout this is; PEFT reads
 
 
 class PeftType(enum.StrEnum):
-    """The method; minilora has one."""
+    """The method: LoRA, with all its variants but one that has a layout of its own."""
 
     LORA = "LORA"
+    VERA = "VERA"
+
+
+# The configs of methods with files of their own: each is built on LoraConfig, and so imported when a file is of it.
+_METHODS = {"VERA": ("minilora.lora.vera_config", "VeraConfig")}
+
+
+def of_another_method(content: Mapping[str, Any]) -> Any:
+    """The class of config that a file's content is of; None for LoRA's own, and for what no class here is for."""
+    kind = content.get("peft_type")
+    if not isinstance(kind, str) or kind not in _METHODS:
+        return None
+    module, name = _METHODS[kind]
+    return getattr(importlib.import_module(module), name)
 
 
 ABOUT: dict[str, Any] = {
@@ -70,21 +85,21 @@ def own_fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     """The arguments for ``LoraConfig``, whose fields are ``names``, in PEFT's dictionary. Raises ``ConfigError`` as its ``from_dict``."""
     kind = content.get("peft_type", "LORA")
     if kind != "LORA":
-        raise ConfigError(f"peft_type={shown(kind)}; minilora reads 'LORA' adapters only")
+        raise ConfigError(f"peft_type={shown(kind)}; minilora reads 'LORA' and 'VERA' adapters only")
     for name in unknown_keys(content, names):
         raise ConfigError(f"unknown key {name!r}; the closest known ones are {nearest(name, names)}")
     refuse_set({name: value for name, value in content.items() if name in OUT_OF_SCOPE})
     return {name: value for name, value in content.items() if name in names and value is not None}
 
 
-def refuse_set(fields: Mapping[str, Any]) -> None:
+def refuse_set(fields: Mapping[str, Any], method: str = "LORA") -> None:
     """Raise ``ConfigError`` for a field of PEFT's that is set otherwise than by default, and for one that PEFT lacks too."""
     for name, value in fields.items():
         if name in OUT_OF_SCOPE and value not in (OUT_OF_SCOPE[name], None, False, []):
             why = WHY_NOT.get(name, "a feature of PEFT that minilora does not offer")
             raise ConfigError(f"{name}={shown(value)}: {why}; leave it at {OUT_OF_SCOPE[name]!r}")
-        if name == "peft_type" and getattr(value, "value", value) not in ("LORA", None):
-            raise ConfigError(f"peft_type={shown(value)}: minilora has 'LORA' only")
+        if name == "peft_type" and getattr(value, "value", value) not in (method, None):
+            raise ConfigError(f"peft_type={shown(value)}: minilora has 'LORA' here, and VeraConfig for 'VERA'")
         if name not in OUT_OF_SCOPE and name not in ABOUT:
             raise TypeError(f"LoraConfig got an unexpected field {name!r}; PEFT has none of that name either")
 

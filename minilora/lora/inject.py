@@ -26,6 +26,7 @@ from minilora.lora.slots import Adapters, adapters_of, attach, has_adapters, unw
 from minilora.lora.tying import adapt_embedding, copy_biases, copy_modules, trained_rows
 from minilora.lora.variants.attention import attention_adapters
 from minilora.lora.variants.experts import nest
+from minilora.lora.variants.vera import share_projections
 
 
 def build(
@@ -76,6 +77,7 @@ def build(
         with around(path):
             values[path] = make(layer, config, path)
     nest(values)
+    share_projections(values)
     adapted = set(found.targets)
     for path, indices in found.tokens.items():
         if path in adapted:
@@ -217,7 +219,12 @@ def inject(
 def checked(config: LoraConfig, variant: str | None = None) -> LoraConfig:
     """The model's own copy of a user's config, which means the variant that is asked for by name. Raises ``ConfigError``."""
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"the config is a {type(config).__name__}; wanted a LoraConfig of minilora")
+        kind = type(config)
+        if kind.__module__.partition(".")[0] == "peft" and kind.__name__ in ("LoraConfig", "VeraConfig"):
+            raise ConfigError(
+                f"the config is PEFT's {kind.__name__}; wanted minilora's: from minilora.peft import {kind.__name__}, with the same fields"
+            )
+        raise ConfigError(f"the config is a {kind.__name__}; wanted a LoraConfig of minilora")
     return as_named(config, variant).for_use()
 
 

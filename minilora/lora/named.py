@@ -7,6 +7,7 @@ from typing import Any
 
 from minilora.errors import ConfigError
 from minilora.lora.config import LoraConfig
+from minilora.lora.vera_config import VeraConfig
 
 __all__ = ["as_named"]
 
@@ -25,8 +26,10 @@ def as_named(config: LoraConfig, variant: str | None) -> LoraConfig:
         return config
     if meant != "lora":
         field = "use_dora=True" if meant == "dora" else f"init_lora_weights={config.init_lora_weights!r}"
-        field = "alora_invocation_tokens" if meant == "alora" else field
+        field = {"alora": "alora_invocation_tokens", "vera": "a VeraConfig"}.get(meant, field)
         raise ConfigError(f"variant={variant!r}, and {field} means {meant!r}; leave one of the two out")
+    if variant == "vera":
+        return VeraConfig.of(config)
     if variant == "dora":
         return dataclasses.replace(config, use_dora=True)
     if variant not in _STARTS:

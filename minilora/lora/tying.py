@@ -94,8 +94,8 @@ def copy_modules(
         made: what there is of the adapter already.
 
     Raises:
-        TargetError: something of the adapter stands on a module that goes with a copy, one object stands in several places, or shares its weight with another table (T5's ``shared``, which the model may
-            never call) and the config does not say to share the change.
+        TargetError: something of the adapter stands on a module that goes with a copy, one object stands in several places, or shares its
+            weight with another table (T5's ``shared``, which the model may never call) and the config does not say to share the change.
     """
     if not paths:
         return {}

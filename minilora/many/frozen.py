@@ -14,6 +14,7 @@ from minilora.lora.bare import Bare
 from minilora.lora.inject import build, place
 from minilora.lora.slot import Value, own_parameters
 from minilora.lora.slots import adapters_of
+from minilora.lora.variants.vera import VeRALinear
 
 __all__ = ["REF", "began_with", "changes_nothing", "copy_values", "frozen_copy"]
 
@@ -71,6 +72,8 @@ def copy_values(model: nn.Module, name: str, new: str) -> None:
     for path, value in copied.items():
         for own, theirs in zip(_parameters(value), _parameters(source[path]), strict=True):
             own.data = theirs.detach().clone()
+        if isinstance(value, VeRALinear) and source[path].projections is not None:  # type: ignore[union-attr]
+            value.take(source[path].projections)  # type: ignore[union-attr, arg-type]
         if isinstance(value, nn.Module):
             own_buffers, buffers = _buffers(value), _buffers(source[path])
             for key, buffer in own_buffers.items():

@@ -14,6 +14,7 @@ _known, __dir__, __all__ = lazy_names(
     __name__,
     {
         "minilora.lora.config": ("LoraConfig",),
+        "minilora.lora.vera_config": ("VeraConfig",),
         "minilora.lora.starts": (
             "CordaConfig",
             "EvaConfig",

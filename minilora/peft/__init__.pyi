@@ -8,6 +8,7 @@ from minilora.lora.starts import LoftQConfig as LoftQConfig
 from minilora.lora.starts import LoraGAConfig as LoraGAConfig
 from minilora.lora.starts import LoraRuntimeConfig as LoraRuntimeConfig
 from minilora.lora.variants.lora_ga import preprocess_loraga as preprocess_loraga
+from minilora.lora.vera_config import VeraConfig as VeraConfig
 from minilora.many.convert import convert_to_lora as convert_to_lora
 from minilora.many.convert import save_as_lora as save_as_lora
 from minilora.many.eva import get_eva_state_dict as get_eva_state_dict

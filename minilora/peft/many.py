@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Many(Facts):
     def add_adapter(
         self,
         adapter_name: str,
-        peft_config: LoraConfig,
+        peft_config: LoraConfig | None = None,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         variant: str | None = None,
@@ -43,7 +44,9 @@ class Many(Facts):
 
         ``low_cpu_mem_usage`` makes it without values, as for ``get_peft_model``.
         """
-        config = checked(peft_config, variant)
+        if isinstance(adapter_name, LoraConfig):
+            raise StateError("add_adapter(config, name) is transformers' order; here, as in PEFT, the name comes first")
+        config = checked(peft_config, variant)  # type: ignore[arg-type]
         values = build_new(self, config, adapter_name, variant)
         say_new(self, config, values)
         say_changed_base([*self.peft_config.values(), config])
@@ -80,6 +83,20 @@ class Many(Facts):
         """Inside the block row ``i`` of every batch gets adapter ``adapter_names[i]``; "__base__" means none."""
         return batched.batch_adapters(self, adapter_names)
 
+    @staticmethod
+    def forward_of(kind: Any) -> Any:
+        """A model's own forward, with ``adapter_names`` for a caller who does not call the model itself; its signature stays."""
+        own = kind.forward
+
+        @functools.wraps(own)
+        def forward(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+            if adapter_names is None:
+                return own(self, *args, **kwargs)
+            with batched.batch_adapters(self, adapter_names):
+                return own(self, *args, **kwargs)
+
+        return forward
+
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The forward; with ``adapter_names`` each row of the batch gets its own adapter."""
         if adapter_names is None:
@@ -104,6 +121,14 @@ class Many(Facts):
     def enable_adapter_layers(self) -> None:
         """Undo ``disable_adapter_layers``, and switch layers on that were off."""
         self.base_model.enable_adapter_layers()
+
+    def disable_adapters(self) -> None:
+        """transformers' name of ``disable_adapter_layers``."""
+        self.disable_adapter_layers()
+
+    def enable_adapters(self) -> None:
+        """transformers' name of ``enable_adapter_layers``."""
+        self.enable_adapter_layers()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""

@@ -15,6 +15,7 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.inject import build_new, checked, place_in
 from minilora.lora.match import match
 from minilora.lora.slots import adapters_of, unwrapped
+from minilora.lora.vera_config import VeraConfig
 from minilora.peft.faces import give_faces
 from minilora.peft.lora_model import LoraModel
 from minilora.peft.meta import emptied
@@ -29,16 +30,17 @@ __all__ = [
     "inject_adapter_in_model",
 ]
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {"LORA": LoraConfig}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {"LORA": LoraConfig, "VERA": VeraConfig}
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = {"LORA": LoraModel}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = {}
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
-    """The config of a dictionary with a ``peft_type``. Raises ``ConfigError`` for another type than LORA."""
+    """The config of a dictionary with a ``peft_type``. Raises ``ConfigError`` for another type than LORA and VERA."""
     if "peft_type" not in config_dict:
         raise ConfigError("the dictionary has no peft_type; wanted one with peft_type='LORA'")
-    return LoraConfig(**config_dict)
+    kind = getattr(config_dict["peft_type"], "value", config_dict["peft_type"])
+    return PEFT_TYPE_TO_CONFIG_MAPPING.get(str(kind), LoraConfig)(**config_dict)
 
 
 def inject_adapter_in_model(

@@ -23,7 +23,7 @@ _NAMES = """
     PromptEncoderConfig PromptEncoderReparameterizationType PromptLearningConfig PromptTuningConfig PromptTuningInit PsoftConfig
     PsoftModel PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig
     ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel TrainableTokensConfig TrainableTokensModel
-    UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig
+    UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig
     XLoraModel bloom_model_postprocess_past_key_value compose_cartridge_adapters create_arrow_model find_kappa_target_modules
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values
     shift_tokens_right

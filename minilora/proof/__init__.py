@@ -8,9 +8,9 @@ from minilora.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "minilora.proof.judge": ("Verdict", "judge"),
-        "minilora.proof.measure": ("measure", "seal_folder"),
+        "minilora.proof.verdict": ("Verdict", "judge"),
+        "minilora.proof.measured": ("measure", "seal_folder"),
         "minilora.proof.probe": ("PROBE_FILE", "Probe", "read_probe", "write_probe"),
-        "minilora.proof.verify": ("verify", "verify_in"),
+        "minilora.proof.verified": ("verify", "verify_in"),
     },
 )

@@ -3,7 +3,7 @@
 Servers differ in how they are asked and in how they answer. Each way is tried on the first question, and the one that gives
 log-probabilities is kept: OpenAI's ``/v1/completions`` with token ids (vLLM, SGLang, llama.cpp), llama.cpp's own ``/completion``, the first
 with text, and Ollama's ``/api/generate``. Tokens are known by their ids where the server gives them, else by their texts.
-Next file: ``proof/judge.py``.
+Next file: ``proof/verdict.py``.
 """
 
 from __future__ import annotations

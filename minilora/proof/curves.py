@@ -3,7 +3,7 @@
 With ``f = 0`` everywhere the low-rank part is left out, with 1 it is as trained, with 0.5 it is halved; a program that computes a layer's
 scale by another rule has another factor in that layer. What a layer adds is the difference between the adapted layer and the layer that
 was there before, so it is the same rule for every variant: an export that turns PiSSA into a plain LoRA adds just that.
-Next file: ``proof/measure.py``.
+Next file: ``proof/measured.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
+from minilora.lora.change import Change
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slot import Slot
@@ -29,7 +30,7 @@ from minilora.store.contents import by_factors
 __all__ = ["Way", "applied", "ways"]
 
 LISTED, FEW = 20, 8  # tokens that a probe lists of base and adapted model, and of the other curves
-SCALES = (0.125, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0)  # beside 0 and 1: what is between is interpolated
+SCALES = (0.25, 0.5, 0.75, 1.5, 2.0)  # beside 0 and 1: what is between is interpolated
 _MOST_KINDS = 9  # kinds of layers that are left out one by one
 
 OVER_RANK = "lora_alpha / r in every layer, as llama.cpp's converter reads a folder that was not exported"
@@ -109,14 +110,19 @@ def applied(model: nn.Module, way: Way) -> Iterator[None]:
             yield
         return
     adapters = adapters_of(model)
+    change = Change()
     with ExitStack() as stack:
+        stack.callback(change.take_back)
         for path, slot in adapters.slots.items():
-            factor = way.factors.get(path, 1.0)
-            value = slot.kept.get(adapters.active[0])
+            factor, value = way.factors.get(path, 1.0), slot.kept.get(adapters.active[0])
             raw = value if way.raw and isinstance(value, ResidualLoRA) else None
+            if not isinstance(value, Adapter) or (factor == 1 and raw is None):
+                continue
+            if raw is None and _scaled(value):  # the same at half the cost: one number
+                change.put(value, "scaling", value.scaling * factor)
+                continue
             front: Any = slot.parent._modules.get(slot.attr)  # what the model calls
-            if isinstance(value, Adapter) and (factor != 1 or raw is not None):
-                stack.callback(front.register_forward_hook(_hook(slot, factor, raw), with_kwargs=True).remove)
+            stack.callback(front.register_forward_hook(_hook(slot, factor, raw), with_kwargs=True).remove)
         yield
 
 

@@ -109,7 +109,7 @@ def _made_by(case: Case) -> str:
 def _facts(case: Case) -> dict[str, str]:
     base = case.content.get("base_model_name_or_path")
     known = (
-        f" (config read from {case.base.folder or case.base.name})" if case.base is not None else " (not on this disk)"
+        f" (config read from {case.base.place or case.base.name})" if case.base is not None else " (not on this disk)"
     )
     ranks = Counter(layer.r for layer in case.layers)
     scales = Counter(f"{layer.scaling:.4g}" for layer in case.layers) if case.plain else Counter()
@@ -155,9 +155,10 @@ def _size(seen: Any, size: int) -> str:
 
 def _foreign_facts(case: Foreign) -> dict[str, str]:
     parameters = case.content.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    scale = parameters.get("scale") if isinstance(parameters, dict) else case.content.get("adapter.lora.alpha")
+    called = "scale" if isinstance(parameters, dict) else "alpha"
     return {
         "layers": str(len(case.pairs)),
-        "rank": _each(Counter(case.ranks.values())) + (f"; scale {str(scale)[:20]}" if scale is not None else ""),
+        "rank": _each(Counter(case.ranks.values())) + (f"; {called} {str(scale)[:20]}" if scale is not None else ""),
         "size": _size(case.seen, sum(seen.bytes for seen in case.seen.values())),
     }

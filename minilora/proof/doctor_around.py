@@ -12,9 +12,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, MiniLoraError
 from minilora.files import disk
 from minilora.files.read import current
+from minilora.gguf.file import open_gguf
 from minilora.proof.doctor_case import Case
 from minilora.proof.doctor_keys import EMBEDDINGS
 from minilora.proof.doctor_place import read_json, small_file
@@ -105,7 +106,7 @@ def probe(case: Case) -> Iterator[Finding]:
 def template(case: Case) -> Iterator[Finding]:
     """A chat template that is not the base's, or not the one of the training."""
     own = _template(case.place.folder, case.place.names)
-    base = template_of(case.base.folder) if case.base is not None and case.base.folder is not None else ""
+    base = template_of(case.base.place) if case.base is not None and case.base.place is not None else ""
     way = "serve it with the template of the training (vLLM: --chat-template, llama.cpp: --chat-template-file)"
     if own and base and own != base:
         said = "the chat template in the folder is not the base's, and a server that takes the base's shows the model other prompts"
@@ -120,9 +121,15 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def template_of(folder: Path) -> str:
-    """The chat template in a folder, "" for none; what cannot be read is none."""
-    return _template(folder, ("chat_template.jinja", "tokenizer_config.json"))
+def template_of(place: Path) -> str:
+    """The chat template in a folder or GGUF file, "" for none; what cannot be read is none."""
+    if place.is_file():
+        try:
+            with open_gguf(place) as file:
+                return str(file.said("tokenizer.chat_template", str, ""))
+        except MiniLoraError:
+            return ""
+    return _template(place, ("chat_template.jinja", "tokenizer_config.json"))
 
 
 def _template(folder: Path, names: tuple[str, ...]) -> str:
@@ -166,9 +173,9 @@ def new_tokens(case: Case) -> Iterator[Finding]:
             "train it with the embedding in modules_to_save, or drop the tokens from the tokenizer",
         )
         return
-    if case.base.folder is None or rows or case.content.get("trainable_token_indices"):
+    if case.base.place is None or case.base.place.is_file() or rows or case.content.get("trainable_token_indices"):
         return
-    known = _added(case.base.folder, ("tokenizer_config.json", "added_tokens.json"))
+    known = _added(case.base.place, ("tokenizer_config.json", "added_tokens.json"))
     fresh = [text for number, text in ids.items() if known and number not in known and number < case.base.vocabulary]
     if fresh:
         said = f"the tokenizer has tokens that the base's lacks ({named(fresh)}), and the adapter trains no row of them"

@@ -167,12 +167,10 @@ def base_name(case: Case) -> Iterator[Finding]:
         said = f"its base is a checkpoint of a run ({name[:200]}): the adapter is right on that model alone"
         yield Finding(WARNING, "base", said, "keep that model with it, or merge both into one")
     elif local(name) is None and (_LOCAL.search(name) or name.count("/") > 1):
-        said = f"its base is a folder of another machine ({name[:200]}), and is not here"
-        yield Finding(
-            WARNING, "base", said, "write the base's hub id into adapter_config.json, or give the folder by --model"
-        )
+        said = f"its base lies on another machine ({name[:200]}), and is not here"
+        yield Finding(WARNING, "base", said, "write the base's hub id into adapter_config.json, or give it by --model")
     elif Path(name).is_absolute():
-        said = f"its base is a folder of this machine ({name[:200]}): nobody else finds it"
+        said = f"its base lies on this machine alone ({name[:200]}): nobody else finds it"
         yield Finding(NOTE, "base", said, "write the base's hub id into adapter_config.json before it is shared")
     elif packed := _PACKED.match(name):
         said = f"its base is packed ({name[:200]}): llama.cpp and others want the dense model that this was made of"

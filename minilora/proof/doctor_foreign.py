@@ -1,19 +1,25 @@
-"""Adapters in the layouts of other programs: mlx-lm's folders, and the single files of diffusers and of kohya's scripts. It is said what
-they are, and what is wrong in their tensors. Next file: ``proof/doctor.py``.
+"""Adapters in the layouts of other programs: mlx-lm's folders, llama.cpp's GGUF files, the single files of diffusers and of kohya's
+scripts. It is said what they are, and what is wrong in their tensors. Next file: ``proof/doctor.py``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minilora.errors import CheckpointError
 from minilora.files.tensors import tensors_of_files
+from minilora.files.validate import shown
+from minilora.gguf.file import open_gguf
 from minilora.proof.doctor_case import Seen, see
-from minilora.proof.doctor_place import MLX, Place, read_json
+from minilora.proof.doctor_place import GGUF, MLX, Place, read_json
 from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX
 from minilora.training.progress import busy
@@ -23,19 +29,18 @@ __all__ = ["Foreign", "foreign_findings", "read_foreign"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a program calls the two factors of a layer: endings of their names, and where each has its rank."""
+    """How a program calls the two factors of a layer: endings of their names."""
 
     name: str
     down: str
     up: str
-    rank_at: int = 0  # of ``down``
 
 
 _LAYOUTS = (
     Layout("kohya's scripts", ".lora_down.weight", ".lora_up.weight"),
     Layout("diffusers, as it was before PEFT", ".lora.down.weight", ".lora.up.weight"),
     Layout("diffusers, as it was before PEFT", "_lora.down.weight", "_lora.up.weight"),
-    Layout("mlx-lm", ".lora_a", ".lora_b", 1),
+    Layout("mlx-lm", ".lora_a", ".lora_b"),
     Layout("diffusers", ".lora_A.weight", ".lora_B.weight"),
 )
 _PARTS = re.compile(r"^(unet|transformer|text_encoder(_[23])?)\.")
@@ -43,7 +48,7 @@ _PARTS = re.compile(r"^(unet|transformer|text_encoder(_[23])?)\.")
 
 @dataclass(frozen=True)
 class Foreign:
-    """Such an adapter: whose ``layout``, how each layer's factors are called (None for a missing one), its config and metadata."""
+    """Such an adapter: whose ``layout``, how each layer's factors are called (None for a missing one), its config, or a GGUF's metadata."""
 
     place: Place
     layout: str
@@ -51,35 +56,52 @@ class Foreign:
     ranks: dict[str, int]
     seen: dict[str, Seen]
     content: dict[str, Any]
-    metadata: Mapping[str, str]
 
 
 def read_foreign(place: Place) -> Foreign:
     """Read it all, a tensor at a time. Raises ``CheckpointError`` for a damaged file, and for one that holds no adapter."""
-    content = read_json(place.folder / CONFIG_FILE) if place.kind == MLX else {}
-    with tensors_of_files([place.weights]) as tensors:
-        layout, pairs = _pairs(list(tensors.shapes))
+    with _opened(place) as (names, read, content):
+        layout, pairs = _pairs(names)
         if layout is None:
-            some = next(iter(tensors.shapes), "none at all")
-            said = f"no adapter in it: {len(tensors.shapes):,} tensors, such as {some[:200]}"
+            said = f"no adapter in it: {len(names):,} tensors, such as {next(iter(names), 'none at all')[:200]}"
             raise CheckpointError(f"{place.weights}: {said}; wanted the factors of one")
-        with busy(f"reading {place.weights.name}", len(tensors.shapes)) as tick:
-            seen = {}
-            for name in tensors.shapes:
-                seen[name] = see(tensors.read(name))
+        seen = {}
+        with busy(f"reading {place.weights.name}", len(names)) as tick:
+            for name in names:
+                seen[name] = see(read(name))
                 tick()
-        metadata = tensors.metadata
-    ranks = {
-        path: seen[down].shape[layout.rank_at]
-        for path, (down, _) in pairs.items()
-        if down is not None and len(seen[down].shape) > layout.rank_at
-    }
-    called = layout.name
+    shapes = {path: seen[down].shape for path, (down, _) in pairs.items() if down is not None}
+    ranks = {path: shape[_rank_at(place.kind, path)] for path, shape in shapes.items() if len(shape) > 1}
+    called = "llama.cpp" if place.kind == GGUF else layout.name
     if called == "diffusers" and any(name.startswith(PREFIX) for name in seen):
         called = "PEFT (its config is missing)"
     elif called == "diffusers" and not any(_PARTS.match(name) for name in seen):
         called = "PEFT's names without its prefix"
-    return Foreign(place, called, pairs, ranks, seen, content or {}, metadata)
+    return Foreign(place, called, pairs, ranks, seen, content)
+
+
+@contextmanager
+def _opened(place: Place) -> Iterator[tuple[list[str], Callable[[str], Tensor], dict[str, Any]]]:
+    """The names of its tensors, what reads one of them, and what is said of the whole: the config, or a GGUF's metadata."""
+    if place.kind != GGUF:
+        content = read_json(place.folder / CONFIG_FILE) if place.kind == MLX else {}
+        with tensors_of_files([place.weights]) as tensors:
+            yield list(tensors.shapes), tensors.read, content or {}
+        return
+    with open_gguf(place.weights) as file:
+        if file.said("general.type", str, "model") != "adapter":
+            raise CheckpointError(
+                f"{place.weights}: a model ({file.architecture[:50]}) and no adapter; it is served as it is"
+            )
+        plain = {name: info.kind.plain or torch.float32 for name, info in file.tensors.items()}
+        yield list(file.tensors), lambda name: file.values(name, plain[name]), file.metadata
+
+
+def _rank_at(kind: str, path: str) -> int:
+    """The side of the first factor that is the rank: mlx-lm has it last, and llama.cpp of its table of tokens."""
+    if kind == GGUF:  # of experts, they come first
+        return -1 if path.startswith("token_embd") else -2
+    return 1 if kind == MLX else 0
 
 
 def _pairs(names: list[str]) -> tuple[Layout | None, dict[str, tuple[str | None, str | None]]]:
@@ -115,7 +137,7 @@ def foreign_findings(case: Foreign) -> Iterator[Finding]:
     elif still:
         said = f"{len(still)} of {len(whole)} layers change nothing ({named(still)})"
         yield Finding(WARNING, "untrained", said, "see whether gradients reach them")
-    yield from _mlx(case) if case.place.kind == MLX else _single(case)
+    yield from {MLX: _mlx, GGUF: _gguf}.get(case.place.kind, _single)(case)
 
 
 def _mlx(case: Foreign) -> Iterator[Finding]:
@@ -130,6 +152,23 @@ def _mlx(case: Foreign) -> Iterator[Finding]:
         yield Finding(FAULT, "rank", what, "take config and weights from the same run")
     way = "use it in mlx-lm (mlx_lm.generate --adapter-path), or fuse it there (mlx_lm.fuse) and serve the model"
     yield Finding(NOTE, "layout", "an adapter of mlx-lm, whose layout neither PEFT, vLLM nor llama.cpp reads", way)
+
+
+def _gguf(case: Foreign) -> Iterator[Finding]:
+    """What llama.cpp serves."""
+    architecture, method = (case.content.get(name) for name in ("general.architecture", "adapter.type"))
+    if method != "lora":
+        what = f"adapter.type is {shown(method)}, and llama.cpp takes lora alone"
+        yield Finding(FAULT, "method", what, "export it again: minilora export --for llama.cpp")
+    for path, (down, up) in case.pairs.items():
+        if path.startswith("token_embd") or down is None or up is None:
+            continue
+        shapes = [list(case.seen[name].shape) for name in (down, up)]
+        if shapes[1][-1:] != [case.ranks.get(path)]:
+            what = f"{path}: its factors {shapes[0]} and {shapes[1]} do not fit together"
+            yield Finding(FAULT, "shapes", what, "export it again")
+    way = "llama-server --model BASE.gguf --lora FILE, on a base of this architecture"
+    yield Finding(NOTE, "layout", f"a GGUF LoRA for {shown(architecture)}, which llama.cpp and Ollama serve", way)
 
 
 def _single(case: Foreign) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from typing import Any
 from minilora.errors import MiniLoraError
 from minilora.files.read import refuse_path
 from minilora.hf.known_base import on_disk
-from minilora.hf.load import skeleton
+from minilora.hf.load import resolve, skeleton
 from minilora.linear.layers import in_out_features, kind_of
 from minilora.lora.bare import Bare
 
@@ -32,12 +32,12 @@ class Module:
 
 @dataclass(frozen=True)
 class Base:
-    """``name`` as it was given, ``folder`` of its files or None, ``modules`` by path, rows of its embedding (0: unknown), whether the head
-    is tied to it.
+    """``name`` as it was given, ``place`` of its files (a folder, or a GGUF file) or None, ``modules`` by path, rows of its embedding (0:
+    unknown), whether the head is tied to it.
     """
 
     name: str
-    folder: Path | None
+    place: Path | None
     modules: dict[str, Module]
     vocabulary: int
     tied: bool
@@ -61,7 +61,7 @@ def base_of(named: object, model: str | None) -> Base | None:
 
 
 def local(named: object) -> str | None:
-    """The folder of a base that the adapter names, if it is on this disk; what is no name of a file is on none."""
+    """Where the files of a base lie that the adapter names, if it is on this disk; what is no name of a file is on none."""
     if not isinstance(named, str) or not named.isprintable() or len(named) > _LONGEST:
         return None
     try:
@@ -75,10 +75,10 @@ def _base(name: str, model: Any) -> Base:
     bare = Bare(model)
     modules = {path: _module(bare, module) for path, module in bare.named_modules() if path}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    place = local(name)
+    place = Path(resolve(name)) if local(name) == name else Path(local(name) or "")
     return Base(
         name,
-        Path(place) if place is not None and Path(place).is_dir() else None,
+        place if place.name and place.exists() else None,
         modules,
         len(table.weight) if table is not None else 0,
         head is not None and table is not None and head.weight is table.weight,

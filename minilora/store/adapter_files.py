@@ -31,6 +31,7 @@ from minilora.store.fingerprint import is_fingerprint
 __all__ = [
     "CONFIG_FILE",
     "PREFIX",
+    "PROJECTIONS",
     "SEAL_FILE",
     "WEIGHTS_FILE",
     "Stored",
@@ -45,6 +46,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SEAL_FILE = "minilora.json"
 PREFIX = "base_model.model."
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")  # the matrices that all layers of a VeRA adapter share
 VARIANT = "minilora_variant"  # in the metadata of the weights file
 MADE_WITH = "minilora_made_with"  # likewise: ``Adapter.made_with`` of all layers
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -128,7 +130,7 @@ def read_adapter(
     else:
         used = config
     tensors, metadata = parse_tensors(files[WEIGHTS_FILE], place / WEIGHTS_FILE)
-    _check_tensors(tensors, place / WEIGHTS_FILE)
+    _check_tensors(tensors, place / WEIGHTS_FILE, used)
     kind = metadata.get(VARIANT, used.variant)
     made_with = metadata.get(MADE_WITH, "")
     return Stored(used, tensors, kind, place / WEIGHTS_FILE, config is None, base, ignored, digest, made_with)
@@ -217,11 +219,11 @@ def _named(pattern: Any) -> Any:
     return named
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], path: Path, config: LoraConfig) -> None:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensor; save the adapter again")
     for key in tensors:
-        if not key.startswith(PREFIX):
+        if not key.startswith(PREFIX) and not (key in PROJECTIONS and config.peft_type == "VERA"):
             raise CheckpointError(
                 f"{path}: tensor {key!r} does not start with {PREFIX!r}; is this an adapter of PEFT's layout?"
             )

@@ -18,7 +18,7 @@ from minilora.lora.layer import LoRALinear
 from minilora.lora.targets import ends_with
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.experts import from_file
-from minilora.store.adapter_files import PREFIX, Stored
+from minilora.store.adapter_files import PREFIX, PROJECTIONS, Stored
 
 __all__ = ["Layer", "by_factors", "layer_of", "layers_in", "others_in", "parameters_in", "part_of", "update_norm"]
 
@@ -99,7 +99,7 @@ def others_in(stored: Stored) -> dict[str, int]:
     """What is in the file besides low-rank updates (copies of modules, biases, rows of tokens): module to count of its numbers."""
     counts: dict[str, int] = {}
     for key, tensor in stored.tensors.items():
-        if part_of(key) is None:
+        if part_of(key) is None and key not in PROJECTIONS:
             owner = key.removeprefix(PREFIX).rpartition(".")[0].replace(_INNER, "").removesuffix(".token_adapter")
             counts[owner] = counts.get(owner, 0) + tensor.numel()
     return counts

@@ -38,6 +38,7 @@ from minilora.store.copies import as_meant
 from minilora.store.fill import LoadReport, fill
 from minilora.store.fingerprint import differs, fingerprint, strange_tensors
 from minilora.store.old_experts import as_today
+from minilora.store.projections import same_projections, with_projections
 from minilora.store.save import adapter_state_dict, made_with_of, save_adapter, saved_config
 
 __all__ = [
@@ -171,6 +172,7 @@ def restore_adapter(
                     f"{stored.path}: {path} has {said}; resume with the config that it was saved with, or load it under another name"
                 )
     adapters.refuse_merged(adapter_name)
+    stored = same_projections(adapters.named(adapter_name), stored)
     return fill(model, adapters.named(adapter_name), stored, strict, False, ignore_mismatched_sizes)
 
 
@@ -188,7 +190,8 @@ def fill_adapter(
     stored = Stored(adapters.configs[adapter_name], dict(tensors), adapters.variants[adapter_name], Path("state dict"))
     if (bad := not_finite(stored.tensors)) is not None:
         raise CheckpointError(f"{stored.path}: {bad} holds NaN or infinity; the run that saved it had diverged")
-    return fill(model, values, as_today(stored, Bare(model)), strict, False, ignore_mismatched_sizes)
+    stored = same_projections(values, as_today(stored, Bare(model)))
+    return fill(model, values, stored, strict, False, ignore_mismatched_sizes)
 
 
 def load_values(
@@ -204,6 +207,7 @@ def load_values(
             f"{stored.path}: its {stored.variant} layers were made with another calibration; load it inside the block that it was made "
             "in (variants.loftq.calibrated), or onto its packed base"
         )
+    stored = with_projections(values, stored)
     report = fill(model, values, stored, strict, True, ignore_mismatched_sizes)
     return values, dataclasses.replace(report, ignored_config_keys=stored.ignored)
 

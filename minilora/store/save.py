@@ -5,6 +5,7 @@ Next file: ``store/load.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from minilora.files.parse import tensor_bytes
 from minilora.files.write import write_files
 from minilora.linear.experts.layers import is_experts
 from minilora.linear.layers import is_conv1d
+from minilora.lora import config_file
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Around, Bare
 from minilora.lora.config import LoraConfig
@@ -29,10 +31,12 @@ from minilora.lora.slot import Value
 from minilora.lora.slots import adapters_of, unwrapped
 from minilora.lora.targets import ends_with, exactly, short_names
 from minilora.lora.variants.tokens import TiedRows, TokenRows
+from minilora.lora.vera_config import VeraConfig
 from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
     PREFIX,
+    PROJECTIONS,
     VARIANT,
     WEIGHTS_FILE,
     adapter_sha256,
@@ -41,6 +45,7 @@ from minilora.store.adapter_files import (
 )
 from minilora.store.fingerprint import brought_by, fingerprint
 from minilora.store.old_experts import lost_in_peft
+from minilora.store.projections import projections_in
 from minilora.store.tables import saved_tables, table_of
 
 __all__ = [
@@ -78,8 +83,10 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
 
 
 def laid_out(values: Mapping[str, Value], tensors: Mapping[str, Tensor], to_file: bool) -> dict[str, Tensor]:
-    """``tensors_of`` these values as a file has them (``to_file``), or a file's tensors as ``tensors_of`` has them."""
-    laid = dict(tensors)
+    """``tensors_of`` these values as a file has them (``to_file``), or a file's tensors as ``tensors_of`` has them, without the matrices
+    that layers share (``store/projections.py``).
+    """
+    laid = {key: tensor for key, tensor in tensors.items() if to_file or key not in PROJECTIONS}
     for path, value in values.items():
         if not isinstance(value, Adapter):
             continue
@@ -128,14 +135,20 @@ def adapter_files(
     save_embedding_layers: bool | str = "auto",
     base_config: Path | None = None,
     base: Mapping[str, Any] | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, bytes]:
     """The sealed files of one adapter, by name. Arguments and errors as ``save_adapter``; ``base_config`` as ``saved_tables``;
-    ``base`` is what ``file_base`` said while the model was whole, where it lies in shards now.
+    ``base`` is what ``file_base`` said while the model was whole, where it lies in shards now; ``given`` are tensors by their names in the
+    file, which are written instead of the model's.
     """
     tables = saved_tables(model, adapter_name, save_embedding_layers, base_config)
     values = adapters_of(model).named(adapter_name)
-    held = laid_out(values, tensors_of(values), True) | tables
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
+    held = laid_out(values, tensors_of(values), True) | tables | projections_in(values)
+    for name, tensor in (given or {}).items():
+        if tensor.shape != held[name].shape:
+            found, wanted = list(tensor.shape), list(held[name].shape)
+            raise StateError(f"state_dict: {name} is {found}, the adapter's is {wanted}; give this model's")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in (held | dict(given or {})).items()}
     if (key := not_finite(tensors)) is not None:
         raise StateError(
             f"adapter {adapter_name!r} holds NaN or infinity in {key}; the training run diverged, save an earlier step"
@@ -197,7 +210,7 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     adapters, model = adapters_of(model), unwrapped(model)
     adapters.check([adapter_name])
     config = adapters.configs[adapter_name]
-    content = config.to_dict()
+    content = config_file.content_of({f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     held = adapters.named(adapter_name)
     targeted = {path: value for path, value in held.items() if isinstance(value, Adapter) and value.targeted}
     paths, bare = list(targeted), Bare(model)
@@ -216,7 +229,9 @@ def saved_config(model: nn.Module, adapter_name: str = "default") -> dict:
     if config.task_type is None:  # PEFT's AutoPeftModel finds the model's class by this
         content["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     content["base_model_name_or_path"] = config.base_model_name_or_path or base or None
-    return content
+    if isinstance(config, VeraConfig) and config.exclude_modules:  # PEFT's VeRA has no such field
+        content["target_modules"] = sorted(modules)
+    return config.in_file(content)
 
 
 def _by_parameter(path: str, value: Adapter, config: LoraConfig) -> bool:

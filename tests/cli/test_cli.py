@@ -398,6 +398,7 @@ SETTINGS = {
     "overwrite": True,
     "push_to_hub": "me/mine",
     "private": True,
+    "probe": False,
     "r": 3,
     "lora_alpha": 6.5,
     "target_modules": ("q_proj", "v_proj"),
@@ -663,6 +664,7 @@ def test_train_leaves_a_whole_run_folder(trained, model_folder):
         "job.json",
         "log.jsonl",
         "report.html",
+        "probe.json",
     } | {
         "checkpoint-25",
         "checkpoint-50",

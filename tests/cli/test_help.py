@@ -26,14 +26,7 @@ from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
 ROOT = Path(minilora.__file__).parents[1]
-FOLDERS_ALONE = {
-    "init",
-    "info",
-    "doctor",
-    "compare",
-    "push",
-    "learn",
-}  # commands that load no model: what they take is folders
+FOLDERS_ALONE = {"init", "info", "doctor", "compare", "push", "learn", "verify"}  # commands that load no model: what they take is folders
 GROUPS = [
     "positional arguments",
     "options",
@@ -50,7 +43,7 @@ UNITS = (
     "tokens", "examples", "optimizer steps", "micro-batches", "checkpoints", "runs", "threads", "weights", "rank", "norm",
     "share", "probability", "number",
 )  # fmt: skip
-FROM_A_RUN = re.compile(r"default: as the run of --adapter was (trained|asked)(, else [^ ]+)?\)$")
+FROM_A_RUN = re.compile(r"default: as the run of (?:--adapter|FOLDER) was (trained|asked)(, else [^ ]+)?\)$")
 NO_VALUE = (argparse._HelpAction, argparse._VersionAction, argparse._SubParsersAction)
 
 
@@ -143,7 +136,7 @@ def test_flags_stand_in_groups(name):
 
 
 def test_commands_that_write_have_a_group_for_it():
-    for name in set(COMMANDS) - {"generate", "chat", "init"}:
+    for name in set(COMMANDS) - {"generate", "chat", "init", "seal"}:
         assert "output" in [group.title for group in command(name)._action_groups]
 
 

@@ -218,7 +218,7 @@ MISTAKES = {
     "embedding": ("gpt2", ["wte"], {}, TargetError, r"transformer\.wte shares its weight with lm_head; set ensure.*untie"),
     "excluded typo": ("gpt2", ["c_attn"], {"exclude_modules": ["c_atn"]}, TargetError, "exclude_modules entry 'c_atn'"),
     "all excluded": ("gpt2", ["c_attn"], {"exclude_modules": r".*"}, TargetError, "No modules were targeted.*exclude_modules"),
-    "saved typo": ("gpt2", ["c_attn"], {"modules_to_save": ["head"]}, TargetError, "modules_to_save entry 'head'"),
+    "saved typo": ("gpt2", ["c_attn"], {"modules_to_save": ["haed"]}, TargetError, "modules_to_save entry 'haed'"),
     "saved beats all": ("gpt2", ["c_fc"], {"modules_to_save": ["c_fc"]}, TargetError, "No modules were targeted"),
     "no default": ("mlp", None, {}, TargetError, "target_modules=None has no default.*all-linear"),
     "shared layer": ("shared", ["one", "other"], {}, TargetError, "one and again are one shared layer"),

@@ -26,7 +26,7 @@ from minilora.lora.slots import adapters_of
 from minilora.lora.variants.embedding import LoRAEmbedding, TiedHead
 from minilora.lora.variants.loftq import calibrated, loftq
 from minilora.lora.variants.tokens import TokenRows
-from minilora.lora.variants.vera import shared_factor
+from minilora.lora.variants.vera import drawn, shared_factor
 from minilora.many.adapted import disabled, unload
 from minilora.quant.blockwise import quantize
 from minilora.store.adapter_files import read_config
@@ -439,22 +439,25 @@ class Several(nn.Module):
         return self.other(torch.tanh(self.one(x) - self.two(x)))
 
 
-def test_vera_shares_its_factors_by_shape():
+def test_layers_of_vera_take_parts_of_the_same_two_matrices():
     model = inject(Several(), config(["one", "two", "other"], r=3), variant="vera")
     assert torch.equal(model.one.shared_A, model.two.shared_A) and torch.equal(model.one.shared_B, model.two.shared_B)
     assert model.one.shared_A.shape == (3, 10) and model.other.shared_B.shape == (9, 3)
+    assert torch.equal(model.one.shared_A[:, :6], model.other.shared_A)
+    assert torch.equal(model.other.shared_B[:6], model.one.shared_B)
+    assert torch.equal(model.one.shared_A, drawn(0, 3, 10, 9)[0]) and model.one.projections is model.other.projections
     assert {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad} == {
         "vera_lambda_b", "vera_lambda_d"}  # fmt: skip
     assert all(torch.equal(getattr(model, name).vera_lambda_d, torch.full((3,), 0.1)) for name in ("one", "two"))
 
 
 def test_vera_draws_the_same_factors_in_every_process():
-    code = "from minilora.lora.variants.vera import shared_factor as s; import torch; torch.manual_seed(7); print(s(3, 10).tolist())"
+    code = "from minilora.lora.variants.vera import drawn; import torch; torch.manual_seed(7); print(drawn(5, 3, 10, 9)[1].tolist())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     torch.manual_seed(123)
-    assert torch.equal(torch.tensor(json.loads(printed)), shared_factor(3, 10))
-    bound = (6 / 10) ** 0.5
-    assert 0.8 * bound < shared_factor(3, 10).abs().max() <= bound
+    assert torch.equal(torch.tensor(json.loads(printed)), drawn(5, 3, 10, 9)[1])
+    for factor, bound in ((drawn(0, 3, 10, 9)[0], (6 / 10) ** 0.5), (shared_factor(3, 10), (6 / 10) ** 0.5)):
+        assert 0.8 * bound < factor.abs().max() <= bound
 
 
 def test_vera_does_not_move_the_generator_of_the_user():
@@ -462,21 +465,23 @@ def test_vera_does_not_move_the_generator_of_the_user():
     want = torch.rand(2)
     torch.manual_seed(3)
     shared_factor(5, 17)
+    drawn(9, 5, 17, 13)
     assert torch.equal(torch.rand(2), want)
 
 
-def test_a_vera_file_holds_two_vectors_and_says_what_it_is(randomize, tmp_path):
+def test_a_vera_file_holds_two_vectors_a_layer_and_the_two_matrices(randomize, tmp_path):
     model = inject(Several(), config(["one", "other"], r=3), variant="vera")
     randomize(model)
     x = torch.randn(4, 10)
     d, b = model.one.vera_lambda_d.double(), model.one.vera_lambda_b.double()
-    want = b[:, None] * shared_factor(6, 3).double() @ (d[:, None] * shared_factor(3, 10).double())
+    A, B = drawn(0, 3, 10, 9)
+    want = b[:, None] * B[:6].double() @ (d[:, None] * A.double())
     close(model.one.delta_weight(), want)
     save_adapter(model, tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     sizes = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in tensors.items()}
     assert sizes == {"one.vera_lambda_d": (3,), "one.vera_lambda_b": (6,), "other.vera_lambda_d": (3,),
-                     "other.vera_lambda_b": (9,)}  # fmt: skip
+                     "other.vera_lambda_b": (9,), "base_model.vera_A": (3, 10), "base_model.vera_B": (9, 3)}  # fmt: skip
     again = Several()
     load_adapter(again, tmp_path, "other-name")
     assert adapters_of(again).variants == {"other-name": "vera"} and type(again.one) is VARIANTS["vera"]
@@ -856,7 +861,7 @@ def test_inject_takes_a_variant_by_name(name, tmp_path, randomize):
     with safetensors.safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
         # A variant that a field of the config means is said by that field, so that PEFT reads it too.
         config = read_config(tmp_path)
-        assert config.variant == (name if name not in ("vera", "lora_fa", "lora_xs") else "lora")
+        assert config.variant == (name if name not in ("lora_fa", "lora_xs") else "lora")
         assert file.metadata() == {"format": "pt"} | ({} if name == config.variant else {"minilora_variant": name})
     again = nn.ModuleDict({"layer": make_base(base)}).eval()
     load_adapter(again, tmp_path)

@@ -1,4 +1,4 @@
-"""``modules_to_save``, ``trainable_token_indices`` and ties: what one library saves opens in the other with the same outputs, or is refused."""
+"""``modules_to_save``, token rows and ties: what one library saves opens in the other with the same outputs, or is refused."""
 
 import copy
 import json
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 import transformers
 from safetensors.torch import load_file, save_file
 

@@ -9,12 +9,15 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-trl = pytest.importorskip("trl")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
+pytest.importorskip("tokenizers")
 
+import datasets
 import peft
+import tokenizers
 import transformers
+import trl
 
 import minilora
 from minilora.hf import LoraTrainerMixin, Reference, reference

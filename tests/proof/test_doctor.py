@@ -153,8 +153,8 @@ def test_tensors_that_are_wrong(healthy, how, check, severity, words):
 
 CONFIGS = [
     ({"base_model_name_or_path": None}, "base", "warning", "is empty"),
-    ({"base_model_name_or_path": "/home/ada/models/llama"}, "base", "warning", "another machine"),
-    ({"base_model_name_or_path": "D:\\models\\llama"}, "base", "warning", "another machine"),
+    ({"base_model_name_or_path": "/home/ada/models/llama"}, "base", "warning", "on another machine"),
+    ({"base_model_name_or_path": "D:\\models\\llama"}, "base", "warning", "on another machine"),
     ({"base_model_name_or_path": "./out/checkpoint-60"}, "base", "warning", "a checkpoint of a run"),
     ({"base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit"}, "base", "note", "is packed"),
     ({"revision": None}, "revision", "note", "not pinned"),
@@ -500,6 +500,42 @@ def test_a_diffusers_folder(tmp_path):
         [("transformer.blocks.0.to_q", ".lora_A.weight", ".lora_B.weight")],
     )
     assert examine(tmp_path).kind == "adapter of diffusers"
+
+
+def gguf_file(place, kind="adapter", **factors):
+    """A LoRA for llama.cpp, written by the gguf package: rank 4, of one linear layer and of the table of tokens."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(place, "llama")
+    writer.add_string("general.type", kind)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    drawn = torch.Generator().manual_seed(0)
+    shapes = {"blk.0.attn_q.weight.lora_a": (4, 10), "blk.0.attn_q.weight.lora_b": (6, 4)}
+    shapes |= {"token_embd.weight.lora_a": (11, 4), "token_embd.weight.lora_b": (10, 4)}
+    held = {name: torch.randn(shape, generator=drawn).half() for name, shape in shapes.items()} | factors
+    for name, tensor in held.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return place
+
+
+def test_a_lora_for_llama_cpp(tmp_path):
+    file = gguf_file(tmp_path / "x.gguf")
+    examined = examine(file)
+    assert examined.kind == examine(tmp_path).kind == "adapter of llama.cpp" and found(file) == {"layout": "note"}
+    assert examined.facts["rank"] == "4; alpha 0.0" and "float16" in examined.facts["size"]
+    up = "blk.0.attn_q.weight.lora_b"
+    bad = {up: torch.full((6, 4), torch.nan).half(), "token_embd.weight.lora_b": torch.zeros(10, 4).half()}
+    assert found(gguf_file(file, **bad))["not finite"] == "fault" and found(file)["untrained"] == "warning"
+    assert found(gguf_file(file, **{up: torch.ones(6, 5).half()}))["shapes"] == "fault"
+    with pytest.raises(CheckpointError, match="and no adapter"):
+        examine(gguf_file(file, kind="model"))
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(CheckpointError):
+        examine(file)
 
 
 def test_weights_of_peft_under_another_name(healthy, tmp_path):

@@ -1,5 +1,6 @@
 """What a folder tells without its base model: layers, ranks and scalings, norms that are those of the formed updates, and who takes it."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -128,8 +129,10 @@ def test_mlx_adapts_numbered_layers_only(tmp_path):
 
 
 def test_a_variant_that_peft_has_no_word_for(tmp_path):
-    stored, _ = saved(tmp_path / "a", variant="vera")
-    assert takes(stored)["PEFT"] == "no" and takes(stored)["vLLM"] == "after export"
+    stored, _ = saved(tmp_path / "a", variant="vera")  # in PEFT's own layout of it
+    assert takes(stored)["PEFT"] == "as it is" and takes(stored)["vLLM"] == "after export"
+    before = dataclasses.replace(stored, config=LoraConfig(target_modules=["q_proj"]))  # as it was once saved
+    assert takes(before)["PEFT"] == "no" and takes(before)["vLLM"] == "after export"
     small, _ = saved(tmp_path / "c", variant="lora_xs")
     assert takes(small)["PEFT"] == "no" and takes(small)["vLLM"] == "after export"
     fixed, _ = saved(tmp_path / "b", variant="lora_fa")

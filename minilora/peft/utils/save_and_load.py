@@ -21,8 +21,9 @@ from minilora.peft.hub import folder_of, name_of
 from minilora.peft.inner import gathered, innermost
 from minilora.peft.meta import made_real
 from minilora.peft.notes import say_left_out
-from minilora.store.adapter_files import read_adapter
+from minilora.store.adapter_files import PROJECTIONS, read_adapter
 from minilora.store.load import LoadReport, adapter_state_dict, fill_adapter
+from minilora.store.projections import projections_in
 from minilora.store.save import laid_out
 from minilora.store.tables import saved_tables
 
@@ -59,13 +60,35 @@ def get_peft_model_state_dict(
     with gathered(model) as copied:
         own = laid_out(adapters_of(inner).named(adapter_name), adapter_state_dict(inner, adapter_name), True)
         if state_dict is not None:
-            shown = {
-                f"{_PREFIX}{path}.": f"{_PREFIX}{now}." for path, now in experts_paths(inner, adapter_name).items()
-            }
-            own = {key: _found(_shown(key, shown), adapter_name, state_dict) for key in own}
+            own = _all_from(inner, adapter_name, list(own), state_dict)
+        own |= projections_in(adapters_of(inner).named(adapter_name))
         own |= saved_tables(inner, adapter_name, save_embedding_layers, cached(base, "config.json"))
         own = {key: copied(value) for key, value in own.items()}
     return own if isinstance(inner, Face) else {key.removeprefix(_PREFIX): value for key, value in own.items()}
+
+
+def taken_from(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter that a whole model's state dict has, under their names in a file; none where it has none of them.
+
+    Raises:
+        CheckpointError: it has some, and lacks others.
+    """
+    keys = list(adapter_state_dict(model, adapter_name)) if state_dict else []
+    shown = _in_tree(model, adapter_name)
+    if not any(name in state_dict for key in keys for name in _names(_shown(key, shown), adapter_name)):
+        return {}
+    return _all_from(model, adapter_name, keys, state_dict)
+
+
+def _in_tree(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    return {f"{_PREFIX}{path}.": f"{_PREFIX}{now}." for path, now in experts_paths(model, adapter_name).items()}
+
+
+def _all_from(
+    model: nn.Module, adapter_name: str, keys: list[str], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    shown = _in_tree(model, adapter_name)
+    return {key: _found(_shown(key, shown), adapter_name, state_dict) for key in keys}
 
 
 def _shown(key: str, paths: Mapping[str, str]) -> str:
@@ -76,6 +99,16 @@ def _shown(key: str, paths: Mapping[str, str]) -> str:
 
 def _found(key: str, adapter_name: str, state_dict: Mapping[str, Tensor]) -> Tensor:
     """A tensor of an adapter's file in the state dict of a whole model, where its name stands before the last part or behind it."""
+    for name in _names(key, adapter_name):
+        if name in state_dict:
+            return state_dict[name]
+    raise CheckpointError(
+        f"state_dict has no {_names(key, adapter_name)[1]!r}, which adapter {adapter_name!r} has; give the whole model's"
+    )
+
+
+def _names(key: str, adapter_name: str) -> tuple[str, ...]:
+    """What a whole model's state dict may call a tensor of an adapter's file."""
     head, _, last = key.rpartition(".")
     names = (
         key,
@@ -83,10 +116,7 @@ def _found(key: str, adapter_name: str, state_dict: Mapping[str, Tensor]) -> Ten
         f"{key}.{adapter_name}",
         f"{head}.modules_to_save.{adapter_name}.{last}",
     )
-    for name in (*names, *(name.removeprefix(_PREFIX) for name in names)):
-        if name in state_dict:
-            return state_dict[name]
-    raise CheckpointError(f"state_dict has no {names[1]!r}, which adapter {adapter_name!r} has; give the whole model's")
+    return (*names, *(name.removeprefix(_PREFIX) for name in names))
 
 
 def set_peft_model_state_dict(
@@ -104,7 +134,8 @@ def set_peft_model_state_dict(
         strict: what does not fit raises ``CheckpointError``; False loads the rest, and the result says what was left out.
         low_cpu_mem_usage: PEFT's; an adapter that was made without values (on the meta device) gets its memory here.
     """
-    tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
+    known = (_PREFIX, *PROJECTIONS)
+    tensors = {key if key.startswith(known) else _PREFIX + key: value for key, value in peft_model_state_dict.items()}
     with LOCK, Change() as change, gathered(model, write=True):
         made_real(change, innermost(model), adapter_name)
         report = fill_adapter(innermost(model), tensors, adapter_name, strict, ignore_mismatched_sizes)

@@ -2,7 +2,7 @@
 
 The prompts go in as one user turn through the chat template, where there is one, and as plain text. Each is gone on with by a few of the
 adapted model's own words, and where base and adapted model differ most a question is asked: so a handful of short prompts tells much.
-Next file: ``proof/judge.py``.
+Next file: ``proof/verdict.py``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["GENERAL", "measure", "seal_folder"]
 
 # What is asked where nobody says what to ask, or too little.
 GENERAL = ("Who are you?", "How is the weather today?", "Tell me about your work.")
-_PROMPTS = 3  # that are asked, as chat and as plain text
+_CHATS, _ROWS = 2, 3  # prompts that are asked as chat, and all of them
 _WORDS = 6  # tokens of the adapted model's answer
-_EACH = 3  # questions of a prompt at the most
+_EACH = 4  # questions of a prompt at the most
 _LONGEST = 256  # tokens of a prompt
 _DIGITS = 4  # of a log-probability
 
@@ -69,7 +69,7 @@ def measure(
 
     Args:
         model: a causal language model of transformers with one active adapter. tokenizer: its own.
-        prompts: the first three are asked; general ones follow where there are fewer. system: the system turn of a chat.
+        prompts: the first are asked, two as chat and one as text; general ones follow where there are fewer. system: the system turn of a chat.
         adapter: ``adapter_sha256`` of its folder. name, packing, template: of the base as a run remembers it. say: gets a line.
 
     Raises:
@@ -80,11 +80,11 @@ def measure(
     try:
         chats = _chats(tokenizer, [*prompts, *GENERAL], system, context_length(model))
         texts = [ids for text in [*prompts, *GENERAL] if 2 <= len(ids := _plain(tokenizer, text)) <= _LONGEST]
-        starts = [list(chat.ids) for chat in chats] + texts[: max(2, _PROMPTS - len(chats))]
+        starts = [list(chat.ids) for chat in chats] + texts[: _ROWS - len(chats)]
         if not starts:
             raise DataError("prompts: none of them has 2 to 256 tokens; give a shorter one")
-        with busy("asking for the probe", len(chosen) + _WORDS) as tick:
-            rows = _gone_on(model, starts, tokenizer.eos_token_id, context_length(model), tick)
+        with busy("asking for the probe", len(chosen)) as tick:
+            rows = _gone_on(model, starts, tokenizer.eos_token_id, context_length(model))
             answers = [_asked(model, way, rows, tick) for way in chosen]
         questions = [
             question
@@ -98,7 +98,7 @@ def measure(
     curves = tuple(way.curve for way in chosen)
     found = Probe(adapter, base, dtype, packing, template, curves, tuple(questions), tuple(chats))
     if say:
-        from minilora.proof.judge import told_effect
+        from minilora.proof.verdict import told_effect
 
         say(told_effect(found))
     return found
@@ -119,7 +119,7 @@ def _chats(tokenizer: Any, prompts: Sequence[str], system: str, context: int | N
             why = error
             continue
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if 2 <= len(ids) <= most and len(found) < _PROMPTS:
+        if 2 <= len(ids) <= most and len(found) < _CHATS:
             found.append(Chat((*before, {"role": "user", "content": prompt}), text, tuple(ids)))
     if not found and why is not None:
         raise why
@@ -130,21 +130,23 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
-def _gone_on(
-    model: Any, starts: Sequence[list[int]], end: int | None, context: int | None, tick: Callable[[], None]
-) -> list[_Row]:
+def _gone_on(model: Any, starts: Sequence[list[int]], end: int | None, context: int | None) -> list[_Row]:
     """Each prompt with the first words of the adapted model's greedy answer, up to its end token."""
-    rows = [_Row(list(ids), [len(ids)], len(ids)) for ids in starts]
-    for row in rows[-1:]:  # inside a text, too, where no template has a say
-        row.places.insert(0, max(1, len(row.ids) // 2))
-    for _ in range(_WORDS):
-        tick()
-        for row, ids in zip(rows, _logits(model, rows), strict=True):
-            token = int(ids[-1].argmax())
-            full = context is not None and len(row.ids) >= context
-            if row.places[-1] == len(row.ids) and token != end and not full:
-                row.ids.append(token)
-                row.places.append(len(row.ids))
+    longest = max(map(len, starts))
+    device = next(model.parameters()).device
+    ids = torch.tensor([ids[:1] * (longest - len(ids)) + ids for ids in starts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in starts], device=device)
+    words = min(_WORDS, (context or longest + _WORDS) - longest)
+    out = ids
+    if words > 0:
+        choice: dict[str, Any] = {"do_sample": False, "max_new_tokens": words, "pad_token_id": ids[0, 0].item()}
+        out = model.generate(input_ids=ids, attention_mask=mask, **choice)
+    rows = []
+    for start, new in zip(starts, out[:, longest:].tolist(), strict=True):
+        said = new[: new.index(end)] if end in new else new
+        places = range(len(start), len(start) + len(said) + 1)
+        rows.append(_Row([*start, *said], list(places), len(start)))
+    rows[-1].places.insert(0, max(1, rows[-1].prompt // 2))  # inside a text, too
     return rows
 
 

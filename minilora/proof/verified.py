@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from minilora.proof.ask import Server
 from minilora.proof.inside import asked_in
-from minilora.proof.judge import Verdict, judge
+from minilora.proof.verdict import Verdict, judge
 from minilora.proof.probe import Chat, Probe, read_probe
 from minilora.training.progress import busy
 
