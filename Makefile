@@ -75,6 +75,7 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again ever
 	$(BIN)/python benchmarks/experts_run.py --figure docs
 	$(BIN)/python benchmarks/sweep.py --rounds 2 --steps 4
 	$(BIN)/python benchmarks/sweep_workers.py
+	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python docs/tables.py
 
 fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=10000000 of them, ARGS="--seed 1"); figures at the end

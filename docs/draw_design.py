@@ -112,7 +112,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "export",
         "adapters for other programs",
-        ["folders", "factors", "plain_peft", "mlx", "updates", "llama_cpp", "ollama", "servers", "programs"],
+        ["folders", "factors", "plain_peft", "mlx", "diffusers", "updates", "llama_cpp", "ollama", "servers", "programs"],
     ),
     (
         "many",
@@ -306,6 +306,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "told",
             "start",
             "rehearsal",
+            "gguf_info",
             "trackers",
             "outcome",
             "described",

@@ -261,6 +261,24 @@ def store() -> str:
     return markdown(["", "lines", "tokens", "seconds of the processor", "bytes a token, after", "at the peak"], rows)
 
 
+def verified() -> str:
+    """What ``minilora verify`` says of a llama.cpp server, by what is served."""
+    rows = []
+    for row in read("verify"):
+        off = [row[f"from the {what}"] for what in ("base", "adapted model", "best scale")]
+        rows.append([row["what"], *off, row["scale"], row["verdict"], row["exit code"]])
+    heads = [
+        "served",
+        "from the base",
+        "from the adapted model",
+        "from the best scale",
+        "scale",
+        "verdict",
+        "exit code",
+    ]
+    return markdown(heads, rows)
+
+
 def views() -> str:
     """What PEFT's names cost, beside PEFT."""
     rows = [
@@ -338,6 +356,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "loading": loading,
     "store": store,
+    "verify": verified,
     "head loss": head_loss,
     "job": lambda: job("job"),
     "job, packed by both": lambda: job("job_packed"),

@@ -117,7 +117,7 @@ def large_scale(case: Case) -> Iterator[Finding]:
 
 def servers(case: Case) -> Iterator[Finding]:
     """Programs that read the folder otherwise than PEFT, or not at all; those with one reason together."""
-    if case.refusal or not case.plain or not case.layers or case.faults:
+    if case.refusal or not case.plain or not case.layers:
         return
     refusing: dict[str, list[str]] = {}
     for server in servers_of(case.stored, case.place.folder):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from minilora.lora.targets import endings, ends_with
 from minilora.proof.doctor_case import MOST_NAMES, Case
 from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
-from minilora.store.adapter_files import PREFIX
+from minilora.store.adapter_files import PREFIX, PROJECTIONS
 from minilora.store.contents import part_of
 from minilora.store.tables import table_of
 
@@ -137,7 +137,7 @@ def strangers(case: Case) -> Iterator[Finding]:
     wanted, odd = case.names("modules_to_save"), []
     for key in case.seen:
         owner = key.removeprefix(PREFIX).rpartition(".")[0]
-        asked = part_of(key) is not None or any(_within(owner, name) for name in wanted)
+        asked = part_of(key) is not None or key in PROJECTIONS or any(_within(owner, name) for name in wanted)
         if not (asked or _is_bias(case, key) or _is_table(case, key) or ".token_adapter." in key):
             odd.append(key)
     magnitudes = [key for key in case.seen if "lora_magnitude_vector" in key and case.content.get("use_dora") is False]
