@@ -6,6 +6,7 @@ Next file: ``hf/generate.py``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,8 @@ def fill_model(model: Any, tokenizer: Any, path: Path, kind: str = "f16") -> Non
     planned: list[Planned] = []
     for name, weight in tensors_of(model):
         chosen = type_of(name, tuple(weight.shape), kind)
-        planned.append((name, tuple(weight.shape), chosen, lambda n=name, w=weight, c=chosen: encoded(n, w, c)))
+        make = functools.partial(encoded, name, weight, chosen)
+        planned.append((name, tuple(weight.shape), chosen, make))
     fill_gguf(path, architecture_of(config), describe, planned)
 
 

@@ -33,7 +33,7 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no byte-level BPE, or cuts text by no rule that llama.cpp has a name for.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     model = content.get("model") or {}
     if (

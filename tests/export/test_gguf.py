@@ -385,6 +385,6 @@ def test_a_family_of_chat_templates_is_known_by_what_it_writes():
     assert found(CHATML) == ("ChatML", "")
     assert found(usual + CHATML) == ("ChatML", "Be kind.")
     assert found(CHATML.replace("<|im_end|>", "<|end|>")) == (None, "")
-    phi = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}<|assistant|>\n"
+    phi = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}{{ '<|assistant|>\\n' }}"
     assert found(phi) == ("Phi-3", "")
     assert found("{{ raise_exception('no') }}") == (None, "")
