@@ -15,7 +15,9 @@ __all__ = ["plain_peft_files"]
 
 def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, bytes]:
     """PEFT's layout with nothing in it that a reader could skip: one rank, scale 1, plain names."""
-    if content.get("peft_type") != "LORA":  # the folder of a method with fields of its own: what it has in common with LoRA's
+    if (
+        content.get("peft_type") != "LORA"
+    ):  # the folder of a method with fields of its own: what it has in common with LoRA's
         known = LoraConfig().to_dict()
         content = known | {name: content[name] for name in known.keys() & content.keys() - {"peft_type"}}
     tensors = {}
