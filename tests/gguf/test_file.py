@@ -90,9 +90,7 @@ def test_tensors_are_the_bytes_that_lie_there(path):
 def test_other_types_are_decoded_as_gguf_decodes_them(path, kind):
     number = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[number]
-    raw = torch.randint(
-        0, 60, (3 * 512 // block * size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    raw = torch.randint(0, 60, (3 * 512 // block * size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     written(path, tensors=[entry("blk.0.w", (3, 512), number.value)], data=raw.numpy().tobytes())
     with open_gguf(path) as file:
         own = torch.from_numpy(gguf.dequantize(raw.view(3, -1).numpy(), number))

@@ -77,9 +77,7 @@ def test_weights_are_those_of_transformers_own_reader(architecture, tmp_path):
     pytest.importorskip("accelerate")
     import transformers
 
-    model = tiny(
-        architecture, **({"n_positions": 1024} if architecture == "gpt2" else {})
-    )  # it takes any length for 1,024
+    model = tiny(architecture, **({"n_positions": 1024} if architecture == "gpt2" else {}))  # it takes any length for 1,024
     path = write_gguf(tmp_path / "model.gguf", model, "Q4_1", "Q8_0")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
@@ -87,11 +85,7 @@ def test_weights_are_those_of_transformers_own_reader(architecture, tmp_path):
     found = load_model(str(path))
     for name, tensor in theirs.state_dict().items():
         layer = found.get_submodule(name.rpartition(".")[0])
-        own = (
-            dense_weight(layer)
-            if isinstance(layer, GGUFLinear) and name.endswith("weight")
-            else found.state_dict()[name]
-        )
+        own = dense_weight(layer) if isinstance(layer, GGUFLinear) and name.endswith("weight") else found.state_dict()[name]
         if isinstance(layer, GGUFLinear) and layer.conv1d is not None and name.endswith("weight"):
             own = own.t()
         assert torch.equal(own, tensor), name
@@ -172,9 +166,7 @@ def test_a_folder_with_the_file_is_the_model(tmp_path):
 
 def test_a_plan_counts_the_blocks(tmp_path):
     path = str(write_gguf(tmp_path / "model.gguf", tiny("llama"), "Q4_1"))
-    packed, dense = (
-        sum(p.numel() * p.element_size() for p in m.parameters()) for m in (load_model(path), skeleton(path))
-    )
+    packed, dense = (sum(p.numel() * p.element_size() for p in m.parameters()) for m in (load_model(path), skeleton(path)))
     job = PlanJob(path, batch=1, seq=16, dtype="float32")
     assert predicted(job).parts["weights"] < dense
     assert predicted(job).loading == packed
@@ -186,13 +178,7 @@ def test_a_plan_counts_the_blocks(tmp_path):
 def test_llama_3_says_its_rule_by_its_factors(tmp_path):
     import transformers
 
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500_000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    }
+    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     model = tiny("llama", rope_parameters=rope | {"original_max_position_embeddings": 8192}, rope_theta=500_000.0)
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(model.config).inv_freq
     plain = 500_000.0 ** -(torch.arange(0, 16, 2) / 16)
@@ -263,9 +249,7 @@ def test_what_is_not_known_is_refused_by_name(changes, words, tmp_path):
 def changed(path, entries):
     """The file again with other entries; None leaves one out."""
     reader = gguf.GGUFReader(path)
-    own = {
-        name: (field.contents(), field.types) for name, field in reader.fields.items() if not name.startswith("GGUF.")
-    }
+    own = {name: (field.contents(), field.types) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
     own |= {name: None if value is None else (value, [kinds[type(value)]]) for name, value in entries.items()}
     architecture, _ = own.pop("general.architecture")
