@@ -94,7 +94,9 @@ def restore(
     strange += sorted({key for key in wanted if key.partition("/")[2] in begun} - checkpoint.optimizer.keys())
     if not begun:  # some may lack theirs: no gradient has reached them yet
         strange.append("the optimizer's state")
-    shared = projections_in(adapters_of(model).named(name))  # a checkpoint without them, or with others, is of another adapter
+    shared = projections_in(
+        adapters_of(model).named(name)
+    )  # a checkpoint without them, or with others, is of another adapter
     strange += [key for key, held in shared.items() if not _is(checkpoint.weights.get(key), held)]
     if not strange:
         strange = [key for key, tensor in weights.items() if form_of(tensor) != form_of(own[key])]
