@@ -1,4 +1,4 @@
-"""What ``minilora verify`` says of a real llama.cpp server in each case that it tells apart: a small random Llama, its adapter, 15 servings.
+"""What ``minilora verify`` says of a real llama.cpp server in every case that it tells apart: a small random Llama, its adapter.
 
     python benchmarks/verify.py        # a minute; needs xllamacpp and gguf; then docs/tables.py
 
