@@ -160,7 +160,12 @@ def in_llama_cpp(case: Case) -> float:
     from tests.llama_cpp import next_log_probs, serving
 
     lora, base = None, case.folder / "base.gguf"
-    fill_model(case.model if case.feature == MERGED else model_of(case.architecture, case.feature), tiny.tokenizer(), base, "f32")
+    fill_model(
+        case.model if case.feature == MERGED else model_of(case.architecture, case.feature),
+        tiny.tokenizer(),
+        base,
+        "f32",
+    )
     if case.feature != MERGED:
         lora = case.folder / "lora.gguf"
         export_gguf(case.model, base, lora)
@@ -186,7 +191,12 @@ def in_vllm(python: str, cases: list[Case]) -> list[dict[str, str]]:
         except MiniLoraError as error:
             rows.append(row(case, "vLLM", {"refused": shown(error, case)}))
             continue
-        one = {"base": str(case.base), "adapter": str(adapter or ""), "ids": IDS[0].tolist(), "max_lora_rank": max_lora_rank(6)}
+        one = {
+            "base": str(case.base),
+            "adapter": str(adapter or ""),
+            "ids": IDS[0].tolist(),
+            "max_lora_rank": max_lora_rank(6),
+        }
         asked.append(one | {"vocabulary": case.wanted.shape[1]})
         places.append(case)
     script = [python, str(Path(__file__).with_name("consumers_vllm.py"))]
@@ -212,7 +222,12 @@ def shown(error: BaseException, case: Case) -> str:
 
 def row(case: Case, program: str, said: dict[str, str]) -> dict[str, str]:
     """What stands in the file."""
-    head = {"architecture": case.architecture, "feature": case.feature, "program": program, "moved": f"{case.moved:.1f}"}
+    head = {
+        "architecture": case.architecture,
+        "feature": case.feature,
+        "program": program,
+        "moved": f"{case.moved:.1f}",
+    }
     return head | {"differs": said.get("differs", ""), "refused": said.get("refused", "")}
 
 
@@ -249,7 +264,11 @@ def main() -> None:
         if options.vllm_python:
             rows += (found := in_vllm(options.vllm_python, cases))
             print(*("  ".join(each.values()) for each in found), sep="\n")
-    marks = [name for name in ("transformers", "peft", "mlx-lm", "xllamacpp") if importlib.util.find_spec(name.replace("-", "_"))]
+    marks = [
+        name
+        for name in ("transformers", "peft", "mlx-lm", "xllamacpp")
+        if importlib.util.find_spec(name.replace("-", "_"))
+    ]
     write_csv(options.out, rows, stamp(*marks))
 
 

@@ -13,7 +13,12 @@ def answer(asked):
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    sizes = {"max_model_len": 48, "max_num_seqs": 2, "max_logprobs": asked["vocabulary"], "kv_cache_memory_bytes": 64 << 20}
+    sizes = {
+        "max_model_len": 48,
+        "max_num_seqs": 2,
+        "max_logprobs": asked["vocabulary"],
+        "kv_cache_memory_bytes": 64 << 20,
+    }
     lora = {"enable_lora": True, "max_lora_rank": asked["max_lora_rank"]} if asked["adapter"] else {}
     model = LLM(model=asked["base"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, **sizes, **lora)
     request = LoRARequest("mine", 1, asked["adapter"]) if asked["adapter"] else None
