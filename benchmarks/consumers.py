@@ -61,7 +61,7 @@ EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 128},
     "gpt_neox": {"hidden_size": 128, "intermediate_size": 512},
-    "gemma3_text": {"hidden_size": 128, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {"hidden_size": 128, "num_hidden_layers": 6},  # every sixth layer looks at the whole text
 }
 
 

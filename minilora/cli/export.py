@@ -46,9 +46,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
         new_folder("exported adapter"),
         about="folder for the exported adapter, which must not exist yet or be empty; for llama.cpp with --base, the new GGUF file",
     )
-    about = "for diffusers: the part of the pipeline that the model is"
-    found = "found by the class of the model"
-    part = Flag("component", str, None, about, COMPONENTS, check=one_of(COMPONENTS), otherwise=found)
+    about = "for diffusers: the part of the pipeline that the model is, where its class does not say so"
+    part = Flag("component", str, None, about, COMPONENTS, check=one_of(COMPONENTS))
     add_flags(parser, "output", [program, base_file, dtype, part, out])
 
 
