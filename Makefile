@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-demo $(VENV)/.installed-$(MODEL) ## fine-tune a small l
 test: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## the quick tests (ARGS="tests/laws -x" for some of them)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-all: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
+test-all: $(VENV)/.installed-test $(VENV)/.installed-consumers $(VENV)/.installed-$(MODEL) ## all tests that need no GPU, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
 
 docs: $(VENV)/.installed-docs ## the documentation as a site, build/docs/index.html; a warning or a dead link fails
@@ -58,7 +58,7 @@ coverage: $(VENV)/.installed-test $(VENV)/.installed-coverage $(VENV)/.installed
 mutants: $(VENV)/.installed-test $(VENV)/.installed-coverage ## break the code that reads, writes and merges, a sign at a time, and see whether a test notices
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again every table that the docs show (two to three hours)
+bench: $(VENV)/.installed-test $(VENV)/.installed-consumers $(VENV)/.installed-$(MODEL) ## measure again every table that the docs show (two to three hours)
 	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/cpu.py --threads 1
 	$(BIN)/python benchmarks/cpu.py --threads 2 --rows quantize dequantize linear latency --out benchmarks/results/cpu_2_threads.csv
@@ -75,6 +75,8 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-$(MODEL) ## measure again ever
 	$(BIN)/python benchmarks/experts_run.py --figure docs
 	$(BIN)/python benchmarks/sweep.py --rounds 2 --steps 4
 	$(BIN)/python benchmarks/sweep_workers.py
+	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python benchmarks/consumers.py
 	$(BIN)/python docs/tables.py
 
 fuzz: $(VENV)/.installed-test ## mutated files against the readers (COUNT=10000000 of them, ARGS="--seed 1"); figures at the end

@@ -38,7 +38,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "gguf",
         ],
     ),
-    ("gguf", "GGUF files, and their names for weights", ["file", "header", "kinds", "names"]),
+    (
+        "gguf",
+        "GGUF files, read and written",
+        ["file", "header", "kinds", "words", "names", "lora", "write", "rewrite"],
+    ),
     (
         "linear",
         "multiplying with a frozen weight",
@@ -108,7 +112,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
     (
         "export",
         "adapters for other programs",
-        ["folders", "factors", "plain_peft", "mlx", "servers", "programs"],
+        ["folders", "factors", "plain_peft", "mlx", "diffusers", "updates", "llama_cpp", "ollama", "servers", "programs"],
     ),
     (
         "many",
@@ -302,6 +306,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "told",
             "start",
             "rehearsal",
+            "gguf_info",
             "trackers",
             "outcome",
             "described",

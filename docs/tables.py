@@ -261,6 +261,24 @@ def store() -> str:
     return markdown(["", "lines", "tokens", "seconds of the processor", "bytes a token, after", "at the peak"], rows)
 
 
+def verified() -> str:
+    """What ``minilora verify`` says of a llama.cpp server, by what is served."""
+    rows = []
+    for row in read("verify"):
+        off = [row[f"from the {what}"] for what in ("base", "adapted model", "best scale")]
+        rows.append([row["what"], *off, row["scale"], row["verdict"], row["exit code"]])
+    heads = [
+        "served",
+        "from the base",
+        "from the adapted model",
+        "from the best scale",
+        "scale",
+        "verdict",
+        "exit code",
+    ]
+    return markdown(heads, rows)
+
+
 def views() -> str:
     """What PEFT's names cost, beside PEFT."""
     rows = [
@@ -325,6 +343,27 @@ def job_cell(row: Row, key: str) -> str:
     return f"{middle} ({row[f'{key}_range'].replace(' to ', '-')})" if key in ("wall_s", "held_out_loss") else middle
 
 
+def consumers() -> str:
+    """Adapters in the programs that serve them: the difference of the logits, or a number under which the refusal stands below."""
+    lines, notes = read("consumers"), []
+    programs = list(dict.fromkeys(row["program"] for row in lines))
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in lines:
+        said = row["differs"]
+        if row["refused"]:
+            sentence = (
+                f"{row['program']}: {row['refused']}".replace("_", "\\_").replace("|", "\\|").replace("<", "&lt;")
+            )
+            notes += [sentence] * (sentence not in notes)
+            said = f"refused ({notes.index(sentence) + 1})"
+        rows.setdefault((row["architecture"].replace("_", "\\_"), row["feature"], row["moved"]), {})[row["program"]] = (
+            said
+        )
+    table = [[*head, *(cells.get(program, "") for program in programs)] for head, cells in rows.items()]
+    listed = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(notes, 1))
+    return f"{markdown(['architecture', 'adapter', 'moves logits by', *programs], table)}\n\n{listed}"
+
+
 JOB_SIDES = ("minilora", "TRL + PEFT + bitsandbytes")
 JOB_KEYS = ("wall_s", "cpu_s", "peak_mb", "held_out_loss")
 
@@ -332,12 +371,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed("cpu"),
     "cpu, two threads": lambda: speed("cpu_2_threads"),
     "cpu, without bf16": lambda: speed("cpu_no_bf16"),
+    "consumers": consumers,
     "cost": cost,
     "experts": experts,
     "experts, a run": experts_run,
     "formats": formats,
     "loading": loading,
     "store": store,
+    "verify": verified,
     "head loss": head_loss,
     "job": lambda: job("job"),
     "job, packed by both": lambda: job("job_packed"),

@@ -137,7 +137,10 @@ def write_gguf(path, model, kind="F32", embedding="F32", head=None, **changes):
 
 def _facts(config):
     """What the converter says of a model, under its architecture's name."""
-    get = lambda *names: next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)  # noqa: E731
+
+    def get(*names):
+        return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+
     heads, width = config.num_attention_heads, config.hidden_size
     facts = {
         "block_count": config.num_hidden_layers,

@@ -48,7 +48,9 @@ def post(url, path, **body):
 def next_log_probs(url, ids, vocabulary):
     """Log-probabilities ``[vocabulary]`` (fp32) of the token after the prompt ``ids``, before any sampler."""
     asked = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0, "post_sampling_probs": False}
-    asked["logit_bias"] = [["a", 1e4]]  # of the choice alone: after the end of the text or half a letter the server says nothing
+    asked["logit_bias"] = [
+        ["a", 1e4]
+    ]  # of the choice alone: after the end of the text or half a letter the server says nothing
     answer = post(url, "/completion", prompt=list(ids), cache_prompt=False, **asked)
     found = torch.full((vocabulary,), -torch.inf)
     for entry in answer["completion_probabilities"][0]["top_logprobs"]:

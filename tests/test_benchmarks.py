@@ -93,3 +93,22 @@ def test_the_run_of_a_small_mixture_checks_itself(benchmark):
         (row["tokens"] > 0) == (float(row["gate_up_proj"]) > 0) == (float(row["down_proj"]) > 0) for row in experts
     )
     assert sum(row["tokens"] for row in experts) == 3 * 8 * 128 * 2
+
+
+@pytest.mark.slow
+def test_programs_that_serve_adapters_compute_what_minilora_computes(tmp_path):
+    for package in ("peft", "mlx_lm", "xllamacpp", "gguf"):
+        pytest.importorskip(package)
+    out = tmp_path / "consumers.csv"
+    command = [sys.executable, str(BENCHMARKS / "consumers.py"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
+    assert {row["program"] for row in rows} == {"transformers, merged", "PEFT", "MLX", "llama.cpp"}
+    for row in rows:
+        assert float(row["moved"]) > 1
+        assert row["refused"] if row["differs"] == "" else float(row["differs"]) < 5e-3, row
+    refused = {(row["program"], row["feature"]) for row in rows if row["refused"]}
+    copies = {(program, feature) for program in ("MLX", "llama.cpp") for feature in ("modules_to_save", "bias")}
+    assert refused == copies | {("llama.cpp", "DoRA")}
+    assert all("Error:" not in row["refused"] for row in rows)  # minilora says no, not the program

@@ -15,7 +15,7 @@ from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.remembered import tell_system
 from minilora.cli.say import say
 from minilora.errors import ConfigError
-from minilora.export.programs import PROGRAMS, WITH_BASE
+from minilora.export.programs import COMPONENTS, PROGRAMS, WITH_BASE, vllm_rank_hint
 from minilora.gguf.words import FACTORS
 from minilora.job.settings import Job
 
@@ -46,7 +46,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
         new_folder("exported adapter"),
         about="folder for the exported adapter, which must not exist yet or be empty; for llama.cpp with --base, the new GGUF file",
     )
-    add_flags(parser, "output", [program, base_file, dtype, out])
+    about = "for diffusers: the part of the pipeline that the model is, where its class does not say so"
+    part = Flag("component", str, None, about, COMPONENTS, check=one_of(COMPONENTS))
+    add_flags(parser, "output", [program, base_file, dtype, part, out])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -89,10 +91,12 @@ def _write_folder(arguments: argparse.Namespace) -> None:
 
     model = _adapted(arguments)
     if model is not None:
-        rank = export_adapter(model, arguments.out, arguments.target)
+        rank = export_adapter(model, arguments.out, arguments.target, component=arguments.component)
     else:
-        rank = export_folder(arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256)
-    hint = f"; start vLLM with --max-lora-rank {rank} or more" if arguments.target == "vllm" else ""
+        rank = export_folder(
+            arguments.adapter, arguments.out, arguments.target, arguments.expect_sha256, arguments.component
+        )
+    hint = f"; {vllm_rank_hint(rank)}" if arguments.target == "vllm" else ""
     say(f"{arguments.out}: adapter for {arguments.target}, rank {rank}, scale 1{hint}")
 
 

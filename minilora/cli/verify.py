@@ -29,7 +29,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "folder", help="adapter folder with a probe.json, as a run or minilora seal leaves it (required)"
     )
     server = Flag("server", str, None, "address of an OpenAI-compatible server: vLLM, llama.cpp, SGLang, Ollama")
-    program = Flag("program", str, None, "ask this program in this process instead", _PROGRAMS, spelt="--in", check=one_of(_PROGRAMS))
+    program = Flag(
+        "program",
+        str,
+        None,
+        "ask this program in this process instead",
+        _PROGRAMS,
+        spelt="--in",
+        check=one_of(_PROGRAMS),
+    )
     named = "the adapter's name on a server of several models, or with --in the base model"
     model = Flag("model", str, None, named, otherwise="as the run of FOLDER was trained")
     base = Flag("base", str, None, "GGUF of the base that --in llama.cpp serves")
@@ -37,7 +45,12 @@ def flags(parser: argparse.ArgumentParser) -> None:
     timeout = Flag("timeout", float, 60.0, "number of seconds that an answer may take")
     key = Flag("key_variable", str, None, "environment variable with the server's API key")
     add_flags(parser, "model", [server, program, model, base, lora, timeout, key])
-    packing = Flag("any_quantization", bool, False, "exit with 0 where the adapter is applied on another quantization of its base, too")
+    packing = Flag(
+        "any_quantization",
+        bool,
+        False,
+        "exit with 0 where the adapter is applied on another quantization of its base, too",
+    )
     as_json = Flag("json", bool, False, "print the verdict as JSON, for a program to read")
     add_flags(parser, "output", [packing, as_json])
 

@@ -1,4 +1,4 @@
-"""The same adapter for other programs: vLLM, llama.cpp (and Ollama), MLX.
+"""The same adapter for other programs: vLLM, llama.cpp (and Ollama), MLX, diffusers.
 
 Programs differ in how they find a layer's scale: llama.cpp's converter divides ``lora_alpha`` by the tensor's rank and so mis-scales
 rsLoRA and alpha patterns without a word; others ignore rank patterns. Exporting therefore folds each layer's true scale into B, fills
@@ -10,38 +10,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.export.factors import Factors, factors_of, stored_factors
-from minilora.export.mlx import inside_layer, mlx_files
+from minilora.export.diffusers import component_of, diffusers_files
+from minilora.export.factors import Base, Factor, Factors, NeedsBase, factors_of, stored_factors
+from minilora.export.mlx import mlx_files
 from minilora.export.plain_peft import plain_peft_files
-from minilora.export.programs import TARGETS
+from minilora.export.programs import TARGETS, max_lora_rank, vllm_rank_hint
 from minilora.files.write import write_files
 from minilora.lora.slots import adapters_of
 from minilora.quant.finite import is_finite
 from minilora.store.adapter_files import Stored, read_adapter, seal
 from minilora.store.save import base_of, saved_config
 
-__all__ = ["TARGETS", "export_adapter", "export_folder", "refusal"]
+__all__ = ["TARGETS", "export_adapter", "export_folder", "is_of_a_pipeline", "refusal"]
 
 
 @torch.no_grad()
-def export_adapter(model: nn.Module, folder: str | os.PathLike[str], target: str, adapter_name: str = "default") -> int:
+def export_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    target: str,
+    adapter_name: str = "default",
+    component: str | None = None,
+) -> int:
     """Write an adapter of ``model`` for ``target`` (one of TARGETS); returns the rank that its layers have in the file.
 
+    Args:
+        component: for diffusers, which part of the pipeline the model is ("unet", "transformer", "text_encoder", ...); None finds out.
+
     Raises:
-        ConfigError: unknown target. StateError: the adapter holds what the target cannot: full-rank updates (DoRA), copies of modules,
-            trained biases or token rows, embeddings. Nothing is written then.
+        ConfigError: unknown target or component. StateError: the adapter holds what the target cannot: copies of modules, trained biases or
+            token rows; most take no DoRA, embeddings or experts. Nothing is written then.
     """
     _check_target(target)
-    adapters = adapters_of(model)
+    values = adapters_of(model).named(adapter_name)
     _refuse_turned(saved_config(model, adapter_name), target, "the model")
-    factors = {path: factors_of(path, value, target) for path, value in adapters.named(adapter_name).items()}
-    return _write(factors, saved_config(model, adapter_name), folder, target, base_of(model, adapter_name))
+    base, factors = Base.of(model, values), factors_of(values, target)
+    files, r = _files(factors, saved_config(model, adapter_name), target, base, component)
+    write_files(folder, seal(files, base_of(model, adapter_name)))
+    return r
 
 
 @torch.no_grad()
@@ -50,28 +63,33 @@ def export_folder(
     folder: str | os.PathLike[str],
     target: str,
     expect_sha256: str | None = None,
+    component: str | None = None,
 ) -> int:
-    """``export_adapter`` from an adapter folder alone, for plain LoRA and rsLoRA, which need no base model.
+    """``export_adapter`` from an adapter folder alone, for plain LoRA and rsLoRA, which need no base model; DoRA where the target takes it.
 
     Raises:
-        ConfigError, StateError: as ``export_adapter``, or a variant that needs its base model. CheckpointError: a damaged folder.
+        ConfigError, StateError: as ``export_adapter``, or what depends on the base model. CheckpointError: a damaged folder.
     """
     _check_target(target)
     stored = read_adapter(adapter, expect_sha256=expect_sha256)
-    _refuse_turned(stored.config.to_dict(), target, stored.path)
-    return _write(stored_factors(stored), stored.config.to_dict(), folder, target, stored.base)
+    files, r = _stored_files(stored, target, component)
+    write_files(folder, seal(files, stored.base))
+    return r
 
 
-def refusal(stored: Stored, target: str) -> str | None:
-    """Why ``export_folder`` would write nothing of this adapter for ``target``; None if it would."""
+@torch.no_grad()
+def refusal(stored: Stored, target: str, component: str | None = None) -> tuple[str | None, bool]:
+    """Why ``export_folder`` would write nothing of this adapter for ``target``, None if it would; and whether its base would help."""
     try:
-        _refuse_turned(stored.config.to_dict(), target, stored.path)
-        factors = stored_factors(stored)
-        for path in factors if target == "mlx" else ():
-            inside_layer(path)
+        _stored_files(stored, target, component)
     except (StateError, CheckpointError) as error:
-        return str(error).removeprefix(f"{stored.path}: ")
-    return None
+        return str(error).removeprefix(f"{stored.path}: "), isinstance(error, NeedsBase)
+    return None, False
+
+
+def is_of_a_pipeline(stored: Stored) -> bool:
+    """Whether the adapter says that its model is a part of a pipeline of diffusers."""
+    return bool(component_of(Base.stored(stored)))
 
 
 def _refuse_turned(content: Mapping[str, Any], target: str, place: object) -> None:
@@ -90,23 +108,34 @@ def _check_target(target: str) -> None:
         raise ConfigError(f"export target {target!r}: wanted one of {', '.join(TARGETS)}")
 
 
-def _write(
-    factors: Factors,
-    content: dict[str, Any],
-    folder: str | os.PathLike[str],
-    target: str,
-    base: Mapping[str, Any] | None,
-) -> int:
-    r = max(len(A) for A, _ in factors.values())
-    padded = {path: (_pad(A, r, 0), _pad(B, r, 1)) for path, (A, B) in factors.items()}
-    for path, pair in padded.items():
-        if not all(map(is_finite, pair)):
+def _stored_files(stored: Stored, target: str, component: str | None) -> tuple[dict[str, bytes], int]:
+    _refuse_turned(stored.config.to_dict(), target, stored.path)
+    factors = stored_factors(stored, target)
+    return _files(factors, stored.config.to_dict(), target, Base.stored(stored), component)
+
+
+def _files(
+    factors: Factors, content: dict[str, Any], target: str, base: Base, component: str | None
+) -> tuple[dict[str, bytes], int]:
+    """The files that the program reads, and the rank in them."""
+    r = max(factor.r for factor in factors.values())
+    padded = {path: _padded(factor, r) for path, factor in factors.items()}
+    for path, factor in padded.items():
+        if not (is_finite(factor.A) and is_finite(factor.B)):
             raise StateError(
                 f"{path}: its scaled factors hold NaN or infinity, so nothing is exported; load an earlier save"
             )
-    files = mlx_files(padded, r) if target == "mlx" else plain_peft_files(padded, r, content)
-    write_files(folder, seal(files, base))
-    return r
+    if target == "vllm" and max_lora_rank(r) is None:
+        raise StateError(vllm_rank_hint(r))
+    if target == "mlx":
+        return mlx_files(padded, r, base), r
+    if target == "diffusers":
+        return diffusers_files(padded, base, component), r
+    return plain_peft_files(padded, r, content), r
+
+
+def _padded(factor: Factor, r: int) -> Factor:
+    return replace(factor, A=_pad(factor.A, r, factor.A.dim() - 2), B=_pad(factor.B, r, factor.B.dim() - 1))
 
 
 def _pad(factor: Tensor, r: int, dim: int) -> Tensor:

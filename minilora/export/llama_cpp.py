@@ -1,4 +1,4 @@
-"""The GGUF LoRA of an adapter for the very file that llama.cpp serves. Next file: ``export/servers.py``."""
+"""The GGUF LoRA of an adapter for the very file that llama.cpp serves. Next file: ``export/ollama.py``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export_gguf(
         dtype: of its numbers, "f32" or "f16". expect_sha256: as ``read_adapter``; of folders only.
 
     Raises:
-        ConfigError: unknown ``dtype``. StateError: what the adapter is no GGUF LoRA can hold, or llama.cpp does not take. CheckpointError: a
+        ConfigError: unknown ``dtype``. StateError: no GGUF LoRA holds such an adapter, or llama.cpp does not take it. CheckpointError: a
             damaged folder or file, or they do not fit, or the architecture's names are not tested. Nothing is written then.
     """
     content, found = gguf_lora(adapter, base, dtype, expect_sha256)

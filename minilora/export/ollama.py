@@ -33,8 +33,8 @@ class Family:
     """One way to write a chat.
 
     Attributes:
-        name: as people call it. go: the template in Go's language. stops: what ends an answer. write: the same chat, slowly: each turn by its
-            role, and the beginning of the answer; the text before every chat is the tokenizer's business.
+        name: as people call it. go: the template in Go's language. stops: what ends an answer. write: the same chat, slowly: each turn
+            by its role, and the beginning of the answer; the text before every chat is the tokenizer's business.
     """
 
     name: str
@@ -106,7 +106,7 @@ def family_of(write: Callable[[Turns], str]) -> tuple[Family | None, str]:
     """The family whose chats ``write`` writes, and the system turn that it puts before a chat that has none ("" for no such turn).
 
     Args:
-        write: a chat by the model's own template, with the beginning of an answer; what it raises for a chat it does not take, counts as that.
+        write: a chat by the model's own template, with the beginning of an answer; it may raise for a chat that it does not take.
     """
     for family in FAMILIES:
         if (system := _same(family, write)) is not None:
@@ -146,8 +146,8 @@ def modelfile(
     """The text of a Modelfile.
 
     Args:
-        base, adapter: files, as the Modelfile is to name them. system: the system turn before every chat. parameters: more of Ollama's own, such
-            as ``temperature``.
+        base, adapter: files, as the Modelfile is to name them. system: the system turn before every chat. parameters: more of Ollama's
+            own, such as ``temperature``.
     """
     lines = [f"FROM {base}"]
     if adapter is not None:

@@ -11,21 +11,23 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.export.folders import refusal
-from minilora.export.programs import TARGETS
+from minilora.errors import CheckpointError, StateError
+from minilora.export.folders import is_of_a_pipeline, refusal
+from minilora.export.programs import RANKS_OF_VLLM, TARGETS, max_lora_rank, vllm_rank_hint
+from minilora.export.updates import stored_updates
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
-from minilora.store.contents import by_factors, others_in
+from minilora.store.contents import by_factors
 
 __all__ = ["RANKS_OF_VLLM", "Server", "scaling_read", "servers_of", "vllm_rank"]
 
-_CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX"}
-RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+_CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX", "diffusers": "diffusers"}
 # Variants that no plain LoRA can stand for.
 _NEVER = {
     "dora": "DoRA rescales every row of a weight, so its update has full rank",
     "alora": "an activated adapter changes some tokens and not others",
 }
+_HOLD_DORA = ("mlx", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Server:
 
 def servers_of(stored: Stored, folder: Path) -> list[Server]:
     """PEFT and every program that ``export`` knows; ``folder`` is where the adapter lies, for the commands that are named."""
-    return [_peft(stored), *(_server(stored, target, folder) for target in TARGETS)]
+    targets = [target for target in TARGETS if target != "diffusers" or is_of_a_pipeline(stored)]
+    return [_peft(stored), *(_server(stored, target, folder) for target in targets)]
 
 
 def _peft(stored: Stored) -> Server:
@@ -66,24 +69,38 @@ def _taken_for_experts(stored: Stored) -> str:
 
 
 def _server(stored: Stored, target: str, folder: Path) -> Server:
-    name, why = _CALLED[target], _NEVER.get(stored.variant) or refusal(stored, target)
-    base = stored.config.base_model_name_or_path or "BASE"
+    name, base = _CALLED[target], stored.config.base_model_name_or_path or "BASE"
     export = f"minilora export --adapter {folder} --for {target} --out NEW"
+    never = _NEVER.get(stored.variant) if (stored.variant, target) not in {("dora", p) for p in _HOLD_DORA} else None
+    why, with_base = (never, False) if never else refusal(stored, target)
+    if target == "llama.cpp" and why is not None and stored.variant not in _NEVER and _fits_gguf(stored):
+        return Server(name, "after export", f"{export.replace('NEW', 'NEW.gguf')} --base SERVED.gguf")
     if why is not None:
         reason = why.partition(";")[0]
-        if stored.variant != "lora" and stored.variant not in _NEVER and not others_in(stored):
+        if with_base:
             return Server(name, "after export", f"{export} --model {base}: {reason}")
         return Server(name, "no", f"{reason}; minilora merge makes a whole model of it")
+    if target == "vllm" and max_lora_rank(rank := _rank(stored)) is None:
+        return Server(name, "no", vllm_rank_hint(rank))
     if reason := _misread(stored, target):
         return Server(name, "after export", f"{export}: {reason}")
     start = f"vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(stored)} --lora-modules mine={folder}"
     return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
 
 
+def _fits_gguf(stored: Stored) -> bool:
+    """Whether a GGUF LoRA holds it, which has embeddings and experts too."""
+    try:
+        stored_updates(stored)
+    except (StateError, CheckpointError):
+        return False
+    return True
+
+
 def _misread(stored: Stored, target: str) -> str:
     """What the program would get wrong in the folder as it is; "" for nothing."""
     config = stored.config
-    if target == "mlx":
+    if target in ("mlx", "diffusers"):
         return "it has a layout of its own"
     if target == "vllm":
         return "it passes over rank and alpha patterns" if config.rank_pattern or config.alpha_pattern else ""
@@ -99,6 +116,10 @@ def scaling_read(stored: Stored, target: str, rank: int) -> float:
 
 
 def vllm_rank(stored: Stored) -> int:
-    """What vLLM's ``--max-lora-rank`` has to be: the first rank that it allows from the adapter's largest on."""
-    most = max((len(t) for key, t in stored.tensors.items() if key.endswith("lora_A.weight")), default=1)
-    return next((rank for rank in RANKS_OF_VLLM if rank >= most), most)
+    """What vLLM's ``--max-lora-rank`` has to be: the first rank that it allows from the adapter's largest on; that one where none is."""
+    return max_lora_rank(_rank(stored)) or _rank(stored)
+
+
+def _rank(stored: Stored) -> int:
+    """The largest rank in the folder."""
+    return max((len(t) for key, t in stored.tensors.items() if key.endswith("lora_A.weight")), default=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, StateError
@@ -61,8 +60,8 @@ def stored_updates(stored: Stored) -> list[Update]:
     """Of an adapter folder alone.
 
     Raises:
-        StateError: a variant that needs its base model, or something in the file that is no low-rank update. CheckpointError: the file and its
-            config disagree.
+        StateError: a variant that needs its base model, or something in the file that is no low-rank update. CheckpointError: the file
+            and its config disagree.
     """
     if needs_base(stored):
         raise StateError(f"{stored.path}: a {stored.variant} adapter depends on its base model; give it with --model")
@@ -71,6 +70,10 @@ def stored_updates(stored: Stored) -> list[Update]:
     parts: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
     for key, tensor in stored.tensors.items():
+        if key.endswith(
+            ".base_layer.weight"
+        ):  # the frozen table itself, which PEFT puts beside its factors: the served file has it
+            continue
         path, half = _split(stored, key, tensor, experts)
         kinds[path] = "experts" if path in experts else "embedding" if "lora_embedding" in key else "linear"
         parts.setdefault(path, {})[half] = tensor.float()

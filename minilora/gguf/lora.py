@@ -51,8 +51,8 @@ def lora_bytes(updates: list[Update], base: GGUF, dtype: str = "f32") -> bytes:
     """The file, for the model that ``base`` is.
 
     Raises:
-        CheckpointError: the architecture is not tested, or the model has no such tensor, or one of another shape. StateError: llama.cpp does
-            not take it: an embedding whose table is the head's too, or a number that fp16 does not reach.
+        CheckpointError: the architecture is not tested, or the model has no such tensor, or one of another shape. StateError: llama.cpp
+            does not take it: an embedding whose table is the head's too, or a number that fp16 does not reach.
     """
     names = names_in(base)
     tensors: dict[str, Tensor] = {}

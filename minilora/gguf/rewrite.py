@@ -56,7 +56,8 @@ def merged_tensors(file: GGUF, updates: list[Update]) -> dict[str, list[tuple[Up
     Raises:
         CheckpointError, StateError: it is no update of a tensor of this file, or of a head that is no tensor of its own.
     """
-    names, found = names_in(file), {}
+    names = names_in(file)
+    found: dict[str, list[tuple[Update, Tensor]]] = {}
     for update in updates:
         for place in places_of(update, names, file.tensors.__contains__):
             rows, name = place.of(update.B, -2), place.name

@@ -1,6 +1,6 @@
 """The words that the command line has for what is written: alone in a file, so that they can be listed without torch.
 
-Next file: ``gguf/kinds.py``.
+Next file: ``gguf/names.py``.
 """
 
 FACTORS = ("f32", "f16")  # numbers of a GGUF LoRA

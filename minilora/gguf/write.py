@@ -1,6 +1,6 @@
 """Writing a GGUF file with the ``gguf`` package's writer, tensor by tensor: what is written is never in memory whole.
 
-Next file: ``gguf/metadata.py``.
+Next file: ``gguf/rewrite.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minilora.gguf.kinds import import_gguf
 
 __all__ = ["Planned", "fill_gguf", "write_gguf"]
 
-# Name, shape as torch has it, the type's name, and what makes the tensor when its turn comes: numbers for F32 and F16, else the bytes of rows.
+# Name, shape as torch has it, the type's name, and what makes the tensor when its turn comes: numbers of F32 and F16, else bytes of rows.
 Planned = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]
 
 

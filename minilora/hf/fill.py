@@ -1,7 +1,7 @@
 """A model without memory is filled from a file: packed weights become packed layers, the rest is dense, one after the other on its device.
 
-Where the tensors come from, a packed folder (``hf/packed.py``) or a GGUF file (``hf/gguf_model.py``), is a ``Source``. What does not fit the
-model is refused by name before a dense tensor is read. Next file: ``hf/packed.py``.
+Where the tensors come from, a packed folder (``hf/packed.py``) or a GGUF file (``hf/gguf_model.py``), is a ``Source``. What does not fit
+the model is refused by name before a dense tensor is read. Next file: ``hf/packed.py``.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _SAID_BY_TENSORS = {
 }
 _WITHOUT_MEANING = {"expert_count": 0, "rope.scaling.type": "none"}  # at these values
 _ROPE_FREQS = "rope_freqs.weight"
-_LLAMA3 = {
+_LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -94,13 +94,10 @@ def _fields(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
                 f"{file.path}: its metadata says {arch}.{key}={shown(value)}, which is not read yet; load the model that it was made of"
             )
     for key in ("block_count", "embedding_length", "attention.head_count"):
-        file.said(f"{arch}.{key}", int) or _missing(file, f"{arch}.{key}")
+        if not file.said(f"{arch}.{key}", int):
+            raise CheckpointError(f"{file.path}: its metadata lacks {arch}.{key}; make the file anew")
     table = table | _ALSO.get(arch, {})
     return {name: own[key] for key, name in table.items() if name is not None and key in own}
-
-
-def _missing(file: GGUF, key: str) -> None:
-    raise CheckpointError(f"{file.path}: its metadata lacks {key}; make the file anew")
 
 
 def _tokens(file: GGUF) -> dict[str, Any]:
@@ -186,7 +183,7 @@ _OWN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma3": lambda own: _gemma(own, 62),
     "gpt2": lambda own: {"n_positions": own.get("context_length", 1024), "n_inner": own.get("feed_forward_length")},
 }
-_ALSO = {
+_ALSO: dict[str, dict[str, str | None]] = {
     "gemma2": {
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",

@@ -6,6 +6,7 @@ Next file: ``hf/generate.py``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,8 @@ def fill_model(model: Any, tokenizer: Any, path: Path, kind: str = "f16") -> Non
         kind: of its weights, "q8_0", "f16" or "f32"; vectors and routers are fp32 in all of them.
 
     Raises:
-        CheckpointError: the architecture, something in its config, or the tokenizer is not one that is written. StateError: a weight holds NaN or
-            infinity, or a number that fp16 does not reach.
+        CheckpointError: the architecture, something in its config, or the tokenizer is not one that is written. StateError: a weight
+            holds NaN or infinity, or a number that fp16 does not reach.
     """
     if kind not in WEIGHTS:
         raise ValueError(f"{kind!r}: wanted one of {', '.join(WEIGHTS)}")
@@ -53,7 +54,8 @@ def fill_model(model: Any, tokenizer: Any, path: Path, kind: str = "f16") -> Non
     planned: list[Planned] = []
     for name, weight in tensors_of(model):
         chosen = type_of(name, tuple(weight.shape), kind)
-        planned.append((name, tuple(weight.shape), chosen, lambda n=name, w=weight, c=chosen: encoded(n, w, c)))
+        make = functools.partial(encoded, name, weight, chosen)
+        planned.append((name, tuple(weight.shape), chosen, make))
     fill_gguf(path, architecture_of(config), describe, planned)
 
 
@@ -91,7 +93,7 @@ def _rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
         return
     if config.model_type != "llama":
         raise CheckpointError(
-            f"{config.model_type}: rotary angles of the kind 'llama3' are written for llama only; use llama.cpp's converter"
+            f"{config.model_type}: rotary angles of the kind 'llama3' are written for llama alone; use llama.cpp's"
         )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)

@@ -1,8 +1,8 @@
 """What a GGUF file says of a model's architecture, from its config of transformers: one line of a table for each entry.
 
 llama.cpp computes each architecture in one way. What a config may ask for beside it (another activation, another rule for the experts,
-a window where llama.cpp has none) has no entry, and llama.cpp would pass over it in silence; ``Written.fixed`` lists such fields with the value
-that llama.cpp computes with, and a config of another value is refused by the field's name. Next file: ``hf/gguf_vocabulary.py``.
+a window where llama.cpp has none) has no entry, and llama.cpp would pass over it in silence; ``Written.fixed`` lists such fields with the
+value that llama.cpp computes with, and a config of another value is refused by the field's name. Next file: ``hf/gguf_vocabulary.py``.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Written:
         fixed: fields to the values that llama.cpp computes with; a config that has no such field is right.
     """
 
-    entries: Mapping[str, Entry]
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    entries: dict[str, Entry]
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-_COMMON: Mapping[str, Entry] = {
+_COMMON: dict[str, Entry] = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -58,35 +58,34 @@ _COMMON: Mapping[str, Entry] = {
     "rope.dimension_count": _partial,
     "vocab_size": "vocab_size",
 }
-_HEADS: Mapping[str, Entry] = {"attention.key_length": _head_dim, "attention.value_length": _head_dim}
-_NORM: Mapping[str, Entry] = {_RMS: "rms_norm_eps"}
-_EXPERTS: Mapping[str, Entry] = {
+_HEADS: dict[str, Entry] = {"attention.key_length": _head_dim, "attention.value_length": _head_dim}
+_NORM: dict[str, Entry] = {_RMS: "rms_norm_eps"}
+_EXPERTS: dict[str, Entry] = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": lambda c: getattr(c, "moe_intermediate_size", None),
     "expert_shared_feed_forward_length": lambda c: getattr(c, "shared_expert_intermediate_size", None),
 }
-_SILU = {"hidden_act": ("silu",)}
-_GELU = {
+_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
+_GELU: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"),
     "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
 }
-_NO_WINDOW = {"use_sliding_window": (False,)}
-_SCORES = ("query_pre_attn_scalar",)  # compared with the width of a head below
+_NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
 _LLAMA = Written(_COMMON | _HEADS | _NORM, _SILU | {"mlp_bias": (False,)})
 _QWEN = Written(_LLAMA.entries, _SILU | _NO_WINDOW)
-_SCALES: Mapping[str, Entry] = {
+_SCALES: dict[str, Entry] = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
-_GEMMA2: Mapping[str, Entry] = {
+_GEMMA2: dict[str, Entry] = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.sliding_window": "sliding_window",
 }
-_GPT2: Mapping[str, Entry] = {
+_GPT2: dict[str, Entry] = {
     "context_length": "n_positions",
     "embedding_length": "n_embd",
     "block_count": "n_layer",
@@ -94,7 +93,7 @@ _GPT2: Mapping[str, Entry] = {
     "attention.head_count": "n_head",
     _LAYER: "layer_norm_epsilon",
 }
-_FALCON: Mapping[str, Entry] = {
+_FALCON: dict[str, Entry] = {
     **_COMMON,
     "context_length": lambda c: getattr(c, "max_position_embeddings", None) or 2048,
     "feed_forward_length": "ffn_hidden_size",

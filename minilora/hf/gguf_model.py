@@ -8,7 +8,7 @@ are put back in order as whole rows of bytes, and Gemma's norms, which are held 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,8 @@ class _Blocks:
         self._layers = {target: layer for target in self._names if (layer := _linear_at(model, target)) is not None}
         self._refuse_other_shapes(model.state_dict())
         self._processor = _processor(file, model)
-        self._quant, self.packed = None, [target for target in self._layers if self._kind(target) in FORMATS]
+        self._quant: QuantConfig | None = None
+        self.packed: Sequence[str] = [target for target in self._layers if self._kind(target) in FORMATS]
         if not self.packed and quant is not None:  # numbers: packed as those of any other model
             self._quant = quant
             self.packed = [f"{path}.weight" for path in quantizable_paths(model, ALL_LINEAR)]

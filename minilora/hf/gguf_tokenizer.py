@@ -146,7 +146,9 @@ def _pieces(file: GGUF) -> tuple[Any, bool]:
 
     tokens, scores = _tokens(file), file.said("tokenizer.ggml.scores", list, [])
     if len(scores) != len(tokens):
-        raise CheckpointError(f"{file.path}: has {len(scores):,} scores for {len(tokens):,} tokens; wanted one for each")
+        raise CheckpointError(
+            f"{file.path}: has {len(scores):,} scores for {len(tokens):,} tokens; wanted one for each"
+        )
     vocabulary = {token: place for place, token in enumerate(tokens)}
     unknown = tokens[file.said("tokenizer.ggml.unknown_token_id", int, 0)]
     merges = _merges(file, vocabulary, scores)

@@ -1,7 +1,7 @@
 """What a GGUF file says of a tokenizer: its vocabulary, merges, kinds of tokens, and the name of the rule by which text is cut.
 
-llama.cpp has the rules in its code, under names. A tokenizer's own rule is known by what it does: it must cut a text that is full of traps as
-the rule of the name does (``hf/gguf_tokenizer.py`` has them). A tokenizer that cuts in another way, or is of another kind than
+llama.cpp has the rules in its code, under names. A tokenizer's own rule is known by what it does: it must cut a text that is full of traps
+as the rule of the name does (``hf/gguf_tokenizer.py`` has them). A tokenizer that cuts in another way, or is of another kind than
 byte-level BPE, is refused, for llama.cpp would make other tokens of a text, in silence. Next file: ``hf/gguf_merge.py``.
 """
 
@@ -33,7 +33,7 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no byte-level BPE, or cuts text by no rule that llama.cpp has a name for.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     model = content.get("model") or {}
     if (
@@ -114,6 +114,6 @@ def _special(tokenizer: Any) -> dict[str, Any]:
     ends = len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id
     if len(ids) != len(plain) + begins + ends:
         raise CheckpointError(
-            "the tokenizer puts other tokens around a text than one that begins and one that ends it; use llama.cpp's converter"
+            "the tokenizer puts more around a text than one token that begins and one that ends it; use llama.cpp's own"
         )
     return found | {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.add_eos_token": ends}

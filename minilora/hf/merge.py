@@ -56,9 +56,12 @@ def merge_to_folder(
     )
     _merge(merged, model)
     told: list[str] = []
-    written = in_new_folder(
-        target, lambda folder: (told.extend(save_dense(merged, folder)), tokenizer.save_pretrained(folder))
-    )
+
+    def write(folder: Path) -> None:
+        told.extend(save_dense(merged, folder))
+        tokenizer.save_pretrained(folder)
+
+    written = in_new_folder(target, write)
     for sentence in told:
         print(f"{out}: {sentence}; ask the model there before you rely on it")
     return written

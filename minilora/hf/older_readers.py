@@ -86,7 +86,7 @@ def older_keys(config: Config, lost: list[str]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
         return keys
-    kinds = {name: value for name, value in rope.items() if isinstance(value, dict) and value}
+    kinds: dict[str, Config] = {name: value for name, value in rope.items() if isinstance(value, dict) and value}
     if not kinds:
         return keys | _flat(str(config.get("model_type")), rope)
     return keys | _by_kind(str(config.get("model_type")), kinds, lost)

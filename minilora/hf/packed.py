@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ class _Folder:
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
         self._groups, left = _packed_groups(tensors)
-        self.packed = list(self._groups)
+        self.packed: Sequence[str] = list(self._groups)
         self.shapes = {name: tensors.shapes[name] for name in left}
 
     def weight(self, name: str) -> QuantizedTensor | QuantizedStack:

@@ -13,7 +13,6 @@ from minilora.job.outcome import Outcome
 from minilora.job.settings import Job
 from minilora.job.start import vars_of
 from minilora.linear.layers import is_quantized
-from minilora.lora.config import LoraConfig
 from minilora.report.inspect import memory_table
 from minilora.training.optim_choice import optimizer_of
 from minilora.training.optim_state import state_bytes
@@ -90,7 +89,7 @@ def report_settings(job: Job) -> dict[str, Any]:
     kept = ("quant", "double_quant", "device", "dtype", "attention", "max_length", "truncate", "eval_share", "system")
     own = {name: getattr(job, name) for name in kept}
     lora = {name: getattr(job.lora, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")}
-    usual = LoraConfig()
+    usual = type(job.lora)()
     lora |= {name: value for name, value in vars_of(job.lora).items() if value != getattr(usual, name)}
     lora |= {name: getattr(job, name) for name in ("variant", "init_from") if getattr(job, name)}
     return own | lora | vars(job.training)

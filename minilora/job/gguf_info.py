@@ -20,13 +20,11 @@ def about_gguf(path: Path) -> dict[str, Any]:
     """What a GGUF file says of itself; whether it can be read as a model is what reading its config says."""
     with open_gguf(path) as file:
         name, cut = file.metadata.get("general.name"), file.metadata.get("tokenizer.ggml.pre")
-        kinds = {
-            kind: count for kind, count in sorted(Counter(info.kind.name for info in file.tensors.values()).items())
-        }
+        kinds = dict(sorted(Counter(info.kind.name for info in file.tensors.values()).items()))
         packed = [info for info in file.tensors.values() if info.kind.name in FORMATS and len(info.shape) == 2]
         packed = [info for info in packed if info.name != "token_embd.weight"]
         rest = [info for info in file.tensors.values() if info not in packed]
-        found = {
+        found: dict[str, Any] = {
             "kind": "GGUF model",
             "folder": str(path),
             "architecture": file.architecture,

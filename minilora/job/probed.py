@@ -1,4 +1,7 @@
-"""The probe of a run (``proof/probe.py``): made after its last step, of its own prompts. What fails here ends no run. Next file: ``job/push.py``."""
+"""The probe of a run (``proof/probe.py``): made after its last step, of its own prompts. What fails here ends no run.
+
+Next file: ``job/push.py``.
+"""
 
 from __future__ import annotations
 

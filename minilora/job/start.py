@@ -70,7 +70,8 @@ def saved_start(job: Job, processes: Processes) -> tuple[Job, Stored | None]:
         )
     if job.variant:
         variant(job.variant)  # one that is not known shows now
-        as_named(job.lora, job.variant)
+        if not job.init_from:
+            as_named(job.lora, job.variant)
     if not job.init_from:
         return job, None
     if shared_out:

@@ -1,10 +1,10 @@
-from minilora.proof.verdict import Verdict as Verdict
-from minilora.proof.verdict import judge as judge
 from minilora.proof.measured import measure as measure
 from minilora.proof.measured import seal_folder as seal_folder
 from minilora.proof.probe import PROBE_FILE as PROBE_FILE
 from minilora.proof.probe import Probe as Probe
 from minilora.proof.probe import read_probe as read_probe
 from minilora.proof.probe import write_probe as write_probe
+from minilora.proof.verdict import Verdict as Verdict
+from minilora.proof.verdict import judge as judge
 from minilora.proof.verified import verify as verify
 from minilora.proof.verified import verify_in as verify_in

@@ -80,7 +80,7 @@ class Server:
         if not isinstance(parent, str) or all(entry["id"] != parent for entry in self.listed):
             return None
         bare: Server = object.__new__(Server)
-        vars(bare).update(vars(self) | {"model": parent})
+        vars(bare).update(vars(self) | {"model": parent, "_way": None})
         return bare
 
     def loaded(self) -> list[float] | None:
@@ -90,7 +90,7 @@ class Server:
         except ServerError:
             return None
         entries = said if isinstance(said, list) else [None]
-        scales = [entry.get("scale") if isinstance(entry, dict) else None for entry in entries[:100]]
+        scales: list[Any] = [entry.get("scale") if isinstance(entry, dict) else None for entry in entries[:100]]
         return [float(scale) for scale in scales] if all(type(scale) in (int, float) for scale in scales) else None
 
     # ---- questions
@@ -112,7 +112,7 @@ class Server:
                 found.append({})
                 why = error
             tick()
-        if 2 * found.count({}) >= len(found):
+        if len(found) - found.count({}) < max(_LEAST, len(found) // 4):
             raise why
         return found
 
@@ -148,27 +148,28 @@ class Server:
 
     def _ways(self) -> Iterator[_Body]:
         """Every way of asking, the best first."""
-        model = {"model": self.model}
-        for top, more in ((_TOP, {"return_tokens_as_token_ids": True}), (_TOP, {}), (_FEW, {})):
-            yield lambda q, top=top, more=more: (
-                "/v1/completions",
-                {**model, "prompt": list(q.ids), "logprobs": top, **_OPENAI, **more},
-            )
+        yield self._completions(_TOP, return_tokens_as_token_ids=True)  # vLLM: no two tokens look alike then
+        yield self._completions(_TOP)
+        yield self._completions(_FEW)
         yield lambda q: ("/completion", {"prompt": list(q.ids), "n_predict": 1, "n_probs": _TOP, "temperature": 0})
-        drawn = {
-            "options": {"temperature": 0, "num_predict": 1},
-            "raw": True,
-            "stream": False,
-            "logprobs": True,
-            "top_logprobs": _TOP,
-        }
-        yield lambda q: ("/api/generate", {**model, "prompt": _text(q, self.url), **drawn})
-        yield lambda q: ("/v1/completions", {**model, "prompt": _text(q, self.url), "logprobs": _FEW, **_OPENAI})
+        yield self._ollama
+        yield lambda q: ("/v1/completions", self._openai(_FEW) | {"prompt": _text(q, self.url)})
+
+    def _openai(self, top: int) -> dict[str, Any]:
+        return {"model": self.model, "logprobs": top, **_OPENAI}
+
+    def _completions(self, top: int, **more: Any) -> _Body:
+        return lambda q: ("/v1/completions", self._openai(top) | {"prompt": list(q.ids)} | more)
+
+    def _ollama(self, question: Question) -> tuple[str, dict[str, Any]]:
+        body = {"model": self.model, "prompt": _text(question, self.url), "raw": True, "stream": False}
+        drawn = {"temperature": 0, "num_predict": 1}
+        return "/api/generate", body | {"logprobs": True, "top_logprobs": _TOP, "options": drawn}
 
     # ---- chat
 
     def rendered(self, chat: Chat) -> tuple[str, str | list[int] | int] | None:
-        """What the server's chat template makes of a conversation: as text, ids or a number of tokens, and who said so; None if nobody does."""
+        """What the server's chat template makes of a conversation: text, ids or their number, and who says so; None if nobody does."""
         turns = [dict(turn) for turn in chat.turns]
         asked: list[tuple[str, dict[str, Any], Callable[[Any], Any]]] = [
             ("/apply-template", {"messages": turns}, lambda said: said.get("prompt")),
@@ -254,23 +255,28 @@ def _position(said: Any) -> Any:
 
 
 def _in_tokens(entries: Sequence[Entry], question: Question, where: str) -> dict[int, float]:
-    """Token to log-probability; what is none of the question's tokens gets a number below 0. A text that means two tokens is left out."""
-    by_text: dict[str, int | None] = {}
-    for token, text in zip(question.tokens, question.texts, strict=True):
-        by_text[text] = None if text in by_text or "\ufffd" in text else token
-    texts = [text for _, text, _ in entries]
+    """Token to log-probability; what is none of the question's tokens gets a number below 0, one that nothing is known of NaN.
+
+    A server that gives texts alone says nothing of tokens whose text is half a letter, or another token's too.
+    """
     found: dict[int, float] = {}
+    tokens: dict[str, int] = {}
+    unclear: set[str] = set()
+    if any(number is None for number, _, _ in entries):
+        theirs = [text for _, text, _ in entries]
+        for token, text in zip(question.tokens, question.texts, strict=True):
+            if "\ufffd" in text or question.texts.count(text) > 1 or theirs.count(text) > 1:
+                found[token] = math.nan
+                unclear.add(text)
+            else:
+                tokens[text] = token
     for at, (number, text, value) in enumerate(entries):
-        token = number
-        if token is None:
-            if texts.count(text) > 1 or by_text.get(text, -1) is None or "\ufffd" in text:
-                continue
-            token = by_text.get(text, -1)
-        found[-1 - at if token is None or token < 0 else token] = value
-    if len(found) < _LEAST:
+        token = number if number is not None else tokens.get(text, -1)
+        if token >= 0 or not ("\ufffd" in text or text in unclear):
+            found[token if token >= 0 else -1 - at] = value
+    known = [value for value in found.values() if not math.isnan(value)]
+    if len(known) < _LEAST:
         raise _NoLogProbs(
             f"{where}: the answer has no log-probabilities of {_LEAST} tokens or more; wanted those of the likeliest 20"
         )
-    if not any(math.exp(value) > 0 for value in found.values()):
-        raise ServerError(f"{where}: every log-probability is that of 0; wanted those of the likeliest tokens")
     return found

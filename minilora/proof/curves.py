@@ -40,7 +40,7 @@ RAW = "the trained factors beside the untouched base, without what they started 
 
 @dataclass(frozen=True)
 class Way:
-    """A curve, and what it does: ``factors`` by path, 1 for what is not named; None is the base. ``raw``: factors as they are in the file."""
+    """A curve, and what it does: ``factors`` by path, 1 for what is not named; None is the base. ``raw``: the file's factors."""
 
     curve: Curve
     factors: Mapping[str, float] | None
@@ -76,12 +76,12 @@ def ways(model: nn.Module) -> list[Way]:
 
 
 def _over_rank(config: LoraConfig, layers: Mapping[str, Adapter]) -> dict[str, float]:
-    return {path: config.lora_alpha / value.r / value.scaling for path, value in layers.items() if _scaled(value)}  # type: ignore[operator]
+    return {path: config.lora_alpha / value.r / value.scaling for path, value in layers.items() if _scaled(value)}
 
 
 def _no_patterns(config: LoraConfig, layers: Mapping[str, Adapter]) -> dict[str, float]:
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    return {path: scale / value.scaling for path, value in layers.items() if _scaled(value)}  # type: ignore[operator]
+    return {path: scale / value.scaling for path, value in layers.items() if _scaled(value)}
 
 
 def _scaled(value: Any) -> bool:

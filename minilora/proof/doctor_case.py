@@ -26,7 +26,7 @@ from minilora.lora.config_file import OUT_OF_SCOPE
 from minilora.proof.doctor_model import Base, base_of
 from minilora.proof.doctor_names import TOO_LONG, NameFault, mended
 from minilora.proof.doctor_place import Place, read_json
-from minilora.store.adapter_files import CONFIG_FILE, PROJECTIONS, VARIANT, Stored, named_patterns
+from minilora.store.adapter_files import CONFIG_FILE, VARIANT, Stored, named_patterns
 from minilora.store.contents import Layer, layer_of, parameters_in, part_of
 from minilora.training.progress import busy
 
@@ -144,9 +144,6 @@ def _keys(tensors: Tensors) -> tuple[dict[NameFault, list[str]], dict[str, str]]
     faults: dict[NameFault, list[str]] = {}
     keys: dict[str, str] = {}
     for name in tensors.shapes:
-        if name in PROJECTIONS:  # of VeRA, whose layers share them
-            keys[name] = name
-            continue
         if len(name) > _LONGEST_NAME:
             faults.setdefault(TOO_LONG, []).append(name)
             continue

@@ -137,8 +137,8 @@ def strangers(case: Case) -> Iterator[Finding]:
     wanted, odd = case.names("modules_to_save"), []
     for key in case.seen:
         owner = key.removeprefix(PREFIX).rpartition(".")[0]
-        asked = part_of(key) is not None or any(_within(owner, name) for name in wanted)
-        if not (asked or key in PROJECTIONS or _is_bias(case, key) or _is_table(case, key) or ".token_adapter." in key):
+        asked = part_of(key) is not None or key in PROJECTIONS or any(_within(owner, name) for name in wanted)
+        if not (asked or _is_bias(case, key) or _is_table(case, key) or ".token_adapter." in key):
             odd.append(key)
     magnitudes = [key for key in case.seen if "lora_magnitude_vector" in key and case.content.get("use_dora") is False]
     biases = [key for key in case.seen if key.endswith("lora_B.bias") and not case.content.get("lora_bias")]

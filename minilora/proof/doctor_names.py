@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from minilora.store.adapter_files import PREFIX
+from minilora.store.adapter_files import PREFIX, PROJECTIONS
 
 __all__ = ["FAULTS_OF_NAMES", "TOO_LONG", "NameFault", "mended"]
 
@@ -63,7 +63,9 @@ TOO_LONG = NameFault("too long", re.compile(""), "", "no module of any model has
 
 def mended(key: str) -> tuple[str, list[NameFault]]:
     """What PEFT's layout calls a tensor, and the faults that its name in the file has."""
-    found = []
+    found: list[NameFault] = []
+    if key in PROJECTIONS:
+        return key, found
     for fault in FAULTS_OF_NAMES:
         new = fault.pattern.sub(fault.right, key)
         if new != key:

@@ -1,4 +1,4 @@
-"""The programs that can be asked in this process: PEFT and transformers, which read the folder themselves, and llama.cpp as ``xllamacpp``."""
+"""The programs that can be asked in this process: PEFT and transformers, which read the folder, and llama.cpp as ``xllamacpp``."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _llama_cpp(base: str, lora: str) -> Iterator[str]:
             raise ConfigError(f"{flag}={value!r}: no such file; wanted a GGUF file")
     if find_spec("xllamacpp") is None:
         raise MissingPackageError("--in llama.cpp: needs xllamacpp, which brings the engine; pip install xllamacpp")
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped,unused-ignore]
 
     asked = xllamacpp.CommonParams()
     asked.model.path, asked.hostnames, asked.port = base, ["127.0.0.1"], 0

@@ -69,7 +69,7 @@ def measure(
 
     Args:
         model: a causal language model of transformers with one active adapter. tokenizer: its own.
-        prompts: the first are asked, two as chat and one as text; general ones follow where there are fewer. system: the system turn of a chat.
+        prompts: the first are asked, two as chat and one as text; general ones follow where there are fewer. system: of a chat.
         adapter: ``adapter_sha256`` of its folder. name, packing, template: of the base as a run remembers it. say: gets a line.
 
     Raises:

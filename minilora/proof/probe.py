@@ -66,7 +66,7 @@ class Question:
     """One place in a text.
 
     Attributes:
-        ids: the tokens up to there. text: the same as text, without a beginning-of-text token; "" where a tokenizer would make others of it.
+        ids: the tokens up to there. text: the same, without a beginning-of-text token; "" where a tokenizer would make others of it.
         tokens: ids whose log-probabilities are known, and ``texts``, what each is alone. log_probs: of each curve, of each token.
     """
 
@@ -162,11 +162,8 @@ def _probe(content: dict[str, Any]) -> Probe:
     for name in ("model", "dtype", "packing"):
         validate.whole_text(name, found[name])
     curves = [_curve(entry) for entry in _list("curves", found["curves"], 2, _MOST_CURVES)]
-    if (
-        {curve.name for curve in curves} < {BASE, ADAPTED}
-        or curves[0].name != BASE
-        or len({c.name for c in curves}) < len(curves)
-    ):
+    names = {curve.name for curve in curves}
+    if not names >= {BASE, ADAPTED} or curves[0].name != BASE or len(names) < len(curves):
         raise ConfigError("curves: wanted base, adapted, and others by different names")
     questions = [_question(entry, curves) for entry in _list("questions", found["questions"], 1, _MOST_QUESTIONS)]
     chats = [_chat(entry) for entry in _list("chats", found["chats"], 0, _MOST_QUESTIONS)]

@@ -1,4 +1,7 @@
-"""Verify a server, or a program in this process: read the probe, ask, judge, and look at the chat template. Next file: ``proof/inside.py``."""
+"""Verify a server, or a program in this process: read the probe, ask, judge, and look at the chat template.
+
+Next file: ``proof/inside.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from collections.abc import Sequence
 
 from minilora.proof.ask import Server
 from minilora.proof.inside import asked_in
-from minilora.proof.verdict import Verdict, judge
 from minilora.proof.probe import Chat, Probe, read_probe
+from minilora.proof.verdict import Verdict, judge
 from minilora.training.progress import busy
 
 __all__ = ["verify", "verify_in"]

@@ -95,7 +95,7 @@ def _raw(url: str, body: Any, seconds: float, key: str) -> bytes:
         headers["Authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
-    proxies = {} if urllib.parse.urlsplit(url).hostname in _LOOPBACK else None
+    proxies: dict[str, str] | None = {} if urllib.parse.urlsplit(url).hostname in _LOOPBACK else None
     opener = urllib.request.build_opener(_Stay, urllib.request.ProxyHandler(proxies))
     try:
         with opener.open(request, timeout=seconds) as answer:

@@ -67,7 +67,8 @@ class Stored:
         config: of the adapter. tensors: under the file's names. variant: the registered variant's name. path: of the weights file.
         from_file: whether the config is the file's, and not the caller's. base: what is remembered of the base model, or None.
         ignored: keys of another program's config that mean nothing here. sha256: as ``adapter_sha256``.
-        made_with: digest of ``Adapter.made_with``, "" for none.
+        made_with: digest of ``Adapter.made_with``, "" for none. model_class: the class of the base and the module it is from, as
+            PEFT's ``auto_mapping`` has them; "" for what the file does not say.
     """
 
     config: LoraConfig
@@ -79,6 +80,7 @@ class Stored:
     ignored: list[str] = field(default_factory=list)
     sha256: str = ""
     made_with: str = ""
+    model_class: tuple[str, str] = ("", "")
 
 
 def adapter_sha256(files: Mapping[str, bytes | bytearray]) -> str:
@@ -127,13 +129,16 @@ def read_adapter(
     ignored: list[str] = []
     if config is None:
         used, ignored = _config(files[CONFIG_FILE], place / CONFIG_FILE, sealed)
+        model_class = _model_class(files[CONFIG_FILE])
     else:
-        used = config
+        used, model_class = config, ("", "")
     tensors, metadata = parse_tensors(files[WEIGHTS_FILE], place / WEIGHTS_FILE)
     _check_tensors(tensors, place / WEIGHTS_FILE, used)
     kind = metadata.get(VARIANT, used.variant)
     made_with = metadata.get(MADE_WITH, "")
-    return Stored(used, tensors, kind, place / WEIGHTS_FILE, config is None, base, ignored, digest, made_with)
+    return Stored(
+        used, tensors, kind, place / WEIGHTS_FILE, config is None, base, ignored, digest, made_with, model_class
+    )
 
 
 def read_config(folder: str | os.PathLike[str]) -> LoraConfig:
@@ -200,6 +205,12 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
         say_unknown(ignored, path)
     known = named_patterns({key: value for key, value in content.items() if key not in foreign})
     return LoraConfig.from_dict(known, str(path)), ignored
+
+
+def _model_class(raw: bytes | bytearray) -> tuple[str, str]:
+    said = parse_json(raw).get("auto_mapping")
+    names = [said.get(key) if isinstance(said, dict) else None for key in ("base_model_class", "parent_library")]
+    return str(names[0] or ""), str(names[1] or "")
 
 
 def named_patterns(content: Mapping[str, Any]) -> dict[str, Any]:

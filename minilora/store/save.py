@@ -36,6 +36,7 @@ from minilora.store.adapter_files import (
     CONFIG_FILE,
     MADE_WITH,
     PREFIX,
+    PROJECTIONS,
     VARIANT,
     WEIGHTS_FILE,
     adapter_sha256,
@@ -82,8 +83,10 @@ def tensors_of(values: Mapping[str, Value]) -> dict[str, Tensor]:
 
 
 def laid_out(values: Mapping[str, Value], tensors: Mapping[str, Tensor], to_file: bool) -> dict[str, Tensor]:
-    """``tensors_of`` these values as a file has them (``to_file``), or a file's tensors as ``tensors_of`` has them."""
-    laid = dict(tensors)
+    """``tensors_of`` these values as a file has them (``to_file``), or a file's tensors as ``tensors_of`` has them, without the matrices
+    that layers share (``store/projections.py``).
+    """
+    laid = {key: tensor for key, tensor in tensors.items() if to_file or key not in PROJECTIONS}
     for path, value in values.items():
         if not isinstance(value, Adapter):
             continue

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minilora.errors import CheckpointError
 from minilora.lora.slots import adapters_of
 from minilora.store.adapter_files import WEIGHTS_FILE
+from minilora.store.projections import projections_in
 from minilora.store.save import adapter_state_dict, laid_out
 from minilora.training.checkpoint import Checkpoint, parse_checkpoint, read_checkpoint_files, steps
 from minilora.training.meaning import refuse_other
@@ -93,6 +94,10 @@ def restore(
     strange += sorted({key for key in wanted if key.partition("/")[2] in begun} - checkpoint.optimizer.keys())
     if not begun:  # some may lack theirs: no gradient has reached them yet
         strange.append("the optimizer's state")
+    shared = projections_in(
+        adapters_of(model).named(name)
+    )  # a checkpoint without them, or with others, is of another adapter
+    strange += [key for key, held in shared.items() if not _is(checkpoint.weights.get(key), held)]
     if not strange:
         strange = [key for key, tensor in weights.items() if form_of(tensor) != form_of(own[key])]
         strange += [key for key, tensor in checkpoint.optimizer.items() if form_of(tensor) != wanted[key]]
@@ -106,6 +111,10 @@ def restore(
 
 
 @torch.no_grad()
+def _is(tensor: Tensor | None, held: Tensor) -> bool:
+    return tensor is not None and tensor.shape == held.shape and torch.equal(tensor, held.cpu())
+
+
 def put_weights(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's weights into the adapter that they are of."""
     own = adapter_state_dict(model, name)

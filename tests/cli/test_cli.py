@@ -168,7 +168,7 @@ def test_version(capsys):
         (["train", "--prompts"], "--prompts: its value is missing; write --prompts VALUE"),
         (["train", "--resume=yes"], "--resume: takes no value, found 'yes'; write --resume alone"),
         (["train", "chats.jsonl"], "'chats.jsonl' belongs to no flag; quote text with spaces"),
-        (["generate", "hi"], "--model: missing, and no --adapter; wanted a hub id, a local folder, or smollm2"),
+        (["generate", "hi"], "--model: missing, and no --adapter; wanted a hub id, a local folder, a GGUF file, or smollm2"),
         (["generate", "--model", "m"], "prompt: missing; see minilora generate --help"),
         (["merge", "--model", "m", "--adapter", "a"], "--out: missing; see minilora merge --help"),
         (
@@ -1109,7 +1109,7 @@ def test_an_adapter_of_another_model_is_refused(capsys, trained, model_folder, t
 def test_export_folds_the_scale_and_says_what_to_do(capsys, trained, model_folder, tmp_path, with_model):
     more = ["--model", model_folder] if with_model else []
     assert main(["export", "--adapter", str(trained[0]), "--for", "vllm", "--out", str(tmp_path / "x"), *more]) == 0
-    text = f"{tmp_path / 'x'}: adapter for vllm, rank 8, scale 1; start vLLM with --max-lora-rank 8 or more\n"
+    text = f"{tmp_path / 'x'}: adapter for vllm, rank 8, scale 1; start vLLM with --enable-lora --max-lora-rank 8 or more\n"
     assert capsys.readouterr().out == text
     config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 8

@@ -208,7 +208,7 @@ def test_the_texts_of_a_config_are_those_of_its_docstring():
     flags = fields_of(TrainConfig)
     assert flags["batch_size"].help == "examples of a micro-batch, packed or not (default: 4)"
     assert flags["gradient_checkpointing"].help.startswith("recompute activations in the backward pass: less memory")
-    assert fields_of(Job)["model"].help == 'hub id, local folder, or "smollm2" (required)'
+    assert fields_of(Job)["model"].help == 'hub id, local folder, GGUF file, or "smollm2" (required)'
     assert "lora" not in fields_of(Job) and "training" not in fields_of(Job)
 
 

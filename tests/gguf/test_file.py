@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
+import gguf
+
 from minilora.errors import CheckpointError, MissingPackageError
 from minilora.gguf import kinds
 from minilora.gguf.file import gguf_in, has_blocks, open_gguf
@@ -90,7 +92,9 @@ def test_tensors_are_the_bytes_that_lie_there(path):
 def test_other_types_are_decoded_as_gguf_decodes_them(path, kind):
     number = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[number]
-    raw = torch.randint(0, 60, (3 * 512 // block * size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    raw = torch.randint(
+        0, 60, (3 * 512 // block * size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     written(path, tensors=[entry("blk.0.w", (3, 512), number.value)], data=raw.numpy().tobytes())
     with open_gguf(path) as file:
         own = torch.from_numpy(gguf.dequantize(raw.view(3, -1).numpy(), number))
@@ -141,7 +145,7 @@ def test_without_gguf_the_way_to_it_is_said(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "parts, words",
+    ("parts", "words"),
     [
         ({"magic": b"GGML"}, "is no GGUF file"),
         ({"version": 1}, "is GGUF version 1; wanted 2 or 3"),
@@ -201,7 +205,7 @@ def test_a_part_of_several_is_refused_by_name(tmp_path):
 
 def test_a_value_of_another_type_is_refused(path):
     written(path, [pair("general.architecture", U32, struct.pack("<I", 5))])
-    with open_gguf(path) as file, pytest.raises(CheckpointError, match="general.architecture=5; wanted str"):
+    with open_gguf(path) as file, pytest.raises(CheckpointError, match=r"general.architecture=5; wanted str"):
         _ = file.architecture
 
 

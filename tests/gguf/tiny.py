@@ -18,6 +18,8 @@ _GPT2 = {
 }
 _GPT2 |= {"bos_token_id": 260, "eos_token_id": 261}
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True}
+_GRANITE = {"tie_word_embeddings": False, "embedding_multiplier": 3.0, "logits_scaling": 2.0}
+_GRANITE |= {"residual_multiplier": 0.7, "attention_multiplier": 0.2}
 _MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -41,7 +43,7 @@ CONFIGS = {
     "stablelm": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},
     "olmo2": {"tie_word_embeddings": False},
     "smollm3": {"tie_word_embeddings": True},
-    "granite": {"tie_word_embeddings": False, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
+    "granite": _GRANITE,
     "cohere": {"tie_word_embeddings": True, "logit_scale": 0.25},
     "gpt_neox": {"tie_word_embeddings": False, "num_key_value_heads": 4, "rotary_pct": 0.5},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False, "parallel_attn": True, "bias": False},
@@ -83,7 +85,7 @@ def model(model_type, seed=0, **fields):
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config(model_type, **fields), attn_implementation="eager")
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for parameter in made.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
             elif parameter.dim() == 3:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
+import gguf
+
 from minilora import LoraConfig, get_peft_model
 from minilora.errors import CheckpointError
 from minilora.gguf.file import open_gguf
@@ -77,7 +79,9 @@ def test_weights_are_those_of_transformers_own_reader(architecture, tmp_path):
     pytest.importorskip("accelerate")
     import transformers
 
-    model = tiny(architecture, **({"n_positions": 1024} if architecture == "gpt2" else {}))  # it takes any length for 1,024
+    model = tiny(
+        architecture, **({"n_positions": 1024} if architecture == "gpt2" else {})
+    )  # it takes any length for 1,024
     path = write_gguf(tmp_path / "model.gguf", model, "Q4_1", "Q8_0")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
@@ -85,7 +89,11 @@ def test_weights_are_those_of_transformers_own_reader(architecture, tmp_path):
     found = load_model(str(path))
     for name, tensor in theirs.state_dict().items():
         layer = found.get_submodule(name.rpartition(".")[0])
-        own = dense_weight(layer) if isinstance(layer, GGUFLinear) and name.endswith("weight") else found.state_dict()[name]
+        own = (
+            dense_weight(layer)
+            if isinstance(layer, GGUFLinear) and name.endswith("weight")
+            else found.state_dict()[name]
+        )
         if isinstance(layer, GGUFLinear) and layer.conv1d is not None and name.endswith("weight"):
             own = own.t()
         assert torch.equal(own, tensor), name
@@ -166,7 +174,9 @@ def test_a_folder_with_the_file_is_the_model(tmp_path):
 
 def test_a_plan_counts_the_blocks(tmp_path):
     path = str(write_gguf(tmp_path / "model.gguf", tiny("llama"), "Q4_1"))
-    packed, dense = (sum(p.numel() * p.element_size() for p in m.parameters()) for m in (load_model(path), skeleton(path)))
+    packed, dense = (
+        sum(p.numel() * p.element_size() for p in m.parameters()) for m in (load_model(path), skeleton(path))
+    )
     job = PlanJob(path, batch=1, seq=16, dtype="float32")
     assert predicted(job).parts["weights"] < dense
     assert predicted(job).loading == packed
@@ -178,7 +188,13 @@ def test_a_plan_counts_the_blocks(tmp_path):
 def test_llama_3_says_its_rule_by_its_factors(tmp_path):
     import transformers
 
-    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     model = tiny("llama", rope_parameters=rope | {"original_max_position_embeddings": 8192}, rope_theta=500_000.0)
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(model.config).inv_freq
     plain = 500_000.0 ** -(torch.arange(0, 16, 2) / 16)
@@ -188,7 +204,9 @@ def test_llama_3_says_its_rule_by_its_factors(tmp_path):
     found = load_model(str(path))
     assert torch.equal(logits(found), logits(model))
     with_factors(path, 3 * _factors(500_000.0, 16, 8.0))
-    with pytest.raises(CheckpointError, match="its rope_freqs.weight is none that Llama 3's rule for long texts gives"):
+    with pytest.raises(
+        CheckpointError, match=r"its rope_freqs.weight is none that Llama 3's rule for long texts gives"
+    ):
         load_model(str(path))
 
 
@@ -218,7 +236,7 @@ def test_ends_of_turn_end_an_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"llama__rope__scaling__type": "yarn"}, "says llama.rope.scaling.type='yarn', which is not read yet"),
         ({"llama__expert_count": 8}, "says llama.expert_count=8"),
@@ -249,7 +267,9 @@ def test_what_is_not_known_is_refused_by_name(changes, words, tmp_path):
 def changed(path, entries):
     """The file again with other entries; None leaves one out."""
     reader = gguf.GGUFReader(path)
-    own = {name: (field.contents(), field.types) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    own = {
+        name: (field.contents(), field.types) for name, field in reader.fields.items() if not name.startswith("GGUF.")
+    }
     kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
     own |= {name: None if value is None else (value, [kinds[type(value)]]) for name, value in entries.items()}
     architecture, _ = own.pop("general.architecture")

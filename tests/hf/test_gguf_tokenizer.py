@@ -100,7 +100,7 @@ def test_a_saved_tokenizer_is_the_same(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"tokenizer__ggml__pre": "martian"}, "cut by a rule called 'martian', which is not known here"),
         ({"tokenizer__ggml__pre": None}, "cut by a rule called 'default'"),

@@ -171,7 +171,7 @@ def test_a_folder_that_is_not_there(tmp_path, monkeypatch, name, call):
         call(name)
     message = str(caught.value)
     assert message.startswith(f"model {name!r}: ") and "\n" not in message
-    assert "wanted a hub id, a folder saved by transformers, or 'smollm2'" in message
+    assert "wanted a hub id, a folder saved by transformers, a GGUF file, or 'smollm2'" in message
     assert ("no such folder" in message) is (name != ".")
 
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 from minilora.hf.older_readers import _OTHERWISE, save_dense, write_older_keys
 from tests import models
 from tests.architectures import tiny
+
+transformers = pytest.importorskip("transformers")
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
@@ -155,7 +155,7 @@ def moved(rope):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", (*RIGHT, *_OTHERWISE))
+@pytest.mark.parametrize("model_type", [*RIGHT, *_OTHERWISE])
 def test_mlx_computes_what_transformers_computes(tmp_path, model_type):
     config = tiny.tiny_config(model_type)
     moved(getattr(config, "rope_parameters", None) or {})

@@ -37,7 +37,10 @@ def place(tmp_path_factory):
     write_gguf(place / "model.gguf", tiny("llama", max_position_embeddings=256), "Q4_1", "Q8_0", head="Q5_0")
     lines = [{"prompt": f"hello {n}", "completion": f"world {n}"} for n in range(9)]
     (place / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said, common = [], {"model": str(place / "model.gguf"), "data": str(place / "data.jsonl"), "out": str(place / "run")}
+    said, common = (
+        [],
+        {"model": str(place / "model.gguf"), "data": str(place / "data.jsonl"), "out": str(place / "run")},
+    )
     common |= SETTINGS | {"prompts": ["hello"]}
     fine_tune(**common, steps=4, say=said.append)
     fine_tune(**common, steps=6, resume=True, say=said.append)
@@ -61,7 +64,9 @@ def test_a_run_remembers_its_base(place):
     assert (record.packing.quant, record.packing.by_folder, record.packing.blocksize) == ("Q4_1-Q5_0", True, 32)
     config = json.loads((place / "run" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(place / "model.gguf")
-    steps = [json.loads(line)["step"] for line in (place / "run" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    steps = [
+        json.loads(line)["step"] for line in (place / "run" / "log.jsonl").read_text().splitlines() if '"loss"' in line
+    ]
     assert max(steps) == 6
 
 
@@ -76,8 +81,10 @@ def test_the_adapter_is_asked_without_saying_what_it_is_for(place, capsys):
 
 
 def test_an_adapter_of_other_blocks_is_told_apart(place, tmp_path, capsys):
-    other = write_gguf(tmp_path / "other.gguf", tiny("llama", 1, max_position_embeddings=256), "Q4_1", "Q8_0", head="Q5_0")
-    with pytest.raises(CheckpointError, match="its weights are not those that were packed|other values"):
+    other = write_gguf(
+        tmp_path / "other.gguf", tiny("llama", 1, max_position_embeddings=256), "Q4_1", "Q8_0", head="Q5_0"
+    )
+    with pytest.raises(CheckpointError, match=r"its weights are not those that were packed|other values"):
         PeftModel.from_pretrained(load_model(str(other)), place / "run")
     near = write_gguf(tmp_path / "near.gguf", tiny("llama", max_position_embeddings=256), "Q8_0", "Q8_0", head="Q5_0")
     main(["generate", "--model", str(near), "--adapter", str(place / "run"), "hello"])
@@ -118,7 +125,9 @@ def test_info_says_why_a_file_is_not_read(tmp_path):
 def test_a_file_of_numbers_is_quantized_as_any_model(place, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", tiny("llama"), "F16")
     quantize_to_folder(str(path), str(tmp_path / "packed"), QuantConfig("nf4"))
-    assert torch.equal(logits(load_model(str(tmp_path / "packed"))), logits(load_model(str(path), quant=QuantConfig("nf4"))))
+    assert torch.equal(
+        logits(load_model(str(tmp_path / "packed"))), logits(load_model(str(path), quant=QuantConfig("nf4")))
+    )
     with pytest.raises(Exception, match="is packed already"):
         quantize_to_folder(str(place / "model.gguf"), str(tmp_path / "no"), QuantConfig("nf4"))
 

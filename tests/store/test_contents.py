@@ -110,9 +110,9 @@ EVERYWHERE = {"PEFT": "as it is", "vLLM": "as it is", "llama.cpp": "as it is", "
         ({"rank_pattern": {"q_proj": 5}}, {"vLLM": "after export"}),
         ({"alpha_pattern": {"q_proj": 5}}, {"vLLM": "after export", "llama.cpp": "after export"}),
         ({"init_lora_weights": "pissa"}, {"vLLM": "after export", "llama.cpp": "after export"}),
-        ({"use_dora": True}, dict.fromkeys(("vLLM", "llama.cpp", "MLX"), "no")),
+        ({"use_dora": True}, dict.fromkeys(("vLLM", "llama.cpp"), "no")),
         ({"modules_to_save": ["lm_head"]}, dict.fromkeys(("vLLM", "llama.cpp", "MLX"), "no")),
-        ({"target_modules": ["q_proj", "lm_head"]}, dict.fromkeys(("vLLM", "llama.cpp", "MLX"), "no")),
+        ({"target_modules": ["q_proj", "lm_head"]}, {"vLLM": "after export", "llama.cpp": "no"}),
     ],
     ids=str,
 )
@@ -123,9 +123,16 @@ def test_who_takes_it(tmp_path, fields, other):
         assert server.takes != "no" or "minilora merge" in server.why
 
 
-def test_mlx_adapts_numbered_layers_only(tmp_path):
+def test_mlx_wants_the_base_of_what_stands_outside_the_blocks(tmp_path):
     stored, _ = saved(tmp_path / "a", model=models.mlp(), target_modules=["first"])
-    assert takes(stored) == EVERYWHERE | {"MLX": "no"}
+    assert takes(stored) == EVERYWHERE
+    (said,) = [server.why for server in servers_of(stored, Path("a")) if server.name == "MLX"]
+    assert "--model BASE: first: mlx has one module for a head and an embedding that are tied" in said
+
+
+def test_a_rank_that_vllm_never_takes(tmp_path):
+    stored, _ = saved(tmp_path / "a", r=600)
+    assert takes(stored) == EVERYWHERE | {"vLLM": "no"}
 
 
 def test_a_variant_that_peft_has_no_word_for(tmp_path):
@@ -151,7 +158,7 @@ def test_it_agrees_with_what_export_does(tmp_path, target, fields):
         wrote = True
     except Exception:
         wrote = False
-    assert wrote is (said.takes != "no")
+    assert wrote is (said.takes != "no" and "--model" not in said.why)
 
 
 @pytest.mark.parametrize(("r", "wanted"), [(3, 8), (8, 8), (9, 16), (40, 64)])
@@ -199,11 +206,19 @@ def test_no_other_program_is_promised_experts_or_routers(tmp_path, names):
     takes = {server.name: server for server in servers_of(stored, tmp_path / "a")}
     assert takes.pop("PEFT").takes == "as it is"
     for target, server in zip(("vllm", "llama.cpp", "mlx"), takes.values(), strict=True):
-        assert server.takes == "no" and "minilora merge" in server.why
-        for export in (
+        with_its_base = target == "mlx" and not names[0].endswith(
+            "weight"
+        )  # and of some architectures only: test_in_mlx.py
+        assert (
+            ("--model BASE" in server.why)
+            if with_its_base
+            else (server.takes == "no" and "minilora merge" in server.why)
+        )
+        ways = [
             lambda t: export_folder(tmp_path / "a", tmp_path / "b", t),
             lambda t: export_adapter(model, tmp_path / "b", t),
-        ):
+        ]
+        for export in ways[: 1 if with_its_base else 2]:
             with pytest.raises(StateError, match=r"experts|gate") as caught:
                 export(target)
             assert "\n" not in str(caught.value) and not (tmp_path / "b").exists()

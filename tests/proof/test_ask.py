@@ -1,0 +1,416 @@
+"""Servers of other kinds, as they answer, and servers that do what no server should: in a thread of the test, on loopback."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from minilora.cli import main
+from minilora.errors import ConfigError, ServerError
+from minilora.proof import verify
+from tests.proof.conftest import answers_along
+
+
+@contextmanager
+def answering(answer):
+    """The address of a server: ``answer(path, body)`` gives ``(status, what is sent)``, JSON values or bytes; body is None for a GET."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(None)
+
+        def do_POST(self):
+            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def answer(self, body):
+            status, said = answer(self.path, body)
+            raw = said if isinstance(said, bytes) else json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+NOT_FOUND = (404, {"detail": "Not Found"})
+
+
+class Speaker:
+    """What a model on a curve of the probe answers, to ids or to text."""
+
+    def __init__(self, probe, name="adapted"):
+        self.probe, self.answers = probe, answers_along(probe, name)
+
+    def to(self, prompt):
+        """``[(id, text, log-probability)]``, the likeliest first; None for what is no question of the probe."""
+        for question, answer in zip(self.probe.questions, self.answers, strict=True):
+            if prompt in (list(question.ids), question.text):
+                texts = dict(zip(question.tokens, question.texts, strict=True))
+                return [(token, texts.get(token, f"<{token}>"), value) for token, value in answer.items()]
+        return None
+
+
+def completion(logprobs, count):
+    choice = {"index": 0, "text": "x", "logprobs": logprobs, "finish_reason": "length"}
+    usage = {"prompt_tokens": count, "total_tokens": count + 1, "completion_tokens": 1}
+    return 200, {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def vllm(adapted, base=None):
+    """vLLM 0.32: LoRA models with their parent, and tokens by id where that is asked for."""
+
+    def answer(path, body):
+        if path == "/v1/models":
+
+            def of(name, parent):
+                return {
+                    "id": name,
+                    "object": "model",
+                    "owned_by": "vllm",
+                    "root": name,
+                    "parent": parent,
+                }
+
+            return 200, {"object": "list", "data": [of("base", None), of("mine", "base")]}
+        if path == "/tokenize":
+            return 200, {
+                "count": 1,
+                "max_model_len": 256,
+                "tokens": list(adapted.probe.chats[0].ids),
+                "token_strs": None,
+            }
+        if path != "/v1/completions":
+            return NOT_FOUND
+        found = {"mine": adapted, "base": base}[body["model"]].to(body["prompt"])
+        by_id = body.get("return_tokens_as_token_ids")
+        named = {f"token_id:{token}" if by_id else text: value for token, text, value in found}
+        first = next(iter(named))
+        logprobs = {"text_offset": [0], "token_logprobs": [named[first]], "tokens": [first], "top_logprobs": [named]}
+        return completion(logprobs, len(body["prompt"]))
+
+    return answer
+
+
+def by_text(adapted):
+    """SGLang: log-probabilities by the texts of tokens; what it is asked beside that it passes over."""
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [{"id": "mine", "object": "model", "owned_by": "sglang"}]}
+        if path != "/v1/completions":
+            return NOT_FOUND
+        named = {text: value for _, text, value in adapted.to(body["prompt"])}
+        return completion(
+            {"text_offset": [-1], "token_logprobs": [], "tokens": [], "top_logprobs": [named]}, len(body["prompt"])
+        )
+
+    return answer
+
+
+def ollama(adapted):
+    """Ollama: its completions know no log-probabilities, its own way of asking does."""
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [{"id": "mine:latest", "object": "model", "owned_by": "library"}]}
+        if path == "/v1/completions" and isinstance(body["prompt"], list):
+            return 400, {
+                "error": {
+                    "message": "json: cannot unmarshal array into Go struct field",
+                    "type": "invalid_request_error",
+                }
+            }
+        if path == "/api/generate":
+            assert body["raw"] and not body["stream"]
+            if (found := adapted.to(body["prompt"])) is None:
+                return 200, {"model": "mine", "response": "x", "done": True}
+            top = [{"token": text, "logprob": value, "bytes": []} for _, text, value in found]
+            return 200, {"model": "mine", "response": "x", "done": True, "logprobs": [{**top[0], "top_logprobs": top}]}
+        return NOT_FOUND
+
+    return answer
+
+
+def native(adapted):
+    """llama.cpp of a year ago: no log-probabilities at OpenAI's address, but at its own."""
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [{"id": "mine.gguf", "owned_by": "llamacpp"}]}
+        if path == "/v1/completions":
+            return completion(None, len(body["prompt"]))
+        if path == "/lora-adapters":
+            return 200, [{"id": 0, "path": "mine.gguf", "scale": 1.0}]
+        if path == "/apply-template":
+            turns = body["messages"]
+            chat = next(chat for chat in adapted.probe.chats if list(chat.turns) == turns)
+            return 200, {"prompt": chat.text}
+        if path != "/completion":
+            return NOT_FOUND
+        top = [{"id": token, "token": text, "logprob": value} for token, text, value in adapted.to(body["prompt"])]
+        return 200, {"content": "x", "completion_probabilities": [{**top[0], "top_logprobs": top}]}
+
+    return answer
+
+
+@pytest.mark.parametrize("server", [by_text, ollama, native])
+@pytest.mark.parametrize(("curve", "kind"), [("adapted", "right"), ("base", "not applied"), ("scale 0.5", "scale")])
+def test_servers_that_are_asked_in_their_own_way(sealed, server, curve, kind):
+    with answering(server(Speaker(sealed.probe, curve))) as url:
+        found = verify(sealed.folder, url)
+    assert found.kind == kind
+    assert found.code == (kind != "right")
+
+
+def test_vllm_is_asked_for_its_adapter_and_where_that_is_wrong_for_its_base(sealed):
+    right, base = Speaker(sealed.probe), Speaker(sealed.probe, "base")
+    strange = Speaker(sealed.probe)
+    strange.answers = list(reversed(strange.answers))
+    asked = []
+
+    def noted(server):
+        def answer(path, body):
+            asked.append(body and body.get("model"))
+            return server(path, body)
+
+        return answer
+
+    with answering(noted(vllm(right, base))) as url:
+        assert verify(sealed.folder, url, "mine").kind in ("right", "another template")  # it tokenizes one chat alone
+        assert "base" not in asked
+    with answering(vllm(strange, base)) as url:
+        assert verify(sealed.folder, url).kind == "another adapter"
+    with answering(vllm(strange, strange)) as url:
+        assert verify(sealed.folder, url).kind == "another base"
+
+
+def test_a_template_is_compared_by_text_by_tokens_or_by_their_number(sealed):
+    chats, right = sealed.probe.chats, Speaker(sealed.probe)
+
+    def saying(where, value):
+        def answer(path, body):
+            if path == where:
+                chat = next(chat for chat in chats if list(chat.turns) == body["messages"])
+                return 200, value(chat)
+            return by_text(right)(path, body)
+
+        return answer
+
+    same = {
+        "/apply-template": lambda chat: {"prompt": chat.text},
+        "/tokenize": lambda chat: {"tokens": list(chat.ids)},
+        "/v1/chat/completions": lambda chat: {"usage": {"prompt_tokens": len(chat.ids)}},
+    }
+    other = {
+        "/apply-template": lambda chat: {"prompt": f"{chat.text}<think>"},
+        "/tokenize": lambda chat: {"tokens": [1, *chat.ids]},
+        "/v1/chat/completions": lambda chat: {"usage": {"prompt_tokens": len(chat.ids) + 3}},
+    }
+    for where in same:
+        with answering(saying(where, same[where])) as url:
+            assert verify(sealed.folder, url).kind == "right", where
+        with answering(saying(where, other[where])) as url:
+            found = verify(sealed.folder, url)
+            assert (found.kind, found.code) == ("another template", 1) and where in found.text
+
+
+def always(status, said):
+    return lambda path, body: (status, said)
+
+
+def models(ids):
+    return lambda path, body: (200, {"data": [{"id": one} for one in ids]}) if path == "/v1/models" else NOT_FOUND
+
+
+def with_logprobs(logprobs):
+    return lambda path, body: completion(logprobs, len(body["prompt"])) if body else (200, {"data": []})
+
+
+CHATLIKE = {"content": [{"token": "x", "logprob": -1.0, "top_logprobs": []}]}
+BAD = {
+    "not found": (always(404, b""), "HTTP 404"),
+    "a page": (always(200, b"<html><body>It works!</body></html>"), "answers no JSON"),
+    "an error with a page": (always(502, b"<html>Bad Gateway</html>"), "HTTP 502"),
+    "garbage": (always(200, bytes(range(256))), "answers no JSON"),
+    "nothing": (always(200, b""), "answers no JSON but nothing"),
+    "cut off": (always(200, b'{"choices": [{"logprobs": '), "answers no JSON"),
+    "nested without end": (always(200, b'{"data":' + b"[" * 100_000), "answers no JSON"),
+    "a number without end": (always(200, b'{"data": ' + b"1" * 10_000 + b"}"), "answers no JSON"),
+    "enormous": (always(200, b" " * 9_000_000), "answers more than 8,000,000 bytes"),
+    "sent elsewhere": (always(302, b""), "HTTP 302"),
+    "a list": (always(200, []), "no log-probabilities"),
+    "null": (always(200, None), "no log-probabilities"),
+    "no such model": (
+        lambda path, body: (404, {"error": {"message": "The model `x` does not exist."}}),
+        "does not exist",
+    ),
+    "several models": (models(["a", "b"]), "name the one with the adapter with --model"),
+    "no log-probabilities": (with_logprobs(None), "no log-probabilities"),
+    "log-probabilities of nothing": (with_logprobs({"top_logprobs": [{}]}), "no log-probabilities"),
+    "an empty list": (with_logprobs(CHATLIKE), "no log-probabilities"),
+    "of one token": (with_logprobs({"top_logprobs": [{"a": -1.0}]}), "no log-probabilities"),
+    "of text": (with_logprobs({"top_logprobs": [{"a": "b", "c": -1.0}]}), "wanted a token and a finite number"),
+    "of true": (with_logprobs({"top_logprobs": [{"a": True, "c": -1.0}]}), "wanted a token and a finite number"),
+    "above 0": (with_logprobs({"top_logprobs": [{"a": 3.0, "c": -1.0}]}), "wanted a token and a finite number"),
+    "NaN": (always(200, b'{"choices": [{"logprobs": {"top_logprobs": [{"a": NaN, "b": -1}]}}]}'), "answers no JSON"),
+    "impossible": (with_logprobs({"top_logprobs": [{"a": -9e9, "b": -9e9, "c": -9e9}]}), "no log-probabilities"),
+    "other tokens than were sent": (
+        lambda path, body: completion({"top_logprobs": [{"a": -1.0, "b": -2.0}]}, 777) if body else (200, {}),
+        "counts 777 tokens",
+    ),
+    "letters that steer": (always(500, {"error": {"message": "\x1b[2J\n\u202eboo"}}), "HTTP 500"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_no_such_server_answers_is_one_line(sealed, capsys, name):
+    server, said = BAD[name]
+    with answering(server) as url:
+        assert main(["verify", str(sealed.folder), "--server", url, "--timeout", "20"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and "\x1b" not in line and "\u202e" not in line
+
+
+@contextmanager
+def talking(speak):
+    """The address of a socket that is spoken to by ``speak(connection)``."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def work():
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=speak, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        listening.close()
+
+
+def hang(connection):
+    time.sleep(30)
+
+
+def drip(connection):
+    """A byte of the header now and then, so that no timeout of a socket runs out."""
+    for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 300:
+        try:
+            connection.sendall(bytes([byte]))
+        except OSError:
+            return
+        time.sleep(0.1)
+
+
+def cut(connection):
+    connection.recv(10_000)
+    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{"data": [')
+    connection.close()
+
+
+def shut(connection):
+    connection.close()
+
+
+def babble(connection):
+    connection.recv(10_000)
+    connection.sendall(b"SSH-2.0-OpenSSH_9.9\r\n" * 3)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("speak", "said"),
+    [
+        (hang, "no whole answer within"),
+        (drip, "no whole answer within"),
+        (cut, "breaks off"),
+        (shut, "cannot be asked"),
+        (babble, "cannot be asked"),
+    ],
+)
+def test_a_server_that_hangs_or_breaks_off_is_one_line(sealed, capsys, speak, said):
+    began = time.monotonic()
+    with talking(speak) as url:
+        assert main(["verify", str(sealed.folder), "--server", url, "--timeout", "1"]) == 2
+    assert time.monotonic() - began < 10
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "x",
+        "127.0.0.1:8080",
+        "ftp://x",
+        "http://",
+        "http://a b",
+        "http://x?y=1",
+        "http://u:p@x",
+        "http://x:0",
+        "http://x:99999",
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(sealed, url):
+    with pytest.raises(ConfigError, match="wanted an address"):
+        verify(sealed.folder, url)
+
+
+def test_a_key_goes_to_the_server_that_is_named_and_is_never_shown(sealed, capsys, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    seen = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.headers["Authorization"])
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{server.server_port}/elsewhere")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    words = ["verify", str(sealed.folder), "--server", f"http://127.0.0.1:{server.server_port}"]
+    assert main([*words, "--key-variable", "MY_KEY"]) == 2
+    assert main([*words, "--key-variable", "NO_SUCH"]) == 2
+    server.shutdown()
+    server.server_close()
+    assert set(seen) == {"Bearer secret-key"}
+    said = capsys.readouterr()
+    assert "secret-key" not in said.out + said.err
+
+
+def test_nobody_there_is_one_line(sealed):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(ServerError, match="is the server running there"):
+            verify(sealed.folder, f"http://127.0.0.1:{free.getsockname()[1]}")
