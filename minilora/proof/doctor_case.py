@@ -68,8 +68,8 @@ class Case:
 
     Attributes:
         place: where it lies. content: of its config. refusal: why no ``LoraConfig`` can be made of it, "" if one can. stored: as
-            ``read_adapter`` has it, tensors on the meta device, under the names that PEFT's layout has for them. faults: the names in the
-            file that are wrong, by kind. parts: layer in the file -> names of its tensors -> their key. seen: tensors by key.
+            ``read_adapter`` has it, with zeros that take no memory, under the names that PEFT's layout has for them. faults: the names in
+            the file that are wrong, by kind. parts: layer in the file -> names of its tensors -> their key. seen: tensors by key.
         layers: those whose tensors fit together. unfit: the paths of the others. plain: whether ranks and scales are known: no pattern is
         an expression.
         base: the base model's config, where it is at hand. template: SHA-256 of the chat template that it was trained with, "" if unknown.
@@ -157,7 +157,7 @@ def _keys(tensors: Tensors) -> tuple[dict[NameFault, list[str]], dict[str, str]]
 def _stored(place: Place, config: LoraConfig, tensors: Tensors, keys: Mapping[str, str]) -> Stored:
     kind = tensors.metadata.get(VARIANT, config.variant)
     bare = {
-        key: torch.empty(tensors.shapes[name], dtype=getattr(torch, tensors.dtype(name)), device="meta")
+        key: torch.zeros((), dtype=getattr(torch, tensors.dtype(name)), device="cpu").expand(tensors.shapes[name])
         for key, name in keys.items()
     }
     return Stored(config, bare, kind if kind in VARIANTS else config.variant, place.weights)

@@ -117,7 +117,7 @@ def large_scale(case: Case) -> Iterator[Finding]:
 
 def servers(case: Case) -> Iterator[Finding]:
     """Programs that read the folder otherwise than PEFT, or not at all; those with one reason together."""
-    if case.refusal or not case.plain or not case.layers:
+    if case.refusal or not case.plain or not case.layers or case.unfit:
         return
     refusing: dict[str, list[str]] = {}
     for server in servers_of(case.stored, case.place.folder):
@@ -143,12 +143,9 @@ def _otherwise(case: Case, server: Server) -> Finding:
 
 
 def rank_of_vllm(case: Case) -> Iterator[Finding]:
-    """Ranks that vLLM wants to be told of, or does not take."""
+    """Ranks that vLLM wants to be told of."""
     most = max((layer.r for layer in case.layers if not layer.experts), default=0)
-    if most > RANKS_OF_VLLM[-1]:
-        said = f"rank {most}: vLLM takes ranks up to {RANKS_OF_VLLM[-1]}"
-        yield Finding(WARNING, "rank of vLLM", said, "merge it (minilora merge), or train with a smaller r")
-    elif most > _USUAL_RANK:
+    if _USUAL_RANK < most <= RANKS_OF_VLLM[-1]:  # of larger ones it takes none, which ``servers`` says
         said = f"rank {most}: vLLM takes {_USUAL_RANK} unless it is told"
         yield Finding(NOTE, "rank of vLLM", said, f"start it with --max-lora-rank {vllm_rank(case.stored)}")
 

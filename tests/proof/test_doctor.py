@@ -264,9 +264,14 @@ def test_a_head_that_is_tied_and_saved_twice(healthy):
 
 
 @pytest.mark.parametrize(
-    ("r", "severity", "words"), [(24, "note", "--max-lora-rank 32"), (513, "warning", "merge"), (16, None, "")]
+    ("r", "check", "severity", "words"),
+    [
+        (24, "rank of vLLM", "note", "--max-lora-rank 32"),
+        (513, "servers", "warning", "513"),
+        (16, "rank of vLLM", None, ""),
+    ],
 )
-def test_ranks_of_vllm(healthy, r, severity, words):
+def test_ranks_of_vllm(healthy, r, check, severity, words):
     shapes = {"q_proj": (64, 64), "up_proj": (96, 64)}
     change(healthy, r=r)
 
@@ -274,7 +279,7 @@ def test_ranks_of_vllm(healthy, r, severity, words):
         return {key: torch.ones(*((r, 64) if "lora_A" in key else (shapes[key.split(".")[-3]][0], r))) for key in held}
 
     tensors(healthy, resized)
-    finding = next((f for f in examine(healthy).findings if f.check == "rank of vLLM"), None)
+    finding = next((f for f in examine(healthy).findings if f.check == check), None)
     assert (finding and finding.severity) == severity and (finding is None or words in finding.way)
 
 
