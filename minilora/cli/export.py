@@ -58,6 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     record = read_record(arguments.adapter)
     if arguments.base:
+        from minilora.hf.load import resolve
+
+        arguments.base = resolve(arguments.base)  # "smollm2.gguf" is a file, too
         _write_gguf(arguments, record)
     else:
         _write_folder(arguments)
