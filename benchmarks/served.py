@@ -90,7 +90,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for run in ("", *options.runs):
             lora = str(Path(folder) / f"{len(rows)}.gguf") if run else ""
-            if run and minilora(["export", "--adapter", run, "--for", "llama.cpp", "--base", resolve(BASE), "--out", lora]):
+            if run and minilora(
+                ["export", "--adapter", run, "--for", "llama.cpp", "--base", resolve(BASE), "--out", lora]
+            ):
                 raise SystemExit(f"{run}: was not exported")
             here, there = loss_here(picked, run), loss_there(picked, lora, vocabulary)
             size = os.path.getsize(lora) if lora else 0

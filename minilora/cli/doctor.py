@@ -12,8 +12,8 @@ from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.say import say, say_styled
 
 if TYPE_CHECKING:
-    from minilora.proof.doctor import Examined
-    from minilora.proof.finding import Finding
+    from minilora.doctor.examine import Examined
+    from minilora.doctor.finding import Finding
 
 USAGE = "FOLDER [--model NAME] [--json]"
 EXAMPLES = """\
@@ -43,7 +43,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look and print; the exit code is 1 where there is a fault."""
-    from minilora.proof.doctor import examine
+    from minilora.doctor.examine import examine
     from minilora.training.progress import Progress
 
     template, more = _remembered(arguments.folder)
@@ -58,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _remembered(folder: str) -> tuple[str, list[Finding]]:
     """The template's digest that the run in the folder remembers, "" for none; a record that is damaged is a finding."""
+    from minilora.doctor.finding import WARNING, Finding
     from minilora.errors import CheckpointError
     from minilora.job.record import read_record
-    from minilora.proof.finding import WARNING, Finding
 
     try:
         record = read_record(folder)

@@ -168,7 +168,10 @@ def test_version(capsys):
         (["train", "--prompts"], "--prompts: its value is missing; write --prompts VALUE"),
         (["train", "--resume=yes"], "--resume: takes no value, found 'yes'; write --resume alone"),
         (["train", "chats.jsonl"], "'chats.jsonl' belongs to no flag; quote text with spaces"),
-        (["generate", "hi"], "--model: missing, and no --adapter; wanted a hub id, a local folder, a GGUF file, or smollm2"),
+        (
+            ["generate", "hi"],
+            "--model: missing, and no --adapter; wanted a hub id, a local folder, a GGUF file, or smollm2",
+        ),
         (["generate", "--model", "m"], "prompt: missing; see minilora generate --help"),
         (["merge", "--model", "m", "--adapter", "a"], "--out: missing; see minilora merge --help"),
         (

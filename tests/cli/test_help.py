@@ -26,7 +26,15 @@ from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
 ROOT = Path(minilora.__file__).parents[1]
-FOLDERS_ALONE = {"init", "info", "doctor", "compare", "push", "learn", "verify"}  # commands that load no model: what they take is folders
+FOLDERS_ALONE = {
+    "init",
+    "info",
+    "doctor",
+    "compare",
+    "push",
+    "learn",
+    "verify",
+}  # commands that load no model: what they take is folders
 GROUPS = [
     "positional arguments",
     "options",

@@ -1,5 +1,5 @@
 """Checks of names: tensors that nobody looks for, fields that promise tensors which are not there, layers left out. Names in a config are
-compared as names; an expression of a file is never run. Next file: ``proof/doctor_config.py``.
+compared as names; an expression of a file is never run. Next file: ``doctor/config.py``.
 """
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from minilora.doctor.case import MOST_NAMES, Case
+from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.lora.targets import endings, ends_with
-from minilora.proof.doctor_case import MOST_NAMES, Case
-from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.store.adapter_files import PREFIX, PROJECTIONS
 from minilora.store.contents import part_of
 from minilora.store.tables import table_of

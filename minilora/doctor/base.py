@@ -1,17 +1,17 @@
 """Checks against the base model's config: paths that it does not have, shapes that do not fit, tables of another size.
 
-Next file: ``proof/doctor_around.py``.
+Next file: ``doctor/around.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from minilora.doctor.case import Case
+from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
+from minilora.doctor.keys import EMBEDDINGS
+from minilora.doctor.model import Module
 from minilora.errors import nearest
-from minilora.proof.doctor_case import Case
-from minilora.proof.doctor_keys import EMBEDDINGS
-from minilora.proof.doctor_model import Module
-from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.store.adapter_files import PREFIX
 from minilora.store.contents import part_of
 from minilora.store.tables import table_of

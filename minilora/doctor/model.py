@@ -1,5 +1,5 @@
 """What the doctor knows of the base model: its config, where it lies on this disk, and the names and shapes of its layers, without a
-weight. Next file: ``proof/doctor_base.py``.
+weight. Next file: ``doctor/base.py``.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import torch
 
 from minilora import LoraConfig, inject, load_adapter, save_adapter
 from minilora.cli import main
+from minilora.doctor.examine import examine
 from minilora.errors import CheckpointError
 from minilora.export.folders import export_folder
-from minilora.proof.doctor import examine
 from minilora.store.adapter_files import read_adapter
 from tests import mixtures, models
 

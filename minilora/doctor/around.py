@@ -1,6 +1,6 @@
 """Checks of what lies beside the adapter: its seal, pickles, states of optimizers, a tokenizer with another template, a probe.
 
-Next file: ``proof/doctor_foreign.py``.
+Next file: ``doctor/foreign.py``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from minilora.doctor.case import Case
+from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
+from minilora.doctor.keys import EMBEDDINGS
+from minilora.doctor.place import read_json, small_file
 from minilora.errors import CheckpointError, MiniLoraError
 from minilora.files import disk
 from minilora.files.read import current
 from minilora.gguf.file import open_gguf
-from minilora.proof.doctor_case import Case
-from minilora.proof.doctor_keys import EMBEDDINGS
-from minilora.proof.doctor_place import read_json, small_file
-from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.store.adapter_files import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE, read_seal
 from minilora.store.contents import part_of
 from minilora.store.tables import table_of

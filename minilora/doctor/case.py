@@ -1,7 +1,7 @@
 """Everything that the doctor's checks ask, read once: the config as it is, each tensor's largest value, the layers, the base's config.
 
 Reading is as safe as when an adapter is loaded, and milder: what ``read_adapter`` would refuse is kept, so that a check can say it beside
-all else that is wrong. Weights are read a layer at a time. Next file: ``proof/doctor_tensors.py``.
+all else that is wrong. Weights are read a layer at a time. Next file: ``doctor/tensors.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.doctor.model import Base, base_of
+from minilora.doctor.names import TOO_LONG, NameFault, mended
+from minilora.doctor.place import Place, read_json
 from minilora.errors import ConfigError
 from minilora.files import validate
 from minilora.files.read import current
@@ -23,9 +26,6 @@ from minilora.files.tensors import Tensors, tensors_of_files
 from minilora.lora.adapter import VARIANTS
 from minilora.lora.config import LoraConfig, unknown_keys
 from minilora.lora.config_file import OUT_OF_SCOPE
-from minilora.proof.doctor_model import Base, base_of
-from minilora.proof.doctor_names import TOO_LONG, NameFault, mended
-from minilora.proof.doctor_place import Place, read_json
 from minilora.store.adapter_files import CONFIG_FILE, VARIANT, Stored, named_patterns
 from minilora.store.contents import Layer, layer_of, parameters_in, part_of
 from minilora.training.progress import busy

@@ -1,4 +1,4 @@
-"""Checks of the tensors alone: what never trained, what is broken, what a server could not hold. Next file: ``proof/doctor_names.py``."""
+"""Checks of the tensors alone: what never trained, what is broken, what a server could not hold. Next file: ``doctor/names.py``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from minilora.proof.doctor_case import Case
-from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
+from minilora.doctor.case import Case
+from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
 
 __all__ = ["CHECKS"]
 

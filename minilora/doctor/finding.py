@@ -1,4 +1,4 @@
-"""What ``minilora doctor`` finds: one sentence each, with how bad it is and the way out. Next file: ``proof/doctor_place.py``."""
+"""What ``minilora doctor`` finds: one sentence each, with how bad it is and the way out. Next file: ``doctor/place.py``."""
 
 from __future__ import annotations
 

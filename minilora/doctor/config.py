@@ -1,6 +1,6 @@
 """Checks of ``adapter_config.json``: fields of other programs, scales that servers read in their own way, ranks, the base's name.
 
-How each program computes a scale stands in ``export/servers.py``, and only there. Next file: ``proof/doctor_base.py``.
+How each program computes a scale stands in ``export/servers.py``, and only there. Next file: ``doctor/base.py``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from minilora.doctor.case import MOST_NAMES, Case
+from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
+from minilora.doctor.model import local
 from minilora.export.servers import RANKS_OF_VLLM, Server, scaling_read, servers_of, vllm_rank
 from minilora.files.validate import PLAIN, shown
 from minilora.lora.config import unknown_keys
 from minilora.lora.config_file import OUT_OF_SCOPE, PEFT_LAYOUT
-from minilora.proof.doctor_case import MOST_NAMES, Case
-from minilora.proof.doctor_model import local
-from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.store.adapter_files import named_patterns
 
 __all__ = ["CHECKS"]

@@ -2,7 +2,7 @@
 
 No GPU is needed, and no weight of the base: headers, the adapter's own tensors and the base's config say enough. The checks stand in
 tables, one file for each thing that is looked at: tensors, names, config, base, surroundings. Each gives findings: a sentence, how bad it
-is, and the way out. Next file: ``proof/finding.py``.
+is, and the way out. Next file: ``doctor/finding.py``.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora.proof import doctor_around, doctor_base, doctor_config, doctor_keys, doctor_tensors
-from minilora.proof.doctor_case import Case, read_case
-from minilora.proof.doctor_foreign import Foreign, foreign_findings, read_foreign
-from minilora.proof.doctor_keys import blocks_of, spans
-from minilora.proof.doctor_place import PEFT, find
-from minilora.proof.finding import FAULT, SEVERITIES, Finding
+from minilora.doctor import around, base, config, keys, tensors
+from minilora.doctor.case import Case, read_case
+from minilora.doctor.finding import FAULT, SEVERITIES, Finding
+from minilora.doctor.foreign import Foreign, foreign_findings, read_foreign
+from minilora.doctor.keys import blocks_of, spans
+from minilora.doctor.place import PEFT, find
 
 __all__ = ["CHECKS", "Examined", "examine"]
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
-    *doctor_tensors.CHECKS,
-    *doctor_keys.CHECKS,
-    *doctor_config.CHECKS,
-    *doctor_base.CHECKS,
-    *doctor_around.CHECKS,
+    *tensors.CHECKS,
+    *keys.CHECKS,
+    *config.CHECKS,
+    *base.CHECKS,
+    *around.CHECKS,
 )
 
 

@@ -1,5 +1,5 @@
 """Adapters in the layouts of other programs: mlx-lm's folders, llama.cpp's GGUF files, the single files of diffusers and of kohya's
-scripts. It is said what they are, and what is wrong in their tensors. Next file: ``proof/doctor.py``.
+scripts. It is said what they are, and what is wrong in their tensors. Next file: ``doctor/examine.py``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.doctor.case import Seen, see
+from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
+from minilora.doctor.place import GGUF, MLX, Place, read_json
 from minilora.errors import CheckpointError
 from minilora.files.tensors import tensors_of_files
 from minilora.files.validate import shown
 from minilora.gguf.file import open_gguf
-from minilora.proof.doctor_case import Seen, see
-from minilora.proof.doctor_place import GGUF, MLX, Place, read_json
-from minilora.proof.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX
 from minilora.training.progress import busy
 

@@ -1,7 +1,7 @@
 """What adapters' tensors are called when they were not saved by ``save_pretrained``, and what PEFT's layout calls them.
 
 A program that does not find the names that it looks for leaves the tensors out, most of them without a word: the adapter loads, and the
-base answers. Next file: ``proof/doctor_case.py``.
+base answers. Next file: ``doctor/case.py``.
 """
 
 from __future__ import annotations

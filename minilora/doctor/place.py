@@ -1,7 +1,7 @@
 """Which kind of adapter lies at a path, told by names and headers alone; what is none is refused with what it is instead.
 
 PEFT's layout is what minilora, unsloth, axolotl and most others write; mlx-lm, diffusers and kohya's scripts have their own. Nothing is
-unpickled, nothing that a file says is run. Next file: ``proof/doctor_case.py``.
+unpickled, nothing that a file says is run. Next file: ``doctor/case.py``.
 """
 
 from __future__ import annotations
