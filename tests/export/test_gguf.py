@@ -143,6 +143,13 @@ def test_a_table_that_tokens_and_head_share_is_refused(tmp_path):
     assert not (tmp_path / "own.gguf").exists()
 
 
+def test_a_table_of_places_is_refused(tmp_path):
+    base = base_file("gpt2", tmp_path)
+    _, folder = adapted("gpt2", tmp_path, config("gpt2", target_modules=["wpe", "c_attn"]))
+    with pytest.raises(StateError, match=r"wpe: llama.cpp looks position_embd.weight up without its adapter"):
+        export_gguf(folder, base, tmp_path / "no.gguf")
+
+
 def test_half_the_size_in_f16(tmp_path):
     base = base_file("llama", tmp_path)
     model, folder = adapted("llama", tmp_path)
@@ -257,6 +264,16 @@ def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path)
         ("llama", "hidden_act", "gelu"),
         ("mistral", "sliding_window", 8),
         ("qwen3_moe", "norm_topk_prob", False),
+        ("phi3", "sliding_window", 8),
+        ("gemma2", "final_logit_softcapping", None),
+        ("gemma2", "attn_logit_softcapping", None),
+        *(
+            (kind, "attention_bias", True)
+            for kind in ("qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "cohere")
+        ),
+        *((kind, "attention_bias", True) for kind in ("qwen3_moe", "olmoe")),
+        ("gpt_neox", "attention_bias", False),
+        *((kind, "tie_word_embeddings", True) for kind in ("phi", "stablelm", "olmo2", "gpt_neox")),
     ):
         with pytest.raises(CheckpointError, match=field):
             fill_model(tiny.model(kind, **{field: value}), tiny.tokenizer(), tmp_path / "no.gguf")
@@ -273,6 +290,27 @@ def test_stretched_rotary_angles(scaling, tmp_path):
     with serving(base_file("llama", tmp_path, **fields)) as url:
         assert distance(url, tiny.model("llama", **fields), IDS) < 1e-4
         assert distance(url, tiny.model("llama"), IDS) > 1e-2
+
+
+def test_stretched_rotary_angles_of_every_kind_are_written_or_refused(tmp_path):
+    pytest.importorskip("xllamacpp")
+    linear, llama3 = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, {"rope_type": "llama3", "factor": 8.0}
+    plain = {"rope_type": "default", "rope_theta": 700.0}
+    llama3 |= {"rope_theta": 500.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 32
+    layers = {"num_hidden_layers": 7, "sliding_window": 4}
+    both = {"full_attention": linear, "sliding_attention": plain}
+    for kind, fields in (("cohere", {"rope_parameters": linear}), ("gemma3_text", layers | {"rope_parameters": both})):
+        with serving(base_file(kind, tmp_path, **fields)) as url:
+            assert distance(url, tiny.model(kind, **fields), IDS) < (5e-3 if kind in ROUGH else 1e-4)
+    for kind, rope, words in (
+        ("mistral", llama3, "llama3"),
+        ("gemma3_text", both | {"full_attention": llama3}, "llama3"),
+        ("gemma3_text", both | {"sliding_attention": linear}, "linear"),
+    ):
+        fields = {"rope_parameters": rope} | (layers if kind == "gemma3_text" else {})
+        with pytest.raises(CheckpointError, match=words):
+            fill_model(tiny.model(kind, **fields), tiny.tokenizer(), tmp_path / "no.gguf")
 
 
 def folder_of(kind, path):
