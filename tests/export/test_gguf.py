@@ -1,5 +1,6 @@
 """GGUF LoRA and merged GGUF files: what is in them is the adapter's own update, and llama.cpp computes what minilora computes."""
 
+import json
 import shutil
 
 import pytest
@@ -252,6 +253,22 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path):
             assert ids == tokenizer(text)["input_ids"]
 
 
+def odd_tokenizers():
+    """Each has what no GGUF file says: an added token that takes the space beside it, or a model that marks the ends of words."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    for side in ("lstrip", "rstrip", "single_word"):
+        made = tiny.tokenizer()
+        made.add_tokens([AddedToken("<X>", **{side: True})])
+        yield made, f"'<X>' has {side}=True"
+    for entry, value in (("end_of_word_suffix", "</w>"), ("dropout", 0.5)):
+        content = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+        content["model"][entry] = value
+        backend = Tokenizer.from_str(json.dumps(content))
+        yield PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>"), f"{entry}="
+
+
 def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path):
     from tokenizers import pre_tokenizers
 
@@ -260,6 +277,9 @@ def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path)
     )
     with pytest.raises(CheckpointError, match="cuts text by a rule"):
         fill_model(tiny.model("llama"), odd, tmp_path / "no.gguf")
+    for odd, words in odd_tokenizers():
+        with pytest.raises(CheckpointError, match=words):
+            fill_model(tiny.model("llama"), odd, tmp_path / "no.gguf")
     for kind, field, value in (
         ("llama", "hidden_act", "gelu"),
         ("mistral", "sliding_window", 8),
