@@ -58,8 +58,11 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
         "tokenizer.ggml.merges": merges,
         **_special(tokenizer),
     }
-    if isinstance(tokenizer.chat_template, str):
-        found["tokenizer.chat_template"] = tokenizer.chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name, of which chats without a name are written by this one
+        template = template.get("default")
+    if isinstance(template, str):
+        found["tokenizer.chat_template"] = template
     return {key: value for key, value in found.items() if value != []}
 
 

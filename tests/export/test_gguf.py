@@ -253,6 +253,15 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path):
             assert ids == tokenizer(text)["input_ids"]
 
 
+def test_of_several_chat_templates_the_usual_one_is_written(tmp_path):
+    tokenizer = tiny.tokenizer()
+    usual = tokenizer.chat_template
+    tokenizer.chat_template = {"tool_use": "other", "default": usual}
+    fill_model(tiny.model("llama"), tokenizer, tmp_path / "model.gguf")
+    with open_gguf(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.chat_template"] == usual
+
+
 def odd_tokenizers():
     """Each has what no GGUF file says: an added token that takes the space beside it, or a model that marks the ends of words."""
     from tokenizers import AddedToken, Tokenizer
