@@ -96,6 +96,11 @@ def _check(update: Update, place: Place, shape: tuple[int, ...], base: GGUF) -> 
             f"{update.path}: {base.path} has one table for tokens and head, of which llama.cpp adapts neither half; "
             "leave it out of target_modules, or write a merged file (minilora merge --gguf)"
         )
+    if update.kind == "embedding" and place.name != _TOKENS:
+        raise StateError(
+            f"{update.path}: llama.cpp looks {place.name} up without its adapter; leave it out of target_modules, or write a merged "
+            "file (minilora merge --gguf)"
+        )
     if place.name not in base.tensors:
         raise CheckpointError(f"{update.path}: {base.path} has no {place.name}; wanted the file of the adapter's model")
     if (found := base.tensors[place.name].shape) != shape:

@@ -93,8 +93,10 @@ def _fields(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file.path}: its metadata says {arch}.{key}={shown(value)}, which is not read yet; load the model that it was made of"
             )
-    for key in ("block_count", "embedding_length", "attention.head_count"):
-        if not file.said(f"{arch}.{key}", int):
+    epsilon = next(key for key in table if key.endswith("epsilon"))  # as llama.cpp, which opens no file without
+    wanted = dict.fromkeys(("block_count", "embedding_length", "attention.head_count", "context_length"), int)
+    for key, kind in {**wanted, epsilon: float}.items():
+        if not file.said(f"{arch}.{key}", kind):
             raise CheckpointError(f"{file.path}: its metadata lacks {arch}.{key}; make the file anew")
     table = table | _ALSO.get(arch, {})
     return {name: own[key] for key, name in table.items() if name is not None and key in own}
@@ -171,16 +173,26 @@ def _nothing(own: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _gemma3(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a window llama.cpp has no layer that sees little of the text, and transformers' own default is one of 4096."""
+    fields = _gemma(own, 62)
+    return (
+        fields
+        if own.get("attention.sliding_window")
+        else fields | {"layer_types": ["full_attention"] * own["block_count"]}
+    )
+
+
 def _gemma(own: Mapping[str, Any], largest: int) -> dict[str, Any]:
     """Queries are scaled by the width of a head, and in the largest model (27B, by its layers) by what heads share."""
-    width = own.get("attention.key_length", 256)
     shared = own["embedding_length"] // own["attention.head_count"]
+    width = own.get("attention.key_length", shared)
     return {"query_pre_attn_scalar": shared if own["block_count"] == largest else width}
 
 
 _OWN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma2": lambda own: _gemma(own, 46),
-    "gemma3": lambda own: _gemma(own, 62),
+    "gemma3": _gemma3,
     "gpt2": lambda own: {"n_positions": own.get("context_length", 1024), "n_inner": own.get("feed_forward_length")},
 }
 _ALSO: dict[str, dict[str, str | None]] = {

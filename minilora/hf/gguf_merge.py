@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.errors import CheckpointError
 from minilora.gguf.names import Names
 from minilora.gguf.rewrite import FILE_TYPES, encoded, type_of
 from minilora.gguf.words import WEIGHTS
@@ -91,10 +90,6 @@ def _rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "llama3":
         return
-    if config.model_type != "llama":
-        raise CheckpointError(
-            f"{config.model_type}: rotary angles of the kind 'llama3' are written for llama alone; use llama.cpp's"
-        )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     lengths, old = 2 * math.pi / plain, rope["original_max_position_embeddings"]

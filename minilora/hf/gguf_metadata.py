@@ -34,6 +34,16 @@ def _partial(config: Any) -> int:
     return int(_rope(config).get("partial_rotary_factor", 1.0) * _head_dim(config))
 
 
+def _near_theta(config: Any) -> float:
+    """Of Gemma 3's layers that see little of the text, whose angles llama.cpp never stretches."""
+    near = (config.rope_parameters or {}).get("sliding_attention", {})
+    if (kind := near.get("rope_type", "default")) != "default":
+        raise CheckpointError(
+            f"{config.model_type}: rotary angles of the kind {shown(kind)} in layers with a window are none of llama.cpp's (default)"
+        )
+    return float(near.get("rope_theta", 10_000.0))
+
+
 @dataclass(frozen=True)
 class Written:
     """How one architecture is written.
@@ -72,8 +82,10 @@ _GELU: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
 }
 _NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
+_NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False, None)}  # q, k, v could have one there, o has none
+_OWN_HEAD: dict[str, tuple[Any, ...]] = {"tie_word_embeddings": (False,)}
 _LLAMA = Written(_COMMON | _HEADS | _NORM, _SILU | {"mlp_bias": (False,)})
-_QWEN = Written(_LLAMA.entries, _SILU | _NO_WINDOW)
+_QWEN = Written(_LLAMA.entries, _SILU | _NO_WINDOW | _NO_BIAS)
 _SCALES: dict[str, Entry] = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -104,7 +116,7 @@ _FALCON: dict[str, Entry] = {
 WRITTEN: dict[str, Written] = {
     "llama": _LLAMA,
     "mistral": Written(_LLAMA.entries, _SILU | {"sliding_window": (None,)}),
-    "smollm3": Written(_LLAMA.entries, _SILU | _NO_WINDOW | {"mlp_bias": (False,)}),
+    "smollm3": Written(_LLAMA.entries, _SILU | _NO_WINDOW | _NO_BIAS | {"mlp_bias": (False,)}),
     "granite": Written(_LLAMA.entries | _SCALES, _SILU | {"mlp_bias": (False,)}),
     "qwen2": _QWEN,
     "qwen3": _QWEN,
@@ -114,15 +126,16 @@ WRITTEN: dict[str, Written] = {
     ),
     "qwen3_moe": Written(
         _LLAMA.entries | _EXPERTS,
-        _SILU | _NO_WINDOW | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        _SILU | _NO_WINDOW | _NO_BIAS | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
     ),
-    "olmoe": Written(_LLAMA.entries | _EXPERTS, _SILU | {"norm_topk_prob": (False,), "clip_qkv": (None,)}),
-    "olmo2": Written(_LLAMA.entries, _SILU),
-    "gemma": Written(_LLAMA.entries, _GELU),
-    "gemma2": Written(_LLAMA.entries | _GEMMA2, _GELU),
+    "olmoe": Written(_LLAMA.entries | _EXPERTS, _SILU | _NO_BIAS | {"norm_topk_prob": (False,), "clip_qkv": (None,)}),
+    "olmo2": Written(_LLAMA.entries, _SILU | _NO_BIAS | _OWN_HEAD),
+    "gemma": Written(_LLAMA.entries, _GELU | _NO_BIAS),
+    "gemma2": Written(_LLAMA.entries | _GEMMA2, _GELU | _NO_BIAS),
     "gemma3_text": Written(
-        _LLAMA.entries | {"attention.sliding_window": "sliding_window"},
-        _GELU | {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
+        _LLAMA.entries | {"attention.sliding_window": "sliding_window", "rope.freq_base_swa": _near_theta},
+        _GELU | _NO_BIAS
+        | {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
     ),
     "phi3": Written(
         {
@@ -133,15 +146,15 @@ WRITTEN: dict[str, Written] = {
         },
         _SILU,
     ),
-    "phi": Written(_COMMON | {_LAYER: "layer_norm_eps"}, _GELU | {"qk_layernorm": (False,)}),
+    "phi": Written(_COMMON | {_LAYER: "layer_norm_eps"}, _GELU | _OWN_HEAD | {"qk_layernorm": (False,)}),
     "starcoder2": Written(_COMMON | {_LAYER: "norm_epsilon"}, _GELU | {"sliding_window": (None,), "use_bias": (True,)}),
     "stablelm": Written(
         _COMMON | {_LAYER: "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
-        _SILU | {"qk_layernorm": (False,)},
+        _SILU | _OWN_HEAD | {"qk_layernorm": (False,)},
     ),
     "cohere": Written(
-        _COMMON | {_LAYER: "layer_norm_eps", "logit_scale": "logit_scale", "rope.scaling.type": lambda c: "none"},
-        _SILU | {"use_qk_norm": (False,)},
+        _COMMON | {_LAYER: "layer_norm_eps", "logit_scale": "logit_scale"},
+        _SILU | _NO_BIAS | {"use_qk_norm": (False,)},
     ),
     "gpt2": Written(
         _GPT2,
@@ -152,7 +165,8 @@ WRITTEN: dict[str, Written] = {
         },
     ),
     "gpt_neox": Written(
-        _COMMON | {_LAYER: "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"}, _GELU
+        _COMMON | {_LAYER: "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
+        _GELU | _OWN_HEAD | {"attention_bias": (True,)},
     ),
     "falcon": Written(
         _FALCON | {"tensor_data_layout": lambda c: "jploski"},
@@ -200,7 +214,7 @@ def _scaling(config: Any) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind not in ("default", "llama3"):  # the second is a tensor
+    if kind != "default" and (kind != "llama3" or config.model_type != "llama"):  # which is a tensor there
         raise CheckpointError(
             f"{config.model_type}: rotary angles of the kind {shown(kind)} are not written; use llama.cpp's converter"
         )
@@ -216,6 +230,14 @@ def _refuse_layers(config: Any) -> None:
         raise CheckpointError(
             f"{kind}: its config has no_rope_layers={config.no_rope_layers}; llama.cpp leaves out every fourth"
         )
+    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", 0)
+    if kind == "phi3" and window and window < longest:
+        raise CheckpointError(
+            f"{kind}: its config has sliding_window={window} of {longest} tokens; llama.cpp attends to all"
+        )
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if kind == "gemma2" and not getattr(config, cap):
+            raise CheckpointError(f"{kind}: its config has {cap}={shown(getattr(config, cap))}; llama.cpp always caps")
     period = {"gemma2": 2, "gemma3_text": 6}.get(kind)
     if period is None:
         return

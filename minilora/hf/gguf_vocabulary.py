@@ -46,6 +46,7 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
             f"{type(tokenizer).__name__}: its tokenizer is no byte-level BPE, and no other is written; use llama.cpp's converter, "
             "or merge into a GGUF file that has the tokenizer (--model FILE.gguf)"
         )
+    _refuse_odd(content, model)
     name = _rule(backend.pre_tokenizer, bool(model.get("ignore_merges")))
     tokens, kinds = _tokens(tokenizer, content, rows)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -57,9 +58,27 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
         "tokenizer.ggml.merges": merges,
         **_special(tokenizer),
     }
-    if isinstance(tokenizer.chat_template, str):
-        found["tokenizer.chat_template"] = tokenizer.chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name, of which chats without a name are written by this one
+        template = template.get("default")
+    if isinstance(template, str):
+        found["tokenizer.chat_template"] = template
     return {key: value for key, value in found.items() if value != []}
+
+
+def _refuse_odd(content: dict[str, Any], model: dict[str, Any]) -> None:
+    """What a tokenizer can do and llama.cpp has no entry for."""
+    for entry in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(entry):
+            raise CheckpointError(
+                f"the tokenizer has {entry}={model[entry]!r}, which llama.cpp does not know; use a tokenizer without"
+            )
+    for added in content.get("added_tokens", ()):
+        if kept := [side for side in ("lstrip", "rstrip", "single_word") if added.get(side)]:
+            raise CheckpointError(
+                f"the tokenizer's token {added['content']!r} has {kept[0]}=True, which llama.cpp does not know; use its converter, or "
+                "merge into a GGUF file that has the tokenizer (--model FILE.gguf)"
+            )
 
 
 def _byte_level(content: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """GGUF LoRA and merged GGUF files: what is in them is the adapter's own update, and llama.cpp computes what minilora computes."""
 
+import json
 import shutil
 
 import pytest
@@ -143,6 +144,13 @@ def test_a_table_that_tokens_and_head_share_is_refused(tmp_path):
     assert not (tmp_path / "own.gguf").exists()
 
 
+def test_a_table_of_places_is_refused(tmp_path):
+    base = base_file("gpt2", tmp_path)
+    _, folder = adapted("gpt2", tmp_path, config("gpt2", target_modules=["wpe", "c_attn"]))
+    with pytest.raises(StateError, match=r"wpe: llama.cpp looks position_embd.weight up without its adapter"):
+        export_gguf(folder, base, tmp_path / "no.gguf")
+
+
 def test_half_the_size_in_f16(tmp_path):
     base = base_file("llama", tmp_path)
     model, folder = adapted("llama", tmp_path)
@@ -245,6 +253,31 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path):
             assert ids == tokenizer(text)["input_ids"]
 
 
+def test_of_several_chat_templates_the_usual_one_is_written(tmp_path):
+    tokenizer = tiny.tokenizer()
+    usual = tokenizer.chat_template
+    tokenizer.chat_template = {"tool_use": "other", "default": usual}
+    fill_model(tiny.model("llama"), tokenizer, tmp_path / "model.gguf")
+    with open_gguf(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.chat_template"] == usual
+
+
+def odd_tokenizers():
+    """Each has what no GGUF file says: an added token that takes the space beside it, or a model that marks the ends of words."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    for side in ("lstrip", "rstrip", "single_word"):
+        made = tiny.tokenizer()
+        made.add_tokens([AddedToken("<X>", **{side: True})])
+        yield made, f"'<X>' has {side}=True"
+    for entry, value in (("end_of_word_suffix", "</w>"), ("dropout", 0.5)):
+        content = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+        content["model"][entry] = value
+        backend = Tokenizer.from_str(json.dumps(content))
+        yield PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>"), f"{entry}="
+
+
 def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path):
     from tokenizers import pre_tokenizers
 
@@ -253,10 +286,23 @@ def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path)
     )
     with pytest.raises(CheckpointError, match="cuts text by a rule"):
         fill_model(tiny.model("llama"), odd, tmp_path / "no.gguf")
+    for odd, words in odd_tokenizers():
+        with pytest.raises(CheckpointError, match=words):
+            fill_model(tiny.model("llama"), odd, tmp_path / "no.gguf")
     for kind, field, value in (
         ("llama", "hidden_act", "gelu"),
         ("mistral", "sliding_window", 8),
         ("qwen3_moe", "norm_topk_prob", False),
+        ("phi3", "sliding_window", 8),
+        ("gemma2", "final_logit_softcapping", None),
+        ("gemma2", "attn_logit_softcapping", None),
+        *(
+            (kind, "attention_bias", True)
+            for kind in ("qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "cohere")
+        ),
+        *((kind, "attention_bias", True) for kind in ("qwen3_moe", "olmoe")),
+        ("gpt_neox", "attention_bias", False),
+        *((kind, "tie_word_embeddings", True) for kind in ("phi", "stablelm", "olmo2", "gpt_neox")),
     ):
         with pytest.raises(CheckpointError, match=field):
             fill_model(tiny.model(kind, **{field: value}), tiny.tokenizer(), tmp_path / "no.gguf")
@@ -273,6 +319,27 @@ def test_stretched_rotary_angles(scaling, tmp_path):
     with serving(base_file("llama", tmp_path, **fields)) as url:
         assert distance(url, tiny.model("llama", **fields), IDS) < 1e-4
         assert distance(url, tiny.model("llama"), IDS) > 1e-2
+
+
+def test_stretched_rotary_angles_of_every_kind_are_written_or_refused(tmp_path):
+    pytest.importorskip("xllamacpp")
+    linear, llama3 = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, {"rope_type": "llama3", "factor": 8.0}
+    plain = {"rope_type": "default", "rope_theta": 700.0}
+    llama3 |= {"rope_theta": 500.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 32
+    layers = {"num_hidden_layers": 7, "sliding_window": 4}
+    both = {"full_attention": linear, "sliding_attention": plain}
+    for kind, fields in (("cohere", {"rope_parameters": linear}), ("gemma3_text", layers | {"rope_parameters": both})):
+        with serving(base_file(kind, tmp_path, **fields)) as url:
+            assert distance(url, tiny.model(kind, **fields), IDS) < (5e-3 if kind in ROUGH else 1e-4)
+    for kind, rope, words in (
+        ("mistral", llama3, "llama3"),
+        ("gemma3_text", both | {"full_attention": llama3}, "llama3"),
+        ("gemma3_text", both | {"sliding_attention": linear}, "linear"),
+    ):
+        fields = {"rope_parameters": rope} | (layers if kind == "gemma3_text" else {})
+        with pytest.raises(CheckpointError, match=words):
+            fill_model(tiny.model(kind, **fields), tiny.tokenizer(), tmp_path / "no.gguf")
 
 
 def folder_of(kind, path):

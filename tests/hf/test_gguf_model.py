@@ -24,6 +24,7 @@ from minilora.linear.packed import QuantLinear
 from minilora.quant.config import QuantConfig
 from minilora.quant.gguf.formats import FORMATS
 from tests.gguf_files import ARCHITECTURES, VOCABULARY, tiny, write_gguf
+from tests.llama_cpp import distance, serving
 
 IDS = torch.randint(0, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(1))
 
@@ -247,6 +248,8 @@ def test_ends_of_turn_end_an_answer(tmp_path):
         ({"llama__block_count": 1}, "'blk.1.* has no place in a llama model"),
         ({"llama__block_count": 2**31}, "num_hidden_layers=2,147,483,648 in its config; at most 4,096"),
         ({"llama__block_count": None}, "lacks llama.block_count"),
+        ({"llama__context_length": None}, "lacks llama.context_length"),
+        ({"llama__attention__layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms_epsilon"),
         ({"llama__block_count": "two"}, "llama.block_count='two'; wanted int"),
         ({"llama__embedding_length": 32}, "is .*the model wants"),
         ({"llama__feed_forward_length": 64}, "is .*the model wants"),
@@ -262,6 +265,23 @@ def test_what_is_not_known_is_refused_by_name(changes, words, tmp_path):
     with pytest.raises(CheckpointError, match=words) as caught:
         load_model(str(path))
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_heads_of_gemma_that_the_file_does_not_say_are_what_they_share(architecture, tmp_path):
+    """As in llama.cpp: transformers' own default is 256, whatever the model."""
+    model = tiny(architecture, head_dim=16, query_pre_attn_scalar=16)
+    unsaid = {f"{architecture}__attention__{side}_length": None for side in ("key", "value")}
+    path = write_gguf(tmp_path / "model.gguf", model, **unsaid)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(str(path))(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gemma_3_without_a_window_sees_the_whole_text(tmp_path):
+    pytest.importorskip("xllamacpp")
+    path = write_gguf(tmp_path / "model.gguf", tiny("gemma3"), gemma3__attention__sliding_window=None)
+    with serving(path) as url:
+        assert distance(url, load_model(str(path)), IDS[0, :12].tolist()) < 5e-3
 
 
 def changed(path, entries):
