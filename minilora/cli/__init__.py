@@ -34,7 +34,7 @@ COMMANDS = {
     "learn": "do the exercises of the course, and have them checked",
     "quantize": "pack a model into few bits, and save it",
     "merge": "fold an adapter into its model and save it",
-    "export": "write an adapter for vLLM, llama.cpp or MLX",
+    "export": "write an adapter for vLLM, llama.cpp, Ollama, MLX or diffusers",
     "seal": "keep in an adapter folder how a server can be verified by it",
     "verify": "ask a server whether it applies an adapter, and how",
     "push": "put a run with its model card on the Hugging Face Hub",

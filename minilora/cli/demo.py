@@ -15,7 +15,7 @@ from minilora.lora.config import LoraConfig
 from minilora.training.settings import TrainConfig
 
 USAGE = "[options]"
-MODELS = ("smollm2", "smollm2.gguf")
+SMOLLM2, SMOLLM2_GGUF = MODELS = ("smollm2", "smollm2.gguf")
 EXAMPLES = """\
   minilora demo
   minilora demo --steps 12 --out runs/short
@@ -46,15 +46,16 @@ def run(arguments: argparse.Namespace) -> None:
         f"\nanswers that open in the keeper's voice: {voices[0]:.0%} before, {voices[1]:.0%} after (prompts not in the training set)"
     )
 
-    say(f"\nto try next:\n{next_commands(arguments.out)}")
+    say(f"\nto try next:\n{next_commands(arguments.out, arguments.model)}")
 
 
-def next_commands(out: str) -> str:
+def next_commands(out: str, model: str = SMOLLM2) -> str:
     """Three commands with their purposes, as they can be typed after a demo in this folder."""
+    served = ("--base", model, "--out", f"{out}.gguf") if model == SMOLLM2_GGUF else ("--out", f"{out}-llama.cpp")
     lines = {
         command("chat", "--adapter", out): "talk with it; /base asks the model without the adapter, too",
         command("init", "mine"): "ten lines of data and a settings file, to train on your own",
-        command("export", "--adapter", out, "--for", "llama.cpp", "--out", f"{out}-llama.cpp"): "also for vllm and mlx",
+        command("export", "--adapter", out, "--for", "llama.cpp", *served): "also for vllm, ollama and mlx",
     }
     width = max(map(len, lines))
     return "\n".join(f"  {line.ljust(width)}  # {about}" for line, about in lines.items())

@@ -40,7 +40,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_adapter_flags(parser, required=True)
     program = Flag("target", str, None, "who will read it", PROGRAMS, True, "--for", one_of(PROGRAMS))
     served = "the GGUF file that llama.cpp or Ollama serves: a GGUF LoRA for it is written, and no converter is needed"
-    base_file = Flag("base", str, None, served)
+    base_file = Flag("base", str, None, f'{served}; "smollm2.gguf" is that of the demo\'s model')
     dtype = Flag("dtype", str, None, "numbers of a GGUF LoRA", FACTORS, otherwise="f32")
     out = dataclasses.replace(
         new_folder("exported adapter"),

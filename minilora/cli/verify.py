@@ -40,7 +40,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     )
     named = "the adapter's name on a server of several models, or with --in the base model"
     model = Flag("model", str, None, named, otherwise="as the run of FOLDER was trained")
-    base = Flag("base", str, None, "GGUF of the base that --in llama.cpp serves")
+    base = Flag("base", str, None, "GGUF file of the base that --in llama.cpp serves")
     lora = Flag("lora", str, None, "the adapter as GGUF, for --in llama.cpp")
     timeout = Flag("timeout", float, 60.0, "number of seconds that an answer may take")
     key = Flag("key_variable", str, None, "environment variable with the server's API key")
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     key = ""
     if arguments.key_variable and not (key := os.environ.get(arguments.key_variable, "")):
         raise ConfigError(f"--key-variable={arguments.key_variable!r}: no such environment variable, or an empty one")
+    from minilora.hf.load import resolve
     from minilora.proof.verified import verify, verify_in
     from minilora.training.progress import Progress
 
@@ -71,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             found = verify(arguments.folder, arguments.server, arguments.model or "", arguments.timeout, key)
         else:
             model = arguments.model or _base(arguments.folder)
-            found = verify_in(arguments.folder, arguments.program, model, arguments.base or "", arguments.lora or "")
+            base = resolve(arguments.base or "")
+            found = verify_in(arguments.folder, arguments.program, model, base, arguments.lora or "")
     code = 0 if found.kind == "another packing" and arguments.any_quantization else found.code
     if arguments.json:
         say(json.dumps(asdict(found) | {"code": code}, indent=1))

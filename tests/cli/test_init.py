@@ -145,3 +145,9 @@ def test_the_demo_ends_with_three_commands_that_are_understood(called):
         program_, *words = line.partition("#")[0].split()
         assert program_ == ".venv/bin/minilora" and isinstance(make_parser().parse_args(words), argparse.Namespace)
     assert [line.split()[1] for line in lines] == ["chat", "init", "export"]
+
+
+def test_a_demo_on_the_gguf_file_is_exported_for_that_file(called):
+    called(".venv/bin/minilora")
+    export = demo_command.next_commands("runs/served", "smollm2.gguf").splitlines()[-1]
+    assert "--for llama.cpp --base smollm2.gguf --out runs/served.gguf" in export

@@ -439,6 +439,14 @@ def test_a_folder_for_ollama(tmp_path, capsys):
     assert "ollama create for-ollama" in capsys.readouterr().out
 
 
+def test_the_word_for_the_file_of_the_demo_is_taken_as_the_base(tmp_path, capsys, monkeypatch):
+    base, (_, adapter) = base_file("llama", tmp_path), adapted("llama", tmp_path)
+    monkeypatch.setattr("minilora.hf.load.smollm2_file", lambda: base)
+    out = str(tmp_path / "a.gguf")
+    asked = ["export", "--adapter", str(adapter), "--for", "llama.cpp", "--base", "smollm2.gguf", "--out", out]
+    assert main(asked) == 0 and f"llama-server -m {base} --lora {out}" in capsys.readouterr().out
+
+
 def test_a_family_of_chat_templates_is_known_by_what_it_writes():
     from minilora.export.ollama import family_of
     from minilora.hf.jinja import write_chat

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from minilora.lora.slots import adapters_of
 from minilora.proof import measure, read_probe, seal_folder, write_probe
 from minilora.proof.curves import OVER_RANK, RAW, applied, ways
 from minilora.proof.probe import PROBE_FILE
-from minilora.proof.verdict import distance, effect, fitted, judge, told_effect
+from minilora.proof.verdict import distance, effect, exact_for, fitted, judge, told_effect
 from tests.models import byte_tokenizer
 from tests.proof.conftest import adapted, answers_along, base
 
@@ -94,6 +95,20 @@ def test_measuring_is_the_same_again_and_leaves_the_model(sealed):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [module.scaling for module in model.modules() if hasattr(module, "scaling")] == scalings
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packing", "nats"),
+    [
+        ("float32", "packed to Q4_1, blocks of 32", 0.15),  # as a model says it that was read from a GGUF file
+        ("float32", "packed to Q6_K, blocks of 256", 0.15),
+        ("bfloat16", "", 0.07),
+        ("float32", "packed to nf4, blocks of 64", 0.02),
+        ("float32", "", 0.02),
+    ],
+)
+def test_how_near_is_the_same_hangs_on_how_the_base_lay_in_memory(sealed, dtype, packing, nats):
+    assert exact_for(replace(sealed.probe, dtype=dtype, packing=packing)) == nats
 
 
 def test_each_curve_is_judged_as_what_it_is(sealed):
