@@ -13,6 +13,7 @@ import torch
 
 from minilora.errors import CheckpointError, ConfigError, MiniLoraError, MissingPackageError, printable
 from minilora.hf.load import load_model
+from minilora.linear.frozen import PackedLinear
 from minilora.proof.probe import Question
 
 __all__ = ["PROGRAMS", "asked_in"]
@@ -37,6 +38,11 @@ def asked_in(program: str, folder: str | os.PathLike[str], model: str, base: str
     if find_spec("peft") is None:
         raise MissingPackageError(f"--in {program}: needs PEFT, by which it reads an adapter; pip install peft")
     whole = load_model(model)
+    if any(isinstance(module, PackedLinear) for module in whole.modules()):
+        raise ConfigError(
+            f"--model={printable(model)!r}: its layers are packed, and {program} adapts dense ones only; ask what serves it (--server, or "
+            "--in llama.cpp for a GGUF file), or give --model the dense model that it was made of"
+        )
     try:
         if program == "peft":
             from peft import PeftModel

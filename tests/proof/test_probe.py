@@ -15,6 +15,7 @@ from minilora.proof import measure, read_probe, seal_folder, write_probe
 from minilora.proof.curves import OVER_RANK, RAW, applied, ways
 from minilora.proof.probe import PROBE_FILE
 from minilora.proof.verdict import distance, effect, exact_for, fitted, judge, told_effect
+from tests.gguf_llama import write_model
 from tests.models import byte_tokenizer
 from tests.proof.conftest import adapted, answers_along, base
 
@@ -269,6 +270,16 @@ def test_seal_and_verify_in_peft_and_transformers(tmp_path, capsys):
     assert main(["verify", folder, "--in", "peft"]) == 2
     base(7).save_pretrained(tmp_path / "strange")
     assert main(["verify", folder, "--in", "peft", "--model", str(tmp_path / "strange")]) == 1
+
+
+@pytest.mark.parametrize("program", ["peft", "transformers"])
+def test_a_packed_base_is_refused_with_the_way_out(sealed, tmp_path, capsys, program):
+    pytest.importorskip("peft")
+    pytest.importorskip("gguf")
+    write_model(base(), sealed.tokenizer, tmp_path / "base.gguf", "Q8_0")
+    assert main(["verify", str(sealed.folder), "--in", program, "--model", str(tmp_path / "base.gguf")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "its layers are packed" in said and "--in llama.cpp" in said
 
 
 @pytest.mark.parametrize(
