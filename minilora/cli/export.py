@@ -58,9 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     record = read_record(arguments.adapter)
     if arguments.base:
+        from minilora.gguf.file import gguf_in
         from minilora.hf.load import resolve
 
-        arguments.base = resolve(arguments.base)  # "smollm2.gguf" is a file, too
+        place = resolve(arguments.base)  # "smollm2.gguf" is a file, too
+        arguments.base = str(gguf_in(place) or place)
         _write_gguf(arguments, record)
     else:
         _write_folder(arguments)

@@ -406,6 +406,12 @@ def test_commands(tmp_path, capsys):
     assert "GGUF LoRA in f16, rank 3" in said and f"llama-server -m {base} --lora" in said
     with open_gguf(tmp_path / "a.gguf") as file:
         assert {info.kind.name for info in file.tensors.values()} == {"F16"}
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "base.gguf").write_bytes(base.read_bytes())
+    of_folder = ["--base", str(tmp_path / "served"), "--out", str(tmp_path / "b.gguf"), "--dtype", "f16"]
+    assert main(["export", *place, "--for", "llama.cpp", *of_folder]) == 0
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    capsys.readouterr()
     merge, no = ["merge", "--model", str(folder), *place], str(tmp_path / "no.gguf")
     for dtype in ("q8_0", "f16", "f32"):
         out = tmp_path / f"{dtype}.gguf"
