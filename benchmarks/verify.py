@@ -55,10 +55,10 @@ def written(place: Path, name: str) -> Path | None:
     if path.exists() or not name:
         return path if name else None
     tokenizer, config = byte_tokenizer(), base().config
-    own = stored_factors(read_adapter(place / "adapter"))
+    own = stored_factors(read_adapter(place / "adapter"), "llama.cpp")
     if name == "other":
         adapted(5).save_pretrained(place / "other")
-        write_lora(stored_factors(read_adapter(place / "other")), config, path)
+        write_lora(stored_factors(read_adapter(place / "other"), "llama.cpp"), config, path)
     elif name in ("own", "no down_proj", "over r"):
         factor = {"own": 1.0, "no down_proj": 1.0, "over r": 3**-0.5}[name]
         left_out = "down_proj" if name == "no down_proj" else "nothing"

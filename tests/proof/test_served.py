@@ -43,12 +43,12 @@ def files(sealed, tmp_path_factory):
         path = place / f"{name}.gguf"
         if path.exists() or not name:
             return path if name else None
-        factors, config = stored_factors(read_adapter(sealed.folder)), base().config
+        factors, config = stored_factors(read_adapter(sealed.folder), "llama.cpp"), base().config
         if name == "own":
             write_lora(factors, config, path)
         elif name == "other":
             adapted(5).save_pretrained(place / "other")
-            write_lora(stored_factors(read_adapter(place / "other")), config, path)
+            write_lora(stored_factors(read_adapter(place / "other"), "llama.cpp"), config, path)
         elif name == "no down_proj":
             write_lora(factors, config, path, lambda layer: 0.0 if "down_proj" in layer else 1.0)
         elif name == "over r":
