@@ -42,7 +42,7 @@ def write_model(model, tokenizer, path, kind="F32", template=None):
 
 
 def write_lora(factors, config, path, factor=lambda path: 1.0):
-    """``Factors`` as a GGUF LoRA; each B times ``factor(path)``, and none of a layer where that is 0."""
+    """Factors by path (``export/factors.py``) as a GGUF LoRA; each B times ``factor(path)``, and none of a layer where that is 0."""
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -50,13 +50,12 @@ def write_lora(factors, config, path, factor=lambda path: 1.0):
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # the factors have their scale
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for layer, update in factors.items():
-        A, B = update.A, update.B
+    for layer, own in factors.items():
         if factor(layer):
             name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-            writer.add_tensor(f"{name}.lora_a", A.numpy())
+            writer.add_tensor(f"{name}.lora_a", own.A.numpy())
             writer.add_tensor(
-                f"{name}.lora_b", _turned(f"{layer}.weight", B.numpy() * np.float32(factor(layer)), config)
+                f"{name}.lora_b", _turned(f"{layer}.weight", own.B.numpy() * np.float32(factor(layer)), config)
             )
     _close(writer)
 

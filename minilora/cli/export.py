@@ -74,7 +74,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
     target, base = arguments.target, arguments.base
     if target == "ollama" and not base:
-        raise ConfigError("--for ollama: --base is missing; wanted the GGUF file of the model that the adapter is laid beside")
+        raise ConfigError(
+            "--for ollama: --base is missing; wanted the GGUF file of the model that the adapter is laid beside"
+        )
     if base and target not in WITH_BASE:
         raise ConfigError(f"--base={base!r}: is for llama.cpp and ollama; --for {target} has no use for a GGUF file")
     if arguments.dtype != "f32" and not base:

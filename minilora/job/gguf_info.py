@@ -11,13 +11,14 @@ from typing import Any
 from minilora.errors import MiniLoraError
 from minilora.gguf.file import open_gguf
 from minilora.hf.gguf_model import held
+from minilora.hf.gguf_tokenizer import gguf_tokenizer
 from minilora.quant.gguf.formats import FORMATS
 
 __all__ = ["about_gguf"]
 
 
 def about_gguf(path: Path) -> dict[str, Any]:
-    """What a GGUF file says of itself; whether it can be read as a model is what reading its config says."""
+    """What a GGUF file says of itself; whether it can be read as a model is what reading its config and its tokenizer says."""
     with open_gguf(path) as file:
         name, cut = file.metadata.get("general.name"), file.metadata.get("tokenizer.ggml.pre")
         kinds = dict(sorted(Counter(info.kind.name for info in file.tensors.values()).items()))
@@ -50,6 +51,7 @@ def _why_not(path: Path) -> str:
         return ""
     try:
         held(path)
+        gguf_tokenizer(path)
     except MiniLoraError as error:
         return str(error).removeprefix(f"{path}: ")
     return ""

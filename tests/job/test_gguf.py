@@ -122,6 +122,12 @@ def test_info_says_why_a_file_is_not_read(tmp_path):
     assert look(path)["format"] == ""
 
 
+def test_info_says_that_a_tokenizer_is_not_known(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny("llama"), tokenizer__ggml__pre="martian")
+    first = look(path)["servers"][0]
+    assert first["takes"] == "no" and first["why"].startswith("its text is cut by a rule called 'martian'")
+
+
 def test_a_file_of_numbers_is_quantized_as_any_model(place, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", tiny("llama"), "F16")
     quantize_to_folder(str(path), str(tmp_path / "packed"), QuantConfig("nf4"))

@@ -206,7 +206,9 @@ def test_no_other_program_is_promised_experts_or_routers(tmp_path, names):
     takes = {server.name: server for server in servers_of(stored, tmp_path / "a")}
     assert takes.pop("PEFT").takes == "as it is"
     router = names[0].endswith("weight")
-    bases = {} if router else {"mlx": "--model BASE", "llama.cpp": "--base SERVED.gguf"}  # and of some architectures only
+    bases = (
+        {} if router else {"mlx": "--model BASE", "llama.cpp": "--base SERVED.gguf"}
+    )  # and of some architectures only
     for target, server in zip(("vllm", "llama.cpp", "mlx"), takes.values(), strict=True):
         if target in bases:
             assert server.takes == "after export" and bases[target] in server.why
