@@ -41,7 +41,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     program = Flag("target", str, None, "who will read it", PROGRAMS, True, "--for", one_of(PROGRAMS))
     served = "the GGUF file that llama.cpp or Ollama serves: a GGUF LoRA for it is written, and no converter is needed"
     base_file = Flag("base", str, None, f'{served}; "smollm2.gguf" is that of the demo\'s model')
-    dtype = Flag("dtype", str, None, "numbers of a GGUF LoRA", FACTORS, otherwise="f32")
+    dtype = Flag("dtype", str, "f32", "number format of a GGUF LoRA", FACTORS)
     out = dataclasses.replace(
         new_folder("exported adapter"),
         about="folder for the exported adapter, which must not exist yet or be empty; for llama.cpp with --base, the new GGUF file",
@@ -76,14 +76,16 @@ def _check(arguments: argparse.Namespace) -> None:
 
     target, base = arguments.target, arguments.base
     if target == "ollama" and not base:
-        raise ConfigError("--for ollama: give --base SERVED.gguf, the model file that the adapter is laid beside")
+        raise ConfigError(
+            "--for ollama: --base is missing; wanted the GGUF file of the model that the adapter is laid beside"
+        )
     if base and target not in WITH_BASE:
         raise ConfigError(f"--base={base!r}: is for llama.cpp and ollama; --for {target} has no use for a GGUF file")
-    if arguments.dtype is not None and not base:
+    if arguments.dtype != "f32" and not base:
         raise ConfigError(
             f"--dtype={arguments.dtype!r}: is for a GGUF LoRA; give --base SERVED.gguf too, or leave it out"
         )
-    if arguments.dtype not in (None, *FACTORS):
+    if arguments.dtype not in FACTORS:
         raise ConfigError(f"--dtype={arguments.dtype!r}: wanted one of {', '.join(FACTORS)}")
     if base and target == "llama.cpp":
         refuse_file(arguments.out)
@@ -112,7 +114,7 @@ def _write_gguf(arguments: argparse.Namespace, record: Record | None) -> None:
 
     model = _adapted(arguments)
     adapter = arguments.adapter if model is None else model
-    options = {"dtype": arguments.dtype or "f32", "expect_sha256": arguments.expect_sha256}
+    options = {"dtype": arguments.dtype, "expect_sha256": arguments.expect_sha256}
     if arguments.target == "ollama":
         system = "" if record is None else record.system
         for line in export_ollama(adapter, arguments.base, arguments.out, write_chat, system=system, **options):

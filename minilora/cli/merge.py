@@ -34,9 +34,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "model", model.values())
     add_adapter_flags(parser, required=True)
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
-    file = Flag(
-        "gguf", str, None, "write one GGUF file for llama.cpp, with weights of this kind", KINDS, otherwise="a folder"
-    )
+    file = Flag("gguf", str, None, "write one GGUF file for llama.cpp instead, with weights of this kind", KINDS)
     out = new_folder("merged model")
     out = dataclasses.replace(out, about=f"{out.about}; with --gguf, the new file")
     add_flags(parser, "output", [out, as_trained(merged, DTYPE.default), file])

@@ -95,7 +95,10 @@ def _split(stored: Stored, key: str, tensor: Tensor, experts: Mapping[str, str])
 def _update(stored: Stored, path: str, pair: Mapping[str, Tensor], kind: str, place: str) -> Update:
     if len(pair) < 2:
         raise StateError(f"{stored.path}: {path} has only one of lora_A and lora_B; save the adapter again")
-    if any(entry.endswith("weight") and place.endswith(entry) for entry in stored.config.target_parameters or ()):
+    if any(
+        entry.endswith("weight") and f"{place}.weight".endswith(entry)
+        for entry in stored.config.target_parameters or ()
+    ):
         raise StateError(f"{stored.path}: {place} is no weight that {_PROGRAM} adapts; merge instead")
     A, B = pair["A"], pair["B"]
     wanted, found = stored.config.for_module(path)[0], len(A)

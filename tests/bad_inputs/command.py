@@ -159,10 +159,11 @@ LINES = [
     ([*MERGE, "--adapter", "{foreign}"], "'first'", "closest names"),
     ([*MERGE, "--adapter", "{adapter}", "--out", "{run}"], "{run}: exists", "choose another --out"),
     ([*EXPORT, "{adapter}"], "--for: missing", HELP),
-    ([*EXPORT, "{adapter}", "--for", "ollama"], "--for: 'ollama'", "wanted one of vllm"),
+    ([*EXPORT, "{adapter}", "--for", "kobold"], "--for: 'kobold'", "wanted one of vllm"),
+    ([*EXPORT, "{adapter}", "--for", "ollama"], "--for ollama: --base is missing", "wanted the GGUF file"),
     ([*EXPORT, "{empty}", "--for", "vllm"], "{empty}", "adapter_config.json"),
     ([*EXPORT, "/nowhere", "--for", "vllm"], "/nowhere: no such folder", "wanted one with"),
     ([*EXPORT, "{adapter}", "--for", "mlx", "--expect-sha256", "0" * 64], "expected 0000", "another adapter"),
-    ([*EXPORT, "{foreign}", "--for", "mlx"], "first: mlx adapts", "leave this one out"),
+    ([*EXPORT, "{foreign}", "--for", "mlx"], "first: mlx has one module", "give the base with --model"),
     ([*EXPORT, "{adapter}", "--for", "vllm", "--model", "{empty}"], "{empty}", "wanted a hub id"),
 ]  # fmt: skip

@@ -150,7 +150,7 @@ _FIELDS = [
 PEFT = {"peft_type": "LORA", "r": 8}
 # (keys of an adapter_config.json, what the message names, what it offers)
 _KEYS = [
-    ({"peft_type": "IA3"}, "peft_type='IA3'", "'LORA' adapters only"),
+    ({"peft_type": "IA3"}, "peft_type='IA3'", "'LORA' and 'VERA' adapters only"),
     ({"lora_aplha": 16}, "'lora_aplha'", "'lora_alpha'"),
     ({"use_qalora": True}, "use_qalora=True", "leave it at"),
     ({"target_parameters": "experts"}, "target_parameters='experts'", "write ['experts']"),

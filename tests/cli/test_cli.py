@@ -175,8 +175,8 @@ def test_version(capsys):
         (["generate", "--model", "m"], "prompt: missing; see minilora generate --help"),
         (["merge", "--model", "m", "--adapter", "a"], "--out: missing; see minilora merge --help"),
         (
-            ["export", "--adapter", "a", "--out", "o", "--for", "ollama"],
-            "--for: 'ollama' is unknown; wanted one of vllm",
+            ["export", "--adapter", "a", "--out", "o", "--for", "kobold"],
+            "--for: 'kobold' is unknown; wanted one of vllm",
         ),
         (["export", "--adapter", "a", "--out", "o"], "--for: missing; see minilora export --help"),
     ],

@@ -115,7 +115,8 @@ def test_a_run_goes_up_at_its_end(hub, make_job, tmp_path):
 def test_what_lies_there_is_the_adapter_with_its_card(hub, run):
     out, _ = run
     assert push_run(out, "me/mine") == "https://huggingface.co/me/mine" and hub.made == [("me/mine", None)]
-    names = {"adapter_config.json", "adapter_model.safetensors", "minilora.json", "log.jsonl", "README.md", "loss.png"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "minilora.json", "probe.json", "log.jsonl"}
+    names |= {"README.md", "loss.png"}
     assert hub.files.keys() == names
     for name in names - {"README.md", "loss.png"}:
         assert hub.files[name] == (out / name).read_bytes()

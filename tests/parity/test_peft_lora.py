@@ -810,12 +810,11 @@ def test_all_linear_targets_every_layer_but_the_head_as_peft(build_model, family
     assert found == wanted and len(found) == 2 * per_layer and "lm_head" not in found
 
 
-def test_modules_to_save_names_whole_components_where_peft_matches_a_raw_suffix(build_model):
+def test_modules_to_save_matches_every_path_that_ends_so(build_model):
     fields = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
     ours, theirs = (trainable(wrap(library, build_model("llama"), fields)) for library in (minilora, peft))
     copied = [{key for key in keys if ".lora_" not in key} for keys in (ours, theirs)]
-    assert copied[0] == {PREFIX + "model.norm.weight"}
-    assert copied[0] < copied[1] and any("input_layernorm" in key for key in copied[1])
+    assert copied[0] == copied[1] and any("input_layernorm" in key for key in copied[0])
 
 
 @contextlib.contextmanager

@@ -142,12 +142,16 @@ def test_variant_by_name_is_the_same_thing(build_model, tmp_path):
 @pytest.fixture
 def old(build_model, tmp_path, token_ids):
     """``(folder, logits)`` of a VeRA adapter in the layout that minilora had: type LORA, matrices by shape, the variant in the metadata."""
-    model = build_model("llama")
-    fields = minilora.LoraConfig(r=5, lora_alpha=12, target_modules=FAMILIES["llama"], rank_pattern={"v_proj": 3})
-    place(model, fields.for_use(), "default", build(model, fields, kind="vera"), "vera")
-    move(model)
-    save_adapter(model, tmp_path / "old")
+    model = of_before(build_model("llama"), tmp_path / "old", lora_alpha=12, rank_pattern={"v_proj": 3})
     return tmp_path / "old", logits(model, token_ids)
+
+
+def of_before(model, folder, **fields):
+    config = minilora.LoraConfig(r=5, target_modules=FAMILIES["llama"], **fields)
+    place(model, config.for_use(), "default", build(model, config, kind="vera"), "vera")
+    move(model)
+    save_adapter(model, folder)
+    return model
 
 
 def test_old_folder_still_loads_and_saves(build_model, token_ids, old, tmp_path):
@@ -162,11 +166,12 @@ def test_old_folder_still_loads_and_saves(build_model, token_ids, old, tmp_path)
     assert torch.equal(logits(again, token_ids), wanted)
 
 
-def test_old_folder_is_not_filled_into_an_adapter_of_today(build_model, old):
+def test_old_folder_is_not_filled_into_an_adapter_of_today(build_model, tmp_path):
+    of_before(build_model("llama"), tmp_path / "old")
     model = minilora.get_peft_model(build_model("llama"), config(minilora, "llama"))
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(minilora.MiniLoraError, match="its vectors belong to other random matrices"):
-        restore_adapter(model, old[0])
+        restore_adapter(model, tmp_path / "old")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

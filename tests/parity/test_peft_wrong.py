@@ -153,8 +153,8 @@ def test_2155_layers_to_transform_on_a_bare_llama_model(llama):
 def test_modules_to_save_matches_a_fragment_of_a_name(llama):
     theirs = wrap(peft, copy.deepcopy(llama), modules_to_save=["head"])
     assert any("lm_head.modules_to_save" in name for name, p in theirs.named_parameters() if p.requires_grad)
-    with pytest.raises(minilora.MiniLoraError, match=r"'head' matches nothing.*'lm_head'"):
-        wrap(minilora, llama, modules_to_save=["head"])
+    ours = wrap(minilora, llama, modules_to_save=["head"])
+    assert any("lm_head" in name for name, p in ours.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'self_attn' should not be:UserWarning")
