@@ -5,7 +5,7 @@
 
 The scales of the groups are integers themselves, with one fp16 number for all of them. Each format is a ``_reference`` of a few lines,
 from ggml's description (``block_q4_K`` and ``block_q6_K`` in ``ggml-common.h``), and a fast twin that writes the same bits.
-Next file: ``gguf/tensor.py``.
+Next file: ``quant/gguf/tensor.py``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 Byte k of the 16 that hold four bits each is for weight k (its low bits) and for weight k + 16 (its high ones). The fifth bits of all 32
 weights are one little-endian number of 32 bits. Each format is a ``_reference`` of a few lines, from ggml's description of its blocks
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ``block_q4_0`` to ``block_q8_0`` in ``ggml-common.h``), and a fast twin
-that writes the same bits. Next file: ``gguf/blocks256.py``.
+that writes the same bits. Next file: ``quant/gguf/blocks256.py``.
 """
 
 from __future__ import annotations

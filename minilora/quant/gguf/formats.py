@@ -1,7 +1,7 @@
 """The table of GGUF's block formats that are decoded here: sizes, and what turns a block's bytes into weights.
 
 A block never crosses from one row of a weight into the next, so rows can be taken, left out and put into another order as they are.
-Next file: ``gguf/pieces.py``.
+Next file: ``quant/gguf/pieces.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The steps that decoding shares: a half number out of the bytes of blocks, four bits out of a byte, integers times scales.
 
 A block's parts are a few bytes each, and a loop over 16 bytes costs as much as one over 1000. So a part of all blocks is first copied
-together into a buffer that is reused, and nearly all that follows is done on one long row. Next file: ``gguf/blocks32.py``.
+together into a buffer that is reused, and nearly all that follows is done on one long row. Next file: ``quant/gguf/blocks32.py``.
 """
 
 from __future__ import annotations
