@@ -29,6 +29,7 @@ _NEAR, _MOST_NEAR = (
     1.5,
 )  # share of the adapter's effect that another packing of the base may be off by; and nats at the most
 _EXPLAINED = 0.35  # a scale tells why answers are off if it leaves no more than this of it
+_HALVED = 0.5  # a mistake tells why answers are off if it leaves no more than this: what rounding adds is nearer to no other curve
 _OFF = 0.08  # in a fitted scale: nearer to 1 than this it is 1
 _OFF_NEAR = 0.25  # likewise of 0, beside another packing
 _STEP = 0.01
@@ -57,35 +58,36 @@ def judge(probe: Probe, answers: Sequence[Answer], bases: Sequence[Answer] | Non
     Args:
         bases: its answers without any adapter, where it can be asked for them.
     """
-    exact, moved = exact_for(probe), effect(probe)
+    exact, moved = exact_for(probe), effect(probe, answers)
     base, adapted = (distance(probe, answers, probe.place(name)) for name in (BASE, ADAPTED))
     scale, off = fitted(probe, answers)
     told = (base, adapted, off)
-    if moved < 3 * exact:
-        return _too_small(probe, told, exact, moved)
-    if adapted <= exact and abs(scale - 1) <= _OFF:
+    if moved < 3 * exact or max(base, adapted) <= exact:
+        return _too_small(told, exact, moved)
+    found = _misread(probe, answers, moved, min(told))
+    mistaken = found is not None and found[1] <= _HALVED * adapted and adapted > exact / 4
+    if adapted <= exact and abs(scale - 1) <= _OFF and not mistaken:
         return Verdict("right", f"applied right: {_off(adapted)} from what was measured here", scale, told, 0)
     if base <= exact:
         return Verdict("not applied", f"not applied: these are the answers of the base, {_off(base)}", scale, told, 1)
-    found = _misread(probe, answers, min(exact, moved / 3))
     if off <= exact and (found is None or off <= found[1]):
         return Verdict("scale", f"applied with scale {scale:.2f} instead of 1 ({_off(off)})", scale, told, 1)
     if found is not None:
         return Verdict(
             "misread", f"applied otherwise than it was trained: {found[0]} ({_off(found[1])})", scale, told, 1
         )
-    return _on_another_base(probe, answers, bases, scale, told)
+    return _on_another_base(probe, bases, moved, scale, told)
 
 
 def _on_another_base(
     probe: Probe,
-    answers: Sequence[Answer],
     bases: Sequence[Answer] | None,
+    moved: float,
     scale: float,
     told: tuple[float, float, float],
 ) -> Verdict:
     """Nothing fits as if it were the same base: what is left is another packing of it, another base or another adapter."""
-    exact, moved, (of_none, of_all, off) = exact_for(probe), effect(probe), told
+    exact, (of_none, of_all, off) = exact_for(probe), told
     near = min(_NEAR * moved, _MOST_NEAR)
     of_base = distance(probe, bases, probe.place(BASE)) if bases else None
     if of_base is not None and of_base <= exact:
@@ -110,20 +112,23 @@ def _on_another_base(
     return Verdict(which, f"{which}: no scale of this one fits ({_off(off)})", scale, told, 1)
 
 
-def _too_small(probe: Probe, told: tuple[float, float, float], exact: float, moved: float) -> Verdict:
+def _too_small(told: tuple[float, float, float], exact: float, moved: float) -> Verdict:
     if min(told[:2]) > max(exact, 3 * moved):
         return Verdict("another adapter or base", f"another adapter or base: {_off(min(told[:2]))}", 1.0, told, 1)
-    text = f"cannot be told: the adapter moves the answers by {moved:.4f} only; seal it with --prompts that it was trained for"
+    text = f"cannot be told: the adapter moves what was answered by {moved:.4f} only; seal it with --prompts that it was trained for"
     return Verdict("unknown", text, 1.0, told, 2)
 
 
-def _misread(probe: Probe, answers: Sequence[Answer], exact: float) -> tuple[str, float] | None:
-    """The mistake that the answers are nearest to, if they are that near."""
+def _misread(probe: Probe, answers: Sequence[Answer], moved: float, others: float) -> tuple[str, float] | None:
+    """The mistake that the answers are nearest to, if it is the same base; on another packing of it, if the mistake explains what the best
+    of all else (``others``, nats) does not.
+    """
     each = [
         (curve.name, distance(probe, answers, at)) for at, curve in enumerate(probe.curves) if curve.kind == "misread"
     ]
     best = min(each, key=lambda one: one[1], default=None)
-    return best if best is not None and best[1] <= exact else None
+    exact, near = min(exact_for(probe), moved / 3), min(_NEAR * moved, _MOST_NEAR)
+    return best if best is not None and best[1] <= max(exact, min(near, _HALVED * others)) else None
 
 
 def _off(value: float) -> str:
@@ -137,12 +142,20 @@ def exact_for(probe: Probe) -> float:
     return _EXACT if probe.dtype == "float32" else _HALF
 
 
-def effect(probe: Probe) -> float:
-    """How far base and adapted model are from each other, in nats."""
+def effect(probe: Probe, answers: Sequence[Answer] | None = None) -> float:
+    """How far base and adapted model are from each other, in nats; of the questions and tokens that ``answers`` tell of, if given."""
     rows = [question.log_probs[probe.place(ADAPTED)] for question in probe.questions]
     listed = probe.curves[probe.place(ADAPTED)].listed
-    answers = [_top(question.tokens, row, listed) for question, row in zip(probe.questions, rows, strict=True)]
-    return distance(probe, answers, probe.place(BASE))
+    own = [_top(question.tokens, row, listed) for question, row in zip(probe.questions, rows, strict=True)]
+    if answers is not None:
+        own = [_told(mine, theirs) for mine, theirs in zip(own, answers, strict=True)]
+    return distance(probe, own, probe.place(BASE)) if any(own) else 0.0
+
+
+def _told(mine: Answer, theirs: Answer) -> dict[int, float]:
+    """``mine`` without what ``theirs`` says nothing of; {} where that is all."""
+    found = {token: math.nan if math.isnan(theirs.get(token, 0.0)) else value for token, value in mine.items()}
+    return found if theirs and not all(map(math.isnan, found.values())) else {}
 
 
 def told_effect(probe: Probe) -> str:

@@ -1,6 +1,7 @@
 """What a probe measures, against models that are built so; and ``probe.json`` as a file that anybody may have written."""
 
 import copy
+import functools
 import json
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from minilora.errors import CheckpointError, MiniLoraError, StateError
 from minilora.lora.slots import adapters_of
 from minilora.proof import measure, read_probe, seal_folder, write_probe
 from minilora.proof.curves import OVER_RANK, RAW, applied, ways
+from minilora.proof.inside import answers_of
 from minilora.proof.probe import PROBE_FILE
 from minilora.proof.verdict import distance, effect, exact_for, fitted, judge, told_effect
 from tests.gguf_llama import write_model
@@ -146,6 +148,54 @@ def test_another_base_is_told_from_another_adapter_where_the_base_can_be_asked(s
     assert judge(probe, strange, answers_along(probe, "base")).kind == "another adapter"
     assert judge(probe, strange, strange).kind == "another base"
     assert judge(probe, strange).kind == "another adapter or base"
+
+
+def beside(model, noise, name):
+    """What a server answers that computes as a curve says, on a base whose weights are a little off."""
+    other, draw = copy.deepcopy(model), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in other.parameters():
+            if not weight.requires_grad and weight.dim() == 2:
+                weight += torch.randn(weight.shape, generator=draw) * noise * weight.std()
+    (way,) = [way for way in ways(other) if way.curve.name == name]
+    with applied(other, way):
+        return answers_of(other, probe_of(model).questions)
+
+
+@functools.cache
+def probe_of(model):
+    return measure(model, byte_tokenizer(), ["hello there"], adapter="0" * 64, name="tiny")
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.01, 0.03])
+def test_a_layer_that_is_left_out_is_seen_on_another_packing_of_the_base(sealed, noise):
+    for name in ("q_proj left out", "v_proj left out", "down_proj left out", "mlp left out"):
+        found = judge(sealed.probe, beside(sealed.model, noise, name))
+        assert (found.kind, found.code) == ("misread", 1) and name in found.text
+    assert judge(sealed.probe, beside(sealed.model, noise, "adapted")).kind in ("right", "another packing")
+
+
+def test_a_layer_that_does_little_is_seen_where_nothing_else_explains_what_is_off():
+    model = adapted()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight *= 0.012 if "q_proj" in name and "lora_B" in name else 1
+    probe, answers = probe_of(model), beside(model, 0, "q_proj left out")
+    assert 0.005 < distance(probe, answers, probe.place("adapted")) < exact_for(probe)
+    assert judge(probe, answers).kind == "misread" and judge(probe, beside(model, 0, "adapted")).kind == "right"
+
+
+def test_answers_that_the_adapter_does_not_move_tell_nothing(sealed):
+    """Of three questions out of twelve an answer came, and base and adapted model say the same there."""
+    rows = [
+        q.log_probs if at > 2 else (q.log_probs[0],) * len(q.log_probs) for at, q in enumerate(sealed.probe.questions)
+    ]
+    questions = tuple(replace(q, log_probs=row) for q, row in zip(sealed.probe.questions, rows, strict=True))
+    probe = replace(sealed.probe, questions=questions)
+    assert effect(probe) > 0.3
+    for name in ("base", "adapted"):
+        answers = [answer if at < 3 else {} for at, answer in enumerate(answers_along(probe, name))]
+        assert (judge(probe, answers).kind, judge(probe, answers).code) == ("unknown", 2)
 
 
 def test_an_effect_that_is_too_small_is_said(tmp_path):
