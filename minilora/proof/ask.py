@@ -22,7 +22,9 @@ __all__ = ["Server"]
 _TOP = 20  # vLLM gives no more unless it is started so
 _FEW = 5  # OpenAI's own limit
 _LEAST = 2  # tokens of an answer that tell something
-_LOWEST = -1e5
+_LOWEST = -1e3  # of a token that can come; what sampling has cut off servers write as -9999 or -inf
+_LARGEST_SCALE = 1e9
+_WHOLE = 1e-5  # of a probability: what rounding leaves of 1
 _OPENAI = {"max_tokens": 1, "temperature": 0}
 _Body = Callable[[Question], tuple[str, dict[str, Any]]]
 
@@ -42,6 +44,8 @@ class Server:
         self.listed = self._models()
         self.model = model or self._only()
         self._way: _Body | None = None
+        self._text_alone, self._bare = False, False
+        self._totals: list[float] = []  # probability of what was listed, an answer each
         own = any(entry.get("owned_by") == "llamacpp" for entry in self.listed)
         self._extra: dict[str, Any] = {"cache_prompt": False} if own else {}
 
@@ -80,8 +84,16 @@ class Server:
         if not isinstance(parent, str) or all(entry["id"] != parent for entry in self.listed):
             return None
         bare: Server = object.__new__(Server)
-        vars(bare).update(vars(self) | {"model": parent, "_way": None})
+        vars(bare).update(vars(self) | {"model": parent, "_way": None, "_totals": []})
         return bare
+
+    def by_text(self, question: Question) -> Server | None:
+        """The same server asked by text alone; None where that is how it is asked already."""
+        if self._way is None or not isinstance(self._way(question)[1]["prompt"], list):
+            return None
+        other: Server = object.__new__(Server)
+        vars(other).update(vars(self) | {"_text_alone": True, "_way": None, "_totals": []})
+        return other
 
     def loaded(self) -> list[float] | None:
         """The scales of the adapters that llama.cpp says it has; None where the server does not say."""
@@ -91,7 +103,8 @@ class Server:
             return None
         entries = said if isinstance(said, list) else [None]
         scales: list[Any] = [entry.get("scale") if isinstance(entry, dict) else None for entry in entries[:100]]
-        return [float(scale) for scale in scales] if all(type(scale) in (int, float) for scale in scales) else None
+        known = all(type(scale) in (int, float) and abs(scale) < _LARGEST_SCALE for scale in scales)
+        return [float(scale) for scale in scales] if known else None
 
     # ---- questions
 
@@ -104,6 +117,7 @@ class Server:
             ServerError: the server cannot be asked, or gives no log-probabilities; with what it said.
         """
         found: list[dict[int, float]] = []
+        self._bare = all(_without_space(text) == text for question in questions for text in question.texts)
         why: ServerError = _NoLogProbs(f"{self.url}: was asked nothing")
         for question in questions:
             try:
@@ -115,6 +129,11 @@ class Server:
         if len(found) - found.count({}) < max(_LEAST, len(found) // 4):
             raise why
         return found
+
+    def drawn(self, questions: Sequence[Question]) -> bool:
+        """Whether the answers were what sampling leaves: those listed have all probability, and on every curve others have some."""
+        least = min(max(sum(map(math.exp, row)) for row in question.log_probs) for question in questions)
+        return all(abs(total - 1) < _WHOLE for total in self._totals) and least < 1 - 100 * _WHOLE
 
     def _answer(self, question: Question) -> dict[int, float]:
         complaints: list[ServerError] = []
@@ -134,24 +153,29 @@ class Server:
     def _by(self, way: _Body, question: Question) -> dict[int, float]:
         path, body = way(question)
         said = self._call(path, body | self._extra)
-        self._count(said, question, "prompt" in body and isinstance(body["prompt"], list))
-        return _in_tokens(list(_listed(said, self.url + path)), question, self.url + path)
+        self._count(said, question)
+        entries = list(_listed(said, self.url + path))
+        self._totals.append(sum(math.exp(value) for _, _, value in entries))
+        if self._bare:
+            entries = [(number, _without_space(text), value) for number, text, value in entries]
+        return _in_tokens(entries, question, self.url + path)
 
-    def _count(self, said: Any, question: Question, by_ids: bool) -> None:
-        """Note it where the server counts other tokens than were sent."""
+    def _count(self, said: Any, question: Question) -> None:
+        """Note it where the server counts other tokens than were sent; text goes without its beginning-of-text token."""
         usage = said.get("usage") if isinstance(said, dict) else None
         count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if type(count) is int and by_ids and count not in (len(question.ids), len(question.ids) + 1):
-            raise ServerError(
+        if type(count) is int and abs(count - len(question.ids)) > 1:
+            raise _NoLogProbs(
                 f"{self.url}: counts {count} tokens where {len(question.ids)} were sent; it does not take token ids as they are"
             )
 
     def _ways(self) -> Iterator[_Body]:
         """Every way of asking, the best first."""
-        yield self._completions(_TOP, return_tokens_as_token_ids=True)  # vLLM: no two tokens look alike then
-        yield self._completions(_TOP)
-        yield self._completions(_FEW)
-        yield lambda q: ("/completion", {"prompt": list(q.ids), "n_predict": 1, "n_probs": _TOP, "temperature": 0})
+        if not self._text_alone:
+            yield self._completions(_TOP, return_tokens_as_token_ids=True)  # vLLM: no two tokens look alike then
+            yield self._completions(_TOP)
+            yield self._completions(_FEW)
+            yield lambda q: ("/completion", {"prompt": list(q.ids), "n_predict": 1, "n_probs": _TOP, "temperature": 0})
         yield self._ollama
         yield lambda q: ("/v1/completions", self._openai(_FEW) | {"prompt": _text(q, self.url)})
 
@@ -187,7 +211,12 @@ class Server:
         for path, body, of in asked:
             try:
                 value = of(self._call(path, body))
-            except (Refused, AttributeError, KeyError, TypeError):
+            except (
+                ServerError,
+                AttributeError,
+                KeyError,
+                TypeError,
+            ):  # no answer is no verdict: there are other ways to ask
                 continue
             whole = isinstance(value, list) and value and all(type(token) is int for token in value)
             if (isinstance(value, str) and value) or whole or (type(value) is int and value > 0):
@@ -197,6 +226,11 @@ class Server:
 
 class _NoLogProbs(ServerError):
     """An answer without log-probabilities."""
+
+
+def _without_space(text: str) -> str:
+    """A word without the space before it, as a tokenizer of sentencepiece decodes one alone; Ollama, for one, writes the space."""
+    return text[1:] if len(text) > 1 and text[0] in " \u2581" and text[1] != " " else text
 
 
 def _text(question: Question, url: str) -> str:
@@ -277,6 +311,7 @@ def _in_tokens(entries: Sequence[Entry], question: Question, where: str) -> dict
     known = [value for value in found.values() if not math.isnan(value)]
     if len(known) < _LEAST:
         raise _NoLogProbs(
-            f"{where}: the answer has no log-probabilities of {_LEAST} tokens or more; wanted those of the likeliest 20"
+            f"{where}: the answer has no log-probabilities of {_LEAST} tokens or more; wanted those of the likeliest 20, as the model "
+            "has them, not as sampling leaves them (vLLM: --logprobs-mode raw_logprobs)"
         )
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minilora.errors import CheckpointError, ConfigError, MiniLoraError, MissingPackageError, printable
+from minilora.errors import CheckpointError, ConfigError, MiniLoraError, MissingPackageError, StateError, printable
 from minilora.hf.load import load_model
 from minilora.linear.frozen import PackedLinear
 from minilora.proof.probe import Question
@@ -54,7 +54,24 @@ def asked_in(program: str, folder: str | os.PathLike[str], model: str, base: str
         raise
     except Exception as error:  # whatever the program says, in one line
         raise CheckpointError(f"{folder}: {program} does not load it ({printable(str(error))[:300]})") from None
-    yield lambda questions: answers_of(whole, questions)
+    yield lambda questions: _asked(whole, questions, program)
+
+
+def _asked(model: Any, questions: Sequence[Question], program: str) -> list[dict[int, float]]:
+    try:
+        return answers_of(model, questions)
+    except (
+        RuntimeError,
+        IndexError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:  # 1 is a verdict's exit code
+        raise StateError(
+            f"--in {program}: the model cannot answer the probe's questions ({type(error).__name__}: {printable(str(error))[:200]}); "
+            "is it the base that the adapter was trained on?"
+        ) from None
 
 
 @torch.no_grad()
@@ -65,6 +82,8 @@ def answers_of(model: Any, questions: Sequence[Question]) -> list[dict[int, floa
     for question in questions:
         logits = model(input_ids=torch.tensor([question.ids], device=device)).logits[0, -1].float()
         top = torch.log_softmax(logits, -1).topk(min(_LISTED, len(logits)))
+        if top.values.isnan().any():
+            raise StateError("the model answers NaN; minilora doctor looks for NaN in an adapter")
         found.append(dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
     return found
 

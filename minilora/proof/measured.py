@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minilora.data.chat.template import asked
-from minilora.errors import DataError, MiniLoraError
+from minilora.errors import DataError, MiniLoraError, StateError
 from minilora.proof.curves import Way, applied, ways
 from minilora.proof.probe import Chat, Probe, Question, digest_of, write_probe
 from minilora.training.guards import context_length
@@ -73,7 +73,8 @@ def measure(
         adapter: ``adapter_sha256`` of its folder. name, packing, template: of the base as a run remembers it. say: gets a line.
 
     Raises:
-        StateError: not exactly one adapter is active. DataError: no prompt fits the context, or the chat template refuses them all.
+        StateError: not exactly one adapter is active, or NaN is answered. DataError: no prompt fits the context, or the chat template
+            refuses them all.
     """
     chosen, training = ways(model), model.training
     model.eval()
@@ -85,7 +86,7 @@ def measure(
             raise DataError("prompts: none of them has 2 to 256 tokens; give a shorter one")
         with busy("asking for the probe", len(chosen)) as tick:
             rows = _gone_on(model, starts, tokenizer.eos_token_id, context_length(model))
-            answers = [_asked(model, way, rows, tick) for way in chosen]
+            chosen, answers = _numbers([(way, _asked(model, way, rows, tick)) for way in chosen])
         questions = [
             question
             for at, row in enumerate(rows)
@@ -169,6 +170,17 @@ def _asked(model: Any, way: Way, rows: Sequence[_Row], tick: Callable[[], None])
         torch.log_softmax(logits[[place - 1 for place in row.places]], -1).cpu()
         for row, logits in zip(rows, found, strict=True)
     ]
+
+
+def _numbers(asked: Sequence[tuple[Way, list[Tensor]]]) -> tuple[list[Way], list[list[Tensor]]]:
+    """The curves along which the model answers numbers; the base's and the adapted model's must be such."""
+    found = [(way, answers) for way, answers in asked if not any(answer.isnan().any() for answer in answers)]
+    for (way, _), whose in zip(asked, ("the base", "the adapted model"), strict=False):
+        if way not in (other for other, _ in found):
+            raise StateError(
+                f"{whose} answers NaN, so nothing can be verified by it; minilora doctor looks for NaN in an adapter"
+            )
+    return [way for way, _ in found], [answers for _, answers in found]
 
 
 def _questions(row: _Row, answers: Sequence[Tensor], chosen: Sequence[Way], tokenizer: Any) -> list[Question]:

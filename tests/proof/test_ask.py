@@ -1,17 +1,20 @@
 """Servers of other kinds, as they answer, and servers that do what no server should: in a thread of the test, on loopback."""
 
 import json
+import math
+import shutil
 import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from minilora.cli import main
 from minilora.errors import ConfigError, ServerError
-from minilora.proof import verify
+from minilora.proof import verify, write_probe
 from tests.proof.conftest import answers_along
 
 
@@ -233,6 +236,86 @@ def test_a_template_is_compared_by_text_by_tokens_or_by_their_number(sealed):
         with answering(saying(where, other[where])) as url:
             found = verify(sealed.folder, url)
             assert (found.kind, found.code) == ("another template", 1) and where in found.text
+
+
+def edited(server, edit):
+    """A server whose log-probabilities are changed by ``edit({text: value})``."""
+
+    def answer(path, body):
+        status, said = server(path, body)
+        if path == "/v1/completions":
+            said["choices"][0]["logprobs"]["top_logprobs"] = [edit(said["choices"][0]["logprobs"]["top_logprobs"][0])]
+        return status, said
+
+    return answer
+
+
+def renormalized(temperature):
+    def edit(named):
+        total = sum(math.exp(value / temperature) for value in named.values())
+        return {text: value / temperature - math.log(total) for text, value in named.items()}
+
+    return edit
+
+
+def one_left(lowest):
+    return lambda named: {text: lowest if text != max(named, key=named.get) else 0.0 for text in named}
+
+
+@pytest.mark.parametrize("curve", ["adapted", "base"])
+@pytest.mark.parametrize("edit", [renormalized(1.0), renormalized(0.7), one_left(-9999.0), one_left(-100.0)])
+def test_what_sampling_leaves_is_no_verdict(sealed, curve, edit):
+    server = edited(by_text(Speaker(sealed.probe, curve)), edit)
+    with answering(server) as url, pytest.raises(ServerError, match="sampling leaves"):
+        verify(sealed.folder, url)
+
+
+@pytest.mark.parametrize(("curve", "kind"), [("adapted", "right"), ("base", "not applied")])
+def test_a_server_that_reads_something_else_in_token_ids_is_asked_by_text(sealed, curve, kind):
+    speaker = Speaker(sealed.probe, curve)
+
+    lengths = {question.text: len(question.ids) for question in sealed.probe.questions}
+
+    def answer(path, body, counts):
+        by_ids = body and isinstance(body["prompt"], list)
+        prompt = sealed.probe.questions[0].text if by_ids else body and body["prompt"]
+        status, said = by_text(speaker)(path, body and body | {"prompt": prompt})
+        if path == "/v1/completions":
+            said["usage"] = {"prompt_tokens": 777 if by_ids else lengths[prompt]} if counts else None
+        return status, said
+
+    for counts in (True, False):
+        with answering(lambda path, body, counts=counts: answer(path, body, counts)) as url:
+            found = verify(sealed.folder, url)
+        assert found.kind == kind and ("does not take token ids" in found.text) == (not counts)
+
+
+def test_words_without_the_space_before_them(sealed, tmp_path):
+    """A tokenizer of sentencepiece decodes a word alone without its space, and some servers write it."""
+    ids = sorted({token for question in sealed.probe.questions for token in question.tokens})
+    words = {token: f"word{at}" for at, token in enumerate(ids)}
+    questions = [
+        replace(question, texts=tuple(words[token] for token in question.tokens)) for question in sealed.probe.questions
+    ]
+    probe = replace(sealed.probe, questions=tuple(questions))
+    folder = shutil.copytree(sealed.folder, tmp_path / "adapter")
+    write_probe(folder, probe)
+    for space in ("", " ", "\u2581"):
+        server = edited(
+            by_text(Speaker(probe)), lambda named, space=space: {space + text: value for text, value in named.items()}
+        )
+        with answering(server) as url:
+            assert verify(folder, url).kind == "right", space
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("/lora-adapters", b'[{"scale": 1' + b"0" * 400 + b"}]"), ("/apply-template", b"<html>"), ("/tokenize", b"")],
+)
+def test_what_is_asked_beside_the_questions_costs_no_verdict(sealed, path, said):
+    server = by_text(Speaker(sealed.probe, "base"))
+    with answering(lambda asked, body: (200, said) if asked == path else server(asked, body)) as url:
+        assert verify(sealed.folder, url).kind == "not applied"
 
 
 def always(status, said):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -330,6 +331,24 @@ def test_a_packed_base_is_refused_with_the_way_out(sealed, tmp_path, capsys, pro
     assert main(["verify", str(sealed.folder), "--in", program, "--model", str(tmp_path / "base.gguf")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "its layers are packed" in said and "--in llama.cpp" in said
+
+
+def test_a_base_that_cannot_be_asked_so_is_one_line_and_no_verdict(sealed, tmp_path, capsys):
+    pytest.importorskip("peft")
+    base().save_pretrained(tmp_path / "base")
+    folder = shutil.copytree(sealed.folder, tmp_path / "adapter")
+    write_probe(folder, replace(sealed.probe, questions=(replace(sealed.probe.questions[0], ids=(5, 99_999)),)))
+    assert main(["verify", str(folder), "--in", "peft", "--model", str(tmp_path / "base")]) == 2
+    assert "cannot answer the probe's questions" in capsys.readouterr().err
+
+
+def test_no_probe_is_made_of_nan(tmp_path):
+    model = adapted()
+    next(weight for name, weight in model.named_parameters() if "lora_B" in name).data[0] = torch.nan
+    with pytest.raises(StateError, match="adapted model answers NaN"):
+        measure(model, byte_tokenizer(), ["hello there"], adapter="0" * 64, name="tiny")
+    with pytest.raises(StateError, match="answers NaN"):
+        answers_of(model, probe_of(adapted()).questions)
 
 
 @pytest.mark.parametrize(
