@@ -12,7 +12,8 @@ from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
 from minilora.doctor.keys import EMBEDDINGS
 from minilora.doctor.model import Module
 from minilora.errors import nearest
-from minilora.store.adapter_files import PREFIX
+from minilora.lora.targets import endings
+from minilora.store.adapter_files import PREFIX, PROJECTIONS
 from minilora.store.contents import part_of
 from minilora.store.tables import table_of
 
@@ -23,9 +24,12 @@ _WAY = "give the base that it was trained on by --model; models were renamed ins
 
 def paths(case: Case) -> Iterator[Finding]:
     """Layers that the base does not have."""
-    if case.base is None:
+    if case.base is None or case.content.get("layer_replication"):  # PEFT copies layers of the base then
         return
     lost = sorted(layer.path for layer in case.layers if not _known(case, layer.path))
+    if case.headless:
+        ends = {end for path in case.base.modules for end in endings(path)}
+        lost = [path for path in lost if ends.isdisjoint((path, path.partition(".")[2]))]
     if lost:
         near = nearest(lost[0], case.base.modules, 1)
         said = f"{len(lost)} of {len(case.layers)} layers are not in {case.base.name} ({named(lost)}; the nearest there is {near})"
@@ -89,7 +93,7 @@ def tables(case: Case) -> Iterator[Finding]:
 
 def foreign_copies(case: Case) -> Iterator[Finding]:
     """Tensors of modules that the base does not have, or that are of another shape there."""
-    if case.base is None:
+    if case.base is None or case.headless:
         return
     for key, seen in case.seen.items():
         owner, _, name = key.removeprefix(PREFIX).rpartition(".")
@@ -98,6 +102,7 @@ def foreign_copies(case: Case) -> Iterator[Finding]:
             part_of(key) is not None
             or ".token_adapter" in key
             or ".base_layer" in key
+            or key in PROJECTIONS
             or owner.rpartition(".")[2] in EMBEDDINGS
         ):
             continue

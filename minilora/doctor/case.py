@@ -37,6 +37,9 @@ _LONGEST_NAME = 1_000  # signs of a tensor's
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
+_HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
 @dataclass(frozen=True)
 class Seen:
     """A tensor that was looked at: ``largest`` of its magnitudes (NaN if it holds any), ``digest`` where it is no factor of a layer."""
@@ -92,6 +95,22 @@ class Case:
     def config(self) -> LoraConfig:
         """What the config says; where it cannot be read, a default that checks of values do not ask."""
         return self.stored.config
+
+    @property
+    def other_method(self) -> str:
+        """The method of PEFT's that this is, if it is no LoRA; else ""."""
+        kind = self.content.get("peft_type")
+        return kind if isinstance(kind, str) and kind != "LORA" and "peft_type" in self.refusal else ""
+
+    @property
+    def headless(self) -> bool:
+        """Whether it was trained on a model without a language model's head, in which paths begin otherwise."""
+        mapping = self.content.get("auto_mapping")
+        kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        bare = isinstance(kind, str) and not any(
+            word in kind for word in ("CausalLM", "LMHead", "ConditionalGeneration")
+        )
+        return self.content.get("task_type") in _HEADLESS or (bare and self.content.get("task_type") is None)
 
     def names(self, field: str, most: int = MOST_NAMES) -> list[str]:
         """The first entries of a field of the config that is a list of names; [] for any other value."""

@@ -20,6 +20,7 @@ from minilora.doctor.finding import FAULT, SEVERITIES, Finding
 from minilora.doctor.foreign import Foreign, foreign_findings, read_foreign
 from minilora.doctor.keys import blocks_of, spans
 from minilora.doctor.place import PEFT, find
+from minilora.errors import printable
 
 __all__ = ["CHECKS", "Examined", "examine"]
 
@@ -30,6 +31,7 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     *base.CHECKS,
     *around.CHECKS,
 )
+_OF_ANY_METHOD = (*tensors.CHECKS, config.method, *around.CHECKS)
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,11 @@ def examine(
     place = find(Path(folder))
     if place.kind == PEFT:
         case = read_case(place, model, template)
-        found = [finding for check in CHECKS for finding in check(case)]
+        checks = _OF_ANY_METHOD if case.other_method else CHECKS
+        found = [finding for check in checks for finding in check(case)]
+        kind = printable(case.other_method)[:40] or "LoRA"
         return Examined(
-            str(folder), f"LoRA in PEFT's layout, {_made_by(case)}", _facts(case), _ordered([*more, *found])
+            str(folder), f"{kind} in PEFT's layout, {_made_by(case)}", _facts(case), _ordered([*more, *found])
         )
     foreign = read_foreign(place)
     return Examined(

@@ -128,8 +128,8 @@ def copies(case: Case) -> Iterator[Finding]:
 
 
 def _within(owner: str, name: str) -> bool:
-    """Whether a tensor's owner is the module of this name, or lies in it."""
-    return f".{name}." in f".{owner}."
+    """Whether a tensor's owner is a module whose path ends with this name, or lies in one: so PEFT has it, of half a name too."""
+    return bool(name) and f"{name}." in f"{owner}."
 
 
 def strangers(case: Case) -> Iterator[Finding]:

@@ -253,6 +253,56 @@ def test_a_classifier_of_peft(tmp_path):
     assert found(tmp_path / "a")["copies"] == "fault"
 
 
+@pytest.mark.parametrize("name", ["norm", "layernorm"])
+def test_half_a_name_of_modules_to_save(tmp_path, name):
+    """PEFT takes every module whose path ends so."""
+    assert not {"copies", "keys nobody reads"} & set(found(peft_folder(tmp_path / "a", modules_to_save=[name])))
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_CLS", "TOKEN_CLS", None])
+def test_a_model_without_a_head_beside_its_base(tmp_path, base_folder, task):
+    import transformers
+
+    kinds = {
+        "QUESTION_ANS": "ForQuestionAnswering",
+        "SEQ_CLS": "ForSequenceClassification",
+        "TOKEN_CLS": "ForTokenClassification",
+    }
+    kind = getattr(transformers, f"AutoModel{kinds.get(task, '')}")
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj"], task_type=task)
+    models.randomize(peft.get_peft_model(kind.from_pretrained(base_folder), config)).save_pretrained(tmp_path / "a")
+    assert not {"paths", "copies of the base"} & set(found(tmp_path / "a", model=str(base_folder)))
+    tensors(tmp_path / "a", renamed("self_attn", "attention"))
+    assert found(tmp_path / "a", model=str(base_folder))["paths"] == "fault"
+
+
+def test_layers_that_peft_copies_are_in_no_base(tmp_path, base_folder):
+    place = peft_folder(tmp_path / "a", layer_replication=[[0, 2], [0, 2]])
+    assert "paths" not in found(place, model=str(base_folder)) and found(place)["PEFT alone"] == "warning"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        peft.LoHaConfig(target_modules=["q_proj"]),
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_another_method_of_peft_is_called_so_and_nothing_else(tmp_path, base_folder, config):
+    peft.get_peft_model(models.llama(), config).save_pretrained(tmp_path / "a")
+    examined = examine(tmp_path / "a", str(base_folder))
+    assert [finding.check for finding in examined.findings if finding.severity != "note"] == ["method"]
+    assert examined.kind.startswith(config.peft_type.value)
+
+
+def test_shared_projections_of_vera_are_in_no_base(tmp_path, base_folder):
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"])
+    models.randomize(peft.get_peft_model(models.llama(), config)).save_pretrained(tmp_path / "a")
+    assert set(found(tmp_path / "a", model=str(base_folder))) <= {"servers", "probe", "gaps", "base"}
+
+
 def test_a_head_that_is_tied_and_saved_twice(healthy):
     table = torch.randn(64, 64)
     for name in ("lm_head", "model.embed_tokens"):
