@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear
 from minilora.lora.slot import Slot
 from minilora.lora.slots import adapters_of
+from minilora.lora.variants.dora import DoRALinear
 from minilora.lora.variants.residual import ResidualLoRA
 from minilora.many.adapted import disabled
 from minilora.proof.probe import ADAPTED, BASE, Curve
@@ -37,14 +38,20 @@ OVER_RANK = "lora_alpha / r in every layer, as llama.cpp's converter reads a fol
 NO_PATTERNS = "rank_pattern and alpha_pattern passed over, as vLLM reads a folder that was not exported"
 RAW = "the trained factors beside the untouched base, without what they started from, as of a folder that was not exported"
 
+NO_MAGNITUDES = "DoRA's magnitudes left out, so that its factors are those of a plain LoRA"
+BASE_MAGNITUDES = "DoRA's magnitudes as the base has them, as transformers' load_adapter leaves them"
+
 
 @dataclass(frozen=True)
 class Way:
-    """A curve, and what it does: ``factors`` by path, 1 for what is not named; None is the base. ``raw``: the file's factors."""
+    """A curve, and what it does: ``factors`` by path, 1 for what is not named; None is the base. ``raw``: the file's factors, beside the
+    untouched base. ``untrained``: DoRA's magnitudes are the base's.
+    """
 
     curve: Curve
     factors: Mapping[str, float] | None
     raw: bool = False
+    untrained: bool = False
 
 
 def ways(model: nn.Module) -> list[Way]:
@@ -72,7 +79,14 @@ def ways(model: nn.Module) -> list[Way]:
             found.append(Way(Curve(about, "misread", 1.0, FEW), factors))
     if any(isinstance(value, ResidualLoRA) for value in layers.values()):
         found.append(Way(Curve(RAW, "misread", 1.0, FEW), {}, raw=True))
+    if any(_has_magnitudes(value) for value in layers.values()):
+        found.append(Way(Curve(NO_MAGNITUDES, "misread", 1.0, FEW), {}, raw=True))
+        found.append(Way(Curve(BASE_MAGNITUDES, "misread", 1.0, FEW), {}, untrained=True))
     return found
+
+
+def _has_magnitudes(value: object) -> TypeGuard[DoRALinear]:
+    return isinstance(value, DoRALinear) and value.on == "linear"
 
 
 def _over_rank(config: LoraConfig, layers: Mapping[str, Adapter]) -> dict[str, float]:
@@ -115,7 +129,11 @@ def applied(model: nn.Module, way: Way) -> Iterator[None]:
         stack.callback(change.take_back)
         for path, slot in adapters.slots.items():
             factor, value = way.factors.get(path, 1.0), slot.kept.get(adapters.active[0])
-            raw = value if way.raw and isinstance(value, ResidualLoRA) else None
+            raw = value if way.raw and (isinstance(value, ResidualLoRA) or _has_magnitudes(value)) else None
+            if way.untrained and _has_magnitudes(value):
+                own = value.lora_magnitude_vector.data
+                stack.callback(setattr, value.lora_magnitude_vector, "data", own)
+                value.lora_magnitude_vector.data = value.base_norm_squared.sqrt().to(own)
             if not isinstance(value, Adapter) or (factor == 1 and raw is None):
                 continue
             if raw is None and _scaled(value):  # the same at half the cost: one number
@@ -126,7 +144,7 @@ def applied(model: nn.Module, way: Way) -> Iterator[None]:
         yield
 
 
-def _hook(slot: Slot, factor: float, raw: ResidualLoRA | None) -> Any:
+def _hook(slot: Slot, factor: float, raw: LoRALinear | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         before: Any = slot.base
         base: Tensor = before(*args, **kwargs)

@@ -13,8 +13,8 @@ import minilora
 from minilora.cli import main
 from minilora.errors import CheckpointError, MiniLoraError, StateError
 from minilora.lora.slots import adapters_of
-from minilora.proof import measure, read_probe, seal_folder, write_probe
-from minilora.proof.curves import OVER_RANK, RAW, applied, ways
+from minilora.proof import measure, read_probe, seal_folder, verify_in, write_probe
+from minilora.proof.curves import BASE_MAGNITUDES, NO_MAGNITUDES, OVER_RANK, RAW, applied, ways
 from minilora.proof.inside import answers_of
 from minilora.proof.probe import PROBE_FILE
 from minilora.proof.verdict import distance, effect, exact_for, fitted, judge, told_effect
@@ -76,6 +76,31 @@ def test_raw_factors_of_pissa_are_those_of_the_file():
             layer = slot.kept["default"]
             plain.get_submodule(path).weight += layer.scaling * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(along(model, RAW), logits(plain), rtol=1e-3, atol=1e-3)
+
+
+def test_dora_without_its_trained_magnitudes():
+    model = adapted(use_dora=True)
+    plain = base()
+    with torch.no_grad():
+        for path, slot in adapters_of(model).slots.items():
+            layer = slot.kept["default"]
+            plain.get_submodule(path).weight += layer.scaling * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(along(model, NO_MAGNITUDES), logits(plain), rtol=1e-3, atol=1e-3)
+    for path in adapters_of(model).slots:
+        weight, norms = plain.get_submodule(path).weight, base().get_submodule(path).weight.norm(dim=1, keepdim=True)
+        weight.data *= norms / weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(along(model, BASE_MAGNITUDES), logits(plain), rtol=1e-3, atol=1e-3)
+
+
+def test_what_transformers_leaves_of_dora_is_told(tmp_path):
+    pytest.importorskip("peft")
+    base().save_pretrained(tmp_path / "base")
+    model = adapted(use_dora=True)
+    model.save_pretrained(tmp_path / "a")
+    seal_folder(model, byte_tokenizer(), tmp_path / "a", ["hello there"], name="tiny")
+    assert verify_in(tmp_path / "a", "peft", str(tmp_path / "base")).kind == "right"
+    found = verify_in(tmp_path / "a", "transformers", str(tmp_path / "base"))
+    assert found.kind == "right" or (found.kind == "misread" and BASE_MAGNITUDES in found.text)
 
 
 def test_a_probe_asks_where_base_and_adapted_model_differ(sealed):
