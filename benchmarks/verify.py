@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from record import RESULTS, stamp, write_csv  # type: ignore[import-not-found,unused-ignore]
 
-from minilora.export.factors import stored_factors
+from minilora.export.stored import stored_factors
 from minilora.proof import read_probe, seal_folder, verify
 from minilora.proof.verdict import effect
 from minilora.store.adapter_files import read_adapter

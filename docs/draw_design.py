@@ -115,10 +115,11 @@ ROOMS: list[tuple[str, str, list[str]]] = [
         [
             "folders",
             "factors",
+            "stored",
+            "base",
             "plain_peft",
             "mlx",
             "diffusers",
-            "updates",
             "llama_cpp",
             "ollama",
             "servers",

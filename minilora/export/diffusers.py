@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from minilora.errors import ConfigError, StateError
-from minilora.export.factors import Base, Factors
+from minilora.export.base import Base
+from minilora.export.factors import Factors
 from minilora.export.programs import COMPONENTS
 from minilora.files.parse import tensor_bytes
 

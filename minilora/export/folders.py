@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError, StateError
+from minilora.export.base import Base
 from minilora.export.diffusers import component_of, diffusers_files
-from minilora.export.factors import Base, Factor, Factors, NeedsBase, factors_of, stored_factors
+from minilora.export.factors import Factor, Factors, factors_of
 from minilora.export.mlx import mlx_files
 from minilora.export.plain_peft import plain_peft_files
 from minilora.export.programs import TARGETS, max_lora_rank, vllm_rank_hint
+from minilora.export.stored import NeedsBase, stored_factors
 from minilora.files.write import write_files
 from minilora.lora.slots import adapters_of
-from minilora.quant.finite import is_finite
 from minilora.store.adapter_files import Stored, read_adapter, seal
 from minilora.store.save import base_of, saved_config
 
@@ -120,11 +121,6 @@ def _files(
     """The files that the program reads, and the rank in them."""
     r = max(factor.r for factor in factors.values())
     padded = {path: _padded(factor, r) for path, factor in factors.items()}
-    for path, factor in padded.items():
-        if not (is_finite(factor.A) and is_finite(factor.B)):
-            raise StateError(
-                f"{path}: its scaled factors hold NaN or infinity, so nothing is exported; load an earlier save"
-            )
     if target == "vllm" and max_lora_rank(r) is None:
         raise StateError(vllm_rank_hint(r))
     if target == "mlx":

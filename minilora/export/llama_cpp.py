@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from minilora.errors import ConfigError, StateError
-from minilora.export.updates import stored_updates, updates_of
+from minilora.export.factors import GGUF, Factors, factors_of
+from minilora.export.stored import stored_factors
 from minilora.files.write import write_file
 from minilora.gguf.file import open_gguf
 from minilora.gguf.lora import DTYPES, Update, lora_bytes
 from minilora.lora.slots import adapters_of
 from minilora.store.adapter_files import read_adapter
 
-__all__ = ["export_gguf", "gguf_lora", "ranks"]
+__all__ = ["export_gguf", "gguf_lora", "ranks", "updates_of"]
 
 
 @torch.no_grad()
@@ -62,8 +63,13 @@ def gguf_lora(
 def _updates(adapter: str | os.PathLike[str] | nn.Module, expect_sha256: str | None) -> list[Update]:
     if isinstance(adapter, nn.Module):
         named: Mapping[str, object] = adapters_of(adapter).named("default")
-        return updates_of(named)
-    return stored_updates(read_adapter(Path(adapter), expect_sha256=expect_sha256))
+        return updates_of(factors_of(named, GGUF))
+    return updates_of(stored_factors(read_adapter(Path(adapter), expect_sha256=expect_sha256), GGUF))
+
+
+def updates_of(factors: Factors) -> list[Update]:
+    """What a GGUF LoRA, or a merged file, is made of."""
+    return [Update(path, factor.A, factor.B, factor.kind) for path, factor in factors.items()]
 
 
 def ranks(updates: list[Update]) -> list[int]:

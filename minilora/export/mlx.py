@@ -12,7 +12,9 @@ import json
 from torch import Tensor
 
 from minilora.errors import StateError
-from minilora.export.factors import Base, Factor, Factors, NeedsBase
+from minilora.export.base import Base
+from minilora.export.factors import Factor, Factors
+from minilora.export.stored import NeedsBase
 from minilora.files.parse import tensor_bytes
 from minilora.store.adapter_files import CONFIG_FILE
 

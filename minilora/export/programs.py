@@ -20,5 +20,5 @@ def max_lora_rank(rank: int) -> int | None:
 def vllm_rank_hint(rank: int) -> str:
     """The flag in words, or that vLLM takes no such rank."""
     if (taken := max_lora_rank(rank)) is None:
-        return f"vLLM takes ranks up to {RANKS_OF_VLLM[-1]} only, and this one has {rank}: merge it instead"
+        return f"vLLM takes ranks up to {RANKS_OF_VLLM[-1]} only, and this one has {rank}; merge it instead"
     return f"start vLLM with --enable-lora --max-lora-rank {taken} or more"

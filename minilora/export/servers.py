@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.errors import CheckpointError, StateError
+from minilora.export.factors import GGUF, HOLDS
 from minilora.export.folders import is_of_a_pipeline, refusal
-from minilora.export.programs import RANKS_OF_VLLM, TARGETS, max_lora_rank, vllm_rank_hint
-from minilora.export.updates import stored_updates
+from minilora.export.programs import RANKS_OF_VLLM, TARGETS, max_lora_rank
+from minilora.export.stored import stored_factors
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
 from minilora.store.contents import by_factors
@@ -27,7 +28,6 @@ _NEVER = {
     "dora": "DoRA rescales every row of a weight, so its update has full rank",
     "alora": "an activated adapter changes some tokens and not others",
 }
-_HOLD_DORA = ("mlx", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,16 @@ def _taken_for_experts(stored: Stored) -> str:
 def _server(stored: Stored, target: str, folder: Path) -> Server:
     name, base = _CALLED[target], stored.config.base_model_name_or_path or "BASE"
     export = f"minilora export --adapter {folder} --for {target} --out NEW"
-    never = _NEVER.get(stored.variant) if (stored.variant, target) not in {("dora", p) for p in _HOLD_DORA} else None
+    held = stored.variant == "dora" and "DoRA" in HOLDS[target]
+    never = None if held else _NEVER.get(stored.variant)
     why, with_base = (never, False) if never else refusal(stored, target)
-    if target == "llama.cpp" and why is not None and stored.variant not in _NEVER and _fits_gguf(stored):
+    if target == "llama.cpp" and why is not None and _fits_gguf(stored):
         return Server(name, "after export", f"{export.replace('NEW', 'NEW.gguf')} --base SERVED.gguf")
     if why is not None:
         reason = why.partition(";")[0]
         if with_base:
             return Server(name, "after export", f"{export} --model {base}: {reason}")
         return Server(name, "no", f"{reason}; minilora merge makes a whole model of it")
-    if target == "vllm" and max_lora_rank(rank := _rank(stored)) is None:
-        return Server(name, "no", vllm_rank_hint(rank))
     if reason := _misread(stored, target):
         return Server(name, "after export", f"{export}: {reason}")
     start = f"vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(stored)} --lora-modules mine={folder}"
@@ -91,7 +90,7 @@ def _server(stored: Stored, target: str, folder: Path) -> Server:
 def _fits_gguf(stored: Stored) -> bool:
     """Whether a GGUF LoRA holds it, which has embeddings and experts too."""
     try:
-        stored_updates(stored)
+        stored_factors(stored, GGUF)
     except (StateError, CheckpointError):
         return False
     return True

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from minilora.errors import CheckpointError
-from minilora.export.updates import updates_of
+from minilora.export.factors import GGUF, factors_of
+from minilora.export.llama_cpp import updates_of
 from minilora.files.write import new_file
 from minilora.gguf.file import gguf_in, open_gguf
 from minilora.gguf.rewrite import rewrite
@@ -89,7 +90,7 @@ def merge_to_gguf(
         model, adapter, torch.float32, expect_sha256, allow_other_base, trust_remote_code, device, look
     )
     if served := gguf_in(resolve(model)):
-        updates = updates_of(adapters_of(merged).named("default"))
+        updates = updates_of(factors_of(adapters_of(merged).named("default"), GGUF))
         with torch.no_grad(), open_gguf(served) as file:
             return new_file(out, lambda path: rewrite(file, updates, path, kind))
     _merge(merged, model)

@@ -21,8 +21,8 @@ from minilora.errors import (
     TargetError,
     WriteError,
 )
-from minilora.export.factors import NeedsBase
 from minilora.export.folders import export_adapter, export_folder
+from minilora.export.stored import NeedsBase
 from minilora.hf.packed import load_packed, save_packed
 from minilora.peft import set_peft_model_state_dict
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes

@@ -3,7 +3,7 @@
 import pytest
 
 from minilora.cli import main
-from minilora.export.factors import stored_factors
+from minilora.export.stored import stored_factors
 from minilora.proof import verify, verify_in
 from minilora.store.adapter_files import read_adapter
 from tests.gguf_llama import write_lora, write_model
