@@ -76,6 +76,7 @@ def merged_file(model, folder):
     return folder / "merged.gguf"
 
 
+@pytest.mark.filterwarnings("ignore:PEFT 0.21 does not load:UserWarning")  # of shared experts
 @every_model
 def test_a_gguf_lora_is_the_difference_that_merging_makes(kind, tmp_path):
     base = base_file(kind, tmp_path)
@@ -89,6 +90,7 @@ def test_a_gguf_lora_is_the_difference_that_merging_makes(kind, tmp_path):
             torch.testing.assert_close(before.values(name) + update, after.values(name), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:PEFT 0.21 does not load:UserWarning")  # of shared experts
 @every_model
 def test_llama_cpp_computes_what_minilora_computes(kind, tmp_path):
     pytest.importorskip("xllamacpp")
