@@ -100,7 +100,7 @@ def _llama_cpp(base: str, lora: str) -> Iterator[str]:
             raise ConfigError(f"{flag}={value!r}: no such file; wanted a GGUF file")
     if find_spec("xllamacpp") is None:
         raise MissingPackageError("--in llama.cpp: needs xllamacpp, which brings the engine; pip install xllamacpp")
-    import xllamacpp  # type: ignore[import-untyped,unused-ignore]
+    import xllamacpp
 
     asked = xllamacpp.CommonParams()
     asked.model.path, asked.hostnames, asked.port = base, ["127.0.0.1"], 0
