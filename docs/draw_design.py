@@ -121,6 +121,7 @@ ROOMS: list[tuple[str, str, list[str]]] = [
             "mlx",
             "diffusers",
             "llama_cpp",
+            "served",
             "ollama",
             "servers",
             "programs",

@@ -114,7 +114,7 @@ def _write_gguf(arguments: argparse.Namespace, record: Record | None) -> None:
 
     model = _adapted(arguments)
     adapter = arguments.adapter if model is None else model
-    options = {"dtype": arguments.dtype, "expect_sha256": arguments.expect_sha256}
+    options = {"dtype": arguments.dtype, **trust_of(arguments)}
     if arguments.target == "ollama":
         system = "" if record is None else record.system
         for line in export_ollama(adapter, arguments.base, arguments.out, write_chat, system=system, **options):

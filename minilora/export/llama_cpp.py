@@ -1,4 +1,4 @@
-"""The GGUF LoRA of an adapter for the very file that llama.cpp serves. Next file: ``export/ollama.py``."""
+"""The GGUF LoRA of an adapter for the very file that llama.cpp serves. Next file: ``export/served.py``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from minilora.errors import ConfigError, StateError
 from minilora.export.factors import GGUF, Factors, factors_of
+from minilora.export.served import Origin, refuse_other_file
 from minilora.export.stored import stored_factors
 from minilora.files.write import write_file
 from minilora.gguf.file import open_gguf
@@ -28,17 +29,20 @@ def export_gguf(
     path: str | os.PathLike[str],
     dtype: str = "f32",
     expect_sha256: str | None = None,
+    allow_other_base: bool = False,
 ) -> list[int]:
     """Write the GGUF LoRA of an adapter, a folder or a model that has it, for the GGUF file ``base``; returns the ranks in it.
 
     Args:
-        dtype: of its numbers, "f32" or "f16". expect_sha256: as ``read_adapter``; of folders only.
+        dtype: of its numbers, "f32" or "f16". expect_sha256: as ``read_adapter``; of folders only. allow_other_base: write it for the
+            file of another base than it was trained on, too, where names and shapes fit.
 
     Raises:
         ConfigError: unknown ``dtype``. StateError: no GGUF LoRA holds such an adapter, or llama.cpp does not take it. CheckpointError: a
-            damaged folder or file, or they do not fit, or the architecture's names are not tested. Nothing is written then.
+            damaged folder or file, or they do not fit, or the file is of another base, or the architecture's names are not tested.
+            Nothing is written then.
     """
-    content, found = gguf_lora(adapter, base, dtype, expect_sha256)
+    content, found = gguf_lora(adapter, base, dtype, expect_sha256, allow_other_base)
     write_file(path, content)
     return found
 
@@ -49,22 +53,26 @@ def gguf_lora(
     base: str | os.PathLike[str],
     dtype: str = "f32",
     expect_sha256: str | None = None,
+    allow_other_base: bool = False,
 ) -> tuple[bytes, list[int]]:
     """What ``export_gguf`` writes, and the ranks in it."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}")
-    updates = _updates(adapter, expect_sha256)
+    updates, origin = _updates(adapter, expect_sha256)
     if not updates:
         raise StateError(f"{adapter if not isinstance(adapter, nn.Module) else 'the model'}: has no adapter to export")
     with open_gguf(base) as file:
-        return lora_bytes(updates, file, dtype), ranks(updates)
+        content = lora_bytes(updates, file, dtype)
+        refuse_other_file(origin, file, allow_other_base)
+        return content, ranks(updates)
 
 
-def _updates(adapter: str | os.PathLike[str] | nn.Module, expect_sha256: str | None) -> list[Update]:
+def _updates(adapter: str | os.PathLike[str] | nn.Module, expect_sha256: str | None) -> tuple[list[Update], Origin]:
     if isinstance(adapter, nn.Module):
         named: Mapping[str, object] = adapters_of(adapter).named("default")
-        return updates_of(factors_of(named, GGUF))
-    return updates_of(stored_factors(read_adapter(Path(adapter), expect_sha256=expect_sha256), GGUF))
+        return updates_of(factors_of(named, GGUF)), Origin.of(adapter)
+    stored = read_adapter(Path(adapter), expect_sha256=expect_sha256)
+    return updates_of(stored_factors(stored, GGUF)), Origin.stored(stored)
 
 
 def updates_of(factors: Factors) -> list[Update]:

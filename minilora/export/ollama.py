@@ -178,17 +178,18 @@ def export_ollama(
     expect_sha256: str | None = None,
     system: str = "",
     parameters: Mapping[str, Any] | None = None,
+    allow_other_base: bool = False,
 ) -> list[str]:
     """Write the GGUF LoRA and the Modelfile; returns what is to be said of them, a line each.
 
     Args:
-        adapter, base, dtype, expect_sha256: as ``export_gguf``. write: a chat by a template of Jinja's language.
+        adapter, base, dtype, expect_sha256, allow_other_base: as ``export_gguf``. write: a chat by a template of Jinja's language.
         system, parameters: as ``modelfile``; where there is no system turn, that which the file's own template puts there.
 
     Raises:
         As ``export_gguf``. StateError: a system turn that no Modelfile can hold. Nothing is written then.
     """
-    content, ranks = gguf_lora(adapter, base, dtype, expect_sha256)
+    content, ranks = gguf_lora(adapter, base, dtype, expect_sha256, allow_other_base)
     with open_gguf(base) as file:
         template = file.said("tokenizer.chat_template", str, "")
     family, usual = family_of(lambda turns: write(template, turns)) if template else (None, "")

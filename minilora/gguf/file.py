@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,21 @@ class GGUF:
             last = min(rows, first + step)
             dense[first:last] = decoded(self.blocks(name, first, last), info.kind.name).view(-1, width)
         return dense.view(info.shape)
+
+    def some(self, name: str, places: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Numbers at places of the flattened tensor, fp32, and how far each may lie from what was packed into its block: 0 for numbers
+        that are in none, None where that is not known of the type. Only their blocks are read.
+        """
+        info = self.tensors[name]
+        kind, block, size = info.kind.name, info.kind.block, info.kind.bytes
+        raw = b"".join(bytes(self._read(info, place // block * size, size)) for place in places)
+        blocks = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, size)
+        at = torch.tensor([place % block for place in places])[:, None]
+        values = decoded(blocks, kind).view(-1, block).gather(1, at).flatten()
+        if kind not in FORMATS:
+            return values, torch.zeros_like(values) if info.kind.plain is not None else None
+        slack = FORMATS[kind].slack(blocks)
+        return values, slack.gather(1, at // (block // slack.shape[1])).flatten()
 
     def _read(self, info: Info, begin: int, count: int) -> bytearray:
         try:

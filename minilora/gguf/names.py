@@ -146,10 +146,14 @@ class Names:
         Raises:
             CheckpointError: no file of this architecture has such a weight, or the rows are no whole number of heads.
         """
-        name = self._map.get_name(path)
-        if name is None:
+        if (name := self.tensor(path)) is None:
             raise CheckpointError(f"{path}: a GGUF of architecture {self.architecture} has no tensor for it")
         return Place(name + suffix, self._order(path, rows))
+
+    def tensor(self, path: str) -> str | None:
+        """What a file calls the module at ``path``, without ``.weight``; None for one that it has no name for."""
+        found: str | None = self._map.get_name(path)
+        return found
 
     def experts(self, path: str, rows: int, has: Callable[[str], bool]) -> list[Place]:
         """Of a projection of experts, whose path ends in its name: one tensor, or two with half the rows each.

@@ -34,15 +34,16 @@ from minilora.store.tensors import (
     other_tensors,
     prints,
     same,
+    scattered,
     values_at,
 )
 
-__all__ = ["brought_by", "differs", "fingerprint", "is_fingerprint", "strange_tensors"]
+__all__ = ["ROUNDED", "brought_by", "differs", "fingerprint", "is_fingerprint", "sampled", "strange_tensors"]
 
 _LAYERS = 8  # layers that are sampled
 _VALUES = 16  # of each
 _SHOWN = 3  # names in a message
-_ROUNDED = 2**-7  # relative error of two roundings to bfloat16
+ROUNDED = 2**-7  # relative error of two roundings to bfloat16
 
 
 def fingerprint(
@@ -111,9 +112,14 @@ def _sample(layer: nn.Module) -> list[str] | None:
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
     count = math.prod(dense_shape(layer))
-    places = [(at * 2_654_435_761 + 12_345) % count for at in range(_VALUES)]
+    places = sampled(count)
     kind = PACKED if is_quantized(layer) else str(dense_weight(layer).dtype).removeprefix("torch.")
     return [kind, hexadecimal(values_at(layer, places))] if kind in (PACKED, *DENSE) else None
+
+
+def sampled(count: int) -> list[int]:
+    """Which of the ``count`` numbers of a layer's flattened dense weight a sample keeps."""
+    return scattered(count, _VALUES)
 
 
 def is_fingerprint(value: Any) -> bool:
@@ -146,7 +152,7 @@ def differs(remembered: Mapping[str, Any], found: Mapping[str, Any], own_base: b
             continue
         here, now = found["samples"][path]
         before, after = (torch.tensor(floats(text), dtype=torch.float32, device="cpu") for text in (values, now))
-        if own_base and kind == here == PACKED and not torch.allclose(before, after, rtol=_ROUNDED, atol=0.0):
+        if own_base and kind == here == PACKED and not torch.allclose(before, after, rtol=ROUNDED, atol=0.0):
             return f"{path} is packed otherwise than the adapter packed it; load it onto the dense model, or onto its own packed base"
         if PACKED in (kind, here):
             error, size = error + float((before - after).square().sum()), size + float(before.square().sum())

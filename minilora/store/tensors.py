@@ -34,8 +34,11 @@ __all__ = [
     "has_matrix",
     "hexadecimal",
     "other_tensors",
+    "places_in",
+    "printed",
     "prints",
     "same",
+    "scattered",
     "values_at",
 ]
 
@@ -70,6 +73,23 @@ def other_tensors(bare: Bare, remembered: Mapping[str, Sequence[Any]]) -> list[s
         for name, layer, tensor in _tensors(bare)
         if name in remembered and _differs(name, layer, tensor, *remembered[name])
     ]
+
+
+def printed(said: str) -> tuple[str, Tensor]:
+    """Of a print: in what its values were held ("packed" for a layer that is), and the values, fp32."""
+    kind, _, values = said.split(" ")
+    return kind, torch.tensor(floats(values), dtype=torch.float32, device="cpu")
+
+
+def places_in(name: str, count: int) -> list[int]:
+    """Which of the ``count`` numbers of a tensor a print keeps, as in its flattened dense weight; the last one is among them."""
+    many = _VALUES if _is_one_of_many(name) else _MORE
+    return [*scattered(count, many - 1), count - 1]
+
+
+def scattered(count: int, many: int) -> list[int]:
+    """So many places among ``count``, far from one another."""
+    return [(at * 2_654_435_761 + 12_345) % count for at in range(many)]
 
 
 def are_prints(value: Any) -> bool:
@@ -149,8 +169,7 @@ def _values(name: str, layer: nn.Module, tensor: Tensor, rows: Collection[int]) 
     width, count = shape[-1] if len(shape) > 1 else 1, math.prod(shape)
     if not count:
         return []
-    many = _VALUES if _is_one_of_many(name) else _MORE
-    places = [*((at * 2_654_435_761 + 12_345) % count for at in range(many - 1)), count - 1]
+    places = places_in(name, count)
     values = values_at(layer, places) if matrix else tensor.detach().reshape(-1)[places].float().tolist()
     return [0.0 if at // width in rows else value for at, value in zip(places, values, strict=True)]
 

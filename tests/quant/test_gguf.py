@@ -8,6 +8,7 @@ import torch
 from minilora.errors import QuantizationError
 from minilora.quant.gguf.formats import FORMATS, gguf_format
 from minilora.quant.gguf.tensor import GGUFTensor, gguf_tensor
+from tests import ggml
 from tests.gguf_blocks import KINDS, blocks_of, random_blocks
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -162,3 +163,35 @@ def test_the_formats_are_what_numpy_sees():
         assert torch.equal(
             bits(gguf_tensor(packed, kind, (form.nbytes, form.weights)).dequantize()), bits(theirs(packed, kind))
         )
+
+
+@every_kind
+def test_slack_is_half_a_step_and_what_groups_are_rounded_by(kind):
+    """Two values whose codes differ in the lowest bit are a step apart; the scales and minima of a k-quant's groups are whole numbers."""
+    form, scale = FORMATS[kind], torch.tensor(-0.01).half().item()
+    blocks = random_blocks(kind, 5, 3, scale=scale).packed.view(-1, form.nbytes)
+    first, last = {"Q4_K": (16, 144), "Q6_K": (0, 128), "Q8_0": (2, 34)}.get(kind, (form.nbytes - 16, form.nbytes))
+    beside = blocks.clone()
+    beside[:, first:last] ^= 1 if kind == "Q8_0" else 0x11
+    half = (form.reference(blocks) - form.reference(beside)).abs() / 2
+    groups = {"Q4_K": (15 + 1) * 0.01 / 2, "Q6_K": 32 * 0.01 / 2}.get(kind, 0.0)
+    slack = form.slack(blocks)
+    each = slack.repeat_interleave(form.weights // slack.shape[1], 1)
+    torch.testing.assert_close(each, half + groups, rtol=1e-3, atol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("weighed", [False, True])
+def test_ggml_packs_within_the_slack_and_another_weight_lies_outside(kind, weighed):
+    pytest.importorskip("xllamacpp")
+    draw, form = torch.Generator().manual_seed(2), FORMATS[kind]
+    for tail in (1.0, 3.0):  # normal ones, and with outliers
+        weight = 0.05 * torch.randn(24, 512, generator=draw).sign() * torch.randn(24, 512, generator=draw).abs() ** tail
+        importance = torch.rand(512, generator=draw) ** 4 + 1e-4 if weighed else None
+        blocks = ggml.quantized(weight, kind, importance)
+        slack = form.slack(blocks)
+        room = slack.repeat_interleave(form.weights // slack.shape[1], 1).view_as(weight) + 2**-7 * weight.abs()
+        decoded = form.reference(blocks).view_as(weight)
+        assert ((decoded - weight).abs() > room).float().mean() < 0.1
+        if tail == 1.0:
+            assert ((decoded - weight.roll(1, 0)).abs() > room).float().mean() > 0.8

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minilora.quant.gguf.pieces import halves, nibbles, put, room, together
 
-__all__ = ["q4_k", "q4_k_reference", "q6_k", "q6_k_reference"]
+__all__ = ["q4_k", "q4_k_reference", "q4_k_slack", "q6_k", "q6_k_reference", "q6_k_slack"]
 
 
 def q4_k_reference(blocks: Tensor) -> Tensor:
@@ -54,6 +54,22 @@ def q6_k_reference(blocks: Tensor) -> Tensor:
     whole = (low | high << 4).int().view(-1, 16, 16) - 32
     factor = halves(blocks, 208) * blocks[:, 192:208].view(torch.int8)
     return (factor[:, :, None] * whole).flatten(1)
+
+
+def q4_k_slack(blocks: Tensor) -> Tensor:
+    """How far a weight may lie from what was packed: ``[n, 144]`` to ``[n, 8]``.
+
+    Half a step of its group, and what the group's ``s`` and ``m`` were rounded by: half a unit of ``d`` up to 15 times, and of ``dmin``.
+    """
+    scale, _ = _six_bits(blocks[:, 4:16])
+    step, unit, offset = (halves(blocks, 0) * scale).abs(), halves(blocks, 0).abs(), halves(blocks, 2).abs()
+    return (step + 15 * unit + offset) / 2
+
+
+def q6_k_slack(blocks: Tensor) -> Tensor:
+    """The same, ``[n, 210]`` to ``[n, 16]``: half a step of its group, and half a unit of ``d`` up to 32 times."""
+    unit = halves(blocks, 208).abs()
+    return (unit * blocks[:, 192:208].view(torch.int8).float().abs() + 32 * unit) / 2
 
 
 def q4_k(blocks: Tensor, out: Tensor) -> None:

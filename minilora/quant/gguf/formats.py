@@ -25,6 +25,7 @@ class GGUFFormat:
     Attributes:
         name: what ggml calls the type. weights: in a block. nbytes: of a block. halves: at which of its bytes an fp16 number begins.
         decode: ``(blocks uint8 [n, nbytes], out fp32 [n, weights])``. reference: the same as a formula of what it is given.
+        slack: ``blocks`` to fp32 ``[n, groups]``, how far the weights of each group may lie from those that were packed.
     """
 
     name: str
@@ -33,6 +34,7 @@ class GGUFFormat:
     halves: tuple[int, ...]
     decode: Callable[[Tensor, Tensor], None]
     reference: Callable[[Tensor], Tensor]
+    slack: Callable[[Tensor], Tensor]
 
     @property
     def bits_per_weight(self) -> float:
@@ -43,13 +45,13 @@ class GGUFFormat:
 FORMATS: dict[str, GGUFFormat] = {
     each.name: each
     for each in (
-        GGUFFormat("Q4_0", 32, 18, (0,), blocks32.q4_0, blocks32.q4_0_reference),
-        GGUFFormat("Q4_1", 32, 20, (0, 2), blocks32.q4_1, blocks32.q4_1_reference),
-        GGUFFormat("Q5_0", 32, 22, (0,), blocks32.q5_0, blocks32.q5_0_reference),
-        GGUFFormat("Q5_1", 32, 24, (0, 2), blocks32.q5_1, blocks32.q5_1_reference),
-        GGUFFormat("Q8_0", 32, 34, (0,), blocks32.q8_0, blocks32.q8_0_reference),
-        GGUFFormat("Q4_K", 256, 144, (0, 2), blocks256.q4_k, blocks256.q4_k_reference),
-        GGUFFormat("Q6_K", 256, 210, (208,), blocks256.q6_k, blocks256.q6_k_reference),
+        GGUFFormat("Q4_0", 32, 18, (0,), blocks32.q4_0, blocks32.q4_0_reference, blocks32.slack),
+        GGUFFormat("Q4_1", 32, 20, (0, 2), blocks32.q4_1, blocks32.q4_1_reference, blocks32.slack),
+        GGUFFormat("Q5_0", 32, 22, (0,), blocks32.q5_0, blocks32.q5_0_reference, blocks32.slack),
+        GGUFFormat("Q5_1", 32, 24, (0, 2), blocks32.q5_1, blocks32.q5_1_reference, blocks32.slack),
+        GGUFFormat("Q8_0", 32, 34, (0,), blocks32.q8_0, blocks32.q8_0_reference, blocks32.slack),
+        GGUFFormat("Q4_K", 256, 144, (0, 2), blocks256.q4_k, blocks256.q4_k_reference, blocks256.q4_k_slack),
+        GGUFFormat("Q6_K", 256, 210, (208,), blocks256.q6_k, blocks256.q6_k_reference, blocks256.q6_k_slack),
     )
 }
 
