@@ -33,7 +33,7 @@ EXAMPLES = """\
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora export`` takes."""
     add_plugin_flag(parser)
-    base = 'the adapter\'s base model: hub id, local folder, GGUF file, or "smollm2"; needed for variants other than LoRA and rsLoRA'
+    base = 'the adapter\'s base model: hub id, local folder, GGUF file, or "smollm2"; needed for variants that hang on it, such as PiSSA'
     model = Flag("model", str, None, base, otherwise="as the run of --adapter was trained")
     trust = fields_of(Job, ("trust_remote_code",)).values()
     add_flags(parser, "model", [model, *trust])
@@ -146,10 +146,9 @@ def _base(arguments: argparse.Namespace) -> dict[str, Any]:
     What the adapter is hangs on its base, packed or not, so a model that is named is packed as the run's was.
     """
     from minilora.job.record import read_record
-    from minilora.store.adapter_files import read_adapter
 
     record = read_record(arguments.adapter)
-    if not arguments.model and (record is None or read_adapter(arguments.adapter).variant == "lora"):
+    if not arguments.model and (record is None or not _hangs_on_it(arguments)):
         return {}
     if record is None:
         return {"name": arguments.model}
@@ -160,3 +159,13 @@ def _base(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.model or record.model
     say(f"the base: {name}, {record.packing}, in {record.dtype}, as the run of {arguments.adapter} had it", error=True)
     return {"name": name, "dtype": getattr(torch, record.dtype), "quant": to_pack(record.packing)}
+
+
+def _hangs_on_it(arguments: argparse.Namespace) -> bool:
+    """Whether the folder alone does not say the adapter to this program, and its base does."""
+    from minilora.export.factors import GGUF
+    from minilora.export.folders import refusal
+    from minilora.store.adapter_files import read_adapter
+
+    stored = read_adapter(arguments.adapter, expect_sha256=arguments.expect_sha256)
+    return refusal(stored, GGUF if arguments.base else arguments.target, arguments.component)[1]

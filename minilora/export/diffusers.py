@@ -10,11 +10,10 @@ from torch import Tensor
 
 from minilora.errors import ConfigError, StateError
 from minilora.export.base import Base
-from minilora.export.factors import Factors
+from minilora.export.factors import Factors, Laid
 from minilora.export.programs import COMPONENTS
-from minilora.files.parse import tensor_bytes
 
-__all__ = ["DIFFUSERS_FILE", "component_of", "diffusers_files"]
+__all__ = ["DIFFUSERS_FILE", "component_of", "for_diffusers"]
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # where diffusers looks for the rank in a text encoder
@@ -28,7 +27,7 @@ def component_of(base: Base) -> str:
     return "text_encoder" if library == "transformers" and name.startswith("CLIPTextModel") else ""
 
 
-def diffusers_files(factors: Factors, base: Base, component: str | None = None) -> dict[str, bytes]:
+def for_diffusers(factors: Factors, base: Base, component: str | None = None) -> Laid:
     """The file, with the names of PEFT's layers behind the component's.
 
     Raises:
@@ -53,7 +52,7 @@ def diffusers_files(factors: Factors, base: Base, component: str | None = None) 
         if factor.magnitude is not None:
             own["lora_magnitude_vector"] = factor.magnitude
         tensors |= {f"{part}.{path}.{name}": tensor.contiguous() for name, tensor in own.items()}
-    return {DIFFUSERS_FILE: tensor_bytes(tensors, {"format": "pt"})}
+    return Laid(DIFFUSERS_FILE, tensors, {"format": "pt"})
 
 
 def _refuse_in_text(factors: Factors) -> None:

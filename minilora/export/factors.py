@@ -6,18 +6,19 @@ Which kinds of layers a program can hold is one table. Next file: ``export/store
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from minilora.errors import StateError
+from minilora.files.parse import tensor_bytes
 from minilora.lora.adapter import Adapter
 from minilora.lora.variants.attention import LoRAOutProj
 from minilora.lora.variants.dora import DoRALinear
 from minilora.lora.variants.embedding import Tied, TiedHead
 from minilora.quant.finite import is_finite
 
-__all__ = ["GGUF", "HOLDS", "Factor", "Factors", "factors_of", "name_of", "refuse_nonfinite", "taken_by"]
+__all__ = ["GGUF", "HOLDS", "Factor", "Factors", "Laid", "factors_of", "name_of", "nonfinite", "taken_by"]
 
 GGUF = "gguf"  # what a GGUF LoRA holds; "llama.cpp" alone is what its converter reads
 
@@ -58,6 +59,25 @@ class Factor:
 Factors = Mapping[str, Factor]
 
 
+@dataclass(frozen=True)
+class Laid:
+    """What a program reads, before it is bytes; the tensors may be on "meta", where it is asked only whether the program takes it.
+
+    Attributes:
+        weights: name of the file with the tensors. tensors: by their names in it. texts: the other files.
+    """
+
+    weights: str
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def files(self) -> dict[str, bytes]:
+        """Name to content."""
+        texts = {name: text.encode() for name, text in self.texts.items()}
+        return {self.weights: tensor_bytes(self.tensors, self.metadata), **texts}
+
+
 def factors_of(values: Mapping[str, object], target: str) -> dict[str, Factor]:
     """Of the adapters of a model, by path; a head that follows its embedding's adapter is not among them.
 
@@ -66,17 +86,15 @@ def factors_of(values: Mapping[str, object], target: str) -> dict[str, Factor]:
     """
     follows = target == "mlx"  # whose tied head is the embedding itself
     found = {p: _factor(p, v, target) for p, v in values.items() if not (follows and isinstance(v, TiedHead))}
-    refuse_nonfinite(found)
+    for path, factor in found.items():
+        if not (is_finite(factor.A) and is_finite(factor.B)):
+            raise nonfinite(path)
     return found
 
 
-def refuse_nonfinite(factors: Factors) -> None:
-    """Raise ``StateError`` where a number is none."""
-    for path, factor in factors.items():
-        if not (is_finite(factor.A) and is_finite(factor.B)):
-            raise StateError(
-                f"{path}: its scaled factors hold NaN or infinity, so nothing is exported; load an earlier save"
-            )
+def nonfinite(path: str) -> StateError:
+    """Of a layer with a number that is none once it is scaled."""
+    return StateError(f"{path}: its scaled factors hold NaN or infinity, so nothing is exported; load an earlier save")
 
 
 def name_of(target: str) -> str:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.export.base import Base
-from minilora.export.diffusers import component_of, diffusers_files
-from minilora.export.factors import Factor, Factors, factors_of
-from minilora.export.mlx import mlx_files
-from minilora.export.plain_peft import plain_peft_files
+from minilora.export.diffusers import component_of, for_diffusers
+from minilora.export.factors import GGUF, Factor, Factors, Laid, factors_of
+from minilora.export.mlx import for_mlx
+from minilora.export.plain_peft import plain_peft
 from minilora.export.programs import TARGETS, max_lora_rank, vllm_rank_hint
 from minilora.export.stored import NeedsBase, stored_factors
 from minilora.files.write import write_files
@@ -53,8 +53,8 @@ def export_adapter(
     values = adapters_of(model).named(adapter_name)
     _refuse_turned(saved_config(model, adapter_name), target, "the model")
     base, factors = Base.of(model, values), factors_of(values, target)
-    files, r = _files(factors, saved_config(model, adapter_name), target, base, component)
-    write_files(folder, seal(files, base_of(model, adapter_name)))
+    laid, r = _laid(factors, saved_config(model, adapter_name), target, base, component)
+    write_files(folder, seal(laid.files(), base_of(model, adapter_name)))
     return r
 
 
@@ -73,16 +73,22 @@ def export_folder(
     """
     _check_target(target)
     stored = read_adapter(adapter, expect_sha256=expect_sha256)
-    files, r = _stored_files(stored, target, component)
-    write_files(folder, seal(files, stored.base))
+    laid, r = _laid_of(stored, target, component)
+    write_files(folder, seal(laid.files(), stored.base))
     return r
 
 
 @torch.no_grad()
 def refusal(stored: Stored, target: str, component: str | None = None) -> tuple[str | None, bool]:
-    """Why ``export_folder`` would write nothing of this adapter for ``target``, None if it would; and whether its base would help."""
+    """Why ``export_folder`` would write nothing of this adapter for ``target``, None if it would; and whether its base would help.
+
+    The rules are those of the export itself, asked of shapes: no tensor is copied. Of GGUF they are those that need no file.
+    """
     try:
-        _stored_files(stored, target, component)
+        if target == GGUF:
+            stored_factors(stored, GGUF, by_shapes=True)
+        else:
+            _laid_of(stored, target, component, by_shapes=True)
     except (StateError, CheckpointError) as error:
         return str(error).removeprefix(f"{stored.path}: "), isinstance(error, NeedsBase)
     return None, False
@@ -109,25 +115,25 @@ def _check_target(target: str) -> None:
         raise ConfigError(f"export target {target!r}: wanted one of {', '.join(TARGETS)}")
 
 
-def _stored_files(stored: Stored, target: str, component: str | None) -> tuple[dict[str, bytes], int]:
+def _laid_of(stored: Stored, target: str, component: str | None, by_shapes: bool = False) -> tuple[Laid, int]:
     _refuse_turned(stored.config.to_dict(), target, stored.path)
-    factors = stored_factors(stored, target)
-    return _files(factors, stored.config.to_dict(), target, Base.stored(stored), component)
+    factors = stored_factors(stored, target, by_shapes)
+    return _laid(factors, stored.config.to_dict(), target, Base.stored(stored), component)
 
 
-def _files(
+def _laid(
     factors: Factors, content: dict[str, Any], target: str, base: Base, component: str | None
-) -> tuple[dict[str, bytes], int]:
+) -> tuple[Laid, int]:
     """The files that the program reads, and the rank in them."""
     r = max(factor.r for factor in factors.values())
     padded = {path: _padded(factor, r) for path, factor in factors.items()}
     if target == "vllm" and max_lora_rank(r) is None:
         raise StateError(vllm_rank_hint(r))
     if target == "mlx":
-        return mlx_files(padded, r, base), r
+        return for_mlx(padded, r, base), r
     if target == "diffusers":
-        return diffusers_files(padded, base, component), r
-    return plain_peft_files(padded, r, content), r
+        return for_diffusers(padded, base, component), r
+    return plain_peft(padded, r, content), r
 
 
 def _padded(factor: Factor, r: int) -> Factor:
@@ -137,4 +143,5 @@ def _padded(factor: Factor, r: int) -> Factor:
 def _pad(factor: Tensor, r: int, dim: int) -> Tensor:
     missing = r - factor.shape[dim]
     zeros = factor.new_zeros(*(missing if axis == dim else size for axis, size in enumerate(factor.shape)))
-    return torch.cat([factor, zeros], dim).cpu().contiguous()
+    padded = torch.cat([factor, zeros], dim)
+    return padded if padded.is_meta else padded.cpu().contiguous()

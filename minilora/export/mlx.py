@@ -13,12 +13,11 @@ from torch import Tensor
 
 from minilora.errors import StateError
 from minilora.export.base import Base
-from minilora.export.factors import Factor, Factors
+from minilora.export.factors import Factor, Factors, Laid
 from minilora.export.stored import NeedsBase
-from minilora.files.parse import tensor_bytes
 from minilora.store.adapter_files import CONFIG_FILE
 
-__all__ = ["mlx_files"]
+__all__ = ["for_mlx"]
 
 # Beginnings of paths that mlx-lm names otherwise, by the model type; of the others the names are the same.
 _RENAMED = {
@@ -34,7 +33,7 @@ _SWITCH = {
 }
 
 
-def mlx_files(factors: Factors, r: int, base: Base) -> dict[str, bytes]:
+def for_mlx(factors: Factors, r: int, base: Base) -> Laid:
     """``lora_a [in, r]``, ``lora_b [r, out]``; of an embedding ``[tokens, r]``, ``[r, dim]``; of experts ``[E, r, in]``, ``[E, out, r]``.
 
     Raises:
@@ -54,7 +53,7 @@ def mlx_files(factors: Factors, r: int, base: Base) -> dict[str, bytes]:
     parameters = {"rank": r, "scale": 1.0, "dropout": 0.0, "keys": keys}
     kind = "dora" if any(magnitudes) else "lora"
     config = json.dumps({"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}, indent=2) + "\n"
-    return {"adapters.safetensors": tensor_bytes(tensors, {}), CONFIG_FILE: config.encode()}
+    return Laid("adapters.safetensors", tensors, texts={CONFIG_FILE: config})
 
 
 def _layer(path: str, factor: Factor) -> dict[str, Tensor]:

@@ -7,17 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.export.factors import Factors
-from minilora.files.parse import tensor_bytes
+from minilora.export.factors import Factors, Laid
 from minilora.lora.config import LoraConfig
 from minilora.store.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
-__all__ = ["plain_peft_files"]
+__all__ = ["plain_peft"]
 
 _OF_THE_BASE = ("base_model_name_or_path", "task_type", "auto_mapping", "revision", "fan_in_fan_out")
 
 
-def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[str, bytes]:
+def plain_peft(factors: Factors, r: int, content: dict[str, Any]) -> Laid:
     """PEFT's layout with nothing in it that a reader could skip: one rank, scale 1, plain names."""
     if content.get("peft_type", "LORA") != "LORA":  # VeRA's words, and what is written is a plain LoRA
         content = LoraConfig().to_dict() | {name: content[name] for name in _OF_THE_BASE if name in content}
@@ -48,7 +47,7 @@ def plain_peft_files(factors: Factors, r: int, content: dict[str, Any]) -> dict[
         "layers_pattern": None,
     }
     config = json.dumps(_of_lora(content) | plain, indent=2) + "\n"
-    return {WEIGHTS_FILE: tensor_bytes(tensors, {"format": "pt"}), CONFIG_FILE: config.encode()}
+    return Laid(WEIGHTS_FILE, tensors, {"format": "pt"}, {CONFIG_FILE: config})
 
 
 def _of_lora(content: dict[str, Any]) -> dict[str, Any]:

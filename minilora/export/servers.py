@@ -11,11 +11,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.errors import CheckpointError, StateError
-from minilora.export.factors import GGUF, HOLDS
+from minilora.export.factors import GGUF
 from minilora.export.folders import is_of_a_pipeline, refusal
 from minilora.export.programs import RANKS_OF_VLLM, TARGETS, max_lora_rank
-from minilora.export.stored import stored_factors
+from minilora.export.stored import way_out
 from minilora.lora.adapter import variant
 from minilora.store.adapter_files import Stored
 from minilora.store.contents import by_factors
@@ -23,11 +22,6 @@ from minilora.store.contents import by_factors
 __all__ = ["RANKS_OF_VLLM", "Server", "scaling_read", "servers_of", "vllm_rank"]
 
 _CALLED = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX", "diffusers": "diffusers"}
-# Variants that no plain LoRA can stand for.
-_NEVER = {
-    "dora": "DoRA rescales every row of a weight, so its update has full rank",
-    "alora": "an activated adapter changes some tokens and not others",
-}
 
 
 @dataclass(frozen=True)
@@ -71,29 +65,20 @@ def _taken_for_experts(stored: Stored) -> str:
 def _server(stored: Stored, target: str, folder: Path) -> Server:
     name, base = _CALLED[target], stored.config.base_model_name_or_path or "BASE"
     export = f"minilora export --adapter {folder} --for {target} --out NEW"
-    held = stored.variant == "dora" and "DoRA" in HOLDS[target]
-    never = None if held else _NEVER.get(stored.variant)
-    why, with_base = (never, False) if never else refusal(stored, target)
-    if target == "llama.cpp" and why is not None and _fits_gguf(stored):
-        return Server(name, "after export", f"{export.replace('NEW', 'NEW.gguf')} --base SERVED.gguf")
+    why, with_base = refusal(stored, target)
     if why is not None:
         reason = why.partition(";")[0]
+        if target == "llama.cpp" and refusal(stored, GGUF)[0] is None:
+            return Server(
+                name, "after export", f"{export.replace('NEW', 'NEW.gguf')} --base SERVED.gguf: as a folder, {reason}"
+            )
         if with_base:
             return Server(name, "after export", f"{export} --model {base}: {reason}")
-        return Server(name, "no", f"{reason}; minilora merge makes a whole model of it")
+        return Server(name, "no", f"{reason}; {way_out(stored)}")
     if reason := _misread(stored, target):
         return Server(name, "after export", f"{export}: {reason}")
     start = f"vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(stored)} --lora-modules mine={folder}"
     return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
-
-
-def _fits_gguf(stored: Stored) -> bool:
-    """Whether a GGUF LoRA holds it, which has embeddings and experts too."""
-    try:
-        stored_factors(stored, GGUF)
-    except (StateError, CheckpointError):
-        return False
-    return True
 
 
 def _misread(stored: Stored, target: str) -> str:

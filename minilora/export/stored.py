@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from minilora.errors import CheckpointError, StateError
-from minilora.export.factors import GGUF, HOLDS, Factor, name_of, refuse_nonfinite, taken_by
+from minilora.export.factors import GGUF, HOLDS, Factor, name_of, nonfinite, taken_by
 from minilora.lora.adapter import variant
 from minilora.lora.variants.experts import from_file
 from minilora.store.adapter_files import PREFIX, Stored, refuse_regexes
 from minilora.store.contents import by_factors, parameters_in
 
-__all__ = ["NeedsBase", "stored_factors"]
+__all__ = ["NeedsBase", "never", "stored_factors", "way_out"]
 
 _LINEAR = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
 _TABLE = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
@@ -23,15 +24,18 @@ class NeedsBase(StateError):
     """The folder alone does not say it; with the base model it can be exported."""
 
 
-def stored_factors(stored: Stored, target: str) -> dict[str, Factor]:
+def stored_factors(stored: Stored, target: str, by_shapes: bool = False) -> dict[str, Factor]:
     """Scaled factors by path of their modules; of experts by that of their projection.
 
     A GGUF LoRA is laid beside a file that is at hand, which says what is a table, a head, or experts; for other programs the base does.
+    ``by_shapes``: the factors are on "meta", and no tensor is copied; what is refused is the same.
 
     Raises:
         NeedsBase: what they mean depends on the base model. StateError: what the program cannot hold. CheckpointError: a damaged file.
     """
     if not _says_all(stored, target):
+        if why := never(stored, target):
+            raise StateError(f"{stored.path}: {why}, and {name_of(target)} holds no such adapter; {way_out(stored)}")
         raise NeedsBase(f"{stored.path}: a {stored.variant} adapter depends on its base model; give it with --model")
     refuse_regexes(stored)
     experts = parameters_in(stored)
@@ -42,23 +46,48 @@ def stored_factors(stored: Stored, target: str) -> dict[str, Factor]:
         if target == GGUF and key.endswith(".base_layer.weight"):  # the frozen table itself: the served file has it
             continue
         path, half = _split(stored, key, tensor, target, experts)
-        parts.setdefault(path, {})[half] = tensor.float()
+        parts.setdefault(path, {})[half] = tensor
         if "lora_embedding_" in key:
             tables.add(path)
     found = {}
     for path, pair in parts.items():
-        found[experts.get(path, path)] = _factor(stored, path, pair, path in tables, path in experts)
-    refuse_nonfinite(found)
+        name, table = experts.get(path, path), path in tables
+        _refuse_overflow(name, stored.config.scaling(path), pair, "A" if table else "B")
+        own = {half: (tensor.to("meta") if by_shapes else tensor).float() for half, tensor in pair.items()}
+        found[name] = _factor(stored, path, own, table, path in experts)
     return found
 
 
+def _refuse_overflow(path: str, scaling: float, pair: Mapping[str, Tensor], scaled: str) -> None:
+    """Raise for factors that are not finite once they are scaled in fp32, told by the largest numbers in the file."""
+    for half, tensor in pair.items():
+        ends = torch.stack(torch.aminmax(tensor)).float() if tensor.numel() else torch.zeros(2)
+        if not torch.isfinite(ends * scaling if half == scaled else ends).all():
+            raise nonfinite(path)
+
+
 def _says_all(stored: Stored, target: str) -> bool:
+    """Whether the update is ``scaling * B A`` of the file, which goes for more variants than plain LoRA (LoRA-FA, an orthogonal start)."""
     if stored.variant == "dora":
         return "DoRA" in HOLDS[target]
-    if target != GGUF:
-        return stored.variant == "lora"
     kind = variant(stored.variant)
-    return by_factors(kind) and not kind.depends_on_input
+    return by_factors(kind) and not kind.depends_on_input and (target == GGUF or not kind.replaces_base)
+
+
+def never(stored: Stored, target: str) -> str:
+    """Why no base model helps: an update that is no product of two factors, which the program does not hold; "" where it is one."""
+    if stored.variant == "dora" and "DoRA" not in HOLDS[target]:
+        return "DoRA rescales every row of a weight, so its update has full rank"
+    if variant(stored.variant).depends_on_input:
+        return "an activated adapter changes some tokens and not others"
+    return ""
+
+
+def way_out(stored: Stored) -> str:
+    """What else can be done with an adapter that a program does not hold."""
+    if variant(stored.variant).depends_on_input:
+        return "run it in minilora or PEFT, for no merged model has its update"
+    return "minilora merge makes a whole model of it"
 
 
 def _refuse_parameters(stored: Stored, experts: Mapping[str, str], target: str) -> None:

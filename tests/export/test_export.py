@@ -7,15 +7,18 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora
 from minilora import LoraConfig, MiniLoraError, PeftModel, QuantConfig, inject, quantize_model, save_adapter
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.export.folders import TARGETS, export_adapter, export_folder
+from minilora.export.factors import GGUF
+from minilora.export.folders import TARGETS, export_adapter, export_folder, refusal
 from minilora.export.programs import max_lora_rank
+from minilora.export.stored import stored_factors
 from minilora.lora.slots import adapters_of
-from minilora.store.adapter_files import SEAL_FILE
+from minilora.store.adapter_files import SEAL_FILE, read_adapter
 from minilora.store.load import CONFIG_FILE, WEIGHTS_FILE
 
 ALL = ["q_proj", "v_proj", "down_proj"]
@@ -209,7 +212,8 @@ def test_a_bias_setting_without_biases_does_not_stop_the_reader(adapted, tmp_pat
 
 @every_target
 @pytest.mark.parametrize(
-    "case", ["lora", "rslora", "fraction", "alpha_pattern", "rank_pattern", "both patterns, rslora"]
+    "case",
+    ["lora", "rslora", "fraction", "alpha_pattern", "rank_pattern", "both patterns, rslora", "orthogonal", "lora_fa"],
 )
 def test_the_folder_alone_gives_the_same_tensors(adapted, tmp_path, target, case):
     model = adapted(*CASES[case])
@@ -242,12 +246,95 @@ def test_a_folder_in_half_precision_is_written_in_fp32(adapted, tmp_path, target
 
 
 @every_target
-@pytest.mark.parametrize("case", ["pissa", "olora", "orthogonal", "vera", "lora_fa", "lora_xs"])
+@pytest.mark.parametrize("case", ["pissa", "olora", "vera", "lora_xs"])
 def test_a_variant_that_needs_its_base_is_refused_from_the_folder(adapted, tmp_path, target, case):
     save_adapter(adapted(*CASES[case]), tmp_path / "adapter")
     with pytest.raises(StateError, match=rf"a {case} adapter depends on its base model; give it with --model"):
         export_folder(tmp_path / "adapter", tmp_path / "out", target)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["vllm", "llama.cpp", "mlx", GGUF])
+@pytest.mark.parametrize(
+    ("fields", "words", "way"),
+    [
+        ({"use_dora": True}, "DoRA rescales every row", "minilora merge makes a whole model of it"),
+        ({"alora_invocation_tokens": [3, 5]}, "changes some tokens and not others", "run it in minilora or PEFT"),
+    ],
+    ids=["dora", "alora"],
+)
+def test_where_no_base_would_help_none_is_asked_for(adapted, tmp_path, target, fields, words, way):
+    if target == "mlx" and "use_dora" in fields:
+        pytest.skip("it holds DoRA")
+    save_adapter(adapted(fields), tmp_path / "adapter")
+    stored = read_adapter(tmp_path / "adapter")
+    with pytest.raises(StateError, match=rf"{words}.*, and .* holds no such adapter; {way}") as caught:
+        stored_factors(stored, target)
+    assert "--model" not in str(caught.value) and refusal(stored, target) == (
+        str(caught.value).removeprefix(f"{stored.path}: "),
+        False,
+    )
+    if target != GGUF:
+        with pytest.raises(StateError, match=words):
+            export_folder(tmp_path / "adapter", tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+
+
+class Reads(TorchDispatchMode):
+    """How many numbers the largest tensor had that an operation made, those on "meta" aside."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        held = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor) and not t.is_meta}
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(each, torch.Tensor) and not each.is_meta and each.untyped_storage().data_ptr() not in held:
+                self.most = max(self.most, each.numel())
+        return out
+
+
+SHAPES = {
+    **{name: ({**fields, "variant": kind}) for name, (fields, kind) in CASES.items() if name != "regex"},
+    "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": [3, 5]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "copy": {"modules_to_save": ["lm_head"]},
+    "bias": {"lora_bias": True},
+    "rank": {"r": 600, "target_modules": ["q_proj"]},
+    "overflow": {"lora_alpha": 1e30},
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", SHAPES)
+def test_whether_a_program_takes_it_is_told_by_shapes_as_the_export_tells_it(adapted, tmp_path, target, case):
+    fields = dict(SHAPES[case])
+    model = adapted(fields, fields.pop("variant", None))
+    if case == "overflow":
+        with torch.no_grad():
+            adapters_of(model).named("default")["model.layers.1.mlp.down_proj"].lora_B.mul_(1e12)
+    save_adapter(model, tmp_path / "adapter")
+    stored, part = read_adapter(tmp_path / "adapter"), "text_encoder" if target == "diffusers" else None
+    with Reads() as reads:
+        said, _ = refusal(stored, target, part)
+    assert reads.most <= 2, "the ends of what a tensor holds, and no copy of it"
+    assert said == refused(
+        lambda: export_folder(tmp_path / "adapter", tmp_path / "out", target, component=part), stored
+    )
+    assert (case != "overflow" or "NaN or infinity" in said) and (
+        case != "lora" or target == "diffusers" or said is None
+    )
+
+
+def refused(call, stored):
+    """What a call raises, without the file's name; None for nothing."""
+    try:
+        call()
+    except MiniLoraError as error:
+        return str(error).removeprefix(f"{stored.path}: ")
+    return None
 
 
 @every_target

@@ -212,6 +212,7 @@ def test_no_other_program_is_promised_experts_or_routers(tmp_path, names):
     for target, server in zip(("vllm", "llama.cpp", "mlx"), takes.values(), strict=True):
         if target in bases:
             assert server.takes == "after export" and bases[target] in server.why
+            assert "is a projection of experts" in server.why
         else:
             assert server.takes == "no" and "minilora merge" in server.why
         ways = [
