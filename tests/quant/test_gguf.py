@@ -96,7 +96,10 @@ def test_rows_in_another_order(kind):
 
 @pytest.mark.parametrize(
     ("kind", "wanted"),
-    [("Q4_0", 4.5), ("Q4_1", 5), ("Q5_0", 5.5), ("Q5_1", 6), ("Q8_0", 8.5), ("Q4_K", 4.5), ("Q6_K", 6.5625)],
+    [
+        *(("Q4_0", 4.5), ("Q4_1", 5), ("Q5_0", 5.5), ("Q5_1", 6), ("Q8_0", 8.5)),
+        *(("Q2_K", 2.625), ("Q3_K", 3.4375), ("Q4_K", 4.5), ("Q5_K", 5.5), ("Q6_K", 6.5625)),
+    ],
 )
 def test_bits_and_bytes_are_the_files(kind, wanted):
     weight = random_blocks(kind, 5, 3)

@@ -48,7 +48,10 @@ FORMATS: dict[str, GGUFFormat] = {
         GGUFFormat("Q5_0", 32, 22, (0,), blocks32.q5_0, blocks32.q5_0_reference),
         GGUFFormat("Q5_1", 32, 24, (0, 2), blocks32.q5_1, blocks32.q5_1_reference),
         GGUFFormat("Q8_0", 32, 34, (0,), blocks32.q8_0, blocks32.q8_0_reference),
+        GGUFFormat("Q2_K", 256, 84, (80, 82), blocks256.q2_k, blocks256.q2_k_reference),
+        GGUFFormat("Q3_K", 256, 110, (108,), blocks256.q3_k, blocks256.q3_k_reference),
         GGUFFormat("Q4_K", 256, 144, (0, 2), blocks256.q4_k, blocks256.q4_k_reference),
+        GGUFFormat("Q5_K", 256, 176, (0, 2), blocks256.q5_k, blocks256.q5_k_reference),
         GGUFFormat("Q6_K", 256, 210, (208,), blocks256.q6_k, blocks256.q6_k_reference),
     )
 }
