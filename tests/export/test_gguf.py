@@ -293,9 +293,7 @@ def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path)
             fill_model(tiny.model("llama"), odd, tmp_path / "no.gguf")
     for kind, field, value in (
         ("llama", "hidden_act", "gelu"),
-        ("mistral", "sliding_window", 8),
         ("qwen3_moe", "norm_topk_prob", False),
-        ("phi3", "sliding_window", 8),
         ("gemma2", "final_logit_softcapping", None),
         ("gemma2", "attn_logit_softcapping", None),
         *(
@@ -309,6 +307,33 @@ def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path)
         with pytest.raises(CheckpointError, match=field):
             fill_model(tiny.model(kind, **{field: value}), tiny.tokenizer(), tmp_path / "no.gguf")
     assert not (tmp_path / "no.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        *(
+            (kind, {"sliding_window": 8}) for kind in ("mistral", "phi3", "starcoder2")
+        ),  # of which llama.cpp knows nothing
+        *((kind, {"attention_bias": True, "mlp_bias": True}) for kind in ("llama", "granite")),
+        ("qwen2_moe", {"qkv_bias": False}),
+        ("falcon", {"multi_query": False}),
+    ],
+)
+def test_what_a_config_may_ask_for_is_computed(kind, fields, tmp_path):
+    pytest.importorskip("xllamacpp")
+    with serving(base_file(kind, tmp_path, **fields)) as url:
+        assert distance(url, tiny.model(kind, **fields), IDS) < (5e-3 if kind in ROUGH else 1e-4)
+
+
+def test_a_context_that_is_shortened_to_the_window_is_said(tmp_path, capsys):
+    tiny.model("phi3", sliding_window=8).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    _, adapter = adapted("phi3", tmp_path, sliding_window=8)
+    made = merge_to_gguf(str(tmp_path / "model"), str(adapter), str(tmp_path / "merged.gguf"))
+    assert "merged.gguf: says a context of 8 tokens, its window, and not 64" in capsys.readouterr().out
+    with open_gguf(made) as file:
+        assert file.metadata["phi3.context_length"] == file.metadata["phi3.attention.sliding_window"] == 8
 
 
 @pytest.mark.parametrize("scaling", [
