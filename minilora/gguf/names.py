@@ -188,9 +188,9 @@ def names_in(file: GGUF) -> Names:
 
 
 def _whole(file: GGUF, name: str, default: int = 0) -> int:
-    found = file.said(name, int, default)
+    found = file.count(name, default) or 0
     if found < 1:
         raise CheckpointError(
             f"{file.path}: its metadata has no {name}; wanted a whole number, the same for all layers"
         )
-    return int(found)
+    return found
