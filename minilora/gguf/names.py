@@ -89,6 +89,7 @@ TESTED: dict[str, Architecture] = {
     "gptneox": Architecture(("gpt_neox",), {"query_key_value": _by_kind}),
     "falcon": Architecture(("falcon",), {"query_key_value": _by_group}),
 }
+_HEAD = "output"
 # Projections of experts that transformers keeps in one parameter and llama.cpp may keep apart.
 _EXPERTS = {
     "gate_up_proj": (("ffn_gate_up_exps",), ("ffn_gate_exps", "ffn_up_exps")),
@@ -147,6 +148,10 @@ class Names:
             CheckpointError: no file of this architecture has such a weight, or the rows are no whole number of heads.
         """
         name = self._map.get_name(path)
+        if (
+            name is None and path.rpartition(".")[2] == "lm_head"
+        ):  # of Gemma and Command-R the table of tokens is the only head
+            name = _HEAD
         if name is None:
             raise CheckpointError(f"{path}: a GGUF of architecture {self.architecture} has no tensor for it")
         return Place(name + suffix, self._order(path, rows))

@@ -138,12 +138,36 @@ def test_embeddings_and_heads_of_their_own(kind, tmp_path):
         assert distance(url, model, IDS) < 1e-4
 
 
-def test_a_table_that_tokens_and_head_share_is_refused(tmp_path):
-    base = base_file("qwen2", tmp_path)
-    _, folder = adapted("qwen2", tmp_path, config("qwen2", target_modules=["embed_tokens"], ensure_weight_tying=True))
-    with pytest.raises(StateError, match="one table for tokens and head"):
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "gemma3_text", "cohere"])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]], ids="".join)
+def test_a_table_that_tokens_and_head_share_is_refused(kind, targets, tmp_path):
+    base = base_file(kind, tmp_path)
+    _, folder = adapted(kind, tmp_path, config(kind, target_modules=targets, ensure_weight_tying=True))
+    with pytest.raises(StateError, match=r"lm_head: .* has one table for tokens and head, .* write a merged file"):
         export_gguf(folder, base, tmp_path / "own.gguf")
     assert not (tmp_path / "own.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2"])
+def test_a_table_that_tokens_and_head_share_is_merged_into(kind, tmp_path):
+    """The way out that the refusal names, for an adapter that was trained on the file."""
+    from minilora.hf import load_model
+
+    base = base_file(kind, tmp_path)
+    tied = config(kind, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = inject(load_model(str(base)), tied)
+    randomize(model, seed=1)
+    save_adapter(model, tmp_path / "adapter")
+    made = merge_to_gguf(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged.gguf"), "f32")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_model(str(made))(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits, rtol=1e-4, atol=1e-4
+        )
+    alone = inject(load_model(str(base)), config(kind, target_modules=["lm_head"]))
+    randomize(alone, seed=1)
+    save_adapter(alone, tmp_path / "alone")
+    with pytest.raises(StateError, match="one table for tokens and head; adapt the embedding with it"):
+        merge_to_gguf(str(base), str(tmp_path / "alone"), str(tmp_path / "no.gguf"), "f32")
 
 
 def test_a_table_of_places_is_refused(tmp_path):
