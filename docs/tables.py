@@ -279,6 +279,12 @@ def verified() -> str:
     return markdown(heads, rows)
 
 
+def verified_demo() -> str:
+    """The same of a real model, by what the probe was made on and what is served."""
+    heads = ["probe on", "served", "from the adapted model", "scale", "verdict", "exit code"]
+    return markdown(heads, [[row[head] for head in heads] for row in read("verify_demo")])
+
+
 def views() -> str:
     """What PEFT's names cost, beside PEFT."""
     rows = [
@@ -379,6 +385,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "store": store,
     "verify": verified,
+    "verify_demo": verified_demo,
     "head loss": head_loss,
     "job": lambda: job("job"),
     "job, packed by both": lambda: job("job_packed"),

@@ -31,7 +31,9 @@ def blocks_of(values, kind):
 def gguf_weight(kind, rows, columns, seed=1, dtype=torch.float32):
     """A weight of the usual size, about 0.05: its bytes are random, its scales small."""
     form = FORMATS[kind]
-    middle = {"Q4_0": 0.01, "Q4_1": 0.01, "Q5_0": 0.005, "Q5_1": 0.005, "Q8_0": 7e-4, "Q4_K": 2e-4, "Q6_K": 4e-5}[kind]
+    middle = {"Q4_0": 0.01, "Q4_1": 0.01, "Q5_0": 0.005, "Q5_1": 0.005, "Q8_0": 7e-4}
+    middle |= {"Q2_K": 4e-3, "Q3_K": 1e-3, "Q4_K": 2e-4, "Q5_K": 1e-4, "Q6_K": 4e-5}
+    middle = middle[kind]
     found = random_blocks(kind, rows, columns // form.weights, seed, middle, dtype)
     draw = torch.Generator().manual_seed(seed + 1)
     blocks = found.packed.view(-1, form.nbytes)

@@ -159,8 +159,12 @@ def _facts(config):
     head = get("head_dim") or width // heads
     facts |= {"attention.key_length": head, "attention.value_length": head, "rope.freq_base": full.get("rope_theta")}
     facts["rope.dimension_count"] = int(head * full.get("partial_rotary_factor", 1.0))
-    if config.model_type.startswith("gemma"):
+    if full.get("rope_type") == "linear":
+        facts |= {"rope.scaling.type": "linear", "rope.scaling.factor": full["factor"]}
+    if config.model_type.startswith("gemma") or config.model_type == "phi3":
         facts["attention.sliding_window"] = config.sliding_window
+    if config.model_type == "gemma3_text":
+        facts["final_logit_softcapping"] = config.final_logit_softcapping
     if config.model_type == "gemma2":
         facts["attn_logit_softcapping"] = config.attn_logit_softcapping
         facts["final_logit_softcapping"] = config.final_logit_softcapping
@@ -173,7 +177,7 @@ def _facts(config):
 
 def _converted(architecture, name, tensor, config):
     """As the converter changes the values of a tensor."""
-    if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+    if architecture == "llama" and any(part in name for part in (".attn_q.", ".attn_k.")):
         heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
         return tensor.view(heads, 2, len(tensor) // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):

@@ -6,6 +6,7 @@ blocks is left to the ``gguf`` package. Next file: ``hf/gguf_model.py``.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ __all__ = ["GGUF", "SUFFIX", "gguf_in", "has_blocks", "open_gguf"]
 
 SUFFIX = ".gguf"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
 _ROWS = 1 << 22  # weights that are decoded at a time
 
 
@@ -42,15 +44,35 @@ class GGUF:
         self.path, self._file = path, file
         self.metadata, self.tensors = read_header(file, path)
 
-    def said(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """A value of the metadata. Raises ``CheckpointError`` where it is of another type than the one that is asked for."""
+    def said(self, name: str, kind: type, default: Any = None) -> Any:
+        """A value of the metadata. Raises ``CheckpointError`` where it is none of ``kind`` (of float: no finite number)."""
         value = self.metadata.get(name)
         if value is None:
             return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
-            raise CheckpointError(f"{self.path}: its metadata says {name}={shown(value)}; wanted {wanted}")
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or (isinstance(value, bool) and kind is not bool) or (kind is float and not math.isfinite(value)):
+            raise self._wrong(name, value, _WORDS[kind])
         return value
+
+    def items(self, name: str, kind: type) -> list[Any]:
+        """A list of the metadata, empty where there is none. Raises ``CheckpointError`` where an item is none of ``kind``."""
+        found: list[Any] = self.said(name, list, [])
+        if wrong := [item for item in found if not isinstance(item, (int, float) if kind is float else kind)]:
+            raise self._wrong(name, wrong[0], f"a list, each item {_WORDS[kind]}")
+        return found
+
+    def count(self, name: str, default: int | None = None) -> int | None:
+        """A whole number; llama.cpp takes a list of one for each layer, too. Raises ``CheckpointError`` for all else."""
+        value = self.metadata.get(name)
+        if not isinstance(value, list):
+            return self.said(name, int, default)
+        layers = self.said(f"{self.architecture}.block_count", int)
+        if len(value) != layers or len(set(value)) != 1 or type(value[0]) is not int:
+            raise self._wrong(name, value, "a whole number, the same for all layers")
+        return value[0]
+
+    def _wrong(self, name: str, value: Any, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: its metadata says {name}={shown(value)}; wanted {wanted}")
 
     @property
     def architecture(self) -> str:

@@ -89,6 +89,7 @@ TESTED: dict[str, Architecture] = {
     "gptneox": Architecture(("gpt_neox",), {"query_key_value": _by_kind}),
     "falcon": Architecture(("falcon",), {"query_key_value": _by_group}),
 }
+_HEAD = "output"
 # Projections of experts that transformers keeps in one parameter and llama.cpp may keep apart.
 _EXPERTS = {
     "gate_up_proj": (("ffn_gate_up_exps",), ("ffn_gate_exps", "ffn_up_exps")),
@@ -153,7 +154,8 @@ class Names:
     def tensor(self, path: str) -> str | None:
         """What a file calls the module at ``path``, without ``.weight``; None for one that it has no name for."""
         found: str | None = self._map.get_name(path)
-        return found
+        # The table of tokens is the only head of Gemma and Command-R, which have no name for it.
+        return _HEAD if found is None and path.rpartition(".")[2] == "lm_head" else found
 
     def experts(self, path: str, rows: int, has: Callable[[str], bool]) -> list[Place]:
         """Of a projection of experts, whose path ends in its name: one tensor, or two with half the rows each.
@@ -192,9 +194,9 @@ def names_in(file: GGUF) -> Names:
 
 
 def _whole(file: GGUF, name: str, default: int = 0) -> int:
-    found = file.said(name, int, default)
+    found = file.count(name, default) or 0
     if found < 1:
         raise CheckpointError(
             f"{file.path}: its metadata has no {name}; wanted a whole number, the same for all layers"
         )
-    return int(found)
+    return found

@@ -17,6 +17,7 @@ from minilora.errors import CheckpointError
 from minilora.files.validate import shown
 from minilora.gguf.file import GGUF, open_gguf
 from minilora.hf.folders import import_transformers, refuse_endless
+from minilora.hf.gguf_entries import entries
 
 __all__ = ["KNOWN", "gguf_config", "gguf_config_of"]
 
@@ -32,14 +33,9 @@ KNOWN = {
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
-_SAID_BY_TENSORS = {
-    "attention.key_length",
-    "attention.value_length",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "vocab_size",
-}
-_WITHOUT_MEANING = {"expert_count": 0, "rope.scaling.type": "none"}  # at these values
+_SAID_BY_TENSORS = ("attention.value_length", "vocab_size")
+_HEADS = ("attention.head_count", "attention.head_count_kv", "attention.key_length")
+_ANGLES = ("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
 _ROPE_FREQS = "rope_freqs.weight"
 _LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
@@ -67,10 +63,9 @@ def gguf_config(file: GGUF) -> Any:
         raise CheckpointError(
             f"{file.path}: is of the architecture {shown(arch)}; known are {', '.join(KNOWN)}; load the model that it was made of"
         )
-    own = {key.removeprefix(f"{arch}."): value for key, value in file.metadata.items() if key.startswith(f"{arch}.")}
+    own = _own(file)
     fields = _fields(file, own) | _tokens(file) | _rotary(file, own) | _OWN.get(arch, _nothing)(own)
-    if arch == "stablelm":
-        fields["use_qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
+    fields |= {field: any(name in file.tensors for name in names) for field, names in _BIASES.get(arch, {}).items()}
     try:
         config = transformers.AutoConfig.for_model(KNOWN[arch], **fields)
         refuse_endless([config], str(file.path))
@@ -81,25 +76,28 @@ def gguf_config(file: GGUF) -> Any:
         raise CheckpointError(f"{file.path}: its metadata makes no model ({type(error).__name__}: {error})") from None
 
 
-def _fields(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' table names, and nothing that nobody names."""
+def _own(file: GGUF) -> dict[str, Any]:
+    """The entries of the architecture, those that llama.cpp opens no file without among them."""
+    arch, table = file.architecture, _table(file.architecture)
+    own = entries(file, {*table, *_SAID_BY_TENSORS, *_HEADS, *(_ANGLES if arch != "gpt2" else ())})
+    epsilon = next(key for key in table if key.endswith("epsilon"))
+    for key in ("block_count", "embedding_length", "attention.head_count", "context_length", epsilon):
+        if not own.get(key):
+            raise CheckpointError(f"{file.path}: its metadata lacks {arch}.{key}; make the file anew")
+    if "attention.head_count_kv" in table:
+        own.setdefault("attention.head_count_kv", own["attention.head_count"])
+    return own
+
+
+def _table(arch: str) -> dict[str, str | None]:
+    """Endings of entries to the config's fields: transformers' own table, and what it lacks."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
-    arch = file.architecture
-    table = {key: name for key, name in GGUF_CONFIG_MAPPING[arch].items() if key != "rope.dimension_count"}
-    for key, value in own.items():
-        known = key in table or key in _SAID_BY_TENSORS or key in _ALSO.get(arch, {})
-        if not known and (key not in _WITHOUT_MEANING or _WITHOUT_MEANING[key] != value):
-            raise CheckpointError(
-                f"{file.path}: its metadata says {arch}.{key}={shown(value)}, which is not read yet; load the model that it was made of"
-            )
-    epsilon = next(key for key in table if key.endswith("epsilon"))  # as llama.cpp, which opens no file without
-    wanted = dict.fromkeys(("block_count", "embedding_length", "attention.head_count", "context_length"), int)
-    for key, kind in {**wanted, epsilon: float}.items():
-        if not file.said(f"{arch}.{key}", kind):
-            raise CheckpointError(f"{file.path}: its metadata lacks {arch}.{key}; make the file anew")
-    table = table | _ALSO.get(arch, {})
-    return {name: own[key] for key, name in table.items() if name is not None and key in own}
+    return {key: name for key, name in GGUF_CONFIG_MAPPING[arch].items() if key not in _ANGLES} | _ALSO.get(arch, {})
+
+
+def _fields(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: own[key] for key, name in _table(file.architecture).items() if name is not None and key in own}
 
 
 def _tokens(file: GGUF) -> dict[str, Any]:
@@ -128,8 +126,7 @@ def _rotary(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{file.path}: its heads have keys of {width} and values of {own['attention.value_length']}"
         )
-    base = float(own.get("rope.freq_base", 10_000.0))
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    rope = _stretched(file, own)
     if file.architecture in _PARTIAL:
         rope["partial_rotary_factor"] = turning / width
     elif turning != width:
@@ -137,9 +134,9 @@ def _rotary(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
             f"{file.path}: turns {turning} of the {width} numbers of a head, which is not read of {file.architecture!r} yet"
         )
     if _ROPE_FREQS in file.tensors:
-        rope |= _llama3(file, base, width)
-    if file.architecture == "gemma3":  # layers that see little of the text turn by angles of their own
-        near = rope | {"rope_theta": float(own.get("rope.freq_base_swa", 10_000.0))}
+        rope |= _llama3(file, rope, width)
+    if file.architecture == "gemma3":  # layers that see little of the text turn by angles of their own, never stretched
+        near = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10_000.0)}
         return {"head_dim": width, "rope_parameters": {"full_attention": rope, "sliding_attention": near}}
     return {"head_dim": width, "rope_parameters": rope}
 
@@ -147,8 +144,28 @@ def _rotary(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
 _PARTIAL = ("phi3", "stablelm")
 
 
-def _llama3(file: GGUF, base: float, width: int) -> dict[str, Any]:
-    """Llama 3's rule for long texts, found by the factors that the file holds for it. Raises ``CheckpointError`` for other factors."""
+def _stretched(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The base of the angles, and how far they are stretched: evenly, or not at all. As in llama.cpp, no factor and one of 0 are none."""
+    base, kind = own.get("rope.freq_base", 10_000.0), own.get("rope.scaling.type", "linear")
+    if base <= 0 or kind not in ("linear", "none"):
+        name, value = ("freq_base", base) if base <= 0 else ("scaling.type", kind)
+        raise CheckpointError(
+            f"{file.path}: its metadata says {file.architecture}.rope.{name}={shown(value)}, which is not read yet; load the model that it "
+            "was made of"
+        )
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0)) or 1.0
+    if kind == "none" or factor == 1.0:
+        return {"rope_type": "default", "rope_theta": base}
+    return {"rope_type": "linear", "rope_theta": base, "factor": factor}
+
+
+def _llama3(file: GGUF, rope: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Llama 3's rule for long texts, found by the factors that the file holds for it. Raises ``CheckpointError`` for others."""
+    base = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        raise CheckpointError(
+            f"{file.path}: stretches its angles by a factor and by {_ROPE_FREQS}; load the model that it was made of"
+        )
     found = file.values(_ROPE_FREQS)
     for factor in (8.0, 32.0, 16.0, 4.0, 2.0):
         if torch.allclose(found, _factors(base, width, factor), rtol=1e-3):
@@ -176,11 +193,9 @@ def _nothing(own: Mapping[str, Any]) -> dict[str, Any]:
 def _gemma3(own: Mapping[str, Any]) -> dict[str, Any]:
     """Without a window llama.cpp has no layer that sees little of the text, and transformers' own default is one of 4096."""
     fields = _gemma(own, 62)
-    return (
-        fields
-        if own.get("attention.sliding_window")
-        else fields | {"layer_types": ["full_attention"] * own["block_count"]}
-    )
+    if own.get("attention.sliding_window"):
+        return fields
+    return fields | {"layer_types": ["full_attention"] * own["block_count"]}
 
 
 def _gemma(own: Mapping[str, Any], largest: int) -> dict[str, Any]:
@@ -193,6 +208,7 @@ def _gemma(own: Mapping[str, Any], largest: int) -> dict[str, Any]:
 _OWN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma2": lambda own: _gemma(own, 46),
     "gemma3": _gemma3,
+    "phi3": lambda own: {"sliding_window": own.get("attention.sliding_window") or None},  # which llama.cpp passes over
     "gpt2": lambda own: {"n_positions": own.get("context_length", 1024), "n_inner": own.get("feed_forward_length")},
 }
 _ALSO: dict[str, dict[str, str | None]] = {
@@ -200,6 +216,12 @@ _ALSO: dict[str, dict[str, str | None]] = {
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-    "gemma3": {"rope.freq_base_swa": None},
+    "gemma3": {"rope.freq_base_swa": None, "final_logit_softcapping": "final_logit_softcapping"},
+    "phi3": {"attention.sliding_window": None},
     "stablelm": {"use_parallel_residual": "use_parallel_residual"},
+}
+# Fields of configs that say whether layers have a bias, which the file says by holding one.
+_BIASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {"attention_bias": ("blk.0.attn_q.bias", "blk.0.attn_output.bias"), "mlp_bias": ("blk.0.ffn_up.bias",)},
+    "stablelm": {"use_qkv_bias": ("blk.0.attn_q.bias",)},
 }

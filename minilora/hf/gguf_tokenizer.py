@@ -70,11 +70,11 @@ def gguf_tokenizer(path: Path) -> Any:
     """
     transformers = import_transformers()
     with open_gguf(path) as file:
-        build = _KINDS.get(file.said("tokenizer.ggml.model", str, ""))
+        build = _BUILDERS.get(file.said("tokenizer.ggml.model", str, ""))
         if build is None:
             raise CheckpointError(
                 f"{path}: its tokenizer is of the kind {shown(file.metadata.get('tokenizer.ggml.model'))}; known are "
-                f"{', '.join(_KINDS)}; {_WAY_OUT}"
+                f"{', '.join(_BUILDERS)}; {_WAY_OUT}"
             )
         try:
             backend, begins = build(file)
@@ -96,9 +96,9 @@ _WAY_OUT = "take the tokenizer from the model that the file was made of"
 
 
 def _tokens(file: GGUF) -> list[str]:
-    tokens = file.said("tokenizer.ggml.tokens", list, [])
+    tokens = file.items("tokenizer.ggml.tokens", str)
     embedded = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else len(tokens)
-    if not tokens or len(tokens) > embedded or not all(isinstance(token, str) for token in tokens):
+    if not tokens or len(tokens) > embedded:
         raise CheckpointError(
             f"{file.path}: has {len(tokens):,} tokens, and an embedding of {embedded:,}; wanted a text for each"
         )
@@ -106,14 +106,27 @@ def _tokens(file: GGUF) -> list[str]:
 
 
 def _special(file: GGUF) -> dict[str, str]:
-    tokens, found = _tokens(file), {}
+    found = {}
     for name, key in _SPECIAL.items():
         place = file.said(f"tokenizer.ggml.{key}_token_id", int)
         if place is not None:
-            if not 0 <= place < len(tokens):
-                raise CheckpointError(f"{file.path}: its {key} token is number {place:,} of {len(tokens):,}")
-            found[name] = tokens[place]
+            found[name] = _token(file, key, place)
     return found
+
+
+def _token(file: GGUF, key: str, place: int) -> str:
+    tokens = _tokens(file)
+    if not 0 <= place < len(tokens):
+        raise CheckpointError(f"{file.path}: its {key} token is number {place:,} of {len(tokens):,}")
+    return tokens[place]
+
+
+def _kinds(file: GGUF) -> list[int]:
+    """Of each token; all are pieces of a text where nothing is said."""
+    tokens, kinds = _tokens(file), file.items("tokenizer.ggml.token_type", int)
+    if kinds and len(kinds) != len(tokens):
+        raise CheckpointError(f"{file.path}: has {len(kinds):,} kinds for {len(tokens):,} tokens; wanted one for each")
+    return kinds or [_NORMAL] * len(tokens)
 
 
 def _byte_level(file: GGUF) -> tuple[Any, bool]:
@@ -127,7 +140,7 @@ def _byte_level(file: GGUF) -> tuple[Any, bool]:
             f"{file.path}: its text is cut by a rule called {shown(name)}, which is not known here (the closest names are "
             f"{nearest(name, CUTS)}); {_WAY_OUT}"
         )
-    pairs = [str(merge).split(" ") for merge in file.said("tokenizer.ggml.merges", list, [])]
+    pairs = [merge.split(" ") for merge in file.items("tokenizer.ggml.merges", str)]
     if wrong := [pair for pair in pairs if len(pair) != 2]:
         raise CheckpointError(f"{file.path}: has a merge of {len(wrong[0])} parts; wanted two")
     vocabulary = {token: place for place, token in enumerate(_tokens(file))}
@@ -144,13 +157,13 @@ def _pieces(file: GGUF) -> tuple[Any, bool]:
     """Sentencepiece's vocabulary: pieces with scores, of which the best pair is merged first; what is no piece is written in bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    tokens, scores = _tokens(file), file.said("tokenizer.ggml.scores", list, [])
+    tokens, scores = _tokens(file), file.items("tokenizer.ggml.scores", float)
     if len(scores) != len(tokens):
         raise CheckpointError(
             f"{file.path}: has {len(scores):,} scores for {len(tokens):,} tokens; wanted one for each"
         )
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    unknown = tokens[file.said("tokenizer.ggml.unknown_token_id", int, 0)]
+    unknown = _token(file, "unknown", file.said("tokenizer.ggml.unknown_token_id", int, 0))
     merges = _merges(file, vocabulary, scores)
     backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown))
     before = [normalizers.Prepend(_SPACE)] if file.said("tokenizer.ggml.add_space_prefix", bool, True) else []
@@ -164,7 +177,7 @@ def _pieces(file: GGUF) -> tuple[Any, bool]:
 
 def _merges(file: GGUF, vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """The pairs that make a piece, best piece first. A piece that steers a model, or is a byte, is not merged."""
-    kinds = file.said("tokenizer.ggml.token_type", list, [1] * len(scores))
+    kinds = _kinds(file)
     plain = {piece for piece, place in vocabulary.items() if kinds[place] == _NORMAL}
     best = sorted(plain, key=lambda piece: (-scores[vocabulary[piece]], vocabulary[piece]))
     return [
@@ -175,17 +188,17 @@ def _merges(file: GGUF, vocabulary: dict[str, int], scores: list[float]) -> list
     ]
 
 
-_KINDS = {"gpt2": _byte_level, "llama": _pieces}
+_BUILDERS = {"gpt2": _byte_level, "llama": _pieces}
 
 
 def _add_tokens(backend: Any, file: GGUF) -> None:
     """The tokens that are found in a text as they stand, before it is cut: those that steer a model, and those that somebody added."""
     from tokenizers import AddedToken
 
-    tokens, kinds = _tokens(file), file.said("tokenizer.ggml.token_type", list, [])
+    tokens, kinds = _tokens(file), _kinds(file)
     found = [
         AddedToken(token, normalized=False, special=kind == _CONTROL)
-        for token, kind in zip(tokens, kinds, strict=False)
+        for token, kind in zip(tokens, kinds, strict=True)
         if kind in (_CONTROL, _OWN) and token
     ]
     backend.add_special_tokens([token for token in found if token.special])

@@ -15,6 +15,7 @@ from minilora.files.write import new_file
 from minilora.gguf.file import gguf_in, open_gguf
 from minilora.gguf.rewrite import rewrite
 from minilora.hf.folders import in_new_folder, refuse_occupied
+from minilora.hf.gguf_limits import shortened
 from minilora.hf.gguf_merge import fill_model
 from minilora.hf.load import load_model, load_tokenizer, resolve
 from minilora.hf.older_readers import save_dense
@@ -94,7 +95,10 @@ def merge_to_gguf(
         with torch.no_grad(), open_gguf(served) as file:
             return new_file(out, lambda path: rewrite(file, updates, path, kind))
     _merge(merged, model)
-    return new_file(out, lambda path: fill_model(merged, tokenizer, path, kind))
+    written = new_file(out, lambda path: fill_model(merged, tokenizer, path, kind))
+    if sentence := shortened(merged.config):
+        print(f"{out}: {sentence}")
+    return written
 
 
 def _adapted(

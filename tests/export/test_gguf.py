@@ -138,12 +138,36 @@ def test_embeddings_and_heads_of_their_own(kind, tmp_path):
         assert distance(url, model, IDS) < 1e-4
 
 
-def test_a_table_that_tokens_and_head_share_is_refused(tmp_path):
-    base = base_file("qwen2", tmp_path)
-    _, folder = adapted("qwen2", tmp_path, config("qwen2", target_modules=["embed_tokens"], ensure_weight_tying=True))
-    with pytest.raises(StateError, match="one table for tokens and head"):
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "gemma3_text", "cohere"])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]], ids="".join)
+def test_a_table_that_tokens_and_head_share_is_refused(kind, targets, tmp_path):
+    base = base_file(kind, tmp_path)
+    _, folder = adapted(kind, tmp_path, config(kind, target_modules=targets, ensure_weight_tying=True))
+    with pytest.raises(StateError, match=r"lm_head: .* has one table for tokens and head, .* write a merged file"):
         export_gguf(folder, base, tmp_path / "own.gguf")
     assert not (tmp_path / "own.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2"])
+def test_a_table_that_tokens_and_head_share_is_merged_into(kind, tmp_path):
+    """The way out that the refusal names, for an adapter that was trained on the file."""
+    from minilora.hf import load_model
+
+    base = base_file(kind, tmp_path)
+    tied = config(kind, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = inject(load_model(str(base)), tied)
+    randomize(model, seed=1)
+    save_adapter(model, tmp_path / "adapter")
+    made = merge_to_gguf(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged.gguf"), "f32")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_model(str(made))(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits, rtol=1e-4, atol=1e-4
+        )
+    alone = inject(load_model(str(base)), config(kind, target_modules=["lm_head"]))
+    randomize(alone, seed=1)
+    save_adapter(alone, tmp_path / "alone")
+    with pytest.raises(StateError, match="one table for tokens and head; adapt the embedding with it"):
+        merge_to_gguf(str(base), str(tmp_path / "alone"), str(tmp_path / "no.gguf"), "f32")
 
 
 def test_a_table_of_places_is_refused(tmp_path):
@@ -293,9 +317,7 @@ def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path)
             fill_model(tiny.model("llama"), odd, tmp_path / "no.gguf")
     for kind, field, value in (
         ("llama", "hidden_act", "gelu"),
-        ("mistral", "sliding_window", 8),
         ("qwen3_moe", "norm_topk_prob", False),
-        ("phi3", "sliding_window", 8),
         ("gemma2", "final_logit_softcapping", None),
         ("gemma2", "attn_logit_softcapping", None),
         *(
@@ -309,6 +331,33 @@ def test_a_tokenizer_or_config_that_llama_cpp_would_misread_is_refused(tmp_path)
         with pytest.raises(CheckpointError, match=field):
             fill_model(tiny.model(kind, **{field: value}), tiny.tokenizer(), tmp_path / "no.gguf")
     assert not (tmp_path / "no.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        *(
+            (kind, {"sliding_window": 8}) for kind in ("mistral", "phi3", "starcoder2")
+        ),  # of which llama.cpp knows nothing
+        *((kind, {"attention_bias": True, "mlp_bias": True}) for kind in ("llama", "granite")),
+        ("qwen2_moe", {"qkv_bias": False}),
+        ("falcon", {"multi_query": False}),
+    ],
+)
+def test_what_a_config_may_ask_for_is_computed(kind, fields, tmp_path):
+    pytest.importorskip("xllamacpp")
+    with serving(base_file(kind, tmp_path, **fields)) as url:
+        assert distance(url, tiny.model(kind, **fields), IDS) < (5e-3 if kind in ROUGH else 1e-4)
+
+
+def test_a_context_that_is_shortened_to_the_window_is_said(tmp_path, capsys):
+    tiny.model("phi3", sliding_window=8).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    _, adapter = adapted("phi3", tmp_path, sliding_window=8)
+    made = merge_to_gguf(str(tmp_path / "model"), str(adapter), str(tmp_path / "merged.gguf"))
+    assert "merged.gguf: says a context of 8 tokens, its window, and not 64" in capsys.readouterr().out
+    with open_gguf(made) as file:
+        assert file.metadata["phi3.context_length"] == file.metadata["phi3.attention.sliding_window"] == 8
 
 
 @pytest.mark.parametrize("scaling", [

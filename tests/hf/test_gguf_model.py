@@ -24,7 +24,7 @@ from minilora.linear.packed import QuantLinear
 from minilora.quant.config import QuantConfig
 from minilora.quant.gguf.formats import FORMATS
 from tests.gguf_files import ARCHITECTURES, VOCABULARY, tiny, write_gguf
-from tests.llama_cpp import distance, serving
+from tests.llama_cpp import distance, post, serving
 
 IDS = torch.randint(0, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(1))
 
@@ -236,6 +236,75 @@ def test_ends_of_turn_end_an_answer(tmp_path):
     assert load_model(str(path)).generation_config.eos_token_id == [257, 259]
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0}
+NEAR = {"rope_type": "default", "rope_theta": 900.0}
+SEVEN = {"num_hidden_layers": 7, "sliding_window": 4, "intermediate_size": 32}
+# Architecture, what its config has, entries of the file that are other than the converter's.
+SAID = {
+    "all biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
+    "biases of attention": ("llama", {"attention_bias": True}, {}),
+    "biases of the MLP": ("llama", {"mlp_bias": True, "tie_word_embeddings": True}, {}),
+    **{f"stretched {kind}": (kind, {"rope_parameters": LINEAR}, {}) for kind in ("llama", "qwen2", "qwen3", "starcoder2", "gemma2")},
+    "stretched in part": ("stablelm", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}, {}),
+    "stretched by the old name": (
+        "llama",
+        {"rope_parameters": LINEAR},
+        {"llama__rope__scaling__type": None, "llama__rope__scaling__factor": None, "llama__rope__scale_linear": 4.0},
+    ),
+    "a factor of 0": ("llama", {}, {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 0.0}),
+    "a factor of none": ("llama", {}, {"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 8.0}),
+    "Gemma 3 of 4B": ("gemma3", {**SEVEN, "rope_parameters": {"full_attention": LINEAR, "sliding_attention": NEAR}}, {}),
+    "Gemma 3 with a cap": ("gemma3", {"final_logit_softcapping": 3.0}, {}),
+    "no experts": ("llama", {}, {"llama__expert_count": 0, "llama__expert_used_count": 0}),
+    "lists": ("llama", {}, {"llama__attention__head_count": [4, 4], "llama__attention__head_count_kv": [2, 2]}),
+    "a list of widths": ("qwen3", {}, {"qwen3__feed_forward_length": [96, 96], "qwen3__attention__head_count_kv": [2, 2]}),
+    **{
+        f"as many keys {kind}": (kind, {"num_key_value_heads": 4}, {f"{kind}__attention__head_count_kv": None})
+        for kind in ARCHITECTURES
+        if kind != "gpt2"
+    },
+    "a window": ("phi3", {"sliding_window": 24}, {}),
+    "a window of 0": ("phi3", {}, {"phi3__attention__sliding_window": 0}),
+    "a context of old": ("phi3", {}, {"phi3__rope__scaling__original_context_length": 128}),
+}  # fmt: skip
+SHORT = IDS[0, :12].tolist()
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_a_file_may_say_is_read_to_the_bit(said, tmp_path):
+    architecture, fields, changes = SAID[said]
+    model = tiny(architecture, **fields)
+    found = load_model(str(write_gguf(tmp_path / "model.gguf", model, **changes)))
+    assert torch.equal(logits(found), logits(model))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(said, marks=() if said in ("all biases", "stretched llama", "Gemma 3 of 4B") else pytest.mark.slow)
+        for said in SAID
+    ],
+)
+def test_llama_cpp_says_the_same_of_it(said, tmp_path):
+    pytest.importorskip("xllamacpp")
+    architecture, fields, changes = SAID[said]
+    path = write_gguf(tmp_path / "model.gguf", tiny(architecture, **fields), **changes)
+    found = load_model(str(path))
+    with serving(path) as url:
+        near = (
+            5e-3 if architecture in ("gemma2", "gemma3", "starcoder2") else 1e-4
+        )  # whose activation is a table in fp16
+        assert distance(url, found, SHORT) < near
+        told = post(url, "/completion", prompt=SHORT, n_predict=8, temperature=0, return_tokens=True, ignore_eos=True)
+    own = list(SHORT)
+    with torch.no_grad():
+        for _ in told["tokens"]:
+            scores = found(torch.tensor([own])).logits[0, -1]
+            scores[found.config.eos_token_id] = -torch.inf
+            own.append(int(scores.argmax()))
+    assert len(told["tokens"]) == 8 and told["tokens"] == own[len(SHORT) :]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -250,12 +319,24 @@ def test_ends_of_turn_end_an_answer(tmp_path):
         ({"llama__block_count": None}, "lacks llama.block_count"),
         ({"llama__context_length": None}, "lacks llama.context_length"),
         ({"llama__attention__layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms_epsilon"),
-        ({"llama__block_count": "two"}, "llama.block_count='two'; wanted int"),
+        ({"llama__block_count": "two"}, "llama.block_count='two'; wanted a whole number"),
         ({"llama__embedding_length": 32}, "is .*the model wants"),
         ({"llama__feed_forward_length": 64}, "is .*the model wants"),
         ({"llama__attention__head_count": 0}, "lacks llama.attention.head_count"),
         ({"llama__attention__head_count_kv": 3}, "wants|makes no model"),
-        ({"llama__rope__freq_base": "far"}, "model "),
+        ({"llama__rope__freq_base": "far"}, "llama.rope.freq_base='far'; wanted a number"),
+        ({"llama__rope__freq_base": float("nan")}, "llama.rope.freq_base=nan; wanted a number"),
+        ({"llama__rope__freq_base": 0.0}, "llama.rope.freq_base=0.0, which is not read yet"),
+        ({"llama__vocab_size": "many"}, "llama.vocab_size='many'; wanted a whole number"),
+        ({"llama__attention__key_length": 16.0}, "llama.attention.key_length=16.0; wanted a whole number"),
+        ({"llama__rope__scaling__type": 7}, "llama.rope.scaling.type=7; wanted a text"),
+        ({"llama__rope__scaling__attn_factor": 1.5}, "says llama.rope.scaling.attn_factor=1.5"),
+        (
+            {"llama__attention__head_count": [4, 2]},
+            r"head_count=\[4, 2\]; wanted a whole number, the same for all layers",
+        ),
+        ({"llama__attention__head_count": [4, 4, 4]}, "wanted a whole number, the same for all layers"),
+        ({"tokenizer__ggml__eos_token_id": "last"}, "tokenizer.ggml.eos_token_id='last'; wanted a whole number"),
         ({"general__architecture": "rwkv6"}, "is of the architecture 'rwkv6'; known are gemma2, "),
     ],
 )
@@ -291,7 +372,9 @@ def changed(path, entries):
         name: (field.contents(), field.types) for name, field in reader.fields.items() if not name.startswith("GGUF.")
     }
     kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
-    own |= {name: None if value is None else (value, [kinds[type(value)]]) for name, value in entries.items()}
+    lists = {list: [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]}
+    of = lists | {kind: [number] for kind, number in kinds.items()}
+    own |= {name: None if value is None else (value, of[type(value)]) for name, value in entries.items()}
     architecture, _ = own.pop("general.architecture")
     writer = gguf.GGUFWriter(other := path.with_suffix(".new"), architecture)
     for name, found in own.items():

@@ -111,9 +111,25 @@ def test_a_saved_tokenizer_is_the_same(file, tmp_path):
         ({"tokenizer__ggml__merges": ["zz qq"]}, "model "),
         ({"tokenizer__ggml__tokens": None}, "has 0 tokens, and an embedding of 320"),
         ({"tokenizer__ggml__tokens": [f"t{i}" for i in range(321)]}, "has 321 tokens, and an embedding of 320"),
-        ({"tokenizer__ggml__tokens": [1, 2, 3]}, "wanted a text for each"),
+        ({"tokenizer__ggml__tokens": [1, 2, 3]}, "tokens=1; wanted a list, each item a text"),
+        ({"tokenizer__ggml__tokens": "abc"}, "tokens='abc'; wanted a list"),
+        ({"tokenizer__ggml__merges": [4, 5]}, "merges=4; wanted a list, each item a text"),
+        ({"tokenizer__ggml__token_type": ["a", "b"]}, "token_type='a'; wanted a list, each item a whole number"),
+        ({"tokenizer__ggml__token_type": [1, 1]}, "has 2 kinds for 320 tokens"),
+        (
+            {"tokenizer__ggml__model": "llama", "tokenizer__ggml__scores": ["a"]},
+            "scores='a'; wanted a list, each item a number",
+        ),
+        (
+            {
+                "tokenizer__ggml__model": "llama",
+                "tokenizer__ggml__scores": [0.0] * 320,
+                "tokenizer__ggml__unknown_token_id": 999,
+            },
+            "its unknown token is number 999 of 320",
+        ),
         ({"tokenizer__ggml__model": "llama"}, "has 0 scores for 320 tokens"),
-        ({"tokenizer__chat_template": 7}, "tokenizer.chat_template=7; wanted str"),
+        ({"tokenizer__chat_template": 7}, "tokenizer.chat_template=7; wanted a text"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(changes, words, file):

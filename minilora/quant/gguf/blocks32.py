@@ -28,7 +28,6 @@ __all__ = [
     "q5_1_reference",
     "q8_0",
     "q8_0_reference",
-    "slack",
 ]
 
 
@@ -55,11 +54,6 @@ def q5_1_reference(blocks: Tensor) -> Tensor:
 def q8_0_reference(blocks: Tensor) -> Tensor:
     """``d`` 2, ``q`` 32 with their sign: ``[n, 34]`` to ``[n, 32]``."""
     return halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
-
-
-def slack(blocks: Tensor) -> Tensor:
-    """Half the distance of two neighbouring values, ``d / 2``: rounding to the nearest goes no further. ``[n, nbytes]`` to ``[n, 1]``."""
-    return halves(blocks, 0).abs() / 2
 
 
 def _four_bits(held: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minilora.errors import QuantizationError, nearest
 from minilora.files.validate import shown
-from minilora.quant.gguf import blocks32, blocks256
+from minilora.quant.gguf import blocks32, blocks256, slack
 
 __all__ = ["FORMATS", "GGUFFormat", "gguf_format"]
 
@@ -45,13 +45,16 @@ class GGUFFormat:
 FORMATS: dict[str, GGUFFormat] = {
     each.name: each
     for each in (
-        GGUFFormat("Q4_0", 32, 18, (0,), blocks32.q4_0, blocks32.q4_0_reference, blocks32.slack),
-        GGUFFormat("Q4_1", 32, 20, (0, 2), blocks32.q4_1, blocks32.q4_1_reference, blocks32.slack),
-        GGUFFormat("Q5_0", 32, 22, (0,), blocks32.q5_0, blocks32.q5_0_reference, blocks32.slack),
-        GGUFFormat("Q5_1", 32, 24, (0, 2), blocks32.q5_1, blocks32.q5_1_reference, blocks32.slack),
-        GGUFFormat("Q8_0", 32, 34, (0,), blocks32.q8_0, blocks32.q8_0_reference, blocks32.slack),
-        GGUFFormat("Q4_K", 256, 144, (0, 2), blocks256.q4_k, blocks256.q4_k_reference, blocks256.q4_k_slack),
-        GGUFFormat("Q6_K", 256, 210, (208,), blocks256.q6_k, blocks256.q6_k_reference, blocks256.q6_k_slack),
+        GGUFFormat("Q4_0", 32, 18, (0,), blocks32.q4_0, blocks32.q4_0_reference, slack.one_scale),
+        GGUFFormat("Q4_1", 32, 20, (0, 2), blocks32.q4_1, blocks32.q4_1_reference, slack.one_scale),
+        GGUFFormat("Q5_0", 32, 22, (0,), blocks32.q5_0, blocks32.q5_0_reference, slack.one_scale),
+        GGUFFormat("Q5_1", 32, 24, (0, 2), blocks32.q5_1, blocks32.q5_1_reference, slack.one_scale),
+        GGUFFormat("Q8_0", 32, 34, (0,), blocks32.q8_0, blocks32.q8_0_reference, slack.one_scale),
+        GGUFFormat("Q2_K", 256, 84, (80, 82), blocks256.q2_k, blocks256.q2_k_reference, slack.q2_k),
+        GGUFFormat("Q3_K", 256, 110, (108,), blocks256.q3_k, blocks256.q3_k_reference, slack.q3_k),
+        GGUFFormat("Q4_K", 256, 144, (0, 2), blocks256.q4_k, blocks256.q4_k_reference, slack.q4_k),
+        GGUFFormat("Q5_K", 256, 176, (0, 2), blocks256.q5_k, blocks256.q5_k_reference, slack.q5_k),
+        GGUFFormat("Q6_K", 256, 210, (208,), blocks256.q6_k, blocks256.q6_k_reference, slack.q6_k),
     )
 }
 
