@@ -50,10 +50,12 @@ def verify_in(folder: str | os.PathLike[str], program: str, model: str, base: st
     """What a program in this process makes of the adapter: "peft", "transformers" or "llama.cpp".
 
     Args:
-        model: the base, as ``load_model`` takes it; not for llama.cpp. base: the GGUF that llama.cpp serves. lora: the adapter as GGUF.
+        model: the base, as ``load_model`` takes it; not for llama.cpp. base: the GGUF that llama.cpp serves. lora: the adapter as GGUF; ""
+            writes one from the folder, as ``export_gguf`` does.
 
     Raises:
         CheckpointError: as ``read_probe``. MissingPackageError: the program is not installed. ConfigError: something it needs is not named.
+        StateError: as ``export_gguf``.
     """
     probe = read_probe(folder)
     with asked_in(program, folder, model, base, lora) as asked:
