@@ -227,7 +227,7 @@ def test_a_template_is_compared_by_text_by_tokens_or_by_their_number(sealed):
     }
     other = {
         "/apply-template": lambda chat: {"prompt": f"{chat.text}<think>"},
-        "/tokenize": lambda chat: {"tokens": [1, *chat.ids]},
+        "/tokenize": lambda chat: {"tokens": [*chat.ids, 1]},
         "/v1/chat/completions": lambda chat: {"usage": {"prompt_tokens": len(chat.ids) + 3}},
     }
     for where in same:
@@ -236,6 +236,41 @@ def test_a_template_is_compared_by_text_by_tokens_or_by_their_number(sealed):
         with answering(saying(where, other[where])) as url:
             found = verify(sealed.folder, url)
             assert (found.kind, found.code) == ("another template", 1) and where in found.text
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "bare", "said"),
+    [
+        (
+            "/tokenize",
+            lambda ids: {"tokens": [ids[0], *ids]},
+            0,
+            "comes twice, from the template and from the tokenizer",
+        ),
+        ("/tokenize", lambda ids: {"tokens": [ids[0] + 1, *ids]}, 0, "which the run did not have, comes first"),
+        ("/tokenize", lambda ids: {"tokens": ids[1:]}, 0, "which the run had first, is missing"),
+        ("/v1/chat/completions", lambda ids: {"usage": {"prompt_tokens": len(ids) + 1}}, 1, "comes twice"),
+        ("/v1/chat/completions", lambda ids: {"usage": {"prompt_tokens": len(ids) + 1}}, 0, None),
+        ("/v1/chat/completions", lambda ids: {"usage": {"prompt_tokens": len(ids) + 1}}, None, None),
+    ],
+)
+def test_a_token_more_at_the_beginning_is_no_other_template(sealed, where, value, bare, said):
+    """Where tokens are counted alone, the same text without the template tells the one from the other."""
+    chats, right = sealed.probe.chats, Speaker(sealed.probe)
+
+    def answer(path, body):
+        if path == where:
+            chat = next(chat for chat in chats if list(chat.turns) == body["messages"])
+            return 200, value(list(chat.ids))
+        lengths = {chat.text: len(chat.ids) for chat in chats}
+        if body and "logprobs" not in body and body.get("prompt") in lengths:
+            return NOT_FOUND if bare is None else completion(None, lengths[body["prompt"]] + bare)
+        return by_text(right)(path, body)
+
+    with answering(answer) as url:
+        found = verify(sealed.folder, url)
+    assert (found.kind, found.code) == ("another beginning" if said else "another template", 1)
+    assert where in found.text and (said or "another chat template") in found.text
 
 
 def edited(server, edit):
