@@ -45,6 +45,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     out = dataclasses.replace(
         new_folder("exported adapter"),
         about="folder for the exported adapter, which must not exist yet or be empty; for llama.cpp with --base, the new GGUF file",
+        stands="PATH",
     )
     about = "for diffusers: the part of the pipeline that the model is, where its class does not say so"
     part = Flag("component", str, None, about, COMPONENTS, check=one_of(COMPONENTS))
@@ -58,11 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     record = read_record(arguments.adapter)
     if arguments.base:
-        from minilora.gguf.file import gguf_in
-        from minilora.hf.load import resolve
+        from minilora.hf.load import served_file
 
-        place = resolve(arguments.base)  # "smollm2.gguf" is a file, too
-        arguments.base = str(gguf_in(place) or place)
+        arguments.base = served_file(arguments.base)
         _write_gguf(arguments, record)
     else:
         _write_folder(arguments)

@@ -19,9 +19,11 @@ __all__ = ["Flag", "add_flags", "fields_of", "flag_of"]
 
 # What stands for a value in the help, where the kind of it (N, X, TEXT) would say too little.
 _METAVARS = {
-    "model": "NAME", "push_to_hub": "REPO", "target": "PROGRAM", "bias": "WORD", "scale": "WORD", "expect_sha256": "DIGEST",
+    "model": "NAME", "push_to_hub": "REPO", "target": "PROGRAM", "program": "PROGRAM", "bias": "WORD", "scale": "WORD",
+    "expect_sha256": "DIGEST",
     "data": "FILE", "eval_data": "FILE", "columns": "NAME=FIELD", "config": "FILE", "calibration": "FILE", "html": "FILE",
-    "forget": "FILE", "workers": "N",
+    "forget": "FILE", "base": "FILE", "lora": "FILE", "workers": "N", "server": "URL", "key_variable": "VARIABLE",
+    "device": "DEVICE", "date": "DAY", "attention": "WORD", "variant": "WORD", "layers_pattern": "NAME", "target_parameters": "NAME",
     "out": "FOLDER", "folder": "FOLDER", "adapter": "FOLDER", "init_from": "FOLDER",
     "target_modules": "LAYER", "exclude_modules": "LAYER", "modules_to_save": "MODULE",
     "report_to": "TRACKER",
@@ -46,6 +48,7 @@ class Flag:
         spelt: the flag as it is written, if not ``--name`` with dashes.
         otherwise: what holds if the flag is not given, in words, where no value says it.
         check: turns the text that was given into the value; None takes ``kind``.
+        stands: for a value in the help, where the one of this name says too little.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Flag:
     spelt: str = ""
     check: Any = None
     otherwise: str = ""
+    stands: str = ""
 
     @property
     def flag(self) -> str:
@@ -98,7 +102,9 @@ def add_flags(parser: argparse.ArgumentParser, group: str, flags: Iterable[Flag]
         if flag.kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         else:
-            metavar = _METAVARS.get(flag.name) or ("WORD" if flag.choices else _KINDS.get(flag.kind, "TEXT"))
+            metavar = (
+                flag.stands or _METAVARS.get(flag.name) or ("WORD" if flag.choices else _KINDS.get(flag.kind, "TEXT"))
+            )
             options |= {"metavar": metavar, "required": flag.required and not unset}
             if flag.kind in GATHERED:
                 options |= {"nargs": "+", "action": Gather, "kind": flag.kind}

@@ -12,7 +12,7 @@ from minilora.cli.flags import Flag, add_flags, fields_of
 from minilora.cli.plugins import add_plugin_flag
 from minilora.cli.remembered import BASE, as_trained, recall, tell_differences
 from minilora.cli.say import say
-from minilora.errors import ConfigError
+from minilora.errors import CheckpointError, ConfigError
 from minilora.files import validate
 from minilora.hf.places import AUTO, DTYPE_CHOICES, QUANT_CHOICES, check_place, check_quant, packing
 from minilora.job.settings import Job
@@ -121,10 +121,17 @@ def base(arguments: argparse.Namespace, record: Record | None, place: Place) -> 
     trust, quant = arguments.trust_remote_code, packing(arguments.quant or "none", arguments.double_quant)
     if arguments.quant is None and record is not None:
         quant = to_pack(record.packing)
-    tokenizer = load_tokenizer(arguments.model, trust)
     options = {"device": place.device, "quant": quant, "attention": arguments.attention}
-    with busy(f"loading {arguments.model}"):
-        return load_model(arguments.model, place.dtype, trust, **options), tokenizer
+    try:
+        tokenizer = load_tokenizer(arguments.model, trust)
+        with busy(f"loading {arguments.model}"):
+            return load_model(arguments.model, place.dtype, trust, **options), tokenizer
+    except CheckpointError as error:
+        if not (named_by := getattr(arguments, "named_by", None)):
+            raise
+        raise CheckpointError(
+            f"{error}; {named_by} names this base: --model takes the same one from another place"
+        ) from None
 
 
 def adapted(arguments: argparse.Namespace, record: Record | None, model: Any, tokenizer: Any, place: Place) -> Any:

@@ -14,6 +14,7 @@ from minilora.cli.say import say
 USAGE = "FOLDER [--json]"
 EXAMPLES = """\
   minilora info runs/mine
+  minilora info smollm2.gguf
   minilora info runs/packed --json"""
 
 _WIDTH = 16  # of the names of facts
@@ -22,7 +23,10 @@ _WIDTH = 16  # of the names of facts
 def flags(parser: argparse.ArgumentParser) -> None:
     """What ``minilora info`` takes."""
     add_plugin_flag(parser)
-    what = "an adapter (ours or PEFT's), a run, a checkpoint of one, a packed model, or a GGUF file (required)"
+    what = (
+        'an adapter (ours or PEFT\'s), a run, a checkpoint of one, a model, packed or not, or a GGUF file; "smollm2", '
+        '"smollm2.gguf" and models in the Hub\'s cache by their names (required)'
+    )
     parser.add_argument("folder", help=what)
     add_flags(parser, "output", [Flag("json", bool, False, "print all of it as JSON, for a program to read")])
 

@@ -36,7 +36,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     merged = dataclasses.replace(DTYPE, about="number format of the merged weights")
     file = Flag("gguf", str, None, "write one GGUF file for llama.cpp instead, with weights of this kind", KINDS)
     out = new_folder("merged model")
-    out = dataclasses.replace(out, about=f"{out.about}; with --gguf, the new file")
+    out = dataclasses.replace(out, about=f"{out.about}; with --gguf, the new file", stands="PATH")
     add_flags(parser, "output", [out, as_trained(merged, DTYPE.default), file])
 
 

@@ -46,6 +46,8 @@ def recall(arguments: argparse.Namespace, **otherwise: Any) -> Record | None:
         if getattr(arguments, name) is None:
             value = known.get(name)
             setattr(arguments, name, otherwise.get(name) if value is None else value)
+            if name == "model":
+                arguments.named_by = arguments.adapter
     if arguments.model is None:
         if arguments.adapter and not os.path.exists(arguments.adapter) and arguments.adapter.count("/") != 1:
             raise ConfigError(

@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     digest_of(arguments.folder)
     if arguments.model is None:
         arguments.model = _named(arguments.folder)
+        arguments.named_by = arguments.folder
     record = recall(arguments, dtype=AUTO, attention=AUTO, system="")
     from minilora.job.sessions import packing_of, template_sha256
     from minilora.proof.measured import seal_folder

@@ -20,7 +20,7 @@ EXAMPLES = """\
   minilora verify runs/mine --server http://127.0.0.1:8080
   minilora verify runs/mine --server http://127.0.0.1:8000 --model mine
   minilora verify runs/mine --in peft
-  minilora verify runs/mine --in llama.cpp --base served.gguf --lora mine.gguf"""
+  minilora verify runs/mine --in llama.cpp --base served.gguf"""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +40,14 @@ def flags(parser: argparse.ArgumentParser) -> None:
     )
     named = "the adapter's name on a server of several models, or with --in the base model"
     model = Flag("model", str, None, named, otherwise="as the run of FOLDER was trained")
-    base = Flag("base", str, None, "GGUF file of the base that --in llama.cpp serves")
-    lora = Flag("lora", str, None, "the adapter as GGUF, for --in llama.cpp")
+    base = Flag(
+        "base",
+        str,
+        None,
+        'GGUF file of the base that --in llama.cpp serves; "smollm2.gguf" is that of the demo\'s model',
+    )
+    made = "the adapter as GGUF, for --in llama.cpp; without it, it is written from FOLDER as minilora export does"
+    lora = Flag("lora", str, None, made)
     timeout = Flag("timeout", float, 60.0, "number of seconds that an answer may take")
     key = Flag("key_variable", str, None, "environment variable with the server's API key")
     add_flags(parser, "model", [server, program, model, base, lora, timeout, key])
@@ -59,11 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Ask, say what is the matter, and exit with 0 (right), 1 (wrong) or 2 (cannot be told)."""
     if (arguments.server is None) == (arguments.program is None):
         raise ConfigError("--server: give the address of a server, or --in with a program, and not both")
+    for name in ("base", "lora"):
+        if (value := getattr(arguments, name)) and arguments.program != "llama.cpp":
+            raise ConfigError(f"--{name}={value!r}: is for --in llama.cpp; leave it out")
     validate.number("--timeout", arguments.timeout, 0.001, 86_400)
     key = ""
     if arguments.key_variable and not (key := os.environ.get(arguments.key_variable, "")):
         raise ConfigError(f"--key-variable={arguments.key_variable!r}: no such environment variable, or an empty one")
-    from minilora.hf.load import resolve
+    from minilora.hf.load import served_file
     from minilora.proof.verified import verify, verify_in
     from minilora.training.progress import Progress
 
@@ -72,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             found = verify(arguments.folder, arguments.server, arguments.model or "", arguments.timeout, key)
         else:
             model = arguments.model or _base(arguments.folder)
-            base = resolve(arguments.base or "")
+            base = served_file(arguments.base) if arguments.base else ""
             found = verify_in(arguments.folder, arguments.program, model, base, arguments.lora or "")
     code = 0 if found.kind == "another packing" and arguments.any_quantization else found.code
     if arguments.json:

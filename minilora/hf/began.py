@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from minilora.lora.slots import has_adapters, unwrapped
 from minilora.many.adapted import disabled, showing
 from minilora.many.frozen import began_with, copy_values
 
-__all__ = ["Reference", "bind_forward", "reference"]
+__all__ = ["Reference", "reference"]
 
 
 class Reference(nn.Module):
@@ -65,9 +64,7 @@ class Reference(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What TRL and accelerate bind as ``forward`` they have bound to the model already, whose call this is."""
-        if name == "forward":
-            bind_forward(self.policy)
-        else:
+        if name != "forward":
             super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -90,10 +87,3 @@ def reference(model: nn.Module) -> Reference:
             f"reference({type(model).__name__}): it has no adapters, so nothing of it stays as it is; give it to get_peft_model first"
         )
     return Reference(model, began_with(model))
-
-
-def bind_forward(model: Any) -> None:
-    """Let a ``forward`` that TRL bound to a model find transformers' ``base_model`` (the model without head), and not PEFT's."""
-    forward = vars(model).get("forward")
-    if isinstance(forward, MethodType) and forward.__self__ is model and hasattr(model, "get_base_model"):
-        vars(model)["forward"] = MethodType(forward.__func__, model.get_base_model())

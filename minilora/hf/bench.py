@@ -22,7 +22,8 @@ from minilora import __version__
 from minilora.data.encoding import encode_all
 from minilora.data.records import read
 from minilora.demo import DATA
-from minilora.hf.load import load_model, load_tokenizer
+from minilora.gguf.file import gguf_in, has_blocks
+from minilora.hf.load import load_model, load_tokenizer, resolve
 from minilora.hf.plan import load_config, load_trial, model_on_meta, on_this_machine
 from minilora.hf.trials import BenchJob
 from minilora.lora.inject import inject
@@ -60,6 +61,11 @@ def run(job: BenchJob, say: Callable[[str], None] = print) -> tuple[list[Side], 
 
 
 def _missing(job: BenchJob) -> list[str]:
+    file = gguf_in(resolve(job.model))
+    if file and (has_blocks(file) or job.quant != "none"):
+        return [
+            f"{job.model} is a GGUF file, whose layers PEFT does not take, so minilora stands alone; name the dense model to see both"
+        ]
     wanted = ["peft"] + ["bitsandbytes"] * (job.quant != "none")
     return [
         f"{name} is not installed, so minilora stands alone; run 'pip install {name}' to see it beside"

@@ -177,6 +177,12 @@ def _refuse_folder(name: str, place: str) -> None:
     refuse_odd_files(name, place)
 
 
+def served_file(name: str) -> str:
+    """The GGUF file that a program serves: a path, "smollm2.gguf", or a folder with one file; any other name as it is."""
+    place = resolve(name)
+    return str(gguf_in(place) or place)
+
+
 def resolve(name: str) -> str:
     """The folder, file or hub id behind ``name``; converts "smollm2" on first use."""
     if name == SMOLLM2:

@@ -16,7 +16,6 @@ import transformers
 from torch import nn
 
 from minilora.errors import CheckpointError
-from minilora.hf.began import bind_forward
 from minilora.hf.preferences import asked_of, take_config, take_reference
 from minilora.lora.slots import adapters_of
 from minilora.many.frozen import REF
@@ -40,7 +39,6 @@ class LoraTrainerMixin:
         with taken:
             super().__init__(**asked)
         taken.put(self)
-        bind_forward(self._adapted())
 
     def _adapted(self) -> nn.Module:
         """The model under whatever accelerate wrapped around it."""

@@ -20,7 +20,8 @@ from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes, refuse_path
 from minilora.files.tensors import open_tensors
 from minilora.gguf.file import SUFFIX, gguf_in
-from minilora.hf.known_base import linear_layers
+from minilora.hf.known_base import linear_layers, on_disk
+from minilora.hf.load import resolve
 from minilora.hf.packed import METHOD, is_packed_folder, packing_said
 from minilora.job.gguf_info import about_gguf
 from minilora.job.record import read_record
@@ -36,13 +37,14 @@ __all__ = ["look"]
 
 
 def look(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the folder is (``kind``), and everything that is known of it, as JSON values.
+    """What the folder, or a model of this name, is (``kind``), and everything that is known of it, as JSON values.
 
     Raises:
+        MissingPackageError: "smollm2" is named, and its package is not installed.
         CheckpointError: it is no folder of these kinds, or a file in it is damaged; the message has what was looked for.
     """
-    place = Path(folder)
-    refuse_path(place)
+    refuse_path(folder)
+    place = _place(folder)
     if not place.is_dir() and place.suffix == SUFFIX:
         return about_gguf(place)
     if not place.is_dir():
@@ -61,6 +63,12 @@ def look(folder: str | os.PathLike[str]) -> dict[str, Any]:
         f"{place}: neither an adapter ({CONFIG_FILE}), a run ({LOG_FILE}) nor a model (config.json) lies in it; "
         "wanted the folder of one"
     )
+
+
+def _place(folder: str | os.PathLike[str]) -> Path:
+    """A path; where none is there, what the name of a model stands for: "smollm2", "smollm2.gguf", or one in the Hub's cache."""
+    place, name = Path(folder), os.fspath(folder)
+    return place if place.exists() else Path(resolve(on_disk(name) or name))
 
 
 # ---- adapters and runs

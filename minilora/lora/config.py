@@ -23,7 +23,7 @@ from minilora.lora import config_file
 from minilora.lora.patterns import Patterns
 from minilora.lora.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, settings
 
-_ABOUT_THE_FILE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
+ABOUT_THE_FILE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")  # these change no number
 BIAS_CHOICES = ("none", "all", "lora_only")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -120,7 +120,7 @@ class LoraConfig:
             raise ConfigError(f"{type(self).__name__} has no field {name!r}; the closest are {nearest(name, own)}")
         if self.in_use and name == "init_lora_weights" and (value is True or value == self.init_lora_weights):
             return  # PEFT's way to save a start that it has taken from the weight; files here say what they are, before and after
-        if self.in_use and name not in _ABOUT_THE_FILE:
+        if self.in_use and name not in ABOUT_THE_FILE:
             raise ConfigError(
                 f"{name}={validate.shown(value)}: a model has adapters of this config already; change a config before a model gets it"
             )

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from minilora.errors import StateError
 from minilora.lora.adapter import Adapter
 from minilora.lora.bare import Bare
+from minilora.lora.config import ABOUT_THE_FILE
 from minilora.lora.inject import build, place
 from minilora.lora.slot import Value, own_parameters
 from minilora.lora.slots import adapters_of
 from minilora.lora.variants.vera import VeRALinear
 
-__all__ = ["REF", "began_with", "changes_nothing", "copy_values", "frozen_copy"]
+__all__ = ["REF", "began_with", "changes_nothing", "copy_values", "frozen_copy", "is_copy"]
 
 REF = "ref"  # what TRL calls it
 
@@ -24,10 +25,11 @@ REF = "ref"  # what TRL calls it
 def began_with(model: nn.Module) -> dict[str, str]:
     """The adapters that show for ever what ``model`` shows now, each to the one that it stands for; none for the bare model.
 
-    A frozen adapter is its own. One that trains is left out if it changes nothing, and copied (``frozen_copy``) otherwise.
+    A frozen adapter is its own. One that trains is left out if it changes nothing, and copied (``frozen_copy``) otherwise; a copy that is
+    there from before is taken if it is still equal (``is_copy``).
 
     Raises:
-        StateError: adapters are merged, or a copy of that name is there. Nothing has changed then.
+        StateError: adapters are merged, or another adapter has the name of a copy. Nothing has changed then.
     """
     adapters = adapters_of(model)
     if adapters.merged:
@@ -41,13 +43,14 @@ def began_with(model: nn.Module) -> dict[str, str]:
         if trains and not changes_nothing(model, name)
     }
     for name, copy in copied.items():
-        if copy in adapters.configs:
+        if copy in adapters.configs and not is_copy(model, name, copy):
             raise StateError(
-                f"an adapter is called {copy!r} already, which the reference for {name!r} would be; delete_adapter({copy!r}) first, or "
-                "give the trainer the ref_model= that it belongs to"
+                f"adapter {copy!r} is there already and is not what {name!r} is now: another run began from it; delete_adapter({copy!r}) "
+                "first, for a reference to the model as it is now, or give the trainer the ref_model= of that run"
             )
     for name, copy in copied.items():
-        frozen_copy(model, name, copy)
+        if copy not in adapters.configs:
+            frozen_copy(model, name, copy)
     return {copied.get(name, name): name for name, trains in shown.items() if not trains or name in copied}
 
 
@@ -63,6 +66,33 @@ def frozen_copy(model: nn.Module, name: str, new: str) -> None:
     values = build(model, config, new, kind)
     place(model, config, new, values, kind, activate=False, trainable=False)
     copy_values(model, name, new)
+
+
+@torch.no_grad()
+def is_copy(model: nn.Module, name: str, new: str) -> bool:
+    """Whether adapter ``new`` is what ``frozen_copy`` would make of ``name``: the same config and numbers, frozen, and not active."""
+    adapters = adapters_of(model)
+    own, config = adapters.configs[name], adapters.configs[new]
+    said = {field: getattr(config, field) for field in ABOUT_THE_FILE}
+    source, copied = adapters.named(name), adapters.named(new)
+    return (
+        new not in adapters.active
+        and not _trains(copied)
+        and adapters.variants[name] == adapters.variants[new]
+        and config == dataclasses.replace(own, lora_dropout=0.0, **said)
+        and source.keys() == copied.keys()
+        and all(_equal(source[path], value) for path, value in copied.items())
+    )
+
+
+def _equal(one: Value, other: Value) -> bool:
+    parameters, buffers = (_parameters(one), _parameters(other)), (_buffers(one), _buffers(other))
+    return (
+        len(parameters[0]) == len(parameters[1])
+        and all(map(torch.equal, *parameters))
+        and buffers[0].keys() == buffers[1].keys()
+        and all(torch.equal(held, buffers[1][key]) for key, held in buffers[0].items())
+    )
 
 
 @torch.no_grad()

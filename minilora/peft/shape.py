@@ -7,6 +7,7 @@ Next file: ``peft/facts.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ class Shape(Face):
             if name != "model" or not has_adapters(self):
                 raise
             return self.base_model.model
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A ``forward`` that TRL binds to the model finds transformers' ``base_model`` in it (the model without head), and not PEFT's.
+
+        So does the one that accelerate puts around it for mixed precision.
+        """
+        if name == "forward" and isinstance(value, MethodType) and value.__self__ is self and has_adapters(self):
+            known = vars(self).get("forward")
+            around = isinstance(known, MethodType) and known.__self__ is not self
+            if around or "fused_lm_head" in (getattr(value.__func__, "__kwdefaults__", None) or {}):
+                value = MethodType(value.__func__, self.base_model.model)
+        super().__setattr__(name, value)
 
     def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
         """Path and module of PEFT's tree: ``base_model.model...``."""

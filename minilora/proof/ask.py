@@ -223,6 +223,16 @@ class Server:
                 return path, value
         return None
 
+    def counted(self, text: str) -> int | None:
+        """How many tokens the server makes of a text, without a chat template; None where it does not say."""
+        try:
+            count = self._call("/v1/completions", {"model": self.model, "prompt": text, **_OPENAI})["usage"][
+                "prompt_tokens"
+            ]
+        except (ServerError, KeyError, TypeError):
+            return None
+        return count if type(count) is int else None
+
 
 class _NoLogProbs(ServerError):
     """An answer without log-probabilities."""

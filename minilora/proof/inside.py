@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from minilora.errors import CheckpointError, ConfigError, MiniLoraError, MissingPackageError, StateError, printable
+from minilora.export.llama_cpp import export_gguf
 from minilora.hf.load import load_model
 from minilora.linear.frozen import PackedLinear
 from minilora.proof.probe import Question
@@ -28,7 +30,7 @@ _Ask = Callable[[Sequence[Question]], list[dict[int, float]]]
 def asked_in(program: str, folder: str | os.PathLike[str], model: str, base: str, lora: str) -> Iterator[str | _Ask]:
     """A function that answers questions, or for llama.cpp the address of a server on loopback, which is gone afterwards."""
     if program == "llama.cpp":
-        with _llama_cpp(base, lora) as url:
+        with _llama_cpp(folder, base, lora) as url:
             yield url
         return
     if program not in PROGRAMS:
@@ -89,17 +91,25 @@ def answers_of(model: Any, questions: Sequence[Question]) -> list[dict[int, floa
 
 
 @contextmanager
-def _llama_cpp(base: str, lora: str) -> Iterator[str]:
-    """llama.cpp's server with the adapter, on a free port of loopback."""
-    for flag, value in (("--base", base), ("--lora", lora)):
-        if not value:
-            raise ConfigError(
-                f"{flag}: missing; --in llama.cpp needs the served GGUF (--base) and the adapter as GGUF (--lora)"
-            )
+def _llama_cpp(folder: str | os.PathLike[str], base: str, lora: str) -> Iterator[str]:
+    """llama.cpp's server with the adapter, on a free port of loopback; without ``lora`` its file is written, and gone afterwards."""
+    if not base:
+        raise ConfigError("--base: missing; --in llama.cpp needs the served GGUF")
+    for flag, value in (("--base", base), ("--lora", lora or base)):
         if not Path(value).is_file():
             raise ConfigError(f"{flag}={value!r}: no such file; wanted a GGUF file")
     if find_spec("xllamacpp") is None:
         raise MissingPackageError("--in llama.cpp: needs xllamacpp, which brings the engine; pip install xllamacpp")
+    with tempfile.TemporaryDirectory() as place:
+        if not lora:
+            lora = os.path.join(place, "lora.gguf")
+            export_gguf(folder, base, lora)
+        with _serving(base, lora) as url:
+            yield url
+
+
+@contextmanager
+def _serving(base: str, lora: str) -> Iterator[str]:
     import xllamacpp
 
     asked = xllamacpp.CommonParams()

@@ -41,7 +41,7 @@ class Verdict:
 
     Attributes:
         kind: "right", "not applied", "scale", "misread", "another packing",
-            "another base", "another adapter", "another adapter or base", "another template", "unknown".
+            "another base", "another adapter", "another adapter or base", "another template", "another beginning", "unknown".
         text: a sentence. scale: that fits best. distances: of the base, of the adapted model, of the best fit, in nats. code: to exit with.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from minilora.errors import ServerError
 from minilora.proof.ask import Server
@@ -43,17 +43,19 @@ def verify(folder: str | os.PathLike[str], url: str, model: str = "", seconds: f
                 "model's own log-probabilities (vLLM: --logprobs-mode raw_logprobs)"
             )
         found = _with_loaded(found, server.loaded())
-        return _with_template(found, [_template(server, chat) for chat in probe.chats])
+        return _with_template(found, (_rendered(server, chat) for chat in probe.chats))
 
 
 def verify_in(folder: str | os.PathLike[str], program: str, model: str, base: str = "", lora: str = "") -> Verdict:
     """What a program in this process makes of the adapter: "peft", "transformers" or "llama.cpp".
 
     Args:
-        model: the base, as ``load_model`` takes it; not for llama.cpp. base: the GGUF that llama.cpp serves. lora: the adapter as GGUF.
+        model: the base, as ``load_model`` takes it; not for llama.cpp. base: the GGUF that llama.cpp serves. lora: the adapter as GGUF; ""
+            writes one from the folder, as ``export_gguf`` does.
 
     Raises:
         CheckpointError: as ``read_probe``. MissingPackageError: the program is not installed. ConfigError: something it needs is not named.
+        StateError: as ``export_gguf``.
     """
     probe = read_probe(folder)
     with asked_in(program, folder, model, base, lora) as asked:
@@ -85,12 +87,39 @@ def _with_loaded(found: Verdict, scales: Sequence[float] | None) -> Verdict:
     return dataclasses.replace(found, text=f"{found.text}; adapters that the server says it has loaded: {said}")
 
 
-def _template(server: Server, chat: Chat) -> str:
-    """How the server renders a conversation otherwise, in words; "" where it does not, or where it does not say."""
+_TEMPLATE, _BEGINNING = "another template", "another beginning"
+
+
+def _rendered(server: Server, chat: Chat) -> tuple[str, str] | None:
+    """What the server makes otherwise of a conversation, as the kind of a verdict and in words; None if nothing, or if it does not say."""
     found = server.rendered(chat)
     if found is None:
-        return ""
+        return None
     path, value = found
+    beginning = _beginning(server, chat, path, value)
+    return (
+        (_BEGINNING, beginning) if beginning else (_TEMPLATE, said) if (said := _template(chat, path, value)) else None
+    )
+
+
+def _beginning(server: Server, chat: Chat, path: str, value: str | list[int] | int) -> str:
+    """Whether all that is other is a token at the beginning, in words, "" if not.
+
+    A number of tokens is told from another template by the same text without one.
+    """
+    twice = "a beginning-of-text token comes twice, from the template and from the tokenizer"
+    if isinstance(value, list) and tuple(value[1:]) == chat.ids:
+        said = twice if value[0] == chat.ids[0] else f"token {value[0]}, which the run did not have, comes first"
+        return f"{said} ({path})"
+    if isinstance(value, list) and tuple(value) == chat.ids[1:]:
+        return f"token {chat.ids[0]}, which the run had first, is missing ({path})"
+    if isinstance(value, int) and value == len(chat.ids) + 1 and server.counted(chat.text) == value:
+        return f"{path} counts {value} tokens, not {len(chat.ids)}, and so many for the same text without the template: {twice}"
+    return ""
+
+
+def _template(chat: Chat, path: str, value: str | list[int] | int) -> str:
+    """How a conversation is rendered otherwise, in words; "" where it is not."""
     if isinstance(value, str):
         same = value == chat.text or (
             chat.text.endswith(value) and len(chat.text) - len(value) <= _begin(chat.text, value)
@@ -118,14 +147,15 @@ def _apart(value: str, wanted: str) -> str:
     return f"{value[begin : at + 30]!r} where the run had {wanted[begin : at + 30]!r}"
 
 
-def _with_template(found: Verdict, remarks: Sequence[str]) -> Verdict:
+def _with_template(found: Verdict, remarks: Iterable[tuple[str, str] | None]) -> Verdict:
     """The verdict, with the chat template's."""
-    remark = next(filter(None, remarks), "")
-    if not remark:
+    if (remark := next(filter(None, remarks), None)) is None:
         return found
-    text = f"another chat template: {remark}"
+    kind, said = remark
+    names = {_TEMPLATE: "another chat template", _BEGINNING: "another beginning of a chat"}
+    text = f"{names[kind]}: {said}"
     if found.kind == "right":
-        return dataclasses.replace(found, kind="another template", text=f"{found.text}; but {text}", code=1)
+        return dataclasses.replace(found, kind=kind, text=f"{found.text}; but {text}", code=1)
     return dataclasses.replace(found, text=f"{found.text}; and {text}")
 
 

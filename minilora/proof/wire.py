@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import threading
 import urllib.error
 import urllib.parse
@@ -76,7 +77,7 @@ def call(url: str, body: Any, seconds: float, key: str = "") -> Any:
     if isinstance(found[0], ServerError):
         raise found[0]
     if isinstance(found[0], Exception):
-        raise ServerError(f"{url}: cannot be asked ({_reason(found[0])}); is the server running there?")
+        raise ServerError(f"{url}: cannot be asked ({_reason(found[0])}); {_way(found[0])}")
     try:
         return json.loads(found[0].decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError):
@@ -139,6 +140,18 @@ def _start(said: bytes) -> str:
 
 def _reason(error: Exception) -> str:
     cause = getattr(error, "reason", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {printable(cause.verify_message)[:_SHOWN]}"
     if isinstance(cause, http.client.IncompleteRead):
         return f"the answer breaks off after {len(cause.partial):,} bytes"
     return printable(str(getattr(cause, "strerror", None) or cause or type(error).__name__))[:_SHOWN]
+
+
+def _way(error: Exception) -> str:
+    """What to do about it."""
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return "SSL_CERT_FILE=FILE in the environment trusts the certificate in that PEM file, as for every program of Python"
+    if isinstance(cause, ssl.SSLError):
+        return "does the server speak https there, or is it http?"
+    return "is the server running there?"

@@ -133,6 +133,31 @@ def test_a_flag_that_lacks_something_is_seen(options, default, fault):
     assert fault in list(faults(action, default))
 
 
+# Flags whose value is words, or the name of something in words; all others say of what kind it is.
+WORDS = {"--system", "--prompts", "--grid"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_stands_for_a_value_says_what_it_is(name):
+    shown = {
+        action.option_strings[0]: action.metavar
+        for action in flags_of(command(name))
+        if action.option_strings and action.metavar
+    }
+    assert {flag for flag, text in shown.items() if text == "TEXT"} <= WORDS
+    known = {
+        "--server": "URL",
+        "--base": "FILE",
+        "--lora": "FILE",
+        "--key-variable": "VARIABLE",
+        "--in": "PROGRAM",
+        "--for": "PROGRAM",
+    }
+    assert all(known.get(flag, text) == text for flag, text in shown.items())
+    if name in ("merge", "export"):
+        assert shown["--out"] == "PATH"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_stand_in_groups(name):
     parser = command(name)

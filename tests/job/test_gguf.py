@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -113,6 +114,42 @@ def test_info_says_what_the_file_is(place, capsys):
     assert look(place / "run")["layers"] == {"covered": 14, "of": 15, "without": ["lm_head"]}
     main(["info", str(place / "model.gguf")])
     assert "packed          15 weights in Q4_1, Q5_0" in capsys.readouterr().out
+
+
+def test_info_takes_the_names_of_models(place, tmp_path, capsys, monkeypatch):
+    """The words of the demo's model, and what is in the Hub's cache; a folder of that name comes first."""
+    monkeypatch.setattr("minilora.hf.load.smollm2_file", lambda: place / "model.gguf")
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("minilora.hf.load.smollm2_folder", lambda: tmp_path / "converted")
+    monkeypatch.setattr(
+        "minilora.hf.known_base.cached", lambda name, _: {"some/one": tmp_path / "hub/config.json"}.get(name)
+    )
+    for name in ("converted", "hub"):
+        tiny("llama").save_pretrained(tmp_path / name)
+    assert look("smollm2.gguf")["folder"] == str(place / "model.gguf")
+    assert main(["info", "smollm2.gguf"]) == 0 and "GGUF model" in capsys.readouterr().out
+    assert look("smollm2")["folder"] == str(tmp_path / "converted") and look("some/one")["kind"] == "model"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tmp_path / "hub", "smollm2.gguf")
+    assert look("smollm2.gguf")["kind"] == "model"
+    with pytest.raises(CheckpointError, match="some/other: no such folder"):
+        look("some/other")
+
+
+def test_a_bench_of_a_file_stands_alone(place, capsys):
+    assert (
+        main(
+            [
+                "bench",
+                "--model",
+                str(place / "model.gguf"),
+                *["--steps", "2", "--seq", "8", "--batch", "1", "--repeats", "1", "--data", "random"],
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "whose layers PEFT does not take, so minilora stands alone; name the dense model" in said
 
 
 def test_info_says_why_a_file_is_not_read(tmp_path):

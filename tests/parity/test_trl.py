@@ -2,6 +2,8 @@
 
 import gc
 import math
+import pathlib
+import types
 import weakref
 
 import pytest
@@ -238,13 +240,51 @@ def test_what_cannot_be_a_reference_is_refused(build, build_model):
     with pytest.raises(minilora.MiniLoraError, match="get_peft_model first"):
         reference(build_model("llama"))
     model = build(trained=True)
-    reference(model)
-    with pytest.raises(minilora.MiniLoraError, match=r"delete_adapter\('ref'\) first"):
-        reference(model)
-    model.delete_adapter("ref")
     model.merge_adapter()
     with pytest.raises(minilora.MiniLoraError, match="merged"):
         reference(model)
+
+
+def test_copy_that_is_there_already_is_taken_if_it_is_what_the_model_is_now(build, build_model, token_ids, tmp_path):
+    model = build(trained=True, lora_dropout=0.2)
+    began = logits(model.eval(), token_ids)
+    first = reference(model)
+    assert reference(model).copies == first.copies == {"ref": "default"} and list(model.peft_config) == [
+        "default",
+        "ref",
+    ]
+    model.save_pretrained(tmp_path)
+    again = minilora.PeftModel.from_pretrained(build_model("llama"), tmp_path, is_trainable=True)
+    again.load_adapter(tmp_path / "ref", "ref")
+    assert torch.allclose(reference(again)(input_ids=token_ids).logits, began, atol=1e-6)
+
+
+CHANGES = {
+    "default trained on": lambda model: next(iter(tensors_in(model, "default"))).add_(1e-3),
+    "ref was changed": lambda model: next(iter(tensors_in(model, "ref"))).add_(1e-3),
+    "ref trains": lambda model: model.set_requires_grad("ref", True),
+    "ref is active": lambda model: model.set_adapter(["default", "ref"], inference_mode=False),
+    "ref has dropout": lambda model: (model.delete_adapter("ref"), model.add_adapter("ref", lora(lora_dropout=0.5))),
+    "ref is another's": lambda model: (model.delete_adapter("ref"), model.add_adapter("ref", lora(r=2))),
+}
+
+
+def tensors_in(model, adapter):
+    return (parameter.data for name, parameter in model.named_parameters() if f".{adapter}." in name)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_another_adapter_of_that_name_is_refused_with_the_way_out(build, token_ids, change):
+    model = build(trained=True).eval()
+    reference(model)
+    change(model)
+    held = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(minilora.MiniLoraError, match=r"another run began from it; delete_adapter\('ref'\) first"):
+        reference(model)
+    assert all(torch.equal(held[name], p) for name, p in model.named_parameters())
+    model.delete_adapter("ref")
+    model.set_adapter("default")
+    assert torch.equal(reference(model)(input_ids=token_ids).logits, logits(model, token_ids))
 
 
 # TRL
@@ -349,3 +389,65 @@ def test_what_a_trainer_cannot_be_given_is_refused_before_anything_changes(build
 def test_grpo_without_a_reference_makes_none(build, fit):
     trainer = fit("grpo", build(trained=True), beta=0.0)
     assert trainer.ref_model is None and list(adapters_of(trainer.model).configs) == ["default"]
+
+
+def test_second_run_on_a_model_says_which_reference_is_meant(build, fit):
+    model = build(trained=True)
+    fit("dpo", model, train=False)
+    first = fit("dpo", model, "again", steps=1)  # nothing has trained: the copy is taken
+    assert_began_at_its_reference("dpo", of_the_first_step(first))
+    with pytest.raises(minilora.MiniLoraError, match="ref_model= of that run"):
+        fit("dpo", model, "more")
+    kept = fit("dpo", model, "kept", steps=1, given={"ref_model": first.ref_model})
+    assert of_the_first_step(kept)["loss"] != pytest.approx(math.log(2), abs=1e-6)
+    model.delete_adapter("ref")
+    assert_began_at_its_reference("dpo", of_the_first_step(fit("dpo", model, "more", steps=1)))
+
+
+@pytest.mark.parametrize("kind", ["sft", *PREFERENCE])
+def test_plain_trl_refuses_our_config_in_the_words_of_the_docs(build_model, fit, kind):
+    """docs/guides/fine-tune.md quotes them, and says what to pass."""
+    said = "`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got LoraConfig."
+    with pytest.raises(TypeError) as caught:
+        fit(kind, build_model("llama"), mixin=False, given={"peft_config": lora()})
+    assert str(caught.value) == said
+    guide = pathlib.Path(__file__).parents[2] / "docs/guides/fine-tune.md"
+    assert said in " ".join(guide.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_losses_without_the_mixin_and_in_mixed_precision(build, fit, kind, bf16):
+    """accelerate binds a ``forward`` around TRL's; both must find the model without its head."""
+    losses = []
+    for mixin in (True, False):
+        model = build(trained=True)
+        given = {} if mixin or kind == "sft" else {"ref_model": reference(model)}
+        trainer = fit(kind, model, f"mixin {mixin}", mixin=mixin, given=given, bf16=bf16)
+        losses.append([entry["loss"] for entry in trainer.state.log_history[:2]])
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
+    whole = fit(kind, build(trained=True), "whole").state.log_history
+    assert losses[0] == pytest.approx([entry["loss"] for entry in whole[:2]], abs=0.05 * bf16)
+
+
+def test_forward_that_others_bind_stays_bound_to_the_model(build, token_ids):
+    model, seen = build(), []
+    own = model.forward.__func__
+
+    def forward(self, *args, **kwargs):
+        seen.append(self)
+        return own(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    model(input_ids=token_ids)
+    assert seen == [model]
+
+
+def test_plain_sft_takes_a_model_that_is_adapted_already(build, fit, tmp_path):
+    model = build()
+    start = tensors_of(model)
+    trainer = fit("sft", model, mixin=False)
+    after = tensors_of(model)
+    assert [key for key in start if not torch.equal(start[key], after[key])]
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()

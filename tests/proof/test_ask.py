@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -19,8 +21,11 @@ from tests.proof.conftest import answers_along
 
 
 @contextmanager
-def answering(answer):
-    """The address of a server: ``answer(path, body)`` gives ``(status, what is sent)``, JSON values or bytes; body is None for a GET."""
+def answering(answer, tls=None):
+    """The address of a server: ``answer(path, body)`` gives ``(status, what is sent)``, JSON values or bytes; body is None for a GET.
+
+    ``tls``: the ``SSLContext`` of one that is asked over https.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -41,9 +46,12 @@ def answering(answer):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        server.handle_error = lambda *_: None  # a client that does not trust the certificate hangs up
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
@@ -227,7 +235,7 @@ def test_a_template_is_compared_by_text_by_tokens_or_by_their_number(sealed):
     }
     other = {
         "/apply-template": lambda chat: {"prompt": f"{chat.text}<think>"},
-        "/tokenize": lambda chat: {"tokens": [1, *chat.ids]},
+        "/tokenize": lambda chat: {"tokens": [*chat.ids, 1]},
         "/v1/chat/completions": lambda chat: {"usage": {"prompt_tokens": len(chat.ids) + 3}},
     }
     for where in same:
@@ -236,6 +244,41 @@ def test_a_template_is_compared_by_text_by_tokens_or_by_their_number(sealed):
         with answering(saying(where, other[where])) as url:
             found = verify(sealed.folder, url)
             assert (found.kind, found.code) == ("another template", 1) and where in found.text
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "bare", "said"),
+    [
+        (
+            "/tokenize",
+            lambda ids: {"tokens": [ids[0], *ids]},
+            0,
+            "comes twice, from the template and from the tokenizer",
+        ),
+        ("/tokenize", lambda ids: {"tokens": [ids[0] + 1, *ids]}, 0, "which the run did not have, comes first"),
+        ("/tokenize", lambda ids: {"tokens": ids[1:]}, 0, "which the run had first, is missing"),
+        ("/v1/chat/completions", lambda ids: {"usage": {"prompt_tokens": len(ids) + 1}}, 1, "comes twice"),
+        ("/v1/chat/completions", lambda ids: {"usage": {"prompt_tokens": len(ids) + 1}}, 0, None),
+        ("/v1/chat/completions", lambda ids: {"usage": {"prompt_tokens": len(ids) + 1}}, None, None),
+    ],
+)
+def test_a_token_more_at_the_beginning_is_no_other_template(sealed, where, value, bare, said):
+    """Where tokens are counted alone, the same text without the template tells the one from the other."""
+    chats, right = sealed.probe.chats, Speaker(sealed.probe)
+
+    def answer(path, body):
+        if path == where:
+            chat = next(chat for chat in chats if list(chat.turns) == body["messages"])
+            return 200, value(list(chat.ids))
+        lengths = {chat.text: len(chat.ids) for chat in chats}
+        if body and "logprobs" not in body and body.get("prompt") in lengths:
+            return NOT_FOUND if bare is None else completion(None, lengths[body["prompt"]] + bare)
+        return by_text(right)(path, body)
+
+    with answering(answer) as url:
+        found = verify(sealed.folder, url)
+    assert (found.kind, found.code) == ("another beginning" if said else "another template", 1)
+    assert where in found.text and (said or "another chat template") in found.text
 
 
 def edited(server, edit):
@@ -373,6 +416,37 @@ def test_what_no_such_server_answers_is_one_line(sealed, capsys, name):
         assert main(["verify", str(sealed.folder), "--server", url, "--timeout", "20"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and "\x1b" not in line and "\u202e" not in line
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory):
+    """A certificate for loopback that nobody signed but itself, and its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
+    place = tmp_path_factory.mktemp("signed")
+    name = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *name]
+    paths = ["-keyout", str(place / "key.pem"), "-out", str(place / "own.pem")]
+    subprocess.run(["openssl", *words, *paths], check=True, capture_output=True)
+    return place / "own.pem", place / "key.pem"
+
+
+def test_a_certificate_that_is_not_trusted_is_one_line_with_the_way_out(sealed, capsys, monkeypatch, signed):
+    own, key = signed
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(own, key)
+    with answering(by_text(Speaker(sealed.probe)), tls) as url:
+        assert url.startswith("https://")
+        assert main(["verify", str(sealed.folder), "--server", url]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "its certificate is not trusted: self" in line and "SSL_CERT_FILE=FILE" in line
+        monkeypatch.setenv("SSL_CERT_FILE", str(own))
+        assert main(["verify", str(sealed.folder), "--server", url]) == 0
+        assert "applied right" in capsys.readouterr().out
+    with answering(by_text(Speaker(sealed.probe))) as url:
+        assert main(["verify", str(sealed.folder), "--server", url.replace("http", "https")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "does the server speak https there, or is it http?" in line
 
 
 @contextmanager

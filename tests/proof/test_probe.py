@@ -348,6 +348,25 @@ def test_seal_and_verify_in_peft_and_transformers(tmp_path, capsys):
     assert main(["verify", folder, "--in", "peft", "--model", str(tmp_path / "strange")]) == 1
 
 
+@pytest.mark.parametrize("command", [["seal"], ["generate", "hello", "--adapter"]])
+def test_a_base_that_is_not_here_is_named_with_the_way_out(sealed, tmp_path, capsys, command):
+    folder = shutil.copytree(sealed.folder, tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "no/where"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "minilora.json").unlink()
+    more = ["--model", "no/where"] if command[0] == "generate" else []
+    assert main([*command, str(folder), *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model 'no/where'" in line
+    assert line.endswith(f"; {folder} names this base: --model takes the same one from another place") == (not more)
+
+
+def test_what_is_of_llama_cpp_alone_is_refused_elsewhere(sealed, capsys):
+    for words in (["--base", "x.gguf", "--in", "peft"], ["--lora", "x.gguf", "--server", "http://127.0.0.1:1"]):
+        assert main(["verify", str(sealed.folder), *words]) == 2
+        assert "is for --in llama.cpp; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", ["peft", "transformers"])
 def test_a_packed_base_is_refused_with_the_way_out(sealed, tmp_path, capsys, program):
     pytest.importorskip("peft")

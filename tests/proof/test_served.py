@@ -99,6 +99,12 @@ def test_in_this_process(sealed, files):
     assert verify_in(sealed.folder, "llama.cpp", "", str(files("F32")), str(files("other"))).code == 1
 
 
+def test_in_this_process_the_lora_is_written_where_none_is_given(sealed, files, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["verify", str(sealed.folder), "--in", "llama.cpp", "--base", str(files("F32"))]) == 0
+    assert "applied right" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
 def test_asking_leaves_the_server_as_it_was(sealed, files):
     """A scale that comes with a request stays in llama.cpp's cache of prompts, so none is sent: what others ask is answered as before."""
     ask = {"prompt": list(sealed.probe.questions[0].ids), "n_predict": 1, "n_probs": 5, "temperature": 0}
