@@ -1,13 +1,21 @@
 """The benchmarks run, compare what they say they compare, and write what they measured."""
 
 import csv
+import dataclasses
 import importlib.util
+import json
 import runpy
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+
+import minilora
+from tests.models import lora, randomize
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -112,3 +120,76 @@ def test_programs_that_serve_adapters_compute_what_minilora_computes(tmp_path):
     copies = {(program, feature) for program in ("MLX", "llama.cpp") for feature in ("modules_to_save", "bias")}
     assert refused == copies | {("llama.cpp", "DoRA")}
     assert all("Error:" not in row["refused"] for row in rows)  # minilora says no, not the program
+
+
+# ---- a server with an adapter, and the loss there
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A tiny GGUF file, a run folder with an adapter trained on it, and the adapter as GGUF."""
+    for package in ("transformers", "gguf", "xllamacpp"):
+        pytest.importorskip(package)
+    from minilora.export.llama_cpp import export_gguf
+    from minilora.hf import load_model
+    from minilora.hf.gguf_merge import fill_model
+    from tests.gguf import tiny
+
+    folder = tmp_path_factory.mktemp("served")
+    base, run, own = folder / "base.gguf", folder / "run", folder / "lora.gguf"
+    fill_model(tiny.model("llama", max_position_embeddings=256), tiny.tokenizer(), base, "f32")
+    model = randomize(minilora.get_peft_model(load_model(str(base)), lora(["q_proj", "down_proj"])))
+    model.save_pretrained(run)
+    export_gguf(model, base, own)
+    return base, run, own
+
+
+def answer(url, path, **body):
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as said:
+        return json.load(said)
+
+
+def test_a_server_has_the_adapter_at_its_scale_and_is_gone_afterwards(benchmark, served):
+    base, _, own = served
+    with benchmark("serve")["serving"](str(base), str(own), 0.5) as url:
+        (loaded,) = answer(url, "/lora-adapters")
+        assert loaded["scale"] == 0.5 and url.startswith("http://127.0.0.1:")
+    with pytest.raises(urllib.error.URLError):
+        answer(url, "/lora-adapters")
+    with benchmark("serve")["serving"](str(base)) as url:
+        assert answer(url, "/lora-adapters") == []
+
+
+def test_the_loss_of_a_served_adapter_is_compared_token_by_token(benchmark, served, tmp_path, monkeypatch):
+    base, run, _ = served
+    found = benchmark("served")
+    lines = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "the 12"}]}
+        for i in range(8)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inside, job = found["main"].__globals__, found["job"]
+    monkeypatch.setitem(inside, "BASE", str(base))
+    small = {"data": str(tmp_path / "chats.jsonl"), "eval_share": 0.25}
+    monkeypatch.setitem(inside, "job", lambda *args, **more: dataclasses.replace(job(*args, **more), **small))
+    out = tmp_path / "served.csv"
+    monkeypatch.setattr(sys, "argv", ["served.py", str(run), "--out", str(out)])
+    found["main"]()
+    none, own = csv.DictReader(out.read_text(encoding="utf-8").splitlines())
+    assert (none["adapter"], own["adapter"]) == ("none", str(run)) and int(own["bytes"]) > 0 == int(none["bytes"])
+    assert int(own["tokens"]) == 8 and abs(float(own["minilora"]) - float(none["minilora"])) > 0.1
+    assert all(abs(float(row["difference"])) < 5e-3 for row in (none, own))
+
+
+def test_a_token_that_is_not_among_the_likely_is_asked_for_again(benchmark, served, monkeypatch):
+    base, _, _ = served
+    found = benchmark("served")
+    monkeypatch.setitem(found["log_prob"].__globals__, "LIKELY", 1)
+    with found["serving"](str(base)) as url:
+        own = [found["log_prob"](url, [5, 6, 7], token, 288) for token in range(0, 288, 41)]
+    model = minilora.hf.load_model(str(base))
+    with torch.no_grad():
+        wanted = torch.log_softmax(model(torch.tensor([[5, 6, 7]])).logits[0, -1], -1)
+    assert (torch.tensor(own) - wanted[::41]).abs().max() < 5e-3

@@ -333,17 +333,17 @@ def test_figures_keep_three_digits(scripts):
 
 
 def test_every_public_name_stands_in_the_reference_once():
-    from minilora import hf
+    from minilora import hf, proof
 
     text = "\n".join(text for name, text in PAGES.items() if name.startswith("docs/api/"))
     documented = []
     for block in blocks(r"\{eval-rst\}", text):
         module = ""
-        for what, name in re.findall(r"^\.\. (currentmodule|autoclass|autofunction):: ([\w.]+)", block, re.M):
+        for what, name in re.findall(r"^\.\. (currentmodule|autoclass|autofunction|autodata):: ([\w.]+)", block, re.M):
             module = f"{name}." if what == "currentmodule" else module
             documented += [name if name.startswith("minilora.") else f"{module}{name}"] * (what != "currentmodule")
     wanted = {f"minilora.{name}" for name in importlib.import_module("minilora").__all__}
-    wanted |= {f"minilora.hf.{name}" for name in hf.__all__}
+    wanted |= {f"{room.__name__}.{name}" for room in (hf, proof) for name in room.__all__}
     assert len(documented) == len(set(documented))
     assert wanted <= set(documented)
 

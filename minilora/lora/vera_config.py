@@ -20,9 +20,9 @@ _COMMON = (
     "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save",
     "r", "revision", "target_modules", "task_type",
 )  # fmt: skip
-_OWN = ("d_initial", "projection_prng_key", "save_projection")
+_OWN = ("d_initial", "init_weights", "projection_prng_key", "save_projection")
 _ABOUT = ("auto_mapping", "peft_type", "peft_version")
-_KEYS = frozenset((*_COMMON, *_OWN, *_ABOUT, "vera_dropout", "init_weights"))
+_KEYS = frozenset((*_COMMON, *_OWN, *_ABOUT, "vera_dropout"))
 # LoRA's fields that say nothing where all layers share their factors.
 _NOT_VERAS = (
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "init_lora_weights", "trainable_token_indices",
@@ -38,6 +38,7 @@ class VeraConfig(LoraConfig):
         d_initial: start value of ``vera_lambda_d``, > 0.
         projection_prng_key: seed of the two shared random matrices.
         save_projection: whether the file holds them; without, they are drawn again from the key.
+        init_weights: False starts as some update and not as none, for tests: ``vera_lambda_b`` = 1, ``vera_lambda_d`` normal.
         vera_dropout: as ``lora_dropout``. bias: "none", "all" or "vera_only".
 
     Raises:
@@ -49,6 +50,7 @@ class VeraConfig(LoraConfig):
     d_initial: float = 0.1
     projection_prng_key: int = 0
     save_projection: bool = True
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.bias == "vera_only":
@@ -62,6 +64,7 @@ class VeraConfig(LoraConfig):
                 raise ConfigError(f"{name}={validate.shown(getattr(self, name))}: VeRA has no such field; leave it out")
         validate.positive("d_initial", self.d_initial)
         validate.flag("save_projection", self.save_projection)
+        validate.flag("init_weights", self.init_weights)
         validate.whole("projection_prng_key", self.projection_prng_key, 0)
 
     @property
@@ -92,7 +95,7 @@ class VeraConfig(LoraConfig):
         """PEFT's content of a VeRA folder, from that of a LoRA folder."""
         own = {name: content[name] for name in (*_COMMON, *_OWN, *_ABOUT)}
         bias = "vera_only" if self.bias == "lora_only" else self.bias
-        own |= {"peft_type": "VERA", "vera_dropout": self.lora_dropout, "init_weights": True, "bias": bias}
+        own |= {"peft_type": "VERA", "vera_dropout": self.lora_dropout, "bias": bias}
         return dict(sorted(own.items()))
 
     @classmethod
@@ -114,9 +117,7 @@ _init = VeraConfig.__init__
 
 @functools.wraps(_init)
 def _init_as_in_peft(self: VeraConfig, *args: Any, **fields: Any) -> None:
-    """The fields under PEFT's names too. Raises ``ConfigError`` for ``init_weights=False``, ``TypeError`` for a field of neither."""
-    if (start := fields.pop("init_weights", True)) is not True:
-        raise ConfigError(f"init_weights={start!r}: VeRA starts as nothing here; leave it True")
+    """The fields under PEFT's names too. Raises ``TypeError`` for a field of neither."""
     if "vera_dropout" in fields:
         fields["lora_dropout"] = fields.pop("vera_dropout")
     config_file.refuse_set(

@@ -175,6 +175,28 @@ def test_old_folder_is_not_filled_into_an_adapter_of_today(build_model, tmp_path
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@every_family
+def test_without_a_start_the_update_is_that_of_peft(build_model, family, tmp_path):
+    """``init_weights=False``: b of ones and a normal d, drawn layer by layer."""
+    ids, models = torch.arange(6)[None], []
+    for library, get in ((peft, peft.get_peft_model), (minilora, minilora.get_peft_model)):
+        base = build_model(family)
+        torch.manual_seed(3)
+        models.append(get(base, config(library, family, init_weights=False)).eval())
+    theirs, ours = models
+    with torch.no_grad():
+        wanted, bare = theirs(ids).logits, build_model(family)(ids).logits
+        torch.testing.assert_close(ours(ids).logits, wanted, rtol=0, atol=1e-4)
+    assert (wanted - bare).abs().max() > 0.01
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["init_weights"] is False
+    again = peft.PeftModel.from_pretrained(build_model(family), tmp_path / "ours")
+    back = minilora.PeftModel.from_pretrained(build_model(family), tmp_path / "ours")
+    with torch.no_grad():
+        for model in (again.eval(), back.eval()):
+            torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=1e-4)
+
+
 # What is refused
 
 
@@ -183,8 +205,8 @@ def test_fields_that_vera_has_not_are_refused():
                    {"init_lora_weights": "pissa"}, {"use_dora": True}):  # fmt: skip
         with pytest.raises(minilora.MiniLoraError):
             VeraConfig(target_modules=["q_proj"], **fields)
-    with pytest.raises(minilora.MiniLoraError, match="init_weights=False"):
-        VeraConfig(init_weights=False)
+    with pytest.raises(minilora.MiniLoraError, match="init_weights"):
+        VeraConfig(init_weights="ones")
     with pytest.raises(minilora.MiniLoraError, match="d_initial"):
         VeraConfig(d_initial=0)
 

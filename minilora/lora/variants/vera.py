@@ -88,8 +88,12 @@ class VeRALinear(Adapter):
             self.shared_A = shared_factor(self.r, self.in_features).to(place)
             self.shared_B = shared_factor(self.out_features, self.r).to(place)
         start = 0.1 if own is None else float(own.d_initial)
-        self.vera_lambda_d = nn.Parameter(torch.full((self.r,), start, dtype=torch.float32, device=place))
-        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=torch.float32, device=place))
+        d = torch.full((self.r,), start, dtype=torch.float32, device=place)
+        b = torch.zeros(self.out_features, dtype=torch.float32, device=place)
+        if own is not None and not own.init_weights:
+            d.normal_()
+            b.fill_(1)
+        self.vera_lambda_d, self.vera_lambda_b = nn.Parameter(d), nn.Parameter(b)
 
     def take(self, projections: Projections) -> None:
         """Stand on this layer's part of two matrices."""

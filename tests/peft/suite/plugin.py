@@ -1,4 +1,4 @@
-"""A pytest plugin: PEFT's tests with PEFT's LoRA names answered by minilora. ``run.py`` starts pytest with it.
+"""A pytest plugin: PEFT's tests with PEFT's LoRA and VeRA names answered by minilora. ``run.py`` starts pytest with it.
 
 The tests import peft itself, which must be installed: their parameters name many methods that are not LoRA. So each name that
 ``minilora.peft`` has replaces PEFT's at the same place, and each other name of PEFT's LoRA modules becomes a class that raises when it is
@@ -24,8 +24,8 @@ import pytest
 WITH, OUT, ROOT = os.environ["SUITE_WITH"], Path(os.environ["SUITE_OUT"]), Path(os.environ["SUITE_ROOT"])
 ONLY = os.environ.get("SUITE_ONLY")
 # Modules of PEFT of which every class and function is LoRA's, or what LoRA stands on.
-LORAS = ("peft.tuners.lora", "peft.tuners.tuners_utils", "peft.optimizers", "peft.helpers", "peft.utils.hotswap")
-REAL_LORA, REAL_CONFIG = peft.LoraConfig, peft.PeftConfig
+LORAS = ("peft.tuners.lora", "peft.tuners.vera", "peft.tuners.tuners_utils", "peft.optimizers", "peft.helpers", "peft.utils.hotswap")
+REAL_LORA, REAL_VERA, REAL_CONFIG = peft.LoraConfig, peft.VeraConfig, peft.PeftConfig  # before anything is replaced
 COLLECTING = True
 
 
@@ -109,11 +109,13 @@ def source_of(function):
 
 
 def configs_in(value, depth=0):
-    """ "lora" and "other" for the configs in a parameter."""
+    """ "lora", "vera" and "other" for the configs in a parameter."""
     if isinstance(value, functools.partial):
         value = value.func
     if value is peft.LoraConfig or type(value) is peft.LoraConfig or value is REAL_LORA:
         yield "lora"
+    elif value is peft.VeraConfig or type(value) is peft.VeraConfig or value is REAL_VERA:
+        yield "vera"
     elif isinstance(value, REAL_CONFIG) or (inspect.isclass(value) and issubclass(value, REAL_CONFIG)):
         yield "other"
     elif isinstance(value, (list, tuple, dict)) and depth < 3:
@@ -122,10 +124,10 @@ def configs_in(value, depth=0):
 
 
 def is_loras(item):
-    """Whether a test is about LoRA and about no other method."""
+    """Whether a test is about LoRA or VeRA, and about no other method."""
     found = set(configs_in(list(getattr(getattr(item, "callspec", None), "params", {}).values())))
     if found:
-        return found == {"lora"}
+        return "other" not in found
     own = source_of(item.function)
     fixtures = "".join(
         source_of(each.func)
@@ -135,12 +137,12 @@ def is_loras(item):
     )
     text = own + fixtures
     others = {name for name in re.findall(r"\b(\w+Config)\(", text) if _is_other(name)}
-    return bool(re.search(r"lora", f"{item.name} {text}", re.I)) and not others
+    return bool(re.search(r"lora|\bvera", f"{item.name} {text}", re.I)) and not others
 
 
 def _is_other(name):
     kind = getattr(peft, name, None)
-    return inspect.isclass(kind) and kind is not peft.LoraConfig and issubclass(kind, REAL_CONFIG)
+    return inspect.isclass(kind) and kind not in (peft.LoraConfig, peft.VeraConfig) and issubclass(kind, REAL_CONFIG)
 
 
 def _is_theirs(function):
@@ -161,6 +163,7 @@ FEATURES = {
     "KaSA": r"kasa",
     "MonteCLoRA": r"monteclora",
     "MiCA": r"mica\b",
+    "VeRA": r"\bvera",
     "QA-LoRA": r"qalora",
     "Megatron": r"megatron",
     "layer replication": r"replicat",
@@ -172,8 +175,11 @@ def features_of(item):
     """What a test is about beside plain LoRA on linear layers and embeddings."""
     params = getattr(getattr(item, "callspec", None), "params", {})
     text = " ".join([item.name, getattr(item.cls, "__name__", ""), item.path.name, *map(repr, params.values())])
-    if "lora" not in set(configs_in(list(params.values()))):
+    found = set(configs_in(list(params.values())))
+    if not found & {"lora", "vera"}:
         text += source_of(item.function)
+    elif "vera" in found:
+        text += " vera"
     return [name for name, pattern in FEATURES.items() if re.search(pattern, text, re.I)]
 
 

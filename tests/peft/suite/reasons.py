@@ -151,6 +151,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (INTERNAL, "PEFT shortens a long list of targets in its copy of the config", r"applies_find_target_modules"),
     (INTERNAL, "`base_model.model` is the model itself, with its adapters", r"test_model_with_injected_layers"),
     (INTERNAL, "a layer class built on PEFT's `LoraLayer`", r"consistent method resolution"),
+    (INTERNAL, "VeRA's random matrices as `vera_A` and `vera_B` of model and layer", r"no attribute 'vera_[AB]'"),
     (INTERNAL, "an older spelling of LoRA-FA's groups", r"scaling_factor_deprecation"),
     (
         WORDS,

@@ -11,6 +11,7 @@ import argparse
 import collections
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ NOT_CORE = (
     "EVA",
     "LoRA-GA",
     "MiCA",
+    "VeRA",
 )
 KINDS = (STRICTER, WORKS, WORDS, INTERNAL, SCOPE, OPEN)
 
@@ -140,7 +142,7 @@ def main() -> None:
     names = options.files or sorted(
         each.name
         for each in tests_folder.glob("test_*.py")
-        if "lora" in each.read_text().lower() and "gpu" not in each.name
+        if re.search(r"lora|\bvera", each.read_text().lower()) and "gpu" not in each.name
     )
     began = time.time()
     tests = judged(options.checkout.resolve(), [tests_folder / name for name in names], options.out.resolve())
