@@ -4,7 +4,7 @@
     python benchmarks/verify_demo.py runs/served    # some minutes; then docs/tables.py
 
 The probe is made three times, on what a run may have as its base: the weights in fp32, the packed blocks of the GGUF file they come from,
-and NF4. Each is compared with what llama.cpp serves. Writes ``results/verify_demo.csv``; see ``verify.py`` for a small model and more cases.
+and NF4. Each is compared with what llama.cpp serves. Writes ``results/verify_demo.csv``; ``verify.py`` has more cases, of a small model.
 """
 
 from __future__ import annotations

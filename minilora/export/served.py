@@ -5,7 +5,8 @@ the file's own are looked up at the same places, where the rows of queries and k
 rounded to the coarser of their types. Weights in blocks lie within the slack of their block (``quant/gguf/formats.py``) and two roundings
 to bf16. Quantizers that weigh errors by importance let a few go further, so a tensor is another base's where three quarters of its values
 do, and a file where a third of all does: one base of the same shapes is told from another in blocks of any type, a close relative (a
-fine-tuned one) only where the file has numbers, or blocks finer than what the training changed. Tables are left out: converters cut rows off that no token has.
+fine-tuned one) only where the file has numbers, or blocks finer than what the training changed. Tables are left out: converters cut rows
+off that no token has.
 """
 
 from __future__ import annotations
