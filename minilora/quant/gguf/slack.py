@@ -46,6 +46,7 @@ def q6_k(blocks: Tensor) -> Tensor:
     return _grouped(halves(blocks, 208), blocks[:, 192:208].view(torch.int8), 32)
 
 
-def _grouped(unit: Tensor, scale: Tensor, largest: int, offset: Tensor | float = 0.0) -> Tensor:
+def _grouped(unit: Tensor, scale: Tensor, largest: int, offset: Tensor | None = None) -> Tensor:
     """Half a step ``unit * scale``, half a unit that the largest ``q`` multiplies, half a unit of the minimum."""
-    return (unit.abs() * (scale.float().abs() + largest) + abs(offset)) / 2
+    room = unit.abs() * (scale.float().abs() + largest)
+    return (room if offset is None else room + offset.abs()) / 2
