@@ -76,6 +76,8 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-consumers $(VENV)/.installed-$
 	$(BIN)/python benchmarks/sweep.py --rounds 2 --steps 4
 	$(BIN)/python benchmarks/sweep_workers.py
 	$(BIN)/python benchmarks/verify.py
+	test -d runs/served || $(BIN)/minilora demo --model smollm2.gguf --out runs/served
+	$(BIN)/python benchmarks/verify_demo.py runs/served
 	$(BIN)/python benchmarks/consumers.py
 	$(BIN)/python docs/tables.py
 
