@@ -12,17 +12,30 @@ ARCHITECTURES = {
     "gemma3": "Gemma3TextConfig",
     "gpt2": "GPT2Config",
     "llama": "LlamaConfig",
+    "olmoe": "OlmoeConfig",
     "phi3": "Phi3Config",
     "qwen2": "Qwen2Config",
+    "qwen2moe": "Qwen2MoeConfig",
     "qwen3": "Qwen3Config",
+    "qwen3moe": "Qwen3MoeConfig",
     "stablelm": "StableLmConfig",
     "starcoder2": "Starcoder2Config",
 }
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False}
 _OWN = {
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24, "attn_logit_softcapping": 40.0},
     "gemma3": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24},
     "llama": {"rms_norm_eps": 0.25, "tie_word_embeddings": False},
+    "olmoe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 2,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
     "phi3": {"pad_token_id": 2},
+    "qwen2moe": {**_MOE, "shared_expert_intermediate_size": 160},
+    "qwen3moe": {**_MOE, "head_dim": 32, "norm_topk_prob": True},
     "qwen3": {"head_dim": 32},
     "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
 }
@@ -45,6 +58,8 @@ def tiny(architecture, seed=0, **fields):
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.dim() == 3:  # experts, which a config's draw may leave as they lie in memory
+                parameter.copy_(torch.randn(parameter.shape) * 0.1)
             if parameter.dim() == 1:  # biases and norms
                 parameter.add_(torch.randn(parameter.shape) * (0.3 if name.endswith("bias") else 0.2))
     return model.eval()
@@ -111,7 +126,8 @@ def write_gguf(path, model, kind="F32", embedding="F32", head=None, **changes):
     import gguf
 
     config = model.config
-    architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    called = {"gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    architecture = called.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     entries = {f"{architecture}.{key}": value for key, value in _facts(config).items()}
     entries |= {"general.name": "tiny"} | changes.pop("vocabulary", byte_vocabulary())
@@ -124,7 +140,10 @@ def write_gguf(path, model, kind="F32", embedding="F32", head=None, **changes):
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     for target, tensor in model.state_dict().items():
         owner, _, own = target.rpartition(".")
-        if target not in tied:
+        if owner.endswith(".experts"):
+            for name, part in _experts(int(owner.split(".")[2]), own, tensor):
+                _add_tensor(writer, name, part, kind)
+        elif target not in tied:
             name = f"{names.get_name(owner)}.{own}"
             as_kind = {"token_embd.weight": embedding, "output.weight": head or embedding}.get(name, kind)
             _add_tensor(writer, name, _converted(architecture, name, tensor, config), as_kind)
@@ -133,6 +152,14 @@ def write_gguf(path, model, kind="F32", embedding="F32", head=None, **changes):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _experts(block, projection, tensor):
+    """The converter's tensors of one projection of experts: gates and ups apart."""
+    if projection == "down_proj":
+        return [(f"blk.{block}.ffn_down_exps.weight", tensor)]
+    gate, up = tensor.chunk(2, 1)
+    return [(f"blk.{block}.ffn_gate_exps.weight", gate), (f"blk.{block}.ffn_up_exps.weight", up)]
 
 
 def _facts(config):
@@ -170,6 +197,10 @@ def _facts(config):
         facts["final_logit_softcapping"] = config.final_logit_softcapping
     if config.model_type == "gemma3_text":
         facts["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
+    if get("num_experts"):
+        facts |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+        facts["expert_feed_forward_length"] = get("moe_intermediate_size")
+        facts["expert_shared_feed_forward_length"] = get("shared_expert_intermediate_size")
     if config.model_type == "stablelm":
         facts["use_parallel_residual"] = config.use_parallel_residual
     return {key: value for key, value in facts.items() if value is not None}

@@ -163,14 +163,21 @@ class Names:
         Args:
             has: whether the file has a tensor of this name.
         """
+        full = self.of_experts(path, has)
+        if not full:
+            raise CheckpointError(f"{path}: {self.said} has no tensor for these experts")
+        parts = torch.arange(rows).chunk(len(full))
+        return [Place(name, part if len(full) > 1 else None) for name, part in zip(full, parts, strict=True)]
+
+    def of_experts(self, path: str, has: Callable[[str], bool]) -> list[str]:
+        """The tensors that together hold a projection of experts, the rows of the first one first; none where there are not all."""
         home, _, projection = path.rpartition(".")
         block = next((part for part in home.split(".") if part.isdigit()), "")
         for names in _EXPERTS.get(projection, ()):
             full = [f"blk.{block}.{name}.weight" for name in names]
             if all(map(has, full)):
-                parts = torch.arange(rows).chunk(len(full))
-                return [Place(name, part if len(full) > 1 else None) for name, part in zip(full, parts, strict=True)]
-        raise CheckpointError(f"{path}: {self.said} has no tensor for these experts")
+                return full
+        return []
 
     def _order(self, path: str, rows: int) -> Tensor | None:
         order = next((order for ending, order in self.known.orders.items() if path.endswith(ending)), None)

@@ -27,9 +27,12 @@ KNOWN = {
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
     "llama": "llama",
+    "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
@@ -65,6 +68,9 @@ def gguf_config(file: GGUF) -> Any:
         )
     own = _own(file)
     fields = _fields(file, own) | _tokens(file) | _rotary(file, own) | _OWN.get(arch, _nothing)(own)
+    fields |= {
+        field: file.tensors[name].shape[-1] for field, name in _WIDTHS.get(arch, {}).items() if name in file.tensors
+    }
     fields |= {field: any(name in file.tensors for name in names) for field, names in _BIASES.get(arch, {}).items()}
     try:
         config = transformers.AutoConfig.for_model(KNOWN[arch], **fields)
@@ -93,7 +99,8 @@ def _table(arch: str) -> dict[str, str | None]:
     """Endings of entries to the config's fields: transformers' own table, and what it lacks."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
-    return {key: name for key, name in GGUF_CONFIG_MAPPING[arch].items() if key not in _ANGLES} | _ALSO.get(arch, {})
+    own = GGUF_CONFIG_MAPPING[_LIKE.get(arch, arch)]
+    return {key: name for key, name in own.items() if key not in _ANGLES} | _ALSO.get(arch, {})
 
 
 def _fields(file: GGUF, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,19 +216,37 @@ _OWN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma2": lambda own: _gemma(own, 46),
     "gemma3": _gemma3,
     "phi3": lambda own: {"sliding_window": own.get("attention.sliding_window") or None},  # which llama.cpp passes over
+    # How llama.cpp weighs the experts of each.
+    "olmoe": lambda own: {"norm_topk_prob": False, "clip_qkv": None},
+    "qwen2moe": lambda own: {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3moe": lambda own: {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt2": lambda own: {"n_positions": own.get("context_length", 1024), "n_inner": own.get("feed_forward_length")},
 }
+_LIKE = {"olmoe": "qwen2", "qwen2moe": "qwen2", "qwen3moe": "qwen3"}  # but for their experts, which follow
+_EXPERTS: dict[str, str | None] = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _ALSO: dict[str, dict[str, str | None]] = {
     "gemma2": {
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
     "gemma3": {"rope.freq_base_swa": None, "final_logit_softcapping": "final_logit_softcapping"},
+    "olmoe": _EXPERTS,
     "phi3": {"attention.sliding_window": None},
+    "qwen2moe": _EXPERTS | {"expert_feed_forward_length": None, "expert_shared_feed_forward_length": None},
+    "qwen3moe": _EXPERTS | {"expert_feed_forward_length": None},
     "stablelm": {"use_parallel_residual": "use_parallel_residual"},
+}
+# Widths of experts, which an older file says by its tensors alone.
+_WIDTHS: dict[str, dict[str, str]] = {
+    "qwen2moe": {
+        "moe_intermediate_size": "blk.0.ffn_down_exps.weight",
+        "shared_expert_intermediate_size": "blk.0.ffn_down_shexp.weight",
+    },
+    "qwen3moe": {"moe_intermediate_size": "blk.0.ffn_down_exps.weight"},
 }
 # Fields of configs that say whether layers have a bias, which the file says by holding one.
 _BIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {"attention_bias": ("blk.0.attn_q.bias", "blk.0.attn_output.bias"), "mlp_bias": ("blk.0.ffn_up.bias",)},
+    "qwen2moe": {"qkv_bias": ("blk.0.attn_q.bias",)},
     "stablelm": {"use_qkv_bias": ("blk.0.attn_q.bias",)},
 }

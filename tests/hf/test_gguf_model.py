@@ -23,10 +23,13 @@ from minilora.linear.layers import dense_weight, is_conv1d
 from minilora.linear.packed import QuantLinear
 from minilora.quant.config import QuantConfig
 from minilora.quant.gguf.formats import FORMATS
+from tests import gguf_files
 from tests.gguf_files import ARCHITECTURES, VOCABULARY, tiny, write_gguf
 from tests.llama_cpp import distance, post, serving
 
 IDS = torch.randint(0, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(1))
+
+MIXTURES = ("olmoe", "qwen2moe", "qwen3moe")
 
 
 def logits(model):
@@ -71,6 +74,7 @@ def test_blocks_stay_packed_and_are_what_gguf_decodes(architecture, tmp_path):
         name, target = {
             "gpt2": ("blk.1.ffn_up.weight", "transformer.h.1.mlp.c_fc"),
             "starcoder2": ("blk.1.ffn_up.weight", "model.layers.1.mlp.c_fc"),
+            **dict.fromkeys(MIXTURES, ("blk.1.attn_output.weight", "model.layers.1.self_attn.o_proj")),
         }.get(architecture, ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj"))
         assert torch.equal(layers[target].codes, file.blocks(name))
 
@@ -256,6 +260,12 @@ SAID = {
     "Gemma 3 of 4B": ("gemma3", {**SEVEN, "rope_parameters": {"full_attention": LINEAR, "sliding_attention": NEAR}}, {}),
     "Gemma 3 with a cap": ("gemma3", {"final_logit_softcapping": 3.0}, {}),
     "no experts": ("llama", {}, {"llama__expert_count": 0, "llama__expert_used_count": 0}),
+    **{f"experts of {kind}": (kind, {}, {}) for kind in MIXTURES},
+    "experts whose widths are not said": (
+        "qwen2moe",
+        {"intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        {f"qwen2moe__expert_{which}feed_forward_length": None for which in ("", "shared_")},
+    ),
     "lists": ("llama", {}, {"llama__attention__head_count": [4, 4], "llama__attention__head_count_kv": [2, 2]}),
     "a list of widths": ("qwen3", {}, {"qwen3__feed_forward_length": [96, 96], "qwen3__attention__head_count_kv": [2, 2]}),
     **{
@@ -278,10 +288,60 @@ def test_what_a_file_may_say_is_read_to_the_bit(said, tmp_path):
     assert torch.equal(logits(found), logits(model))
 
 
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_become_dense_and_are_counted(architecture, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny(architecture), "Q8_0", "Q8_0")
+    assert held(path)[1] == {"Q8_0": 2 * 3}
+    found = load_model(str(path))
+    with open_gguf(path) as file:
+        whole = torch.cat([file.values(f"blk.1.ffn_{name}_exps.weight") for name in ("gate", "up")], 1)
+        assert torch.equal(found.model.layers[1].mlp.experts.gate_up_proj, whole)
+        assert torch.equal(found.model.layers[1].mlp.experts.down_proj, file.values("blk.1.ffn_down_exps.weight"))
+
+
+def test_experts_of_numbers_are_packed_with_the_rest(tmp_path):
+    from minilora import quantize_model
+
+    path = write_gguf(tmp_path / "model.gguf", tiny("qwen3moe"), "F16")
+    found, own = (
+        load_model(str(path), quant=QuantConfig("nf4")),
+        quantize_model(load_model(str(path)), QuantConfig("nf4")),
+    )
+    assert {name: str(layer) for name, layer in found.named_modules()} == {
+        name: str(layer) for name, layer in own.named_modules()
+    }
+    assert torch.equal(logits(found), logits(own))
+
+
+def test_a_gate_of_one_row_may_be_a_vector(tmp_path, monkeypatch):
+    usual = gguf_files._converted
+    monkeypatch.setattr(
+        gguf_files, "_converted", lambda *given: given[2][0] if "gate_inp_shexp" in given[1] else usual(*given)
+    )
+    path = write_gguf(tmp_path / "model.gguf", tiny("qwen2moe"))
+    with open_gguf(path) as file:
+        assert file.tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (64,)
+    assert torch.equal(logits(load_model(str(path))), logits(tiny("qwen2moe")))
+
+
+def test_an_expert_that_is_missing_is_said(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny("qwen3moe"))
+    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up_exps", b"blk.1.ffn_up_expt"))
+    with pytest.raises(
+        CheckpointError, match=r"'blk.1.ffn_gate_exps.weight' has no place|'blk.1.ffn_up_expt.weight' has no place"
+    ):
+        load_model(str(path))
+
+
 @pytest.mark.parametrize(
     "said",
     [
-        pytest.param(said, marks=() if said in ("all biases", "stretched llama", "Gemma 3 of 4B") else pytest.mark.slow)
+        pytest.param(
+            said,
+            marks=()
+            if said in ("all biases", "stretched llama", "Gemma 3 of 4B", "experts of qwen2moe")
+            else pytest.mark.slow,
+        )
         for said in SAID
     ],
 )

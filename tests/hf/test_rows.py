@@ -95,6 +95,13 @@ def why(model, **fields):
     return why_read_whole(model, config, match(model, config))
 
 
+def test_experts_of_a_gguf_file_are_refused(tmp_path):
+    pytest.importorskip("gguf")
+    path = write_gguf(tmp_path / "model.gguf", tiny("qwen3moe"), "Q8_0")
+    with pytest.raises(CheckpointError, match=r"has experts, which are not shared out .* leave --shard out"):
+        load_model(str(path), rows=Rows(processes(2)[0], torch.float32))
+
+
 def test_what_needs_the_whole_model_is_said():
     model = llama()
     assert why(model) is why(model, modules_to_save=["lm_head"]) is why(model, init_lora_weights="pissa") is None
