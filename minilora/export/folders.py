@@ -51,8 +51,9 @@ def export_adapter(
     """
     _check_target(target)
     values = adapters_of(model).named(adapter_name)
-    _refuse_turned(saved_config(model, adapter_name), target, "the model")
-    base, factors = Base.of(model, values), factors_of(values, target)
+    base = Base.of(model, values)
+    _refuse_gpt2(saved_config(model, adapter_name), base, target, "the model")
+    factors = factors_of(values, target)
     laid, r = _laid(factors, saved_config(model, adapter_name), target, base, component)
     write_files(folder, seal(laid.files(), base_of(model, adapter_name)))
     return r
@@ -99,11 +100,16 @@ def is_of_a_pipeline(stored: Stored) -> bool:
     return bool(component_of(Base.stored(stored)))
 
 
-def _refuse_turned(content: Mapping[str, Any], target: str, place: object) -> None:
-    """llama.cpp's converter turns both factors of a ``Conv1D``, which a file has the right way round already: where the layer is square
-    that is no error, and the adapter has another effect.
+def _refuse_gpt2(content: Mapping[str, Any], base: Base, target: str, place: object) -> None:
+    """vLLM has no LoRA for GPT-2. llama.cpp's converter turns both factors of a ``Conv1D``, which a file has the right way round already:
+    where the layer is square that is no error, and the adapter has another effect.
     """
-    if target == "llama.cpp" and content.get("fan_in_fan_out"):
+    turned = bool(content.get("fan_in_fan_out"))
+    if target == "vllm" and (turned or base.model_type == "gpt2" or base.model_class[0].startswith("GPT2")):
+        raise StateError(
+            f"{place}: vLLM takes no adapters of GPT-2 (its GPT2LMHeadModel has no LoRA); merge it instead"
+        )
+    if target == "llama.cpp" and turned:
         raise StateError(
             f"{place}: llama.cpp's converter turns the factors of GPT-2's layers the wrong way round; "
             "give --base SERVED.gguf, and the GGUF LoRA is written without it"
@@ -116,9 +122,10 @@ def _check_target(target: str) -> None:
 
 
 def _laid_of(stored: Stored, target: str, component: str | None, by_shapes: bool = False) -> tuple[Laid, int]:
-    _refuse_turned(stored.config.to_dict(), target, stored.path)
+    base = Base.stored(stored)
+    _refuse_gpt2(stored.config.to_dict(), base, target, stored.path)
     factors = stored_factors(stored, target, by_shapes)
-    return _laid(factors, stored.config.to_dict(), target, Base.stored(stored), component)
+    return _laid(factors, stored.config.to_dict(), target, base, component)
 
 
 def _laid(

@@ -65,7 +65,7 @@ def merge_to_folder(
 
     written = in_new_folder(target, write)
     for sentence in told:
-        print(f"{out}: {sentence}; ask the model there before you rely on it")
+        print(f"{out}: {sentence}")
     return written
 
 

@@ -31,6 +31,9 @@ _BY_KIND = {
 _PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # which layers look at the whole text, they said by a period
 # mlx-lm's own code for these computes something else than transformers, whatever the config says; found by comparing logits.
 _OTHERWISE = ("dbrx", "ernie4_5_moe", "glm", "jamba", "nemotron_h")
+# Of these mlx-lm has a head of its own always, or never, and does not load the other kind; found by loading both.
+_HEAD_APART = ("deepseek_v3", "glm4", "gpt_neox", "gptj", "helium", "phi", "qwen2_moe", "stablelm")
+_HEAD_TIED = ("cohere", "cohere2", "gemma", "gemma2", "gpt2")
 
 
 def save_dense(model: Any, folder: Path) -> list[str]:
@@ -42,7 +45,22 @@ def save_dense(model: Any, folder: Path) -> list[str]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     said = [f"mlx-lm computes {kind} models otherwise than transformers does"] if kind in _OTHERWISE else []
     said += [f"mlx-lm and transformers 4 take a default of their own for {what}" for what in write_older_keys(folder)]
-    return said
+    said = [f"{sentence}; ask the model there before you rely on it" for sentence in said]
+    return said + _of_the_head(model, kind)
+
+
+def _of_the_head(model: Any, kind: str | None) -> list[str]:
+    """That mlx-lm does not load the model for its head, which it says by the name of a parameter alone."""
+    table, head = (getattr(model, f"get_{end}put_embeddings", lambda: None)() for end in ("in", "out"))
+    if table is None or head is None:
+        return []
+    tied = head.weight is table.weight
+    if kind not in (_HEAD_APART if tied else _HEAD_TIED):
+        return []
+    wanted = "a head of its own" if tied else "a head that is its embedding"
+    return [
+        f"mlx-lm does not load it: of {kind} models it takes only those with {wanted}; serve it with another program"
+    ]
 
 
 def _gpt2_names(model: Any) -> dict[str, Any]:

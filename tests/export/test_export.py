@@ -16,6 +16,7 @@ from minilora.errors import CheckpointError, ConfigError, StateError
 from minilora.export.factors import GGUF
 from minilora.export.folders import TARGETS, export_adapter, export_folder, refusal
 from minilora.export.programs import max_lora_rank
+from minilora.export.servers import servers_of
 from minilora.export.stored import stored_factors
 from minilora.lora.slots import adapters_of
 from minilora.store.adapter_files import SEAL_FILE, read_adapter
@@ -163,17 +164,16 @@ def test_llama_cpps_converter_turns_conv1d(make_gpt2, randomize, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("target", ["vllm"])
-def test_conv1d_keeps_the_orientation_of_the_layout(make_gpt2, randomize, tmp_path, target):
+def test_conv1d_keeps_the_orientation_of_the_layout(make_gpt2, randomize, tmp_path):
     model = randomize(inject(make_gpt2(), lora(["c_attn", "mlp.c_proj"])))
-    if target == "llama.cpp":  # whose converter turns them once more
-        with pytest.raises(StateError, match="--base"):
-            export_adapter(model, tmp_path / "out", target)
-        return
-    export_adapter(model, tmp_path / "out", target)
-    for path, delta in READERS[target](tmp_path / "out").items():
-        close(delta, adapters_of(model).named("default")[path].delta_weight())
-    assert json.loads((tmp_path / "out" / CONFIG_FILE).read_text())["fan_in_fan_out"] is True
+    export_adapter(model, tmp_path / "out", "mlx")
+    own = {
+        path.replace("transformer.", "model.", 1): value for path, value in adapters_of(model).named("default").items()
+    }
+    found = read_mlx(tmp_path / "out")
+    assert found.keys() == own.keys()
+    for path, delta in found.items():
+        close(delta, own[path].delta_weight())
 
 
 @pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
@@ -421,9 +421,25 @@ def test_what_a_target_cannot_hold_is_named_and_nothing_written(adapted, tmp_pat
     assert [(p.name, p.read_text()) for p in (tmp_path / "old").iterdir()] == [(CONFIG_FILE, "kept")]
 
 
+@pytest.mark.parametrize("targets", [["c_attn"], ["lm_head"], ["wte"]], ids=str)
+def test_vllm_takes_no_adapter_of_gpt2(make_gpt2, randomize, tmp_path, targets):
+    model = randomize(inject(make_gpt2(tie_word_embeddings=False), lora(targets)))
+    save_adapter(model, tmp_path / "adapter")
+    for call in (
+        lambda: export_adapter(model, tmp_path / "out", "vllm"),
+        lambda: export_folder(tmp_path / "adapter", tmp_path / "out", "vllm"),
+    ):
+        with pytest.raises(StateError, match=r"vLLM takes no adapters of GPT-2.*; merge it instead"):
+            call()
+    assert not (tmp_path / "out").exists()
+    (vllm,) = [each for each in servers_of(read_adapter(tmp_path / "adapter"), tmp_path) if each.name == "vLLM"]
+    assert vllm.takes == "no" and "GPT-2" in vllm.why and "minilora merge" in vllm.why
+
+
 @pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
-def test_a_tied_head_that_follows_the_embedding_is_refused(make_gpt2, randomize, tmp_path, target):
-    model = randomize(inject(make_gpt2(), lora(["wte"], ensure_weight_tying=True)))
+def test_a_tied_head_that_follows_the_embedding_is_refused(make_llama, randomize, tmp_path, target):
+    base = make_llama(tie_word_embeddings=True)
+    model = randomize(inject(base, lora(["embed_tokens"], ensure_weight_tying=True)))
     with pytest.raises(StateError, match=r"takes adapters of linear layers( and embeddings)? only"):
         export_adapter(model, tmp_path / "out", target)
     assert not (tmp_path / "out").exists()

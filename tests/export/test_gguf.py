@@ -239,10 +239,10 @@ def test_the_wrong_file_or_architecture_is_refused_by_name(tmp_path):
 
 def test_the_converters_layout_of_gpt2_is_refused(tmp_path):
     _, folder = adapted("gpt2", tmp_path)
+    export_folder(folder, tmp_path / "mlx", "mlx")
     with pytest.raises(StateError, match="give --base"):
         export_folder(folder, tmp_path / "out", "llama.cpp")
     assert not (tmp_path / "out").exists()
-    export_folder(folder, tmp_path / "vllm", "vllm")
 
 
 # ---- merged files

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilora.hf.older_readers import _OTHERWISE, save_dense, write_older_keys
+from minilora.hf.older_readers import _HEAD_APART, _HEAD_TIED, _OTHERWISE, save_dense, write_older_keys
 from tests import models
 from tests.architectures import tiny
 
@@ -168,6 +168,30 @@ def test_mlx_computes_what_transformers_computes(tmp_path, model_type):
         wanted = model(input_ids=IDS, use_cache=False).logits
     apart = (in_mlx(tmp_path, IDS) - wanted).abs().max() / wanted.abs().max()
     assert (apart > 1e-3) if told else (apart < 1e-3)
+
+
+HEADS = [*_HEAD_APART, *(kind for kind in _HEAD_TIED if kind != "gpt2"), "llama", "gemma3_text", "olmoe"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(kind, marks=() if kind in ("phi", "gemma", "llama") else pytest.mark.slow) for kind in HEADS],
+)
+def test_a_head_that_mlx_does_not_load_is_said(tmp_path, model_type, tied):
+    config = tiny.tiny_config(model_type)
+    config.tie_word_embeddings = tied
+    model = tiny.drawn(tiny.model_class(config)(config).eval())
+    if tied:
+        model.tie_weights()
+    said = [sentence for sentence in save_dense(model, tmp_path) if "does not load it" in sentence]
+    assert bool(said) is (model_type in (_HEAD_APART if tied else _HEAD_TIED))
+    pytest.importorskip("mlx_lm")
+    if said:
+        with pytest.raises(ValueError, match=r"(lm_head|embed_out)\.weight"):
+            in_mlx(tmp_path, IDS)
+    else:
+        in_mlx(tmp_path, IDS)
 
 
 @pytest.mark.slow
