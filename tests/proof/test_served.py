@@ -2,12 +2,13 @@
 
 import pytest
 
+from minilora import inject, save_adapter
 from minilora.cli import main
 from minilora.export.stored import stored_factors
 from minilora.proof import verify, verify_in
 from minilora.store.adapter_files import read_adapter
 from tests.gguf_llama import write_lora, write_model
-from tests.models import CHATML, byte_tokenizer
+from tests.models import CHATML, byte_tokenizer, lora, randomize
 from tests.proof.conftest import adapted, base
 
 pytest.importorskip("xllamacpp")
@@ -103,6 +104,23 @@ def test_in_this_process_the_lora_is_written_where_none_is_given(sealed, files, 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["verify", str(sealed.folder), "--in", "llama.cpp", "--base", str(files("F32"))]) == 0
     assert "applied right" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variant", ["vera", "lora_xs", "lora_fa"])
+def test_a_variant_is_sealed_and_verified(tmp_path, files, capsys, variant):
+    """What hangs on its base gets it by --model, as when it is exported."""
+    base().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    config = lora(["q_proj", "v_proj", "up_proj"])
+    save_adapter(randomize(inject(base(), config, variant=variant), 3), tmp_path / "a")
+    folder, given = str(tmp_path / "a"), ["--model", str(tmp_path / "base")]
+    assert main(["seal", folder, *given, "--prompts", "hello there"]) == 0
+    asked = ["verify", folder, "--in", "llama.cpp", "--base", str(files("F32"))]
+    assert main([*asked, *given]) == 0 and "applied right" in capsys.readouterr().out
+    if variant != "lora_fa":
+        assert main(asked) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"a {variant} adapter depends on its base model; give it with --model" in said
 
 
 def test_asking_leaves_the_server_as_it_was(sealed, files):
