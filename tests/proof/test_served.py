@@ -4,75 +4,31 @@ import pytest
 
 from minilora import inject, save_adapter
 from minilora.cli import main
-from minilora.export.stored import stored_factors
 from minilora.proof import verify, verify_in
-from minilora.store.adapter_files import read_adapter
-from tests.gguf_llama import write_lora, write_model
-from tests.models import CHATML, byte_tokenizer, lora, randomize
-from tests.proof.conftest import adapted, base
+from tests.models import byte_tokenizer, lora, randomize
+from tests.proof.conftest import base
+from tests.proof.servings import SERVINGS, written
 
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 from tests.llama_cpp import serving
 
-# GGUF of the base, GGUF of the adapter ("" for none), its scale: what is said, and the scale that is fitted.
-CASES = {
-    "right": ("F32", "own", 1.0, "right", 1.0),
-    "in half precision": ("F16", "own", 1.0, "right", 1.0),
-    "no adapter": ("F32", "", 1.0, "not applied", 0.0),
-    "scale halved": ("F32", "own", 0.5, "scale", 0.5),
-    "a scale between those that were measured": ("F32", "own", 0.8, "scale", 0.8),
-    "another adapter": ("F32", "other", 1.0, "another adapter or base", None),
-    "another base": ("other base", "own", 1.0, "another adapter or base", None),
-    "another base without adapter": ("other base", "", 1.0, "another base", None),
-    "another template": ("other template", "own", 1.0, "another template", 1.0),
-    "q8_0": ("Q8_0", "own", 1.0, "another packing", 1.0),
-    "q4_0": ("Q4_0", "own", 1.0, "another packing", 1.0),
-    "q4_0 without adapter": ("Q4_0", "", 1.0, "not applied", 0.0),
-    "q4_0 with the scale halved": ("Q4_0", "own", 0.5, "scale", 0.5),
-    "down_proj left out": ("F32", "no down_proj", 1.0, "misread", None),
-    "lora_alpha / r for rsLoRA": ("F32", "over r", 1.0, "misread", None),
-}
-
 
 @pytest.fixture(scope="module")
 def files(sealed, tmp_path_factory):
     """A function that finds a GGUF by what it is, and writes it on first use."""
-    place, tokenizer = tmp_path_factory.mktemp("gguf"), byte_tokenizer()
-
-    def of(name):
-        path = place / f"{name}.gguf"
-        if path.exists() or not name:
-            return path if name else None
-        factors, config = stored_factors(read_adapter(sealed.folder), "llama.cpp"), base().config
-        if name == "own":
-            write_lora(factors, config, path)
-        elif name == "other":
-            adapted(5).save_pretrained(place / "other")
-            write_lora(stored_factors(read_adapter(place / "other"), "llama.cpp"), config, path)
-        elif name == "no down_proj":
-            write_lora(factors, config, path, lambda layer: 0.0 if "down_proj" in layer else 1.0)
-        elif name == "over r":
-            write_lora(factors, config, path, lambda layer: 3**-0.5)
-        elif name == "other base":
-            write_model(base(7), tokenizer, path)
-        elif name == "other template":
-            write_model(base(), tokenizer, path, template=CHATML.replace("assistant\n", "assistant\n\n"))
-        else:
-            write_model(base(), tokenizer, path, name)
-        return path
-
-    return of
+    place = tmp_path_factory.mktemp("gguf")
+    return lambda name: written(name, sealed.folder, place)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SERVINGS)
 def test_each_case_is_told_apart(sealed, files, name):
-    model, adapter, scale, kind, fitted = CASES[name]
-    with serving(files(model), files(adapter), scale, context=256) as url:
+    case = SERVINGS[name]
+    with serving(files(case.base), files(case.adapter), case.scale, context=256) as url:
         found = verify(sealed.folder, url)
-    assert found.kind == kind, found
-    assert found.code == (kind != "right")
-    assert fitted is None or abs(found.scale - fitted) < 0.06
+    assert found.kind == case.kind, found
+    assert found.code == (case.kind != "right")
+    assert case.fitted is None or abs(found.scale - case.fitted) < 0.06
 
 
 def test_what_is_misread_is_named(sealed, files):
