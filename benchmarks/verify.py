@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from record import RESULTS, stamp, write_csv  # type: ignore[import-not-found,unused-ignore]
 
-from minilora.export.stored import stored_factors
 from minilora.proof import read_probe, seal_folder, verify
 from minilora.proof.verdict import effect
-from minilora.store.adapter_files import read_adapter
-from tests.gguf_llama import write_lora, write_model
 from tests.llama_cpp import serving
-from tests.models import CHATML, byte_tokenizer
-from tests.proof.conftest import adapted, base
-
-# What is served: the base's GGUF, the adapter's ("" for none), its scale.
-CASES: Mapping[str, tuple[str, str, float]] = {
-    "the adapter on its base": ("F32", "own", 1.0),
-    "on its base in half precision": ("F16", "own", 1.0),
-    "no adapter": ("F32", "", 1.0),
-    "scale halved": ("F32", "own", 0.5),
-    "scale 0.8": ("F32", "own", 0.8),
-    "scale 1.3": ("F32", "own", 1.3),
-    "down_proj left out": ("F32", "no down_proj", 1.0),
-    "rsLoRA read as lora_alpha / r": ("F32", "over r", 1.0),
-    "another adapter": ("F32", "other", 1.0),
-    "another base": ("other base", "own", 1.0),
-    "another base, no adapter": ("other base", "", 1.0),
-    "another chat template": ("other template", "own", 1.0),
-    "base in Q8_0": ("Q8_0", "own", 1.0),
-    "base in Q4_0": ("Q4_0", "own", 1.0),
-    "base in Q4_0, no adapter": ("Q4_0", "", 1.0),
-    "base in Q4_0, scale halved": ("Q4_0", "own", 0.5),
-}
-
-
-def written(place: Path, name: str) -> Path | None:
-    """The GGUF file of this name, written if it is not there."""
-    path = place / f"{name}.gguf"
-    if path.exists() or not name:
-        return path if name else None
-    tokenizer, config = byte_tokenizer(), base().config
-    own = stored_factors(read_adapter(place / "adapter"), "llama.cpp")
-    if name == "other":
-        adapted(5).save_pretrained(place / "other")
-        write_lora(stored_factors(read_adapter(place / "other"), "llama.cpp"), config, path)
-    elif name in ("own", "no down_proj", "over r"):
-        factor = {"own": 1.0, "no down_proj": 1.0, "over r": 3**-0.5}[name]
-        left_out = "down_proj" if name == "no down_proj" else "nothing"
-        write_lora(own, config, path, lambda layer: 0.0 if left_out in layer else factor)
-    elif name == "other base":
-        write_model(base(7), tokenizer, path)
-    elif name == "other template":
-        write_model(base(), tokenizer, path, template=CHATML.replace("assistant\n", "assistant\n\n"))
-    else:
-        write_model(base(), tokenizer, path, name)
-    return path
+from tests.models import byte_tokenizer
+from tests.proof.conftest import adapted
+from tests.proof.servings import SERVINGS, written
 
 
 def measured(place: Path) -> list[dict[str, Any]]:
@@ -78,8 +32,9 @@ def measured(place: Path) -> list[dict[str, Any]]:
     model.save_pretrained(place / "adapter")
     seal_folder(model, byte_tokenizer(), place / "adapter", ["hello there"], name="tiny")
     moved, rows = effect(read_probe(place / "adapter")), []
-    for what, (served, adapter, scale) in CASES.items():
-        with serving(written(place, served), written(place, adapter), scale, context=256) as url:
+    for what, case in SERVINGS.items():
+        base, lora = (written(name, place / "adapter", place) for name in (case.base, case.adapter))
+        with serving(base, lora, case.scale, context=256) as url:
             found = verify(place / "adapter", url)
         names = ("from the base", "from the adapted model", "from the best scale")
         off = {name: f"{value:.4f}" for name, value in zip(names, found.distances, strict=True)}

@@ -95,7 +95,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _write_folder(arguments: argparse.Namespace) -> None:
     from minilora.export.folders import export_adapter, export_folder
 
-    model = _adapted(arguments)
+    model = adapted(arguments)
     if model is not None:
         rank = export_adapter(model, arguments.out, arguments.target, component=arguments.component)
     else:
@@ -111,7 +111,7 @@ def _write_gguf(arguments: argparse.Namespace, record: Record | None) -> None:
     from minilora.export.ollama import export_ollama
     from minilora.hf.jinja import write_chat
 
-    model = _adapted(arguments)
+    model = adapted(arguments)
     adapter = arguments.adapter if model is None else model
     options = {"dtype": arguments.dtype, **trust_of(arguments)}
     if arguments.target == "ollama":
@@ -125,8 +125,11 @@ def _write_gguf(arguments: argparse.Namespace, record: Record | None) -> None:
     say(f"llama-server -m {arguments.base} --lora {arguments.out}")
 
 
-def _adapted(arguments: argparse.Namespace) -> Any:
-    """The base with the adapter on it, where the adapter is not all in its folder; else None."""
+def adapted(arguments: argparse.Namespace) -> Any:
+    """The base with the adapter on it, where the adapter is not all in its folder; else None.
+
+    Asks ``arguments`` for adapter, model, trust_remote_code, expect_sha256 and allow_other_base.
+    """
     options = _base(arguments)
     if not options:
         return None

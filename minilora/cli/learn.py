@@ -17,6 +17,7 @@ from minilora.cli.flags import Flag, add_flags
 from minilora.cli.program import command
 from minilora.cli.say import say
 from minilora.errors import ConfigError, StateError
+from minilora.learn.course import file_of
 
 if TYPE_CHECKING:
     from minilora.learn.answer import Grade
@@ -127,10 +128,6 @@ def _refuse(kind: str | None, rest: list[str], before: list[str]) -> None:
         raise ConfigError(f"{' '.join(rest)}: one {kind} at a time; write {way}")
 
 
-def _file(asked: Asked) -> str:
-    return f"{asked.kind}_{asked.number:02}.py"
-
-
 def _words(asked: Asked) -> list[str]:
     return [MUTANT, str(asked.number)] if asked.kind == MUTANT else [str(asked.number)]
 
@@ -146,7 +143,7 @@ def _chosen(asked: Asked, progress: Progress) -> int:
 
     if asked.number is not None:
         return asked.number
-    left = [n for n in range(1, len(MUTANTS) + 1) if not progress.is_done(_file(asked._replace(number=n)))]
+    left = [n for n in range(1, len(MUTANTS) + 1) if not progress.is_done(file_of(MUTANT, n))]
     if not left:
         raise StateError(f"all {len(MUTANTS)} mutants are shown; name one, as in {command('learn', MUTANT, '1')}")
     return left[0]
@@ -163,7 +160,7 @@ def _list(progress: Progress) -> None:
     titles, width = max(len(each.title) for each in LESSONS), max(map(len, states))
     for each, state in zip(LESSONS, states, strict=True):
         say(f"{each.number:2}  {each.title:{titles}}  {state:{width}}  {each.question}")
-    files = [_file(Asked(OPEN, MUTANT, n)) for n in range(1, len(MUTANTS) + 1)]
+    files = [file_of(MUTANT, n) for n in range(1, len(MUTANTS) + 1)]
     say(f"\nmutants: {sum(map(progress.is_done, files))} of {len(MUTANTS)} shown")
     say(_next(progress, LESSON))
 
@@ -174,7 +171,7 @@ def _next(progress: Progress, kind: str | None) -> str:
     from minilora.learn.mutants import MUTANTS
 
     lessons = [str(each.number) for each in LESSONS if not progress.is_done(each.file)]
-    mutants = [n for n in range(1, len(MUTANTS) + 1) if not progress.is_done(_file(Asked(OPEN, MUTANT, n)))]
+    mutants = [n for n in range(1, len(MUTANTS) + 1) if not progress.is_done(file_of(MUTANT, n))]
     if not lessons and not mutants:
         return f"all {len(LESSONS)} lessons and {len(MUTANTS)} mutants are done"
     words = [MUTANT] if mutants and (kind == MUTANT or not lessons) else lessons[:1]
@@ -187,8 +184,8 @@ def _open(asked: Asked, progress: Progress) -> None:
     from minilora.learn.mutants import mutant
     from minilora.learn.progress import write_once
 
-    assert asked.number is not None
-    path = progress.folder / _file(asked)
+    assert asked.kind is not None and asked.number is not None
+    path = progress.folder / file_of(asked.kind, asked.number)
     if asked.kind == LESSON:
         it = lesson(asked.number)
         text, said = it.exercise, f"{it.title}. {it.question}\nto write: {', '.join(it.functions)}"
@@ -227,7 +224,7 @@ def _begun(progress: Progress) -> list[Asked]:
 
     every = [Asked(CHECK, LESSON, each.number) for each in LESSONS]
     every += [Asked(CHECK, MUTANT, n) for n in range(1, len(MUTANTS) + 1)]
-    begun = [asked for asked in every if (progress.folder / _file(asked)).is_file()]
+    begun = [asked for asked in every if (progress.folder / file_of(str(asked.kind), asked.number or 0)).is_file()]
     if not begun:
         raise StateError(f"{progress.folder}: nothing is begun there; write {command('learn', '1', *_at(progress))}")
     return begun
@@ -240,7 +237,7 @@ def _check(asked: Asked, progress: Progress, seconds: int) -> bool:
     from minilora.learn.course import lesson
 
     assert asked.kind is not None and asked.number is not None
-    path = progress.folder / _file(asked)
+    path = progress.folder / file_of(asked.kind, asked.number)
     if not path.is_file():
         raise StateError(f"{path}: is not there; {command('learn', *_words(asked), *_at(progress))} writes it")
     wanted = lesson(asked.number).functions if asked.kind == LESSON else ["show"]

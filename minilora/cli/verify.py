@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from minilora.cli.flags import Flag, add_flags
 from minilora.cli.parser import one_of
@@ -82,13 +83,22 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             model = arguments.model or _base(arguments.folder)
             base = served_file(arguments.base) if arguments.base else ""
-            found = verify_in(arguments.folder, arguments.program, model, base, arguments.lora or "")
+            lora = arguments.lora or (_adapted(arguments) if base else None) or ""
+            found = verify_in(arguments.folder, arguments.program, model, base, lora)
     code = 0 if found.kind == "another packing" and arguments.any_quantization else found.code
     if arguments.json:
         say(json.dumps(asdict(found) | {"code": code}, indent=1))
     else:
         say(f"{arguments.folder}: {found.text}")
     return code
+
+
+def _adapted(arguments: argparse.Namespace) -> Any:
+    """The model with the adapter, where this is not all in its folder, for the GGUF LoRA to be written from; else None."""
+    from minilora.cli.export import adapted
+
+    trust = {"trust_remote_code": False, "expect_sha256": None, "allow_other_base": False}
+    return adapted(argparse.Namespace(adapter=arguments.folder, model=arguments.model, **trust))
 
 
 def _base(folder: str) -> str:

@@ -201,9 +201,53 @@ def spans(numbers: list[int]) -> str:
     return ", ".join(texts[:_SHOWN]) + " ..." * (len(texts) > _SHOWN)
 
 
+def lone(case: Case) -> Iterator[Finding]:
+    """Both factors of one layer missing, where that layer of every other block has them."""
+    if not (lost := _lone(case)):
+        return
+    said = f"{named(lost)}: neither A nor B is in the file, and every other block has both: PEFT builds it anew, so that it changes nothing"
+    way = "save or copy the adapter again, a part of the file is missing; name the layer in exclude_modules if it was meant to be left out"
+    yield Finding(FAULT if case.base is not None else WARNING, "one layer", said, way)
+
+
+def _lone(case: Case) -> list[str]:
+    """Layers that one block alone lacks: the base has them there, or another layer of the same module has an adapter there."""
+    excluded = case.content.get("exclude_modules")
+    if _some_blocks(case) or isinstance(excluded, str):
+        return []
+    found: dict[tuple[str, str], set[int]] = {}  # what stands before and after the number of a block -> the blocks
+    for layer in case.layers:
+        before, number, after = re.match(r"(.*?)\.(\d{1,5})\.(.*)|", layer.path, re.S).groups()  # type: ignore[union-attr]
+        if number is not None:
+            found.setdefault((before, after), set()).add(int(number))
+    every: dict[str, set[int]] = {}
+    within: dict[tuple[str, str], set[int]] = {}  # likewise, of the module that holds the layer
+    for (before, after), blocks in found.items():
+        every.setdefault(before, set()).update(blocks)
+        within.setdefault((before, after.rpartition(".")[0]), set()).update(blocks)
+    paths = []
+    for (before, after), blocks in found.items():
+        lost = every[before] - blocks
+        path = f"{before}.{min(lost, default=0)}.{after}"
+        there = path in case.base.modules if case.base is not None else lost <= within[before, after.rpartition(".")[0]]
+        if (
+            len(lost) == 1
+            and there
+            and path not in case.parts
+            and not any(ends_with(path, name) for name in case.names("exclude_modules"))
+        ):
+            paths.append(path)
+    return sorted(paths)
+
+
+def _some_blocks(case: Case) -> bool:
+    """Whether the config says that some blocks alone have adapters."""
+    return case.content.get("layers_to_transform") is not None or _chosen(case)
+
+
 def gaps(case: Case) -> Iterator[Finding]:
     """Blocks that lack what their neighbours have."""
-    if case.content.get("layers_to_transform") is not None or _chosen(case):
+    if _some_blocks(case):
         return
     kinds = {kind: {block for block in blocks if block is not None} for kind, blocks in blocks_of(case).items()}
     every = set().union(*kinds.values()) if kinds else set()
@@ -214,8 +258,11 @@ def gaps(case: Case) -> Iterator[Finding]:
     )
     if holes := sorted(set(range(min(every), max(every))) - every):
         yield Finding(WARNING, "gaps", f"blocks {spans(holes)} have no adapter, and blocks around them have", way)
+    said_already = {(path.rpartition(".")[2], _block(path)) for path in _lone(case)}
     for kind, own in kinds.items():
-        lost = sorted(block for block in every - own if own and _has(case, kind, block))
+        lost = sorted(
+            block for block in every - own if own and (kind, block) not in said_already and _has(case, kind, block)
+        )
         if lost and len(own) > 1:
             known = case.base is not None
             said = f"{kind} has no adapter in blocks {spans(lost)}, and has one in {len(own)} others"
@@ -238,4 +285,4 @@ def _has(case: Case, kind: str, block: int) -> bool:
     return any(path.endswith(f".{kind}") and _block(path) == block for path in case.base.modules)
 
 
-CHECKS = (wrong_names, one_factor, ranks, targets_unserved, keys_unnamed, copies, strangers, twins, gaps)
+CHECKS = (wrong_names, one_factor, ranks, targets_unserved, keys_unnamed, copies, strangers, twins, lone, gaps)

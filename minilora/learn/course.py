@@ -11,9 +11,14 @@ from pathlib import Path
 
 from minilora.errors import ConfigError
 
-__all__ = ["LESSONS", "Lesson", "lesson"]
+__all__ = ["LESSONS", "Lesson", "file_of", "lesson"]
 
 _HERE = Path(__file__).parent
+
+
+def file_of(kind: str, number: int) -> str:
+    """What the reader's file of a "lesson" or "mutant" is called."""
+    return f"{kind}_{number:02}.py"
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Lesson:
     @property
     def file(self) -> str:
         """What the reader's file is called."""
-        return f"lesson_{self.number:02}.py"
+        return file_of("lesson", self.number)
 
     @property
     def exercise(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from minilora.errors import CheckpointError, ConfigError, MiniLoraError, MissingPackageError, StateError, printable
 from minilora.export.llama_cpp import export_gguf
@@ -27,7 +28,9 @@ _Ask = Callable[[Sequence[Question]], list[dict[int, float]]]
 
 
 @contextmanager
-def asked_in(program: str, folder: str | os.PathLike[str], model: str, base: str, lora: str) -> Iterator[str | _Ask]:
+def asked_in(
+    program: str, folder: str | os.PathLike[str], model: str, base: str, lora: str | nn.Module
+) -> Iterator[str | _Ask]:
     """A function that answers questions, or for llama.cpp the address of a server on loopback, which is gone afterwards."""
     if program == "llama.cpp":
         with _llama_cpp(folder, base, lora) as url:
@@ -91,20 +94,21 @@ def answers_of(model: Any, questions: Sequence[Question]) -> list[dict[int, floa
 
 
 @contextmanager
-def _llama_cpp(folder: str | os.PathLike[str], base: str, lora: str) -> Iterator[str]:
-    """llama.cpp's server with the adapter, on a free port of loopback; without ``lora`` its file is written, and gone afterwards."""
+def _llama_cpp(folder: str | os.PathLike[str], base: str, lora: str | nn.Module) -> Iterator[str]:
+    """llama.cpp's server with the adapter, on a free port of loopback; without a file ``lora`` one is written, and gone afterwards."""
     if not base:
         raise ConfigError("--base: missing; --in llama.cpp needs the served GGUF")
-    for flag, value in (("--base", base), ("--lora", lora or base)):
+    given = lora if isinstance(lora, str) else ""
+    for flag, value in (("--base", base), ("--lora", given or base)):
         if not Path(value).is_file():
             raise ConfigError(f"{flag}={value!r}: no such file; wanted a GGUF file")
     if find_spec("xllamacpp") is None:
         raise MissingPackageError("--in llama.cpp: needs xllamacpp, which brings the engine; pip install xllamacpp")
     with tempfile.TemporaryDirectory() as place:
-        if not lora:
-            lora = os.path.join(place, "lora.gguf")
-            export_gguf(folder, base, lora)
-        with _serving(base, lora) as url:
+        if not given:
+            given = os.path.join(place, "lora.gguf")
+            export_gguf(lora if isinstance(lora, nn.Module) else folder, base, given)
+        with _serving(base, given) as url:
             yield url
 
 

@@ -9,6 +9,8 @@ import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 from minilora.errors import ServerError
 from minilora.proof.ask import Server
 from minilora.proof.inside import asked_in
@@ -46,12 +48,14 @@ def verify(folder: str | os.PathLike[str], url: str, model: str = "", seconds: f
         return _with_template(found, (_rendered(server, chat) for chat in probe.chats))
 
 
-def verify_in(folder: str | os.PathLike[str], program: str, model: str, base: str = "", lora: str = "") -> Verdict:
+def verify_in(
+    folder: str | os.PathLike[str], program: str, model: str, base: str = "", lora: str | nn.Module = ""
+) -> Verdict:
     """What a program in this process makes of the adapter: "peft", "transformers" or "llama.cpp".
 
     Args:
         model: the base, as ``load_model`` takes it; not for llama.cpp. base: the GGUF that llama.cpp serves. lora: the adapter as GGUF; ""
-            writes one from the folder, as ``export_gguf`` does.
+            writes one from the folder, as ``export_gguf`` does, and a model with the adapter writes one from that.
 
     Raises:
         CheckpointError: as ``read_probe``. MissingPackageError: the program is not installed. ConfigError: something it needs is not named.

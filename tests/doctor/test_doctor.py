@@ -344,6 +344,40 @@ def base_folder(tmp_path_factory):
     return place
 
 
+def test_one_layer_that_one_block_alone_lacks(tmp_path):
+    """Told by its neighbours in the block, and by the base where it is known; what was meant is none."""
+    lost, targets = "layers.3.self_attn.q_proj", ["q_proj", "k_proj", "up_proj"]
+    models.llama(num_hidden_layers=5).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=3, lora_alpha=12, target_modules=targets, base_model_name_or_path="no/where")
+    save_adapter(models.randomize(inject(models.llama(num_hidden_layers=5), config)), tmp_path / "a")
+    (tmp_path / "a" / "minilora.json").unlink()
+    files(tmp_path / "a", PROBE)
+    change(tmp_path / "a", revision="5f3a")
+    assert not found(tmp_path / "a")
+    kept = (tmp_path / "a" / WEIGHTS).read_bytes()
+
+    def said(without, **more):
+        files(tmp_path / "a", {WEIGHTS: kept})
+        tensors(tmp_path / "a", lambda held: {key: t for key, t in held.items() if not any(w in key for w in without)})
+        findings = examine(tmp_path / "a", **more).findings
+        return {finding.check: (finding.severity, finding.said) for finding in findings}
+
+    (check, (severity, text)), *rest = said([lost]).items()
+    assert (
+        (check, severity) == ("one layer", "warning") and text.startswith(f"model.{lost}: neither A nor B") and not rest
+    )
+    assert said([lost], model=str(tmp_path / "base"))["one layer"][0] == "fault"
+    with pytest.raises(CheckpointError, match="q_proj"):
+        load_adapter(models.llama(num_hidden_layers=5), tmp_path / "a")
+    assert set(said(["layers.3.self_attn.q_proj", "layers.1.self_attn.q_proj"])) == {"gaps"}
+    assert set(said(["layers.3.mlp.up_proj"])) == {"gaps"}  # alone in its module: some models have such blocks
+    assert set(said([f"{lost}.lora_A"])) >= {"one factor"} and "one layer" not in said([f"{lost}.lora_A"])
+    for fields in ({"exclude_modules": [f"model.{lost}"]}, {"layers_to_transform": [0, 1, 2, 3, 4]}):
+        change(tmp_path / "a", **fields)
+        assert "one layer" not in said([lost])
+        change(tmp_path / "a", **dict.fromkeys(fields))
+
+
 def test_a_base_that_fits(healthy, base_folder):
     examined = examine(healthy, str(base_folder))
     assert not examined.findings and str(base_folder) in examined.facts["base"]
