@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-consumers $(VENV)/.installed-$
 	$(BIN)/python benchmarks/cpu.py --threads 1
 	$(BIN)/python benchmarks/cpu.py --threads 2 --rows quantize dequantize linear latency --out benchmarks/results/cpu_2_threads.csv
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python benchmarks/cpu.py --threads 1 --rows "lora step bf16" "qlora step bf16" --out benchmarks/results/cpu_no_bf16.csv
+	$(BIN)/python benchmarks/gguf_decode.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/packing.py

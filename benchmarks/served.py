@@ -29,6 +29,7 @@ from minilora.cli.demo import job
 from minilora.hf import load_model
 from minilora.hf.load import resolve
 from minilora.job.look import Picked, pick
+from minilora.job.record import read_record
 
 BASE = "smollm2.gguf"
 LIKELY = 500  # tokens that the server lists at first; a token that is none of them is asked for among all
@@ -40,11 +41,18 @@ def counted(example: Any) -> list[int]:
     return [at for at, label in enumerate(example.labels) if label != IGNORED and at]
 
 
+def trained_on(run: str) -> str:
+    """The base of a run as it was named, and how it lay in memory; "" for a folder that remembers no run."""
+    record = read_record(run)
+    return f"{record.model}, {record.packing}" if record else ""
+
+
 def loss_here(picked: Picked, adapter: str) -> float:
     """Of minilora, on the GGUF file."""
     model: Any = load_model(BASE)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
+        # Trained on another packing of the base, perhaps: what that costs is the question.
+        model = PeftModel.from_pretrained(model, adapter, allow_other_base=True)
     losses = picked.losses(model)
     own = [losses[row][at] for row, example in enumerate(picked.examples) for at in counted(example)]
     return sum(loss for loss in own if loss is not None) / len(own)
@@ -96,7 +104,14 @@ def main() -> None:
                 raise SystemExit(f"{run}: was not exported")
             here, there = loss_here(picked, run), loss_there(picked, lora, vocabulary)
             size = os.path.getsize(lora) if lora else 0
-            rows.append({"adapter": run or "none", "minilora": f"{here:.4f}", "llama.cpp": f"{there:.4f}"})
+            rows.append(
+                {
+                    "adapter": run or "none",
+                    "trained on": trained_on(run) if run else "",
+                    "minilora": f"{here:.4f}",
+                    "llama.cpp": f"{there:.4f}",
+                }
+            )
             rows[-1] |= {"difference": f"{there - here:+.4f}", "bytes": size, "tokens": tokens}
             print(
                 f"{rows[-1]['adapter']}: minilora {here:.4f}, llama.cpp {there:.4f} ({there - here:+.4f})", flush=True

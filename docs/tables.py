@@ -117,6 +117,20 @@ def formats() -> str:
     return markdown(["format", "bits", "RMSE, N(0,1)", *(f"KL, {model} (range)" for model in models)], rows)
 
 
+def gguf_decode() -> str:
+    """Decoding GGUF's blocks: minilora, the ``gguf`` package and the formula of each format."""
+    sides, rows = ("minilora", "minilora, kept buffer", "gguf package", "formula"), []
+    for row in read("gguf_decode"):
+        times = []
+        for side in sides:
+            middle, low, high = (three_digits(float(row[f"{side} ms{end}"])) for end in ("", " min", " max"))
+            times.append(f"{middle} ({low}-{high})")
+        ratios = [f"{row[f'{side} / minilora']}x" for side in sides[2:]]
+        rows.append([row["format"], row["bits"], row["weight"].replace("x", " x "), *times, *ratios])
+    heads = [*(f"{side} (ms)" for side in sides), *(f"{side} / minilora" for side in sides[2:])]
+    return markdown(["format", "bits", "weight", *heads], rows)
+
+
 def loading() -> str:
     """Memory of loading a model into NF4, MiB above the start."""
     rows = []
@@ -382,6 +396,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "experts": experts,
     "experts, a run": experts_run,
     "formats": formats,
+    "gguf decode": gguf_decode,
     "loading": loading,
     "store": store,
     "verify": verified,

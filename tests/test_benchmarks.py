@@ -78,6 +78,22 @@ def test_both_ways_of_a_heads_loss_are_measured_and_agree(benchmark):
     assert float(row["all logits s"]) > 0 and float(row["in chunks s"]) > 0
 
 
+def test_every_registered_gguf_format_is_decoded_by_all_sides(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from minilora.quant.gguf.formats import FORMATS
+
+    found, out = benchmark("gguf_decode"), tmp_path / "gguf_decode.csv"
+    found["main"](["--quick", "--out", str(out)])
+    rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
+    assert [row["format"] for row in rows] == list(FORMATS)
+    assert all(float(row[f"{side} ms"]) > 0 for row in rows for side in found["SIDES"])
+    right = FORMATS["Q8_0"]
+    wrong = dataclasses.replace(right, reference=lambda blocks: 1.5 * right.reference(blocks))
+    monkeypatch.setitem(FORMATS, "Q8_0", wrong)
+    with pytest.raises(RuntimeError, match="Q8_0: the values of formula differ"):
+        found["measure"]("Q8_0", 2, 64, 1)
+
+
 def test_the_long_tailed_set_is_the_one_that_is_described(benchmark):
     lengths = [len(example.input_ids) for example in benchmark("packing")["long_tailed"](list(range(50)))]
     assert len(lengths) == 64 and round(sum(lengths) / 64) == 119 and max(lengths) == 512 and min(lengths) >= 16
@@ -178,6 +194,7 @@ def test_the_loss_of_a_served_adapter_is_compared_token_by_token(benchmark, serv
     monkeypatch.setattr(sys, "argv", ["served.py", str(run), "--out", str(out)])
     found["main"]()
     none, own = csv.DictReader(out.read_text(encoding="utf-8").splitlines())
+    assert (none["trained on"], own["trained on"]) == ("", "")  # a folder, not a run
     assert (none["adapter"], own["adapter"]) == ("none", str(run)) and int(own["bytes"]) > 0 == int(none["bytes"])
     assert int(own["tokens"]) == 8 and abs(float(own["minilora"]) - float(none["minilora"])) > 0.1
     assert all(abs(float(row["difference"])) < 5e-3 for row in (none, own))

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from minilora.errors import CheckpointError, ConfigError, KindError, nearest, warn
 from minilora.files import validate
@@ -68,6 +68,7 @@ class LoraConfig:
         ConfigError: for a value that cannot be meant, naming the field, the value and what is wanted.
     """
 
+    prefix: ClassVar[str] = "lora_"  # of the names of trained parameters
     r: int = 8
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
@@ -309,7 +310,7 @@ class LoraConfig:
             )
         strange = unknown_keys(content)
         if strange:
-            config_file.say_unknown(strange, source)
+            config_file.say_unknown(strange, source, content)
         known = {name: value for name, value in content.items() if name not in strange}
         own = {name: value for name, value in fields.items() if name in _OWN}
         return cls.from_dict(known | own, str(source))

@@ -104,11 +104,12 @@ def refuse_set(fields: Mapping[str, Any], method: str = "LORA") -> None:
             raise TypeError(f"LoraConfig got an unexpected field {name!r}; PEFT has none of that name either")
 
 
-def say_unknown(names: Sequence[str], source: object) -> None:
-    """Warn of keys of a file that ``LoraConfig`` does not have."""
+def say_unknown(names: Sequence[str], source: object, content: Mapping[str, Any]) -> None:
+    """Warn of keys of a file, whose ``content`` this is, that ``LoraConfig`` (or ``VeraConfig``) does not have."""
+    kind = "VeraConfig" if content.get("peft_type") == "VERA" else "LoraConfig"
     shown_names = [name[:60] for name in names[:8]]
     warn(
-        f"Unexpected keyword arguments {shown_names} for class LoraConfig, these are ignored. {source} has them; PEFT would ignore them too"
+        f"Unexpected keyword arguments {shown_names} for class {kind}, these are ignored. {source} has them; PEFT would ignore them too"
     )
 
 

@@ -46,6 +46,7 @@ class VeraConfig(LoraConfig):
     """
 
     file_keys: ClassVar[frozenset[str]] = _KEYS
+    prefix: ClassVar[str] = "vera_lambda_"
     r: int = 256
     d_initial: float = 0.1
     projection_prng_key: int = 0

@@ -43,8 +43,8 @@ class Facts(Shape):
 
     @property
     def prefix(self) -> str:
-        """What the names of trained parameters begin with."""
-        return "lora_"
+        """What the names of trained parameters begin with, as PEFT has it: "lora_", and of VeRA "vera_lambda_"."""
+        return self.active_peft_config.prefix
 
     @property
     def targeted_module_names(self) -> list[str]:

@@ -50,6 +50,7 @@ class LoraModel(BaseTuner):
     def _look(self, model: nn.Module) -> None:
         nn.Module.__init__(self)
         self.__dict__["_whole"] = model
+        self.prefix = next((config.prefix for config in self.peft_config.values()), "lora_")
         self._modules["model"] = twin(model)
         self.training = model.training
 

@@ -45,6 +45,7 @@ class Server:
         self.model = model or self._only()
         self._way: _Body | None = None
         self._text_alone, self._bare = False, False
+        self._knows_ids = False  # it has answered with ids of its own
         self._totals: list[float] = []  # probability of what was listed, an answer each
         own = any(entry.get("owned_by") == "llamacpp" for entry in self.listed)
         self._extra: dict[str, Any] = {"cache_prompt": False} if own else {}
@@ -69,11 +70,14 @@ class Server:
         names = [entry["id"] for entry in self.listed]
         adapters = [entry["id"] for entry in self.listed if entry.get("parent")]
         if len(names) > 1 and len(adapters) != 1:
-            shown = ", ".join(names[:6]) + " ..." * (len(names) > 6)
             raise ServerError(
-                f"{self.url}: serves {len(names)} models ({shown}); name the one with the adapter with --model"
+                f"{self.url}: serves {len(names)} models ({self._names()}); name the one with the adapter with --model"
             )
         return (adapters if len(names) > 1 else names or ["default"])[0]
+
+    def _names(self) -> str:
+        names = [entry["id"] for entry in self.listed]
+        return ", ".join(names[:6]) + " ..." * (len(names) > 6)
 
     def without_adapter(self) -> Server | None:
         """The same server asked for its base, where it says which model that is, as vLLM does.
@@ -88,8 +92,8 @@ class Server:
         return bare
 
     def by_text(self, question: Question) -> Server | None:
-        """The same server asked by text alone; None where that is how it is asked already."""
-        if self._way is None or not isinstance(self._way(question)[1]["prompt"], list):
+        """The same server asked by text alone; None where that is how it is asked already, or where it speaks of ids itself."""
+        if self._way is None or self._knows_ids or not isinstance(self._way(question)[1]["prompt"], list):
             return None
         other: Server = object.__new__(Server)
         vars(other).update(vars(self) | {"_text_alone": True, "_way": None, "_totals": []})
@@ -148,13 +152,18 @@ class Server:
                 continue
             self._way = self._way or way
             return answer
-        raise next((error for error in complaints if isinstance(error, _NoLogProbs)), complaints[0])
+        said = next((error for error in complaints if isinstance(error, _NoLogProbs)), complaints[0])
+        unknown = self.listed and all(entry["id"] != self.model for entry in self.listed)
+        if unknown and isinstance(said, Refused) and said.status == 404:  # vLLM names its base alone
+            raise ServerError(f"{said}; --model={self.model!r} is none of those that it lists: {self._names()}")
+        raise said
 
     def _by(self, way: _Body, question: Question) -> dict[int, float]:
         path, body = way(question)
         said = self._call(path, body | self._extra)
         self._count(said, question)
         entries = list(_listed(said, self.url + path))
+        self._knows_ids = self._knows_ids or any(number is not None for number, _, _ in entries)
         self._totals.append(sum(math.exp(value) for _, _, value in entries))
         if self._bare:
             entries = [(number, _without_space(text), value) for number, text, value in entries]

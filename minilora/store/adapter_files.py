@@ -202,7 +202,7 @@ def _config(raw: bytes | bytearray, path: Path, sealed: bool) -> tuple[LoraConfi
             f"{path}: {len(foreign):,} keys that no adapter's config has; wanted PEFT's adapter_config.json"
         )
     if ignored:
-        say_unknown(ignored, path)
+        say_unknown(ignored, path, content)
     known = named_patterns({key: value for key, value in content.items() if key not in foreign})
     return LoraConfig.from_dict(known, str(path)), ignored
 

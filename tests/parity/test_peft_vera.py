@@ -265,3 +265,13 @@ def test_state_dict_goes_both_ways(build_model, token_ids):
     other = minilora.get_peft_model(build_model("llama"), config(minilora, "llama"))
     with pytest.raises(minilora.MiniLoraError, match="other random matrices"):
         minilora.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(theirs))
+
+
+def test_the_trained_parameters_have_the_prefix_of_peft(build_model):
+    theirs = peft.get_peft_model(build_model("llama"), config(peft, "llama"))
+    ours = minilora.get_peft_model(build_model("llama"), config(minilora, "llama"))
+    assert ours.prefix == ours.base_model.prefix == theirs.prefix == "vera_lambda_"
+    trained = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
+    assert trained and all(ours.prefix in name for name in trained)
+    plain = minilora.get_peft_model(build_model("llama"), minilora.LoraConfig(target_modules=["q_proj"]))
+    assert plain.prefix == "lora_"

@@ -571,3 +571,32 @@ def test_nobody_there_is_one_line(sealed):
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ServerError, match="is the server running there"):
             verify(sealed.folder, f"http://127.0.0.1:{free.getsockname()[1]}")
+
+
+def test_a_model_that_the_server_does_not_list_is_said_with_those_that_it_lists(sealed, capsys):
+    def answer(path, body):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "tiny", "parent": None}, {"id": "mine", "parent": "tiny"}]}
+        return 404, {
+            "error": {"message": "The model `mime` does not exist. Valid aliases: tiny."}
+        }  # as vLLM 0.32 says it
+
+    with answering(answer) as url:
+        assert main(["verify", str(sealed.folder), "--server", url, "--model", "mime"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("--model='mime' is none of those that it lists: tiny, mine")
+
+
+def test_a_server_that_answers_in_ids_takes_them_and_is_not_asked_by_text(sealed):
+    """As vLLM does: what it answers is its answer, even where text happens to fit better."""
+    right, base, strange = Speaker(sealed.probe), Speaker(sealed.probe, "base"), Speaker(sealed.probe)
+    strange.answers = list(reversed(strange.answers))
+
+    def answer(path, body):
+        by_text = bool(body) and isinstance(body.get("prompt"), str)
+        status, said = vllm(right if by_text else strange, base)(path, body)
+        return status, said | {"usage": None} if by_text else said
+
+    with answering(answer) as url:
+        found = verify(sealed.folder, url)
+    assert found.kind == "another adapter" and "asked by text" not in found.text
