@@ -52,7 +52,7 @@ def export_adapter(
     _check_target(target)
     values = adapters_of(model).named(adapter_name)
     base = Base.of(model, values)
-    _refuse_gpt2(saved_config(model, adapter_name), base, target, "the model")
+    _refuse_turned(saved_config(model, adapter_name), target, "the model")
     factors = factors_of(values, target)
     laid, r = _laid(factors, saved_config(model, adapter_name), target, base, component)
     write_files(folder, seal(laid.files(), base_of(model, adapter_name)))
@@ -100,20 +100,22 @@ def is_of_a_pipeline(stored: Stored) -> bool:
     return bool(component_of(Base.stored(stored)))
 
 
-def _refuse_gpt2(content: Mapping[str, Any], base: Base, target: str, place: object) -> None:
-    """vLLM has no LoRA for GPT-2. llama.cpp's converter turns both factors of a ``Conv1D``, which a file has the right way round already:
-    where the layer is square that is no error, and the adapter has another effect.
+def _refuse_turned(content: Mapping[str, Any], target: str, place: object) -> None:
+    """llama.cpp's converter turns both factors of a ``Conv1D``, which a file has the right way round already: where the layer is square
+    that is no error, and the adapter has another effect.
     """
-    turned = bool(content.get("fan_in_fan_out"))
-    if target == "vllm" and (turned or base.model_type == "gpt2" or base.model_class[0].startswith("GPT2")):
-        raise StateError(
-            f"{place}: vLLM takes no adapters of GPT-2 (its GPT2LMHeadModel has no LoRA); merge it instead"
-        )
-    if target == "llama.cpp" and turned:
+    if target == "llama.cpp" and content.get("fan_in_fan_out"):
         raise StateError(
             f"{place}: llama.cpp's converter turns the factors of GPT-2's layers the wrong way round; "
             "give --base SERVED.gguf, and the GGUF LoRA is written without it"
         )
+
+
+def _refuse_for_vllm(r: int, base: Base) -> None:
+    if base.model_type == "gpt2" or base.model_class[0].startswith("GPT2"):
+        raise StateError("vLLM takes no adapters of GPT-2 (its GPT2LMHeadModel has no LoRA); merge it instead")
+    if max_lora_rank(r) is None:
+        raise StateError(vllm_rank_hint(r))
 
 
 def _check_target(target: str) -> None:
@@ -123,8 +125,13 @@ def _check_target(target: str) -> None:
 
 def _laid_of(stored: Stored, target: str, component: str | None, by_shapes: bool = False) -> tuple[Laid, int]:
     base = Base.stored(stored)
-    _refuse_gpt2(stored.config.to_dict(), base, target, stored.path)
-    factors = stored_factors(stored, target, by_shapes)
+    _refuse_turned(stored.config.to_dict(), target, stored.path)
+    try:
+        factors = stored_factors(stored, target, by_shapes)
+    except NeedsBase:
+        if target == "vllm":  # before the base is asked for, which would not help
+            _refuse_for_vllm(1, base)
+        raise
     return _laid(factors, stored.config.to_dict(), target, base, component)
 
 
@@ -134,8 +141,8 @@ def _laid(
     """The files that the program reads, and the rank in them."""
     r = max(factor.r for factor in factors.values())
     padded = {path: _padded(factor, r) for path, factor in factors.items()}
-    if target == "vllm" and max_lora_rank(r) is None:
-        raise StateError(vllm_rank_hint(r))
+    if target == "vllm":
+        _refuse_for_vllm(r, base)
     if target == "mlx":
         return for_mlx(padded, r, base), r
     if target == "diffusers":

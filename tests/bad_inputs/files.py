@@ -22,7 +22,6 @@ from minilora.errors import (
     WriteError,
 )
 from minilora.export.folders import export_adapter, export_folder
-from minilora.export.stored import NeedsBase
 from minilora.hf.packed import load_packed, save_packed
 from minilora.peft import set_peft_model_state_dict
 from minilora.quant.bnb import from_bitsandbytes, to_bitsandbytes
@@ -214,7 +213,7 @@ WRITE = [
     ("export NaN", lambda w: export_adapter(w.poisoned(), w.tmp / "out", "vllm"), StateError, "first: its scaled factors hold NaN", "load an earlier save"),
     ("export nobody", lambda w: export_adapter(w.adapted, w.tmp / "out", "vllm", "fr"), StateError, "'fr'", "there are 'default'"),
     ("export from nowhere", lambda w: export_folder(w.tmp / "x", w.tmp / "out", "vllm"), CheckpointError, "x: no such folder", "wanted one with"),
-    ("export a DoRA folder", folder_for(nothing, use_dora=True), NeedsBase, "dora adapter depends on its base", "--model"),
+    ("export a DoRA folder", folder_for(nothing, use_dora=True), StateError, "DoRA rescales every row", "minilora merge makes a whole model"),
     ("export half a pair", folder_for(tensors(less)), StateError, "first has only one of", "save the adapter again"),
     ("export another rank", folder_for(config(r=4)), CheckpointError, "first has rank 3, the config says 4", "save it again"),
     ("export a strange tensor", folder_for(tensors(lambda t: {**t, "base_model.model.x.bias": t[FIRST].clone()})), StateError, "x.bias is no factor", "merge instead"),

@@ -157,14 +157,14 @@ def test_another_adapter_than_the_expected_one_is_refused(folder, make_gpt2, sna
     digest, other = read_adapter(folder).sha256, "0" * 64
     load_adapter(make_gpt2(), folder, expect_sha256=digest.upper())
     PeftModel.from_pretrained(make_gpt2(), folder, expect_sha256=digest).load_adapter(folder, "b", expect_sha256=digest)
-    export_folder(folder, tmp_path / "out", "vllm", expect_sha256=digest)
+    export_folder(folder, tmp_path / "out", "mlx", expect_sha256=digest)
     model, carrying = make_gpt2(), get_peft_model(make_gpt2(), lora())
     for call in (
         lambda: load_adapter(model, folder, expect_sha256=other),
         lambda: PeftModel.from_pretrained(model, folder, expect_sha256=other),
         lambda: carrying.load_adapter(folder, "b", expect_sha256=other),
         lambda: hotswap_adapter(carrying, folder, expect_sha256=other),
-        lambda: export_folder(folder, tmp_path / "no", "vllm", expect_sha256=other),
+        lambda: export_folder(folder, tmp_path / "no", "mlx", expect_sha256=other),
     ):
         before = snapshot(model), snapshot(carrying)
         with pytest.raises(CheckpointError, match=f"its sha256 is {digest}, expected {other}; this is another adapter"):
@@ -176,7 +176,7 @@ def test_another_adapter_than_the_expected_one_is_refused(folder, make_gpt2, sna
 
 def test_the_commands_that_load_an_adapter_take_the_digest(folder, capsys, tmp_path):
     flags = ["--adapter", str(folder), "--expect-sha256", "0" * 64]
-    assert main(["export", *flags, "--for", "vllm", "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", *flags, "--for", "mlx", "--out", str(tmp_path / "out")]) == 2
     assert "this is another adapter" in capsys.readouterr().err
     for command in ("generate", "merge", "export"):
         with pytest.raises(SystemExit):
@@ -243,14 +243,15 @@ def test_the_same_base_packed_is_the_same_base(make_llama, tmp_path, how):
             load_adapter(base, tmp_path / name)
 
 
-def test_exports_and_exchanges_remember_the_base_too(folder, make_gpt2, tmp_path):
-    model = make_gpt2()
-    load_adapter(model, folder)
+def test_exports_and_exchanges_remember_the_base_too(make_llama, randomize, tmp_path):
+    made, folder = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"]}, tmp_path / "llama"
+    model = randomize(inject(make_llama(), LoraConfig(**made)))
+    save_adapter(model, folder)
     export_adapter(model, tmp_path / "one", "vllm")
     export_folder(folder, tmp_path / "two", "vllm")
-    other = inject(make_gpt2(seed=1), lora())
+    other = inject(make_llama(seed=1), LoraConfig(**made))
     for exported in (folder, tmp_path / "one", tmp_path / "two"):
-        load_adapter(make_gpt2(), exported)
+        load_adapter(make_llama(), exported)
         for call in (lambda f: load_adapter(other, f, "second"), lambda f: hotswap_adapter(other, f)):
             with pytest.raises(CheckpointError, match="another base"):
                 call(exported)
