@@ -92,6 +92,8 @@ def note(word: str, ours: Ours, given: Collection[str]) -> None:
 def in_our_words(words: Sequence[str], known: Collection[str]) -> list[str]:
     """The words of a command line with flags of other programs replaced by the ``known`` one that each means, which is noted.
 
+    ``true`` and ``false`` after a switch, ours too, are as ``--name`` and ``--no-name``.
+
     Raises:
         ConfigError: as ``note``, or a switch of others is turned off that is a value here.
     """
@@ -101,11 +103,13 @@ def in_our_words(words: Sequence[str], known: Collection[str]) -> list[str]:
     rest = iter(range(end))
     for at in rest:
         flag, equals, value = words[at].partition("=")
-        ours = meant(flag, known) if flag.startswith("--") and flag not in known else None
+        own = Ours(flag, None) if flag in known and f"--no-{flag[2:]}" in known else None
+        ours = own or (meant(flag, known) if flag.startswith("--") and flag not in known else None)
         if ours is None:
             found.append(words[at])
             continue
-        note(flag, ours, given)
+        if ours is not own:
+            note(flag, ours, given)
         given.add(ours.name)
         twin = f"--no-{ours.name[2:]}"
         if ours.value is None and twin not in known:
@@ -115,6 +119,9 @@ def in_our_words(words: Sequence[str], known: Collection[str]) -> list[str]:
             value = words[next(rest)]
         off = value.lower() == "false"
         if value.lower() not in ("", "true", "false") or (off and ours.value is not None):
+            if ours is own:  # which the parser refuses
+                found.append(words[at])
+                continue
             raise ConfigError(
                 f"{flag} {value}: it is {ours.name} {ours.value or ''} here; leave it out, or give {ours.name}"
             )

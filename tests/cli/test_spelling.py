@@ -42,6 +42,19 @@ def test_an_exact_synonym_works_and_is_noted_once(capsys, words):
     assert found == job(*ours.split()) and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("--gradient-checkpointing true", "--gradient-checkpointing"),
+        ("--gradient-checkpointing=False --lr 0.5", "--no-gradient-checkpointing --lr 0.5"),
+        ("--gradient_checkpointing True", "--gradient-checkpointing"),
+        ("--gradient-checkpointing --lr 0.5", "--gradient-checkpointing --lr 0.5"),
+    ],
+)
+def test_a_switch_takes_true_and_false(words, same):
+    assert job(*words.split()) == job(*same.split())
+
+
 def test_the_keys_of_a_file_too(capsys, tmp_path):
     file = tmp_path / "job.toml"
     file.write_text("alpha = 4\nlearning_rate = 0.5\nbf16 = true\nlora-dropout = 0.1\nnum_train_epochs = 2\n")
