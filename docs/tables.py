@@ -293,6 +293,14 @@ def verified() -> str:
     return markdown(heads, rows)
 
 
+def served() -> str:
+    """The demo's loss in minilora and in llama.cpp, by what the adapter was trained on."""
+    rows = []
+    for row in read("served"):
+        rows.append([row["trained on"] or "no adapter", row["minilora"], row["llama.cpp"], row["difference"]])
+    return markdown(["trained on", "minilora", "llama.cpp", "difference"], rows)
+
+
 def views() -> str:
     """What PEFT's names cost, beside PEFT."""
     rows = [
@@ -393,6 +401,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gguf decode": gguf_decode,
     "loading": loading,
     "store": store,
+    "served": served,
     "verify": verified,
     "head loss": head_loss,
     "job": lambda: job("job"),

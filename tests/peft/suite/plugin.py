@@ -24,7 +24,14 @@ import pytest
 WITH, OUT, ROOT = os.environ["SUITE_WITH"], Path(os.environ["SUITE_OUT"]), Path(os.environ["SUITE_ROOT"])
 ONLY = os.environ.get("SUITE_ONLY")
 # Modules of PEFT of which every class and function is LoRA's, or what LoRA stands on.
-LORAS = ("peft.tuners.lora", "peft.tuners.vera", "peft.tuners.tuners_utils", "peft.optimizers", "peft.helpers", "peft.utils.hotswap")
+LORAS = (
+    "peft.tuners.lora",
+    "peft.tuners.vera",
+    "peft.tuners.tuners_utils",
+    "peft.optimizers",
+    "peft.helpers",
+    "peft.utils.hotswap",
+)
 REAL_LORA, REAL_VERA, REAL_CONFIG = peft.LoraConfig, peft.VeraConfig, peft.PeftConfig  # before anything is replaced
 COLLECTING = True
 
