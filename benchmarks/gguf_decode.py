@@ -71,7 +71,7 @@ def line(kind: str, rows: int, columns: int, rounds: int) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small weight, one round: a smoke run, no figures")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "gguf_decode.csv")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -299,6 +299,14 @@ def verified_demo() -> str:
     return markdown(heads, [[row[head] for head in heads] for row in read("verify_demo")])
 
 
+def served() -> str:
+    """The demo's loss in minilora and in llama.cpp, by what the adapter was trained on."""
+    rows = []
+    for row in read("served"):
+        rows.append([row["trained on"] or "no adapter", row["minilora"], row["llama.cpp"], row["difference"]])
+    return markdown(["trained on", "minilora", "llama.cpp", "difference"], rows)
+
+
 def views() -> str:
     """What PEFT's names cost, beside PEFT."""
     rows = [
@@ -399,6 +407,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gguf decode": gguf_decode,
     "loading": loading,
     "store": store,
+    "served": served,
     "verify": verified,
     "verify_demo": verified_demo,
     "head loss": head_loss,
