@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 
 from minilora.hf.load import resolve
 
@@ -40,9 +43,19 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--port", type=int, default=8080)
     options = parser.parse_args()
-    with serving(options.base, options.lora, options.scale, options.port) as url:
-        print(f"{url}: {options.base}{f' with {options.lora}' if options.lora else ''}; Ctrl-C ends it", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    for path in filter(None, (resolve(options.base), options.lora)):
+        if not Path(path).is_file():
+            sys.exit(f"{path}: no such file; wanted a GGUF file")
+    if find_spec("xllamacpp") is None:
+        sys.exit("serve.py needs xllamacpp, which brings llama.cpp's server; pip install xllamacpp")
+    try:
+        with serving(options.base, options.lora, options.scale, options.port) as url:
+            print(f"{url}: {options.base}{f' with {options.lora}' if options.lora else ''}; Ctrl-C ends it", flush=True)
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    except RuntimeError as error:
+        sys.exit(
+            f"llama.cpp's server did not start ({error}); is port {options.port} free, and is each file a GGUF file of its kind?"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import warnings
 from collections.abc import Sequence
 
 from minilora import __version__
@@ -47,7 +48,7 @@ by Ctrl-C and SIGTERM."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, in_python = list(sys.argv[1:] if argv is None else argv), warnings.formatwarning
     try:
         parser = make_parser()
         if not words:
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = [*words[1:2], "--help"]
         arguments = parser.parse_args(words)
         _quiet_libraries()
+        warnings.formatwarning = _one_line
         if files := getattr(arguments, "plugin", None):
             from minilora.cli.plugins import load_plugins
 
@@ -71,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + 13  # as shells count SIGPIPE
         return _fail(error, "--debug" in words)
+    finally:
+        warnings.formatwarning = in_python
     return code or 0
 
 
@@ -119,6 +123,12 @@ def _nobody_reads() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: object, **line: object) -> str:
+    """A warning without the place in some library that Python names: nobody who types a command called it there."""
+    kind = "warning" if category is UserWarning else category.__name__
+    return f"minilora: {kind}: {message}\n"
 
 
 def _quiet_libraries() -> None:

@@ -128,7 +128,7 @@ def _write_gguf(arguments: argparse.Namespace, record: Record | None) -> None:
 def adapted(arguments: argparse.Namespace) -> Any:
     """The base with the adapter on it, where the adapter is not all in its folder; else None.
 
-    Asks ``arguments`` for adapter, model, trust_remote_code, expect_sha256 and allow_other_base.
+    Asks ``arguments`` for adapter, model, target, base, component, trust_remote_code, expect_sha256 and allow_other_base.
     """
     options = _base(arguments)
     if not options:

@@ -98,7 +98,8 @@ def _adapted(arguments: argparse.Namespace) -> Any:
     from minilora.cli.export import adapted
 
     trust = {"trust_remote_code": False, "expect_sha256": None, "allow_other_base": False}
-    return adapted(argparse.Namespace(adapter=arguments.folder, model=arguments.model, **trust))
+    asked = {"adapter": arguments.folder, "model": arguments.model, "target": "llama.cpp", "base": arguments.base}
+    return adapted(argparse.Namespace(**asked, component=None, **trust))
 
 
 def _base(folder: str) -> str:

@@ -132,8 +132,12 @@ def servers(case: Case) -> Iterator[Finding]:
 
 
 def _otherwise(case: Case, server: Server) -> Finding:
-    """A program that wants an export, with the scale that it would compute without."""
-    target = server.name.lower()
+    """A program that wants an export, with the scale that it would compute without; in VeRA's files it finds no LoRA to scale."""
+    target, kind = server.name.lower(), case.stored.variant
+    if not any(".lora_" in key for key in case.stored.tensors):
+        return Finding(
+            WARNING, "servers", f"{server.name} finds no LoRA in the folder: its tensors are of {kind}", server.why
+        )
     for layer in case.layers:
         read = scaling_read(case.stored, target, layer.r)
         if abs(read - layer.scaling) > 1e-6 * abs(layer.scaling):

@@ -76,7 +76,7 @@ def examine(
         case = read_case(place, model, template)
         checks = _OF_ANY_METHOD if case.other_method else CHECKS
         found = [finding for check in checks for finding in check(case)]
-        kind = printable(case.other_method)[:40] or "LoRA"
+        kind = printable(case.other_method)[:40] or ("VeRA" if _of_vera(case) else "LoRA")
         return Examined(
             str(folder), f"{kind} in PEFT's layout, {_made_by(case)}", _facts(case), _ordered([*more, *found])
         )
@@ -110,6 +110,11 @@ def _made_by(case: Case) -> str:
     return f"by PEFT {version[:20]}" if isinstance(version, str) else "by PEFT or a program that writes its layout"
 
 
+def _of_vera(case: Case) -> bool:
+    """Whether the folder is of PEFT's type VERA, which has no ``lora_alpha``."""
+    return case.content.get("peft_type") == "VERA"
+
+
 def _facts(case: Case) -> dict[str, str]:
     base = case.content.get("base_model_name_or_path")
     known = (
@@ -117,11 +122,11 @@ def _facts(case: Case) -> dict[str, str]:
     )
     ranks = Counter(layer.r for layer in case.layers)
     scales = Counter(f"{layer.scaling:.4g}" for layer in case.layers) if case.plain else Counter()
-    alpha = case.config.lora_alpha
+    alpha = "" if _of_vera(case) else f" (lora_alpha {case.config.lora_alpha:g})"
     facts = {
         "base": f"{str(base)[:200]}{known}" if base else "not said",
         "layers": _layers(case),
-        "rank": f"{_each(ranks)}; scaling {_each(scales)} (lora_alpha {alpha:g})" if scales else _each(ranks),
+        "rank": f"{_each(ranks)}; scaling {_each(scales)}{alpha}" if scales else _each(ranks),
         "size": _size(case.seen, sum(seen.bytes for seen in case.seen.values())),
         "proof": "probe.json is there: minilora verify asks a server with it"
         if "probe.json" in case.place.names

@@ -77,8 +77,11 @@ def _server(stored: Stored, target: str, folder: Path) -> Server:
         return Server(name, "no", f"{reason}; {way_out(stored)}")
     if reason := _misread(stored, target):
         return Server(name, "after export", f"{export}: {reason}")
+    if target == "llama.cpp":
+        directly = f"{export.replace('NEW', 'NEW.gguf')} --base SERVED.gguf writes a GGUF LoRA without it"
+        return Server(name, "as it is", f"its convert_lora_to_gguf.py reads the folder; {directly}")
     start = f"vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(stored)} --lora-modules mine={folder}"
-    return Server(name, "as it is", start if target == "vllm" else "its convert_lora_to_gguf.py reads the folder")
+    return Server(name, "as it is", start)
 
 
 def _misread(stored: Stored, target: str) -> str:

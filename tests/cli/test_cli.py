@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -238,6 +239,20 @@ def test_an_error_is_one_line_and_its_code(capsys, monkeypatch, error, code, lin
     captured = capsys.readouterr()
     assert captured.err.rstrip() == line
     assert captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_warning_is_one_line_without_a_place_in_python(capsys, monkeypatch):
+    def run(arguments):
+        minilora.errors.warn("two names")
+        return 0
+
+    monkeypatch.setattr(train, "run", run)
+    before = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *given, **_: sys.stderr.write(warnings.formatwarning(*given[:4]))
+        assert main(["train", "--model", "m", "--data", "d", "--out", "o"]) == 0
+    assert capsys.readouterr().err == "minilora: warning: two names\n" and warnings.formatwarning is before
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("r=0"), 2), (RuntimeError("boom"), 1)])

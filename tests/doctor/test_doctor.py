@@ -303,6 +303,15 @@ def test_shared_projections_of_vera_are_in_no_base(tmp_path, base_folder):
     assert set(found(tmp_path / "a", model=str(base_folder))) <= {"servers", "probe", "gaps", "base"}
 
 
+def test_vera_is_called_so_and_no_scale_of_lora_is_said_of_it(tmp_path):
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"])
+    models.randomize(peft.get_peft_model(models.llama(), config)).save_pretrained(tmp_path / "a")
+    examined = examine(tmp_path / "a")
+    assert examined.kind.startswith("VeRA") and examined.facts["rank"] == "4; scaling 1"
+    said = [finding.said for finding in examined.findings if finding.check == "servers"]
+    assert "vLLM finds no LoRA in the folder: its tensors are of vera" in said and "would scale" not in "".join(said)
+
+
 def test_a_head_that_is_tied_and_saved_twice(healthy):
     table = torch.randn(64, 64)
     for name in ("lm_head", "model.embed_tokens"):

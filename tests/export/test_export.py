@@ -436,6 +436,13 @@ def test_vllm_takes_no_adapter_of_gpt2(make_gpt2, randomize, tmp_path, targets):
     assert vllm.takes == "no" and "GPT-2" in vllm.why and "minilora merge" in vllm.why
 
 
+def test_a_plain_folder_goes_to_llama_cpp_with_its_converter_or_without(make_llama, tmp_path):
+    save_adapter(inject(make_llama(), lora(["q_proj"])), tmp_path / "adapter")
+    (found,) = [each for each in servers_of(read_adapter(tmp_path / "adapter"), tmp_path) if each.name == "llama.cpp"]
+    assert found.takes == "as it is" and "convert_lora_to_gguf.py" in found.why
+    assert f"export --adapter {tmp_path} --for llama.cpp --out NEW.gguf --base SERVED.gguf" in found.why
+
+
 @pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
 def test_a_tied_head_that_follows_the_embedding_is_refused(make_llama, randomize, tmp_path, target):
     base = make_llama(tie_word_embeddings=True)

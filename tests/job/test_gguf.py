@@ -53,6 +53,14 @@ def test_what_happens_to_the_base_is_said(place):
     assert "model.gguf is packed already (Q4_1, Q5_0), and stays as it is" in (place / "said.txt").read_text()
 
 
+def test_the_run_is_verified_in_llama_cpp_on_its_own_file(place, capsys):
+    """The run remembers a base that its folder does not need, and nothing but the file to serve is given."""
+    pytest.importorskip("xllamacpp")
+    asked = ["verify", str(place / "run"), "--in", "llama.cpp", "--base", str(place / "model.gguf")]
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "right"
+
+
 def test_another_packing_is_refused(place):
     again = {"model": str(place / "model.gguf"), "data": str(place / "data.jsonl"), "out": str(place / "other")}
     with pytest.raises(ConfigError, match=r"quant='fp4': .* is packed as Q4_1, Q5_0 already"):
