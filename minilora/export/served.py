@@ -23,7 +23,7 @@ from minilora.errors import CheckpointError, MiniLoraError, warn
 from minilora.files.hub import cached
 from minilora.files.parse import parse_json
 from minilora.files.read import read_bytes
-from minilora.gguf.file import GGUF
+from minilora.gguf.file import GGUF, SUFFIX
 from minilora.gguf.names import TESTED, Names, names_in
 from minilora.lora.adapter import variant
 from minilora.lora.bare import Bare
@@ -49,26 +49,32 @@ class Origin:
     Attributes:
         said: who is meant, for messages. remembered: its fingerprint, None for none. model_type: of transformers, "" for unknown.
         own_codes: whether the adapter makes up for the error of just the codes that its base was packed in (LoftQ).
+        of_gguf: whether the base was a GGUF file, whose matrices may be decoded blocks where they are dense: experts, and types that do
+            not stay packed.
     """
 
     said: str
     remembered: Mapping[str, Any] | None
     model_type: str = ""
     own_codes: bool = False
+    of_gguf: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin:
         """Of a model in memory with an adapter."""
-        kind = str(getattr(Bare(model).config, "model_type", "") or "")
-        return cls("the model", base_of(model), kind, variant(adapters_of(model).variants["default"]).replaces_base)
+        config = Bare(model).config
+        kind, name = (str(getattr(config, field, "") or "") for field in ("model_type", "_name_or_path"))
+        own_codes = variant(adapters_of(model).variants["default"]).replaces_base
+        return cls("the model", base_of(model), kind, own_codes, name.endswith(SUFFIX))
 
     @classmethod
     def stored(cls, stored: Stored) -> Origin:
         """Of an adapter folder."""
         parts = stored.model_class[1].split(".")  # transformers.models.llama.modeling_llama
         kind = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else ""
-        kind = kind or _type_on_disk(stored.config.base_model_name_or_path)
-        return cls(str(stored.path.parent), stored.base, kind, variant(stored.variant).replaces_base)
+        name = stored.config.base_model_name_or_path
+        own_codes, of_gguf = variant(stored.variant).replaces_base, str(name).endswith(SUFFIX)
+        return cls(str(stored.path.parent), stored.base, kind or _type_on_disk(name), own_codes, of_gguf)
 
 
 def _type_on_disk(name: str | None) -> str:
@@ -142,7 +148,7 @@ class _Compared:
         self.count += len(after)
         if self.origin.own_codes and kind == PACKED and not torch.allclose(before, after, rtol=ROUNDED, atol=0.0):
             return f"{name} is packed otherwise than the adapter packed it, and the adapter makes up for the error of its own codes"
-        if kind == PACKED or slack is None:
+        if kind == PACKED or slack is None or (self.origin.of_gguf and weight.width > 1):
             self._error += float((before - after).square().sum())
             self._size += float(before.square().sum())
             return ""

@@ -90,6 +90,11 @@ def _own(file: GGUF) -> dict[str, Any]:
     for key in ("block_count", "embedding_length", "attention.head_count", "context_length", epsilon):
         if not own.get(key):
             raise CheckpointError(f"{file.path}: its metadata lacks {arch}.{key}; make the file anew")
+    used, count = own.get("expert_used_count", 0), own.get("expert_count", 0)
+    if "expert_count" in table and not 1 <= used <= count:
+        raise CheckpointError(
+            f"{file.path}: its metadata says that {used} of {count} experts are used; make the file anew"
+        )
     if "attention.head_count_kv" in table:
         own.setdefault("attention.head_count_kv", own["attention.head_count"])
     return own

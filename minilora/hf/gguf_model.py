@@ -103,8 +103,11 @@ def held(path: Path) -> tuple[dict[str, int], dict[str, int]]:
 
 def _empty(file: GGUF, dtype: torch.dtype, **options: Any) -> Any:
     transformers, config = import_transformers(), gguf_config(file)
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except Exception as error:  # of sides that no tensor has anything can come
+        raise unreadable(str(file.path), error) from None
 
 
 def _processor(file: GGUF, model: Any) -> Any:

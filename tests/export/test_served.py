@@ -143,6 +143,20 @@ def test_trained_on_the_served_file_itself(tmp_path):
         export_gguf(folder, written(tmp_path / "other.gguf", "Q4_0", seed=1), tmp_path / "no.gguf")
 
 
+def test_experts_of_a_gguf_file_are_for_every_packing_of_it(tmp_path):
+    """They become dense as they are read, and their numbers are those of their blocks."""
+    from minilora.hf import load_model
+
+    model = load_model(str(written(tmp_path / "trained.gguf", "Q4_0", "qwen3_moe")))
+    folder = adapted(tmp_path / "adapter", "qwen3_moe", base=model)
+    for kind in ("F32", "Q4_0", "Q8_0"):
+        served, other = (written(tmp_path / f"{seed}.gguf", kind, "qwen3_moe", seed) for seed in (0, 1))
+        for adapter in (folder, model):
+            export_gguf(adapter, served, tmp_path / "lora.gguf")
+            with pytest.raises(CheckpointError, match="another base model"):
+                export_gguf(adapter, other, tmp_path / "no.gguf")
+
+
 def test_a_model_in_memory_is_compared_as_a_folder_is(tmp_path):
     model = tiny.model("llama", **MODELS["llama"])
     load_adapter(model, adapted(tmp_path / "adapter"))

@@ -14,7 +14,7 @@ from minilora.errors import CheckpointError
 from minilora.gguf.file import open_gguf
 from minilora.hf import load_model
 from minilora.hf.gguf_config import KNOWN, _factors, gguf_config_of
-from minilora.hf.gguf_model import held
+from minilora.hf.gguf_model import _empty, held
 from minilora.hf.load import skeleton
 from minilora.hf.plan import predicted
 from minilora.hf.trials import PlanJob
@@ -466,3 +466,19 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
     for name in ("nowhere.gguf", str(tmp_path / "nowhere.gguf")):
         with pytest.raises(CheckpointError, match="no such file; wanted a GGUF file"):
             load_model(name)
+
+
+@pytest.mark.parametrize("used", [None, 0, 5])
+def test_a_file_says_how_many_of_its_experts_are_used(used, tmp_path):
+    """llama.cpp ends where it does not; transformers' default would be a number of another model."""
+    path = write_gguf(tmp_path / "x.gguf", tiny("qwen3moe"), **{"qwen3moe__expert_used_count": used})
+    with pytest.raises(CheckpointError, match=rf"says that {used or 0} of 4 experts are used"):
+        load_model(str(path))
+
+
+def test_sides_that_no_tensor_has_are_refused_in_our_words(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", tiny("qwen3"))
+    with open_gguf(path) as file:
+        file.metadata["qwen3.attention.head_count"] = 2**62
+        with pytest.raises(CheckpointError, match=r"x\.gguf.*size"):
+            _empty(file, torch.float32)
