@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minilora.doctor.case import MOST_NAMES, Case
 from minilora.doctor.finding import FAULT, NOTE, WARNING, Finding, named
+from minilora.doctor.keys import halves
 from minilora.doctor.model import local
 from minilora.export.servers import RANKS_OF_VLLM, Server, scaling_read, servers_of, vllm_rank
 from minilora.files.validate import PLAIN, shown
@@ -125,6 +126,8 @@ def servers(case: Case) -> Iterator[Finding]:
             refusing.setdefault(server.why, []).append(server.name)
         elif server.takes != "as it is" and server.name != "MLX":  # of MLX every folder needs an export
             yield _otherwise(case, server)
+    if case.faults or halves(case):  # no program takes it as it is, nor does minilora merge
+        return
     for why, names in refusing.items():
         yield Finding(
             WARNING, "servers", f"{', '.join(names[:-1])}{' and ' * (len(names) > 1)}{names[-1]} cannot take it", why

@@ -14,7 +14,7 @@ from minilora.store.adapter_files import PREFIX, PROJECTIONS
 from minilora.store.contents import part_of
 from minilora.store.tables import table_of
 
-__all__ = ["CHECKS", "EMBEDDINGS", "blocks_of", "spans"]
+__all__ = ["CHECKS", "EMBEDDINGS", "blocks_of", "halves", "spans"]
 
 EMBEDDINGS = (
     "embed_tokens",
@@ -47,15 +47,20 @@ def wrong_names(case: Case) -> Iterator[Finding]:
 
 def one_factor(case: Case) -> Iterator[Finding]:
     """A without B, or B without A."""
-    for first, second in _PAIRS:
-        for has, lacks in ((first, second), (second, first)):
-            alone = [path for path, own in case.parts.items() if has in own and lacks not in own and not _is_xs(own)]
-            if alone:
-                pair = " without ".join(name.removesuffix(".weight") for name in (has, lacks))
-                said = f"{named(alone)}: {pair}, so the layer cannot be built"
-                yield Finding(
-                    FAULT, "one factor", said, "save or copy the adapter again; a part of the file is missing"
-                )
+    for (has, lacks), alone in halves(case).items():
+        pair = " without ".join(name.removesuffix(".weight") for name in (has, lacks))
+        said = f"{named(alone)}: {pair}, so the layer cannot be built"
+        yield Finding(FAULT, "one factor", said, "save or copy the adapter again; a part of the file is missing")
+
+
+def halves(case: Case) -> dict[tuple[str, str], list[str]]:
+    """The factor that is there and the one that is not, to the layers where it is so."""
+    pairs = [pair for first, second in _PAIRS for pair in ((first, second), (second, first))]
+    found = {
+        (has, lacks): [path for path, own in case.parts.items() if has in own and lacks not in own and not _is_xs(own)]
+        for has, lacks in pairs
+    }
+    return {pair: alone for pair, alone in found.items() if alone}
 
 
 def _is_xs(own: dict[str, str]) -> bool:

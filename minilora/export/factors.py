@@ -110,8 +110,10 @@ def _factor(path: str, value: object, target: str) -> Factor:
     kind = "linear" if isinstance(value, TiedHead) else value.on
     no_layer = (LoRAOutProj,) if target == GGUF else (LoRAOutProj, Tied)  # a served file may have the head as a tensor
     if isinstance(value, no_layer) or _KINDS.get(kind) not in HOLDS[target]:
+        experts = target == "llama.cpp" and kind == "experts"  # which a GGUF LoRA has a place for
+        way = "give --base SERVED.gguf, or merge this one" if experts else "merge this one"
         raise StateError(
-            f"{path}: {name_of(target)} takes adapters of {taken_by(target)} only; merge this one into the model instead"
+            f"{path}: {name_of(target)} takes adapters of {taken_by(target)} only; {way} into the model instead"
         )
     if isinstance(value, DoRALinear) and "DoRA" in HOLDS[target]:
         return _dora(path, value)

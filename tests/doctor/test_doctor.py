@@ -151,6 +151,18 @@ def test_tensors_that_are_wrong(healthy, how, check, severity, words):
     assert any(words in finding.said and finding.way for finding in findings), findings
 
 
+@pytest.mark.parametrize(
+    "how",
+    [without("layers.0.self_attn.q_proj.lora_B.weight"), one("foo.bar", torch.ones(3))],
+    ids=["one factor", "a stranger"],
+)
+def test_what_merge_cannot_read_is_not_sent_to_merge(healthy, how):
+    tensors(healthy, how)
+    findings = examine(healthy).findings
+    assert any(finding.severity == "fault" for finding in findings)
+    assert not [finding for finding in findings if "minilora merge" in finding.way]
+
+
 CONFIGS = [
     ({"base_model_name_or_path": None}, "base", "warning", "is empty"),
     ({"base_model_name_or_path": "/home/ada/models/llama"}, "base", "warning", "on another machine"),

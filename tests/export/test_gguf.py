@@ -9,7 +9,7 @@ import torch
 from minilora import LoraConfig, get_peft_model, inject, save_adapter
 from minilora.cli import main
 from minilora.errors import CheckpointError, ConfigError, StateError
-from minilora.export.folders import export_folder
+from minilora.export.folders import export_adapter, export_folder
 from minilora.export.llama_cpp import export_gguf
 from minilora.gguf.file import open_gguf
 from minilora.gguf.names import TESTED
@@ -125,6 +125,14 @@ def test_experts_have_factors_of_three_dimensions(tmp_path):
     with serving(base, tmp_path / "own.gguf") as url:
         assert distance(url, model, IDS) < 1e-4
         assert distance(url, tiny.model("qwen3_moe"), IDS) > 0.5
+
+
+def test_experts_for_the_converter_are_sent_to_the_served_file(tmp_path):
+    made = LoraConfig(r=3, target_modules=[], target_parameters=["experts.down_proj"])
+    model, _ = adapted("qwen3_moe", tmp_path, made)
+    with pytest.raises(StateError, match=r"llama.cpp takes adapters of linear layers only; give --base SERVED.gguf"):
+        export_adapter(model, tmp_path / "out", "llama.cpp")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "granite"])
