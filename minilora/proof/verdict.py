@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minilora.proof.probe import ADAPTED, BASE, Probe, Question
+from minilora.quant.gguf.formats import FORMATS
 
 __all__ = ["Answer", "Verdict", "distance", "effect", "exact_for", "fitted", "judge", "told_effect"]
 
@@ -24,6 +25,8 @@ Answer = Mapping[int, float]
 _EXACT = 0.02  # the same weights in fp32, computed in another order
 _HALF = 0.07  # the same weights, in 16 bits
 _BLOCKS = 0.15  # the same packed blocks of a GGUF file, whose activations llama.cpp rounds and minilora does not
+# Likewise in blocks of 256, where as many activations have one scale: of normal ones the largest of 256 is 1.35 times that of 32.
+_LONG_BLOCKS = 0.2
 _NEAR, _MOST_NEAR = (
     0.35,
     1.5,
@@ -137,8 +140,9 @@ def _off(value: float) -> str:
 
 def exact_for(probe: Probe) -> float:
     """Nats within which answers are the same, by how the base lay in memory."""
-    if any(word in probe.packing.lower() for word in ("q4_", "q5_", "q6_", "q8_", "gguf")):
-        return _BLOCKS
+    blocks = [form.weights for name, form in FORMATS.items() if name in probe.packing]
+    if blocks or "gguf" in probe.packing.lower():
+        return _LONG_BLOCKS if max(blocks, default=0) > 32 else _BLOCKS
     return _EXACT if probe.dtype == "float32" else _HALF
 
 
