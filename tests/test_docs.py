@@ -241,6 +241,9 @@ def test_lines_of_data_are_understood(tmp_path):
 
 OTHERS_FLAGS = {
     "--max-lora-rank",
+    "--max-logprobs",
+    "--api-key",
+    "--chat-template",
     "--nproc-per-node",
     "--max-restarts",
     "--shutdown-timeout",
