@@ -127,6 +127,9 @@ def test_measuring_is_the_same_again_and_leaves_the_model(sealed):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+NATS = {32: 0.15, 256: 0.2}
+
+
 @pytest.mark.parametrize(
     ("dtype", "packing", "nats"),
     [
