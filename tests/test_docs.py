@@ -240,9 +240,6 @@ def test_lines_of_data_are_understood(tmp_path):
 
 
 OTHERS_FLAGS = {
-    "--api-key",
-    "--chat-template",
-    "--max-logprobs",
     "--max-lora-rank",
     "--max-logprobs",
     "--api-key",
