@@ -43,7 +43,7 @@ class Facts(Shape):
 
     @property
     def prefix(self) -> str:
-        """What the names of trained parameters begin with, as PEFT has it: "lora_", and of VeRA "vera_lambda_"."""
+        """What the names of trained parameters begin with, as PEFT has it: ``lora_``, and of VeRA ``vera_lambda_``."""
         return self.active_peft_config.prefix
 
     @property
