@@ -49,6 +49,7 @@ class Shape(Face):
         """
         if name == "forward" and isinstance(value, MethodType) and value.__self__ is self and has_adapters(self):
             known = vars(self).get("forward")
+            # TRL's, bound here to the inner model before: the one that comes now was made around it.
             around = isinstance(known, MethodType) and known.__self__ is not self
             if around or "fused_lm_head" in (getattr(value.__func__, "__kwdefaults__", None) or {}):
                 value = MethodType(value.__func__, self.base_model.model)

@@ -19,9 +19,9 @@ __all__ = ["Answer", "Verdict", "distance", "effect", "exact_for", "fitted", "ju
 
 # Token to log-probability, the likeliest ones: below 0 what is none of the probe's tokens, NaN for one of which nothing is known.
 Answer = Mapping[int, float]
-# Nats. Measured on SmolLM2-135M in llama.cpp, whose adapter moves the answers by 4.8: fp32 served as F16 is 0.002 off, dequantized Q4_1
-# served as that Q4_1 file 0.05 to 0.10 (products with packed blocks round the activations), as Q8_0 0.08, NF4 served as F16 or Q4_1 1.1 to
-# 1.2; half the scale is 1.1 off, no adapter 3.5. ``benchmarks/verify.py`` has the cases of a small model.
+# Nats. Measured on SmolLM2-135M in llama.cpp with an adapter that moves the answers by 7.5 (``benchmarks/verify_demo.py``): fp32 served as
+# F16 is 0.001 off, dequantized Q4_1 served as that Q4_1 file 0.06 (products with packed blocks round the activations), as Q8_0 0.05, NF4
+# served as F16 or Q4_1 0.4; half the scale is 0.7 off, no adapter 8. ``benchmarks/verify.py`` has the cases of a small model.
 _EXACT = 0.02  # the same weights in fp32, computed in another order
 _HALF = 0.07  # the same weights, in 16 bits
 _BLOCKS = 0.15  # the same packed blocks of a GGUF file, whose activations llama.cpp rounds and minilora does not

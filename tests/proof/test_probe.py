@@ -69,23 +69,25 @@ def test_every_variant_has_its_curves(fields):
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def with_factors(model):
+    """The base with ``scaling * B A`` of the model's file added to its weights, and nothing else of the adapter."""
+    plain = base()
+    for path, slot in adapters_of(model).slots.items():
+        layer = slot.kept["default"]
+        plain.get_submodule(path).weight += layer.scaling * layer.lora_B @ layer.lora_A
+    return plain
+
+
 def test_raw_factors_of_pissa_are_those_of_the_file():
     model = adapted(init_lora_weights="pissa")
-    plain = base()
-    with torch.no_grad():
-        for path, slot in adapters_of(model).slots.items():
-            layer = slot.kept["default"]
-            plain.get_submodule(path).weight += layer.scaling * layer.lora_B @ layer.lora_A
+    plain = with_factors(model)
     torch.testing.assert_close(along(model, RAW), logits(plain), rtol=1e-3, atol=1e-3)
 
 
 def test_dora_without_its_trained_magnitudes():
     model = adapted(use_dora=True)
-    plain = base()
-    with torch.no_grad():
-        for path, slot in adapters_of(model).slots.items():
-            layer = slot.kept["default"]
-            plain.get_submodule(path).weight += layer.scaling * layer.lora_B @ layer.lora_A
+    plain = with_factors(model)
     torch.testing.assert_close(along(model, NO_MAGNITUDES), logits(plain), rtol=1e-3, atol=1e-3)
     for path in adapters_of(model).slots:
         weight, norms = plain.get_submodule(path).weight, base().get_submodule(path).weight.norm(dim=1, keepdim=True)
